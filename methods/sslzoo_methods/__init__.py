@@ -1,0 +1,1 @@
+"""The methods that ship with sslzoo: one folder each, one entry point each."""

@@ -1,0 +1,1 @@
+"""Bundled recipes: one complete experiment a file."""

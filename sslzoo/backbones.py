@@ -1,0 +1,129 @@
+"""Encoders by name: torchvision's, timm's, and a small one of our own for the CPU."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from sslzoo.config import BackboneConfig, require
+
+
+class Conv4(nn.Sequential):
+    """Four 3x3 convolutions (32-64-128-128), batch norm, ReLU, max-pool after the first three, global
+    average: 0.22 M parameters, 128 features."""
+
+    num_features = 128
+
+    def __init__(self, in_channels: int = 1) -> None:
+        widths = (in_channels, 32, 64, 128, self.num_features)
+        layers: list[nn.Module] = []
+        for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
+            layers += [
+                nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(fan_out),
+                nn.ReLU(inplace=True),
+            ]
+            if i < 3:
+                layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def build_backbone(cfg: BackboneConfig) -> tuple[nn.Module, int]:
+    """The encoder and its feature width. It maps (N, C, H, W) to pooled features (N, F).
+
+    Raises ``ValueError`` for an unknown name, naming the closest, and for a stem that the encoder lacks.
+    """
+    if cfg.name == "conv4":
+        require(
+            cfg.stem == "imagenet" and not cfg.options, "backbone conv4 has one form: no stem, no options"
+        )
+        return Conv4(cfg.in_channels), Conv4.num_features
+    if cfg.name.startswith("timm/"):
+        model, width = _timm(cfg)
+    else:
+        model, width = _torchvision(cfg)
+    if cfg.stem != "imagenet":
+        _small_stem(model, cfg)
+    return model, width
+
+
+def _torchvision(cfg: BackboneConfig) -> tuple[nn.Module, int]:
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if cfg.name not in names:
+        close = get_close_matches(cfg.name, ["conv4", *names], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"backbone.name={cfg.name!r} is not in torchvision{hint} (timm's: timm/<name>)")
+    model = models.get_model(cfg.name, weights=None, **cfg.options)
+    for head in ("fc", "classifier", "heads", "head"):
+        if hasattr(model, head):
+            width = _input_width(getattr(model, head))
+            setattr(model, head, nn.Identity())
+            break
+    else:
+        raise ValueError(f"backbone.name={cfg.name!r} has no classifier to remove; use timm/{cfg.name}")
+    if cfg.in_channels != 3:
+        require(
+            cfg.name.startswith("res"), f"backbone.in_channels needs a ResNet or a timm model, got {cfg.name}"
+        )
+        _set(model, "conv1", _conv_like(model.conv1, in_channels=cfg.in_channels))  # type: ignore[arg-type]
+    return model, width
+
+
+def _timm(cfg: BackboneConfig) -> tuple[nn.Module, int]:
+    import timm
+
+    name = cfg.name.removeprefix("timm/")
+    if not timm.is_model(name):
+        close = get_close_matches(name, timm.list_models(), n=1)
+        hint = f"; did you mean timm/{close[0]}?" if close else ""
+        raise ValueError(f"backbone.name={cfg.name!r} is not in timm{hint}")
+    model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=cfg.in_channels, **cfg.options)
+    return model, int(model.num_features)
+
+
+def _input_width(head: nn.Module) -> int:
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            return module.in_features
+    raise ValueError(f"no linear layer in the classifier {head}")
+
+
+def _conv_like(conv: nn.Conv2d, **changes: Any) -> nn.Conv2d:
+    """A fresh convolution that differs from ``conv`` in ``changes``, initialised as torchvision's ResNets."""
+    options: dict[str, Any] = {
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
+        "kernel_size": conv.kernel_size,
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "bias": conv.bias is not None,
+    }
+    new = nn.Conv2d(**(options | changes))
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    return new
+
+
+def _small_stem(model: nn.Module, cfg: BackboneConfig) -> None:
+    """A 3x3 stride-1 first convolution; ``cifar`` removes the max-pool too."""
+    conv = getattr(model, "conv1", None)
+    require(
+        isinstance(conv, nn.Conv2d) and hasattr(model, "maxpool"),
+        f"backbone.stem={cfg.stem} needs a ResNet, got {cfg.name}; use backbone.stem=imagenet",
+    )
+    _set(model, "conv1", _conv_like(conv, kernel_size=3, stride=1, padding=1))  # type: ignore[arg-type]
+    if cfg.stem == "cifar":
+        _set(model, "maxpool", nn.Identity())
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    setattr(model, name, module)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of scalars in the parameters of ``module``."""
+    return sum(p.numel() for p in module.parameters())

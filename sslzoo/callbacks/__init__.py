@@ -1,0 +1,1 @@
+"""Training-time companions of a method: each does one thing and knows no method."""

@@ -1,0 +1,162 @@
+"""The one contract a method fulfils: a config, its modules, and a loss."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from sslzoo.config import MethodConfig, OptimConfig
+from sslzoo.optim import build_optimizer, set_learning_rate
+from sslzoo.plan import TrainingPlan
+from sslzoo.schedules import learning_rate
+
+__all__ = ["Batch", "EvalBatch", "MethodConfig", "SSLMethod"]
+
+
+class Batch(NamedTuple):
+    """What the DataModule yields for training: N samples of this rank, views normalised."""
+
+    global_views: tuple[Tensor, ...]  # each (N, C, H, W)
+    local_views: tuple[Tensor, ...]  # each (N, C, h, w); may be empty
+    sample_id: Tensor  # (N,) int64, position in the training set; stable over epochs, workers, ranks
+    label: Tensor | None = None  # (N,) int64, for probes only; None where there are none
+
+
+class EvalBatch(NamedTuple):
+    """What the DataModule yields for evaluation: one plain view, normalised."""
+
+    image: Tensor  # (N, C, H, W)
+    sample_id: Tensor  # (N,)
+    label: Tensor  # (N,) int64
+
+
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+
+
+class SSLMethod(LightningModule, Generic[ConfigT]):
+    """A backbone, a config and a loss.
+
+    A subclass sets ``Config``, builds heads and state in ``__init__`` and implements :meth:`loss`.
+    It may override :meth:`prepare` (state whose size depends on the data), :meth:`after_step` (EMA,
+    queue) and :meth:`features` (more layers for probes). Everything else is the framework's.
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+    # Set where the method differentiates twice: fused batch-norm kernels cannot, the framework's own can.
+    needs_double_backward: ClassVar[bool] = False
+
+    def __init__(self, cfg: ConfigT, backbone: nn.Module, feature_dim: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.backbone = backbone
+        self.feature_dim = feature_dim
+        self.plan: TrainingPlan
+        self.optim: OptimConfig
+        self.seed: int
+        self.optimizer_steps = 0  # real optimiser steps finished; in the checkpoint
+        self.published: dict[str, Tensor] = {}  # this step's features, detached
+        self.recorded: dict[str, Tensor | float] = {}  # this step's scalars, for the meter
+
+    # -- what a method implements -------------------------------------------------------------
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """Scalar pre-training loss of this rank's samples; their mean over ranks is the global loss.
+
+        Must call :meth:`publish` once with the backbone features (N, F) of one online view.
+        """
+
+    def prepare(self, plan: TrainingPlan, optim: OptimConfig, seed: int) -> None:
+        """Called once before training, and before a checkpoint is loaded: the place for state whose
+        size depends on the data (``super().prepare(...)`` first)."""
+        self.plan, self.optim, self.seed = plan, optim, seed
+
+    def after_step(self, step: int) -> None:
+        """Called once after real optimiser step ``step`` (from 0): EMA, queue."""
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:
+        """Named representations of a plain view, each (N, F); ``backbone`` is always there."""
+        return {"backbone": self.backbone(x)}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups of ``(name, parameter)`` pairs under ``named``; ``lr_factor`` scales a group's rate."""
+        return [{"named": [(n, p) for n, p in self.named_parameters() if p.requires_grad]}]
+
+    # -- what a method calls ------------------------------------------------------------------
+
+    def publish(self, **features: Tensor) -> None:
+        """Show this step's features (N, F) to probes, detached: ``publish(backbone=h)``."""
+        self.published = {name: value.detach() for name, value in features.items()}
+
+    def record(self, name: str, value: Tensor | float) -> None:
+        """Log a scalar of this step under ``name`` (``method/...``): summed on the device, never
+        synchronised."""
+        self.recorded[name] = value if isinstance(value, (int, float)) else value.detach()
+
+    @property
+    def step(self) -> int:
+        """The optimiser step in progress, from 0. Schedules are functions of it."""
+        return self.optimizer_steps
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in progress, from 0; derived from the step, so right after a resume."""
+        return self.optimizer_steps // self.plan.steps_per_epoch
+
+    # -- the framework's ----------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Backbone features (N, feature_dim): what k-NN and export see."""
+        return self.backbone(x)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-batch under automatic optimisation."""
+        loss = self.loss(batch)
+        self.record("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Publish the features of a plain view; callbacks read them."""
+        self.publish(**self.features(batch.image))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The recipe's optimiser over :meth:`parameter_groups`; the rate is set at every step."""
+        return build_optimizer(self.parameter_groups(), self.optim)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """Set the learning rate of this step, step, then :meth:`after_step`.
+
+        EMA and queue live here and not in a batch-end hook, which runs after a checkpoint may have
+        been written.
+        """
+        lr = learning_rate(self.optimizer_steps, self.optim, self.plan)
+        set_learning_rate(optimizer, lr)
+        self.record("opt/lr", lr)
+        scale = self._loss_scale()
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # fp16: an overflowing step is skipped by the scaler, which then lowers its scale.
+        self.finish_step(skipped=self._loss_scale() < scale)
+
+    def finish_step(self, *, skipped: bool = False) -> None:
+        """Count a real optimiser step and run :meth:`after_step`. Methods that own their loop call it."""
+        if not skipped:
+            self.after_step(self.optimizer_steps)
+        self.optimizer_steps += 1
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None else 1.0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the step count: Lightning's own counts every ``optimizer.step()`` of manual methods."""
+        checkpoint["optimizer_steps"] = self.optimizer_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the step count."""
+        self.optimizer_steps = checkpoint["optimizer_steps"]

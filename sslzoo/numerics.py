@@ -1,0 +1,22 @@
+"""Small numerical pieces that losses share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def autocast_off(reference: Tensor) -> torch.autocast:
+    """Autocast disabled on the device of ``reference``: similarities and softmax belong in float32."""
+    return torch.autocast(reference.device.type, enabled=False)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def normalize(x: Tensor) -> Tensor:
+    """L2-normalised rows (..., D), in at least float32; a norm below 1e-12 counts as 1e-12."""
+    with autocast_off(x):
+        return torch.nn.functional.normalize(at_least_float32(x), dim=-1, eps=1e-12)

@@ -1,0 +1,43 @@
+"""Options and fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Two processes on two cores: more threads only fight. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden-dir", type=Path, default=GOLDEN, help="reference numbers, one folder a method")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``golden_case`` and ``precision`` run over every case of the method that the test file names.
+
+    A test file ``test_<method>.py`` with a test that takes both gets each case in each precision that
+    states a tolerance.
+    """
+    if "golden_case" not in metafunc.fixturenames:
+        return
+    from tests.golden_cases import load_cases
+
+    assert metafunc.module is not None
+    method = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
+    cases = load_cases(metafunc.config.getoption("--golden-dir") / method)
+    runs = [(case, precision) for case in cases for precision in case.tolerance]
+    ids = [f"{case.name}-{precision}" for case, precision in runs]
+    metafunc.parametrize(("golden_case", "precision"), runs, ids=ids)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_fixed_seed() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
