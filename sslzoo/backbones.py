@@ -83,7 +83,9 @@ def _timm(cfg: BackboneConfig) -> tuple[nn.Module, int]:
         hint = f"; did you mean timm/{close[0]}?" if close else ""
         raise ValueError(f"backbone.name={cfg.name!r} is not in timm{hint}")
     model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=cfg.in_channels, **cfg.options)
-    return model, int(model.num_features)
+    width = model.num_features
+    assert isinstance(width, int)
+    return model, width
 
 
 def _input_width(head: nn.Module) -> int:

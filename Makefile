@@ -1,0 +1,40 @@
+# The front door. A fresh machine needs Python 3.11 (or newer) and make; everything else is fetched into .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test test-all check format bench wheel docs clean
+
+quickstart: $(READY)  ## train SCE on embedded real images on the CPU, in about four minutes
+	$(BIN)/sslzoo fit --recipe quickstart.yaml
+
+test: $(READY)  ## the tests that every change must pass
+	$(BIN)/pytest -q -m "not slow"
+
+test-all: $(READY)  ## and the long ones: real training runs, kill chaos
+	$(BIN)/pytest -q
+
+check: $(READY)  ## formatting, linting, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## ratios against baselines measured in the same run
+	@for file in benchmarks/*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
+
+wheel: $(READY)
+	$(BIN)/python -m build --wheel --no-isolation
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache

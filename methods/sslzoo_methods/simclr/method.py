@@ -1,0 +1,39 @@
+"""SimCLR: A Simple Framework for Contrastive Learning (Chen et al., ICML 2020, arXiv:2002.05709)."""
+
+import torch
+from torch import Tensor, nn
+
+from sslzoo.distributed import gather, rank
+from sslzoo.heads import mlp
+from sslzoo.method import Batch, SSLMethod
+from sslzoo.numerics import normalize
+from sslzoo_methods.simclr.config import SimCLRConfig
+from sslzoo_methods.simclr.loss import nt_xent
+
+
+class SimCLR(SSLMethod[SimCLRConfig]):
+    """Two views of each image find each other among the whole batch. No state."""
+
+    Config = SimCLRConfig
+
+    def __init__(self, cfg: SimCLRConfig, backbone: nn.Module, feature_dim: int) -> None:
+        super().__init__(cfg, backbone, feature_dim)
+        self.projector = mlp((feature_dim, *cfg.projector))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """NT-Xent over all views; local crops are anchors only."""
+        if len(batch.global_views) < 2:
+            raise ValueError("SimCLR needs two global views; set views to count: 2 with role: global")
+        features = [self.backbone(view) for view in (*batch.global_views, *batch.local_views)]
+        self.publish(backbone=features[0])
+        embeddings = [normalize(self.projector(h)) for h in features]  # V x (N, D)
+        candidates = [gather(z) for z in embeddings[: len(batch.global_views)]]  # G x (M, D)
+        with torch.no_grad():
+            self.record("method/positive_similarity", (embeddings[0] * embeddings[1]).sum(dim=1).mean())
+        offset = rank() * len(batch.sample_id)
+        return nt_xent(embeddings, candidates, offset=offset, temperature=self.cfg.temperature)
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:
+        """``backbone`` and ``projector``."""
+        h = self.backbone(x)
+        return {"backbone": h, "projector": self.projector(h)}
