@@ -22,8 +22,8 @@ class TrainingPlan:
         shares = self.world_size * self.accumulate
         require(
             self.global_batch_size % shares == 0,
-            f"data.global_batch_size={self.global_batch_size} cannot be shared by {self.world_size} processes, "
-            f"{self.accumulate} micro-batches each; make it a multiple of {shares}",
+            f"data.global_batch_size={self.global_batch_size} cannot be shared by {self.world_size} processes "
+            f"of {self.accumulate} micro-batches; make it a multiple of {shares}",
         )
         require(
             self.dataset_size >= self.global_batch_size,

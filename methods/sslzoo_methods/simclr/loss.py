@@ -17,7 +17,7 @@ def nt_xent(
     """Cross-entropy of finding an image's other views among all embeddings of the batch.
 
     ``anchors``: V views, each (N, D); ``candidates``: the first G of them gathered from all ranks, each
-    (M, D), row ``offset + i`` being anchor row i. All L2-normalised, float32 or float64; gradients reach both.
+    (M, D), row ``offset + i`` being anchor row i. All L2-normalised; gradients reach both.
     An anchor is compared with every candidate but itself. Mean over anchors and, with more than two
     views, over an anchor's positives, each of which stays in the denominator of the others.
     Two views give equation 1 of arXiv:2002.05709.

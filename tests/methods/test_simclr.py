@@ -1,0 +1,95 @@
+"""SimCLR: the loss against the reference numbers that the SogCLR authors' baseline gave, and over ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sslzoo.batchnorm import to_sync
+from sslzoo.method import Batch
+from sslzoo.numerics import normalize
+from sslzoo_methods.simclr.config import SimCLRConfig
+from sslzoo_methods.simclr.loss import nt_xent
+from sslzoo_methods.simclr.method import SimCLR
+from tests.conftest import GOLDEN
+from tests.golden_cases import load_cases
+from tests.ranks import run_ranks
+
+NTXENT = [case for case in load_cases(GOLDEN / "sogclr") if case.kind == "ntxent"]
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("case", NTXENT, ids=lambda case: case.name)
+def test_equals_the_reference(case, precision):
+    arrays = case.tensors(precision)
+    h = [arrays["h1"].requires_grad_(), arrays["h2"].requires_grad_()]
+    z = [normalize(x) for x in h]
+    loss = 2 * nt_xent(
+        z, z, offset=0, temperature=case.hyper["temperature"]
+    )  # theirs sums the two directions
+    loss.backward()
+    case.check({"loss": loss, "grad_h1": h[0].grad, "grad_h2": h[1].grad}, precision)
+
+
+def test_three_views_by_brute_force():
+    z = [normalize(torch.randn(4, 5, dtype=torch.float64)) for _ in range(3)]
+    globals_, tau = z[:2], 0.3
+    terms = []
+    for v in range(3):
+        for i in range(4):
+            others = [(g, j) for g in range(2) for j in range(4) if (g, j) != (v, i)]
+            exps = {(g, j): torch.exp(z[v][i] @ globals_[g][j] / tau) for g, j in others}
+            per_anchor = [-torch.log(exps[g, i] / sum(exps.values())) for g in range(2) if g != v]
+            terms.append(torch.stack(per_anchor).mean())
+    got = nt_xent(z, globals_, offset=0, temperature=tau)
+    torch.testing.assert_close(got, torch.stack(terms).mean(), rtol=1e-12, atol=0)
+
+
+def test_gradient_by_finite_differences():
+    z = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        views = [normalize(a), normalize(b)]
+        return nt_xent(views, views, offset=0, temperature=0.2)
+
+    assert torch.autograd.gradcheck(loss, tuple(z))
+
+
+def _method() -> SimCLR:
+    torch.manual_seed(3)
+    backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+    cfg = SimCLRConfig(name="simclr", temperature=0.2, projector=(7, 5))
+    method = to_sync(SimCLR(cfg, backbone, 8)).double()
+    assert isinstance(method, SimCLR)
+    return method
+
+
+def _views() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(12, 6, dtype=torch.float64, generator=generator) for _ in range(3)]
+
+
+def _loss_and_gradients(rank: int, world: int) -> tuple[Tensor, list[Tensor]]:
+    method, n = _method(), 12 // world
+    rows = slice(rank * n, (rank + 1) * n)
+    a, b, local = (view[rows] for view in _views())
+    loss = method.loss(Batch((a, b), (local,), torch.arange(12)[rows]))
+    loss.backward()
+    return loss.detach(), [p.grad for p in method.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_world_size_changes_nothing(world):
+    loss, gradients = _loss_and_gradients(0, 1)
+    parts = run_ranks(world, _loss_and_gradients)
+    torch.testing.assert_close(torch.stack([p[0] for p in parts]).mean(), loss, rtol=1e-12, atol=0)
+    for i, expected in enumerate(gradients):
+        mean = torch.stack([p[1][i] for p in parts]).mean(0)
+        torch.testing.assert_close(mean, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_one_global_view_is_refused():
+    view = _views()[0]
+    with pytest.raises(ValueError, match="two global views"):
+        _method().loss(Batch((view,), (), torch.arange(12)))
