@@ -1,0 +1,123 @@
+"""What an SCE recipe states under ``method:``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sslzoo.config import MethodConfig, one_of, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """An MLP head: ``widths`` after its input, ReLU between the layers (see ``sslzoo.heads.mlp``)."""
+
+    widths: tuple[int, ...]  # output last
+    hidden_norm: bool = True  # batch norm before each ReLU; the linear layer then has no bias
+    output_norm: str = "none"  # none | batch | batch_no_affine
+    output_bias: bool = True
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.widths) > 0 and all(width > 0 for width in self.widths),
+            f"method.projector.widths and method.predictor.widths must be positive, got {self.widths}",
+        )
+        one_of("method.projector.output_norm", self.output_norm, ("none", "batch", "batch_no_affine"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupConfig:
+    """From ``start`` to the option's own value over the first ``epochs``."""
+
+    start: float
+    epochs: float
+    shape: str = "linear"  # or cosine, half a period
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, f"method.*_warmup.epochs must be positive, got {self.epochs}")
+        one_of("method.*_warmup.shape", self.shape, ("linear", "cosine"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermsConfig:
+    """Free weights of the two relational terms: the loss ablation of the paper."""
+
+    relational: float  # mu, on L_ReSSL
+    ceil: float  # eta, on L_Ceil
+
+    def __post_init__(self) -> None:
+        require(
+            self.relational >= 0 and self.ceil >= 0,
+            f"method.terms must not be negative, got relational {self.relational} and ceil {self.ceil}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SCEConfig(MethodConfig):
+    """Numbers that the published recipes vary have no default."""
+
+    temperature: float  # tau, of the online prediction
+    target_temperature: float  # tau_m, of the momentum branch's target; sharper, hence below temperature
+    contrastive_weight: float  # lambda: 1 is InfoNCE, 0 the relational loss (ReSSL + Ceil)
+    queue_size: int  # keys, over all ranks; 0: no queue
+    momentum: float  # of the EMA, at step 0
+    momentum_schedule: str  # constant | cosine | cosine_epoch, to 1 at the last step or epoch
+    symmetric: bool  # false: the first view goes to the momentum branch only, the others online only
+    projector: HeadConfig
+    predictor: HeadConfig | None = None  # online branch only
+    momentum_batchnorm: str = "same"  # as the online branch | shuffle over ranks | split in 8 on each
+    batch_keys: bool = False  # the other images of the global batch are candidates too
+    target_positive: str = "zero_logit"  # official code, queue alone | masked, as in the paper
+    pair_weighting: str = "flat"  # over pairs | per_online_crop
+    crop_pass: str = "per_crop"  # or per_resolution | joint: batch norm then sees several crops at once
+    target_temperature_warmup: WarmupConfig | None = None
+    contrastive_weight_warmup: WarmupConfig | None = None
+    terms: TermsConfig | None = None  # None: both 1 - contrastive_weight, which is SCE
+    ressl: bool = False  # the positive is a candidate on neither side: L_ReSSL alone
+
+    def __post_init__(self) -> None:
+        for key in ("temperature", "target_temperature"):
+            require(getattr(self, key) > 0, f"method.{key} must be positive, got {getattr(self, key)}")
+        for key in ("contrastive_weight", "momentum"):
+            require(
+                0 <= getattr(self, key) <= 1, f"method.{key} must lie in [0, 1], got {getattr(self, key)}"
+            )
+        require(self.queue_size >= 0, f"method.queue_size must not be negative, got {self.queue_size}")
+        one_of("method.momentum_schedule", self.momentum_schedule, ("constant", "cosine", "cosine_epoch"))
+        one_of("method.momentum_batchnorm", self.momentum_batchnorm, ("same", "shuffle", "split"))
+        one_of("method.target_positive", self.target_positive, ("zero_logit", "masked"))
+        one_of("method.pair_weighting", self.pair_weighting, ("flat", "per_online_crop"))
+        one_of("method.crop_pass", self.crop_pass, ("per_crop", "per_resolution", "joint"))
+        masked = self.target_positive == "masked"
+        require(
+            self.queue_size > 0 or self.batch_keys,
+            "method.queue_size=0 leaves no negatives; set method.batch_keys=true",
+        )
+        require(
+            masked or not self.batch_keys,
+            "method.target_positive=zero_logit is defined for the queue alone; "
+            "with method.batch_keys=true set method.target_positive=masked",
+        )
+        require(
+            masked or not (self.terms or self.ressl),
+            "method.terms and method.ressl are defined for method.target_positive=masked only",
+        )
+        require(
+            not (self.ressl and (self.terms or self.contrastive_weight or self.contrastive_weight_warmup)),
+            "method.ressl=true is the relational term alone: set method.contrastive_weight=0, "
+            "without method.terms and method.contrastive_weight_warmup",
+        )
+        warmup = self.target_temperature_warmup
+        require(warmup is None or warmup.start > 0, "method.target_temperature_warmup.start must be positive")
+        warmup = self.contrastive_weight_warmup
+        require(
+            warmup is None or 0 <= warmup.start <= 1,
+            "method.contrastive_weight_warmup.start must lie in [0, 1]",
+        )
+
+    def relational_weights(self, contrastive_weight: float) -> tuple[float, float]:
+        """(mu, eta) beside a lambda of ``contrastive_weight``."""
+        if self.ressl:
+            return 1.0, 0.0
+        if self.terms is not None:
+            return self.terms.relational, self.terms.ceil
+        return 1 - contrastive_weight, 1 - contrastive_weight

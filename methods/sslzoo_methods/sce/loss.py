@@ -1,0 +1,309 @@
+"""SCE's objective (arXiv:2111.14585, section 3). Pure: no module, no state, no process group.
+
+Letters: N samples of this rank, M keys of one momentum view over all ranks, K queued keys, D embedding
+width. In the paper's symbols ``temperature`` is tau, ``target_temperature`` tau_m and
+``contrastive_weight`` lambda. All features are L2-normalised; gradients reach ``online`` only.
+
+:func:`sce_loss` is the definition, for one pair of views. :func:`sce_multicrop_loss` is the same for any
+number of pairs, without a matrix of N x K; training uses it. Both compute in at least float32 with
+autocast off: half-precision similarities over 0.07 cost 0.6 to 2.7 % of the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslzoo.config import one_of, require
+from sslzoo.numerics import at_least_float32, autocast_off
+
+TARGET_POSITIVES = ("zero_logit", "masked")
+
+
+class SCETerms(NamedTuple):
+    """The loss, and the three terms that it decomposes into; scalars, means over the rows.
+
+    loss = lambda * contrastive + (1 - lambda) * (relational + ceil) exactly for the masked target; with
+    ``zero_logit`` the positive takes a little more than lambda and the others as much less.
+    """
+
+    loss: Tensor
+    contrastive: Tensor  # L_InfoNCE
+    relational: Tensor  # L_ReSSL: the positive is a candidate on neither side
+    ceil: Tensor  # L_Ceil: the prediction's mass off the positive
+
+
+class SCEDense(NamedTuple):
+    """What the dense definition shows; the rows' candidates are in the order of :func:`sce_loss`."""
+
+    terms: SCETerms
+    target: Tensor  # (N, candidates), w: the soft target, rows sum to 1
+    log_prediction: Tensor  # (N, candidates), log p
+
+
+def sce_loss(
+    online: Tensor,
+    target: Tensor,
+    *,
+    keys: Tensor | None,
+    first_row: int,
+    queue: Tensor | None,
+    temperature: float,
+    target_temperature: float,
+    contrastive_weight: float,
+    target_positive: str,
+) -> SCEDense:
+    """Cross-entropy from a soft target over the candidates to the online view's prediction.
+
+    ``online`` (N, D) and ``target`` (N, D): the same images seen by the online and the momentum branch.
+    ``queue`` (K, D) or None. ``keys`` (M, D) or None: all ranks' keys of the target's view, where they are
+    candidates too; row i's positive is then row ``first_row + i`` of it. Candidates in order: the own
+    positive and the queue without ``keys``; ``keys`` and the queue with them.
+
+    ``target_positive``: ``masked`` takes the positive out of the target's softmax, as the paper says;
+    ``zero_logit`` leaves it there with its logit set to 0, as both official repositories do where the
+    queue alone holds the negatives. Raises ``ValueError`` without negatives, or for ``zero_logit`` with keys.
+    """
+    _check(keys, queue, target_positive)
+    with autocast_off(online):
+        q, k = at_least_float32(online), at_least_float32(target.detach())
+        own = None if keys is None else at_least_float32(keys.detach())
+        stored = None if queue is None else at_least_float32(queue.detach())
+        n = q.shape[0]
+        if own is None:
+            prediction, similarity = _rows_dot(q, k)[:, None], torch.zeros_like(q[:, :1])
+            positive = torch.zeros(n, dtype=torch.int64, device=q.device)
+        else:
+            prediction, similarity = q @ own.T, k @ own.T
+            positive = torch.arange(first_row, first_row + n, device=q.device)
+        if stored is not None:
+            prediction = torch.cat([prediction, q @ stored.T], dim=1)
+            similarity = torch.cat([similarity, k @ stored.T], dim=1)
+        prediction, similarity = prediction / temperature, similarity / target_temperature
+
+        is_positive = F.one_hot(positive, prediction.shape[1]).bool()  # (N, candidates)
+        masked = similarity.masked_fill(is_positive, -torch.inf).softmax(dim=1)
+        s = masked if target_positive == "masked" else similarity.softmax(dim=1)
+        w = contrastive_weight * is_positive.to(s.dtype) + (1 - contrastive_weight) * s
+        log_p = prediction.log_softmax(dim=1)
+        negatives = prediction.masked_fill(is_positive, -torch.inf)
+        log_rest = negatives.logsumexp(dim=1) - prediction.logsumexp(dim=1)
+        # A masked column has weight 0 and logarithm -inf: take it out before the product.
+        log_relation = negatives.log_softmax(dim=1).masked_fill(is_positive, 0.0)
+        terms = SCETerms(
+            loss=-(w * log_p).sum(dim=1).mean(),
+            contrastive=-log_p.gather(1, positive[:, None]).mean(),
+            relational=-(masked * log_relation).sum(dim=1).mean(),
+            ceil=-log_rest.mean(),
+        )
+        return SCEDense(terms, w, log_p)
+
+
+class SCEOutput(NamedTuple):
+    """What the multi-crop form returns; scalars, means over rows and pairs, all but ``terms.loss`` detached."""
+
+    terms: SCETerms
+    positive_similarity: Tensor  # q . k
+    target_entropy: Tensor  # nats, of the target's distribution over the negatives
+    target_count: Tensor  # exp of that entropy, row by row: the effective number of relational targets
+    target_top1: Tensor  # that distribution's largest probability
+
+
+def crop_pairs(targets: int, crops: int, *, symmetric: bool) -> list[tuple[int, int]]:
+    """The pairs (momentum view, online crop) of the loss, as indices into the lists that the branches see.
+
+    Symmetric: the online branch sees all ``crops``, the momentum branch the first ``targets`` of them; a
+    crop is not paired with itself. Asymmetric: crop 0 is the momentum view and the online list starts at crop 1.
+    """
+    if not symmetric:
+        return [(0, j) for j in range(crops - 1)]
+    return [(i, j) for i in range(targets) for j in range(crops) if i != j]
+
+
+def pair_weights(pairs: Sequence[tuple[int, int]], weighting: str) -> list[float]:
+    """A weight per pair; they sum to 1.
+
+    ``flat``: all pairs alike (the official code), so that in 2 + 4 crops the local ones carry 8/10.
+    ``per_online_crop``: all online crops alike, each one's pairs sharing its weight.
+    """
+    one_of("weighting", weighting, ("flat", "per_online_crop"))
+    if weighting == "flat":
+        return [1 / len(pairs)] * len(pairs)
+    count = [sum(j == other for _, other in pairs) for _, j in pairs]
+    crops = len({j for _, j in pairs})
+    return [1 / (crops * c) for c in count]
+
+
+def sce_multicrop_loss(
+    online: Sequence[Tensor],
+    target: Sequence[Tensor],
+    pairs: Sequence[tuple[int, int]],
+    weights: Sequence[float],
+    *,
+    keys: Sequence[Tensor] | None,
+    first_row: int,
+    queue: Tensor | None,
+    temperature: float,
+    target_temperature: float,
+    contrastive_weight: float,
+    relational_weight: float,
+    ceil_weight: float,
+    target_positive: str,
+) -> SCEOutput:
+    """Weighted mean of :func:`sce_loss` over ``pairs`` of (index into ``target``, index into ``online``).
+
+    ``online`` and ``target`` are lists of (N, D), ``keys`` a list of (M, D) beside ``target``, or None. With
+    ``relational_weight`` = ``ceil_weight`` = 1 - ``contrastive_weight`` this is SCE; (0, 1, 0) is ReSSL,
+    and anything else the three-coefficient loss of the paper's ablation (``masked`` only).
+
+    With b = softmax(q.Q / tau) Q and log-sum-exp L over the negatives per online crop, and the same
+    barycentre m at tau_m per momentum view, a row of a pair costs (a = q.k / tau the positive's logit):
+    contrastive -log sigmoid(a - L), relational L - q.m / tau, ceil -log sigmoid(L - a). Saturated rows
+    stay exact. The gradient of L is b, known when L is; so nothing of size N x K is kept.
+    Once differentiable. Its backward pass has no matrix product, so an autocast region around it does no harm.
+    """
+    _check(None if keys is None else keys[0], queue, target_positive)
+    with autocast_off(online[0]):
+        q = [at_least_float32(x) for x in online]
+        k = [at_least_float32(x.detach()) for x in target]
+        n, crops = q[0].shape[0], len(q)
+        scaled_q, scaled_k = [x / temperature for x in q], [x / target_temperature for x in k]
+        shared: list[_Spread] = []  # of all rows over the queue: crops, then momentum views
+        if queue is not None:
+            rows = torch.cat([*scaled_q, *scaled_k])
+            shared = _Spread(*_spread(rows, at_least_float32(queue.detach()), None)).split(n)
+        online_spread: dict[tuple[int, int], _Spread] = {}
+        target_spread: dict[int, _Spread] = {}
+        for i in dict.fromkeys(i for i, _ in pairs):
+            partners = [j for other, j in pairs if other == i]
+            spreads = [shared[j] for j in (*partners, crops + i)] if shared else []
+            if keys is not None:
+                rows = torch.cat([*(scaled_q[j] for j in partners), scaled_k[i]])
+                own = torch.arange(first_row, first_row + n, device=rows.device).repeat(len(partners) + 1)
+                batch = _Spread(*_spread(rows, at_least_float32(keys[i].detach()), own)).split(n)
+                spreads = [a.join(b) for a, b in zip(spreads, batch, strict=True)] if spreads else batch
+            online_spread |= {(i, j): s for j, s in zip(partners, spreads[:-1], strict=True)}
+            target_spread[i] = spreads[-1]
+
+        loss, terms = q[0].new_zeros(()), q[0].new_zeros(4)
+        for (i, j), weight in zip(pairs, weights, strict=True):
+            rest, relations = online_spread[i, j].log_sum, target_spread[i]
+            positive = _rows_dot(scaled_q[j], k[i])  # (N,), a
+            contrastive = -F.logsigmoid(positive - rest)
+            relational = rest - _rows_dot(scaled_q[j], relations.centre)
+            ceil = -F.logsigmoid(rest - positive)
+            # zero_logit: the positive's mass in the target's softmax, exp(0) among exp(log_sum).
+            s = torch.sigmoid(-relations.log_sum) if target_positive == "zero_logit" else 0.0
+            pair = (contrastive_weight + (1 - contrastive_weight) * s) * contrastive + (1 - s) * (
+                relational_weight * relational + ceil_weight * ceil
+            )
+            loss = loss + weight * pair.mean()
+            with torch.no_grad():
+                parts = torch.stack([contrastive, relational, ceil, positive * temperature]).mean(dim=1)
+                terms = terms + weight * parts
+        with torch.no_grad():
+            spreads = list(target_spread.values())
+            log_sum = torch.stack([s.log_sum for s in spreads])  # (views, N)
+            dots = torch.stack([_rows_dot(scaled_k[i], s.centre) for i, s in target_spread.items()])
+            entropy = log_sum - dots
+            top1 = (torch.stack([s.largest for s in spreads]) - log_sum).exp()
+        return SCEOutput(
+            SCETerms(loss, terms[0], terms[1], terms[2]),
+            terms[3],
+            entropy.mean(),
+            entropy.exp().mean(),
+            top1.mean(),
+        )
+
+
+class _Spread(NamedTuple):
+    """How rows x (R, D) spread over a bank of keys: the softmax of their dot products, summed up."""
+
+    log_sum: Tensor  # (R,) log-sum-exp; the only one with a gradient
+    centre: Tensor  # (R, D) barycentre of the keys, which is that gradient
+    largest: Tensor  # (R,) largest logit
+
+    def split(self, rows: int) -> list[_Spread]:
+        """Blocks of ``rows``."""
+        return [_Spread(*block) for block in zip(*(x.split(rows) for x in self), strict=True)]
+
+    def join(self, other: _Spread) -> _Spread:
+        """Over both banks."""
+        log_sum = torch.logaddexp(self.log_sum, other.log_sum)
+        with torch.no_grad():
+            share = (self.log_sum - log_sum).exp()[:, None]
+            centre = torch.lerp(other.centre, self.centre, share)
+        return _Spread(log_sum, centre, torch.maximum(self.largest, other.largest))
+
+
+class _SpreadFunction(torch.autograd.Function):
+    """Streams the bank through one small tile of logits with a running maximum; keeps only the barycentre."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, bank: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        r, d = rows.shape
+        x = rows.detach()
+        # Small enough for a CPU's cache; elsewhere launches cost more than memory (32 MiB of float32).
+        tile = 2**20 if x.device.type == "cpu" else 2**23
+        width = min(max(tile // r, 64), bank.shape[0])
+        buffer = x.new_empty(r * width)
+        # The lowest finite number, not -inf: a row may find no candidate in a tile, or in the whole bank.
+        largest = x.new_full((r, 1), torch.finfo(x.dtype).min)
+        total, centre = x.new_zeros(r, 1), x.new_zeros(r, d)
+        for start in range(0, bank.shape[0], width):
+            part = bank[start : start + width]
+            logits = torch.mm(x, part.T, out=buffer[: r * len(part)].view(r, len(part)))
+            if skip is not None:
+                _mask_column(logits, skip - start)
+            new = torch.maximum(largest, logits.amax(dim=1, keepdim=True))
+            weights = logits.sub_(new).exp_()
+            shrink = (largest - new).exp_()
+            total = total.mul_(shrink).add_(weights.sum(dim=1, keepdim=True))
+            centre = centre.mul_(shrink).addmm_(weights, part)
+            largest = new
+        log_sum = (largest + total.log()).squeeze(1)
+        centre = centre / total.clamp(min=torch.finfo(x.dtype).tiny)
+        largest = largest.squeeze(1)
+        ctx.save_for_backward(centre)
+        ctx.mark_non_differentiable(centre, largest)
+        ctx.set_materialize_grads(False)
+        return log_sum, centre, largest
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
+        (centre,) = ctx.saved_tensors
+        return None if grad is None else grad[:, None] * centre, None, None
+
+
+def _spread(rows: Tensor, bank: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _SpreadFunction.apply(rows, bank.to(rows.dtype), skip)  # type: ignore[no-any-return]
+
+
+def _mask_column(logits: Tensor, column: Tensor) -> None:
+    """-inf at ``column[i]`` of row i where that column exists; needs no host synchronisation."""
+    inside = (column >= 0) & (column < logits.shape[1])
+    index = column.clamp(0, logits.shape[1] - 1)[:, None]
+    kept = logits.gather(1, index)
+    logits.scatter_(1, index, kept.masked_fill(inside[:, None], -torch.inf))
+
+
+def _rows_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise dot product (N, D), (N, D) -> (N,)."""
+    return (a * b).sum(dim=1)
+
+
+def _check(keys: Tensor | None, queue: Tensor | None, target_positive: str) -> None:
+    one_of("target_positive", target_positive, TARGET_POSITIVES)
+    require(
+        queue is not None or (keys is not None and keys.shape[0] > 1),
+        "SCE needs negatives: a queue, or batch keys of at least two samples over all ranks",
+    )
+    require(
+        keys is None or target_positive == "masked",
+        "target_positive=zero_logit is defined for queue-only candidates; use masked with batch keys",
+    )
