@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sslzoo import registry
 from sslzoo.config import MethodConfig, Recipe
+from sslzoo.data.catalog import dataset_info
 from sslzoo.plan import TrainingPlan
 
 
@@ -43,15 +44,18 @@ class LoadedRecipe:
 
     def to_yaml(self, *, origins: bool = False) -> str:
         """The resolved recipe, loadable again as it is; ``origins`` adds one comment a value."""
-        text = yaml.safe_dump(
-            plain(self.recipe), sort_keys=False, default_flow_style=None, width=2**31, allow_unicode=True
+        text = yaml.dump(
+            plain(self.recipe), Dumper=_Dumper, sort_keys=False, width=float("inf"), allow_unicode=True
         )
         if not origins:
             return text
         lines = text.splitlines()
-        for key, line in _lines(yaml.compose(text, Loader=yaml.SafeLoader)).items():
+        marks = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+        width = max(len(line) for line in lines if len(line) <= 60) + 2
+        for key, line in marks.items():
             if key in self.origins:
-                lines[line - 1] += f"  # {self.origins[key]}"
+                lines[line - 1] = f"{lines[line - 1]:{width}}# {self.origins[key]}"
+        lines += [f"# derived: {name} = {value:g}" for name, value in self.derived.items()]
         return "\n".join(lines) + "\n"
 
 
@@ -102,6 +106,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
         recipe = replace(recipe, trainer=_trainer(recipe.trainer))
         if "name" not in values:
             recipe = replace(recipe, name=source.stem)
+        _check_data(recipe)
         derived = _derive(recipe)
     except _Fault as fault:
         where = f"{source}:{_line(lines, fault.key)}"
@@ -112,6 +117,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
     return LoadedRecipe(
         recipe=recipe, origins=_origins(recipe, values, overridden), derived=derived, source=source
     )
+
+
+class _Dumper(yaml.SafeDumper):
+    """A key a line, a list of plain values in one line."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.Node:
+        scalars = not any(isinstance(item, (dict, list)) for item in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=scalars)
 
 
 class _Fault(Exception):
@@ -193,7 +206,7 @@ def _dotted(error: OmegaConfBaseException) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return str(error).strip().splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ")
 
 
 def _apply(raw: dict[str, Any], override: str, overridden: set[str]) -> None:
@@ -269,7 +282,9 @@ def _section(kind: Any, values: Any, key: str) -> Any:
 
 
 def _method_config(values: Any, key: str) -> type[MethodConfig]:
-    if not isinstance(values, dict) or "name" not in values:
+    if not isinstance(values, dict):
+        return MethodConfig  # refused by the caller, like any section that is none
+    if values.get("name") is None:
         raise _Fault(_join(key, "name"), "missing key; name a registered method (see sslzoo ls methods)")
     name = _typed(str, values["name"], _join(key, "name"))
     try:
@@ -332,7 +347,10 @@ def _items(kinds: tuple[Any, ...], value: Any, key: str) -> list[Any]:
         kinds = (kinds[0],) * len(value)
     if len(value) != len(kinds):
         raise _Fault(key, f"expected a list of {len(kinds)}, got {value!r}")
-    return [_typed(kind, item, _join(key, str(i))) for i, (kind, item) in enumerate(zip(kinds, value, strict=True))]
+    return [
+        _typed(kind, item, _join(key, str(i)))
+        for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+    ]
 
 
 _SCALARS: dict[type, tuple[str, type | tuple[type, ...], Callable[[str], Any]]] = {
@@ -446,20 +464,19 @@ def _trainer(values: dict[str, Any]) -> dict[str, Any]:
 
 def _unknown(section: str, name: str, names: list[str], values: Mapping[str, Any]) -> str:
     """Why ``name`` is not a key of ``section``, and the nearest right one."""
-    here = get_close_matches(name, names, n=1, cutoff=0.7)
-    if not here and section == "method":
-        owners = [other for other, keys in _method_keys().items() if name in keys]
-        if owners:
-            return f"not a key of method {values['name']}, but of {', '.join(owners)}"
-    elsewhere = [key for key in _all_keys() if key.rpartition(".")[2] == name]
-    if not here and elsewhere:
+    near = get_close_matches(name, names, n=1, cutoff=0.7)
+    owners = [] if near else [method for method, keys in _method_keys().items() if name in keys]
+    elsewhere = [] if near else [key for key in _all_keys() if key.rpartition(".")[2] == name]
+    if owners and section == "method":
+        return f"not a key of method {values['name']}, but of {', '.join(owners)}"
+    if elsewhere:
         return f"unknown key; did you mean {elsewhere[0]}?"
-    if not here and not section and (owners := [o for o, keys in _method_keys().items() if name in keys]):
-        return f"unknown key; did you mean method.{name}, of {', '.join(owners)}?"
-    here = here or get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"unknown key; did you mean {_join(section, here[0])}?" if here else (
-        f"unknown key (known: {', '.join(names)})"
-    )
+    if owners:
+        return f"unknown key; did you mean method.{name}, a key of {', '.join(owners)}?"
+    near = near or get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f"unknown key; did you mean {_join(section, near[0])}?"
+    return f"unknown key (known: {', '.join(names)})"
 
 
 def _all_keys(kind: type = Recipe, section: str = "") -> list[str]:
@@ -513,6 +530,32 @@ def _stated(values: Any, path: list[str]) -> bool:
         else:
             return False
     return True
+
+
+def _check_data(recipe: Recipe) -> None:
+    """What no section can see alone: data sets, their splits, and channels."""
+    test = replace(recipe.data, split=recipe.eval.test_split)
+    sources = [("data", "split", recipe.data)]
+    sources += [(f"probe.data.{i}", "split", source) for i, source in enumerate(recipe.probe.data)]
+    sources += [("eval", "test_split", test)] if not recipe.probe.data else []
+    for key, split, source in sources:
+        try:
+            info = dataset_info(source.dataset)
+        except ValueError as error:
+            raise _Fault(f"{key}.dataset", str(error)) from None
+        if info.splits and source.split not in info.splits:
+            raise _Fault(
+                f"{key}.{split}",
+                f"{source.dataset} has no split {source.split!r}{registry.closest(source.split, [*info.splits])}"
+                f" (known: {', '.join(info.splits)})",
+            )
+    if len(recipe.data.mean) != recipe.backbone.in_channels:
+        raise _Fault(
+            "backbone.in_channels",
+            f"{recipe.backbone.in_channels} channels, but data.mean has {len(recipe.data.mean)}; make them equal",
+        )
+    if not recipe.views:
+        raise _Fault("views", "a recipe needs at least one view")
 
 
 def _derive(recipe: Recipe) -> dict[str, int | float]:

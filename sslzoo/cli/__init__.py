@@ -1,1 +1,5 @@
-"""The command line: one file a verb, no logic, heavy imports only inside the verb."""
+"""The command line: one file a verb, no logic, heavy imports only inside the verb.
+
+A verb is a module here with ``add_arguments(parser)`` and ``run(args) -> int``, the exit code. Its name is the
+file's, with ``-`` for ``_``; the first line of its docstring is its help.
+"""

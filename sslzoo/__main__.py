@@ -1,0 +1,5 @@
+"""``python -m sslzoo`` is ``sslzoo``."""
+
+from sslzoo.cli.main import main
+
+raise SystemExit(main())

@@ -1,0 +1,37 @@
+"""Copy a bundled recipe, comments included, to change it."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from sslzoo import registry
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="bundled name or file")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="file or folder")
+    parser.add_argument("--force", action="store_true", help="replace DEST where it exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        source = registry.recipe_path(args.recipe)
+    except ValueError as error:
+        return _refuse(str(error))
+    dest = args.dest / source.name if args.dest.is_dir() else args.dest
+    if dest.exists() and not args.force:
+        return _refuse(f"{dest} exists; --force replaces it")
+    if not dest.parent.is_dir():
+        return _refuse(f"{dest.parent} is no folder; make it first")
+    if not (dest.exists() and dest.samefile(source)):
+        shutil.copyfile(source, dest)
+    print(f"{dest}: now sslzoo fit --recipe {dest}")
+    return 0
+
+
+def _refuse(reason: str) -> int:
+    print(f"sslzoo cp: {reason}", file=sys.stderr)
+    return 2

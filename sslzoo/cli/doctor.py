@@ -1,0 +1,29 @@
+"""Look at this machine: what is wrong with it, and how to repair it; exit code 1 where something is broken."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser  # it takes none
+
+
+def run(args: argparse.Namespace) -> int:
+    del args
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from sslzoo.doctor import BROKEN, FINE, examine
+
+    findings = examine()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for finding in findings:
+        style = {FINE: "green", BROKEN: "bold red"}.get(finding.state, "yellow")
+        text = Text(finding.detail)
+        if finding.fix:
+            text.append(f"\n-> {finding.fix}", style=style)
+        table.add_row(Text(finding.state, style=style), finding.subject, text)
+    Console(highlight=False).print(table)
+    return 1 if any(finding.state == BROKEN for finding in findings) else 0

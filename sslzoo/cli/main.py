@@ -1,0 +1,70 @@
+"""``sslzoo``: hand over to one verb and turn what went wrong into an exit code.
+
+0 done; 1 failure at run time; 2 usage or recipe, with one line on stderr; 130 interrupt. A verb documents its
+others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import NoReturn
+
+import sslzoo
+from sslzoo import cli
+from sslzoo.registry import closest
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def verbs() -> dict[str, ModuleType]:
+    """Every verb's module, by verb."""
+    names = [module.name for module in iter_modules(cli.__path__) if module.name != "main"]
+    return {name.replace("_", "-"): import_module(f"sslzoo.cli.{name}") for name in sorted(names)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sslzoo", description=sslzoo.__doc__)
+    parser.add_argument("--version", action="version", version=f"sslzoo {sslzoo.__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, module in verbs().items():
+        documentation = module.__doc__ or ""
+        summary = documentation.partition("\n")[0].rstrip(".")
+        child = subparsers.add_parser(
+            verb,
+            help=summary[:1].lower() + summary[1:],
+            description=documentation,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(child)
+        child.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (the process's own by default) and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs():
+        parser.error(f"no verb {arguments[0]!r}{closest(arguments[0], list(verbs()))}")
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:
+        from sslzoo.recipe import RecipeError  # not earlier: OmegaConf takes its time to import
+
+        if not isinstance(error, RecipeError):
+            raise
+        print(error, file=sys.stderr)
+        return 2
