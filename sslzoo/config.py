@@ -28,6 +28,9 @@ class MethodConfig:
 
     name: str
 
+    def check(self, recipe: Recipe) -> None:
+        """Raise ``ValueError`` where this method cannot do what the rest of ``recipe`` asks."""
+
 
 STEMS = ("imagenet", "small", "cifar")
 
@@ -205,6 +208,7 @@ class EvalConfig:
     knn_temperature: float
     resize: int = 0  # shorter side before the centre crop of ``size``; 0: the image is used as it is
     batch_size: int = 256  # per device
+    bank_size: int = 0  # training samples in the k-NN bank and the probe's held-out part; 0: all
     test_split: str = "test"
     baselines: bool = False  # the final table also shows raw pixels, PCA-64 and random initialisation
 
@@ -266,3 +270,6 @@ class Recipe:
     trainer: dict[str, Any]  # to lightning.Trainer as it is
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     name: str = "unnamed"  # the file's stem
+
+    def __post_init__(self) -> None:
+        self.method.check(self)

@@ -1,0 +1,92 @@
+"""The data sets that a recipe may name. Costs no torch to import."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """What is known of a data set before it is opened."""
+
+    description: str
+    layout: str  # under data.root; empty for embedded data
+    splits: tuple[str, ...]  # empty: any folder name
+    channels: int = 3
+    num_classes: int = 0  # 0: from the folders, or none
+
+
+_CLASS_FOLDERS = "{train,val}/<class>/<image>"
+
+DATASETS: dict[str, DatasetInfo] = {
+    "fashion_mnist_12k": DatasetInfo(
+        description="12,000 + 2,000 images of Fashion-MNIST, 28 px grey, inside the package",
+        layout="",
+        splits=("train", "test"),
+        channels=1,
+        num_classes=10,
+    ),
+    "fashion_mnist": DatasetInfo(
+        description="Fashion-MNIST, 60,000 + 10,000 images, 28 px grey",
+        layout="{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz], there or in FashionMNIST/raw/",
+        splits=("train", "test"),
+        channels=1,
+        num_classes=10,
+    ),
+    "cifar10": DatasetInfo(
+        description="CIFAR-10, 50,000 + 10,000 images, 32 px",
+        layout="cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}",
+        splits=("train", "test"),
+        num_classes=10,
+    ),
+    "cifar100": DatasetInfo(
+        description="CIFAR-100, 50,000 + 10,000 images, 32 px",
+        layout="cifar-100-python/{train,test,meta}",
+        splits=("train", "test"),
+        num_classes=100,
+    ),
+    "stl10": DatasetInfo(
+        description="STL-10, 100,000 unlabelled + 5,000 + 8,000 images, 96 px",
+        layout="stl10_binary/{unlabeled_X,train_X,train_y,test_X,test_y}.bin",
+        splits=("unlabeled", "train+unlabeled", "train", "test"),
+        num_classes=10,
+    ),
+    "tiny_imagenet": DatasetInfo(
+        description="Tiny-ImageNet, 100,000 + 10,000 images of 200 classes, 64 px",
+        layout="tiny-imagenet-200/{train/<wnid>/images/*.JPEG,val/images/*.JPEG,val/val_annotations.txt}",
+        splits=("train", "test"),
+        num_classes=200,
+    ),
+    "imagenet100": DatasetInfo(
+        description="ImageNet, the 100 classes that data.classes lists",
+        layout=_CLASS_FOLDERS,
+        splits=("train", "test"),
+        num_classes=100,
+    ),
+    "imagenet1k": DatasetInfo(
+        description="ImageNet-1k, 1,281,167 + 50,000 images",
+        layout=_CLASS_FOLDERS,
+        splits=("train", "test"),
+        num_classes=1000,
+    ),
+    "imagefolder": DatasetInfo(
+        description="your images, one folder a class under one folder a split",
+        layout="<split>/<class>/<image>",
+        splits=(),
+    ),
+    "folder": DatasetInfo(
+        description="your images without labels, in any folders under data.root",
+        layout="<image> or <folders>/<image>",
+        splits=(),
+    ),
+}
+
+
+def dataset_info(name: str) -> DatasetInfo:
+    """The entry ``name``, or a ``ValueError`` with the closest right name."""
+    if name not in DATASETS:
+        close = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(DATASETS)}"
+        raise ValueError(f"unknown data.dataset {name!r}{hint}")
+    return DATASETS[name]

@@ -1,0 +1,147 @@
+"""Where a crop lies, and its resampling.
+
+Letters: N samples, C channels, H x W image, S side of the crop's output. A box is (top, left, height,
+width) in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+ATTEMPTS = 10
+CROP_DRAWS = 2 * ATTEMPTS + 2
+
+
+def sample_boxes(
+    u: Tensor, height: Tensor, width: Tensor, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Tensor:
+    """Boxes (N, 4) int64 by torchvision's RandomResizedCrop rule, from uniforms ``u`` (N, CROP_DRAWS).
+
+    Ten attempts at an area and a log-uniform aspect; the first that fits is placed uniformly. If none
+    fits, the largest central box within the aspect range. ``height``, ``width`` (N,) are the images'.
+    """
+    height, width = height.double(), width.double()
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[:, :ATTEMPTS])
+    aspect = torch.exp(low + (high - low) * u[:, ATTEMPTS : 2 * ATTEMPTS])
+    w = (area * aspect).sqrt().round()  # (N, ATTEMPTS); half to even, as Python rounds
+    h = (area / aspect).sqrt().round()
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+    first = fits.int().argmax(dim=1, keepdim=True)
+    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
+    top = ((height - h + 1) * u[:, -2]).floor()
+    left = ((width - w + 1) * u[:, -1]).floor()
+
+    central_w = torch.where(width / height > ratio[1], (height * ratio[1]).round(), width)
+    central_h = torch.where(width / height < ratio[0], (width / ratio[0]).round(), height)
+    central = ((height - central_h) // 2, (width - central_w) // 2, central_h, central_w)
+    found = fits.any(dim=1)
+    box = [torch.where(found, a, b) for a, b in zip((top, left, h, w), central, strict=True)]
+    return torch.stack(box, dim=1).long()
+
+
+def crop_image(image: Tensor, box: list[int], size: int, interpolation: str) -> Tensor:
+    """One crop (C, S, S) uint8 of one uint8 image (C, H, W), antialiased.
+
+    Fast when ``image`` is channels-last in memory: see :func:`channels_last`.
+    """
+    mode = InterpolationMode(interpolation)
+    return TF.resized_crop_image(image[None], *box, size=[size, size], interpolation=mode, antialias=True)[0]
+
+
+def channels_last(image: Tensor) -> Tensor:
+    """The image (C, H, W) with its channels adjacent in memory, the layout that resizing is quick on."""
+    return image[None].contiguous(memory_format=torch.channels_last)[0]
+
+
+def _triangle(x: Tensor) -> Tensor:
+    return (1 - x.abs()).clamp_(min=0)
+
+
+def _cubic(x: Tensor) -> Tensor:
+    """Keys' kernel with a = -0.5, as PIL and torch's antialiased bicubic."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def interpolation_matrix(
+    start: Tensor,
+    length: Tensor,
+    source: int,
+    size: int,
+    interpolation: str,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Rows of an antialiased resampling of ``[start, start + length)`` to ``size`` points (N, size, source).
+
+    ``start``, ``length`` (N,) in pixels of a line of ``source`` pixels; nothing outside the box is read.
+    """
+    start, length = start.to(dtype)[:, None, None], length.to(dtype)[:, None, None]
+    pixel = torch.arange(source, device=start.device, dtype=dtype) + 0.5 - start  # (N, 1, source)
+    scale = length / size
+    centre = scale * (torch.arange(size, device=start.device, dtype=dtype)[:, None] + 0.5)  # (N, size, 1)
+    kernel = _triangle if interpolation == "bilinear" else _cubic
+    weights = kernel((pixel - centre) / scale.clamp(min=1))
+    weights = weights * ((pixel > 0) & (pixel < length))
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Each image times its own matrices: ``rows @ image @ columns^T`` (N, C, S, T).
+
+    ``images`` (N, C, H, W), ``rows`` (N, S, H), ``columns`` (N, T, W).
+    """
+    n, c, h, w = images.shape
+    s, t = rows.shape[1], columns.shape[1]
+    if c == 1:
+        return (rows @ (images[:, 0] @ columns.mT))[:, None]
+    # Channels stacked under one another: one matrix product a sample instead of one a channel.
+    wide = images.reshape(n, c * h, w) @ columns.mT  # (N, C H, T)
+    tall = wide.view(n, c, h, t).transpose(2, 3).reshape(n, c * t, h)
+    return (tall @ rows.mT).view(n, c, t, s).transpose(2, 3).contiguous()
+
+
+def crop_batch(images: Tensor, boxes: Tensor, size: int, interpolation: str) -> Tensor:
+    """Crops (N, C, S, S), float32 in [0, 1] and not rounded to grey levels, of uint8 images (N, C, H, W).
+
+    The whole batch at once: each sample has its own rows of filter weights.
+    """
+    top, left, height, width = boxes.unbind(dim=1)
+    rows = interpolation_matrix(top, height, images.shape[2], size, interpolation)
+    columns = interpolation_matrix(left, width, images.shape[3], size, interpolation)
+    out = resample(images.float() / 255, rows, columns)
+    return out.clamp_(0, 1) if interpolation == "bicubic" else out  # the cubic kernel overshoots
+
+
+def evaluation_crop(images: Tensor, resize: int, size: int) -> Tensor:
+    """Shorter side to ``resize`` (0: as it is), centre square of ``size``; (..., C, H, W) uint8 to uint8.
+
+    Raises ``ValueError`` where the image is smaller than ``size``.
+    """
+    if resize and (min(images.shape[-2:]) != resize):
+        images = TF.resize_image(images, [resize], interpolation=InterpolationMode.BILINEAR, antialias=True)
+    h, w = images.shape[-2:]
+    if min(h, w) < size:
+        raise ValueError(
+            f"eval.size={size} is larger than an image of {h} x {w}; set eval.resize={size} or more"
+        )
+    return TF.center_crop_image(images, [size, size])
+
+
+def reflected_index(size: int, pad: int, device: torch.device) -> Tensor:
+    """Source index of each point of a line of ``size`` padded by ``pad`` on both sides, (size + 2 pad,).
+
+    Mirrored without repeating the edge, again and again where the padding is longer than the line.
+    """
+    if size == 1:
+        return torch.zeros(1 + 2 * pad, dtype=torch.long, device=device)
+    period = 2 * (size - 1)
+    index = torch.arange(-pad, size + pad, device=device) % period
+    return torch.where(index < size, index, period - index)

@@ -1,0 +1,246 @@
+"""Opening a data set by name: one reader for each layout on disk.
+
+Nothing is downloaded. An empty or differently laid out folder is a ``ValueError`` that shows the layout.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sslzoo.config import DataConfig, SourceConfig
+from sslzoo.data.catalog import dataset_info
+from sslzoo.data.idx import read_idx
+from sslzoo.data.sources import ArraySource, FileSource, ImageSource
+
+__all__ = ["open_source"]
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+
+
+def open_source(cfg: SourceConfig, channels: int = 0) -> ImageSource:
+    """The images that ``cfg`` names.
+
+    ``channels`` says how files are decoded, 1 or 3; 0 takes it from ``data.mean`` of a :class:`DataConfig`
+    and otherwise from the data set. Raises ``ValueError`` for an unknown name or split, a layout that is
+    not the data set's, or images with another number of channels.
+    """
+    info = dataset_info(cfg.dataset)
+    if not channels:
+        channels = len(cfg.mean) if isinstance(cfg, DataConfig) else info.channels
+    if info.splits and cfg.split not in info.splits:
+        raise ValueError(f"{cfg.dataset} has the splits {', '.join(info.splits)}; got split {cfg.split!r}")
+    if info.layout and not Path(cfg.root).is_dir():
+        _wrong_layout(cfg, f"{cfg.root!r} is not a folder")
+    source = _READERS[cfg.dataset](cfg, channels)
+    if source.channels != channels:
+        raise ValueError(
+            f"{cfg.dataset} has {source.channels} channel(s) but data.mean and data.std have {channels}; "
+            f"give {source.channels} number(s) there and set backbone.in_channels={source.channels}"
+        )
+    return source
+
+
+def _wrong_layout(cfg: SourceConfig, problem: str) -> NoReturn:
+    raise ValueError(
+        f"cannot open {cfg.dataset} (split {cfg.split!r}): {problem}. Expected under data.root={cfg.root!r}: "
+        f"{dataset_info(cfg.dataset).layout}; set root to the folder that holds it"
+    )
+
+
+def _found(cfg: SourceConfig, *candidates: str) -> Path:
+    """The first of the candidate paths under the root that exists."""
+    for candidate in candidates:
+        if (Path(cfg.root) / candidate).exists():
+            return Path(cfg.root) / candidate
+    _wrong_layout(cfg, f"there is no {' or '.join(candidates)}")
+
+
+def _class_order(cfg: SourceConfig, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes to keep, in label order."""
+    unknown = [c for c in cfg.classes if c not in names]
+    if unknown:
+        raise ValueError(
+            f"classes names {unknown[0]!r}, which {cfg.dataset} at {cfg.root or 'its package'!r} does not have "
+            f"({len(names)} classes, such as {', '.join(names[:3])})"
+        )
+    if len(set(cfg.classes)) != len(cfg.classes):
+        raise ValueError(f"classes of {cfg.dataset} lists a class twice")
+    return cfg.classes or names
+
+
+def _in_memory(
+    cfg: SourceConfig, images: NDArray[np.uint8], labels: NDArray[Any] | None, names: tuple[str, ...]
+) -> ArraySource:
+    """An array source with the classes that the recipe keeps."""
+    if labels is None:
+        if cfg.classes:
+            raise ValueError(
+                f"classes cannot choose from {cfg.dataset} split {cfg.split!r}: it has no labels"
+            )
+        return ArraySource(cfg.dataset, cfg.split, images, None)
+    labels = labels.astype(np.int64)
+    kept = _class_order(cfg, names)
+    if kept != names:
+        new_label = np.full(len(names), -1, dtype=np.int64)
+        new_label[[names.index(c) for c in kept]] = np.arange(len(kept))
+        labels = new_label[labels]
+        images, labels = images[labels >= 0], labels[labels >= 0]
+    return ArraySource(cfg.dataset, cfg.split, images, labels, kept)
+
+
+def _fashion_mnist_12k(cfg: SourceConfig, channels: int) -> ImageSource:
+    with as_file(files("sslzoo.data") / "embedded" / "fashion_mnist_12k.npz") as path, np.load(path) as data:
+        images, labels = data[f"{cfg.split}_images"], data[f"{cfg.split}_labels"]
+    return _in_memory(cfg, images[:, None], labels, FASHION_CLASSES)
+
+
+def _fashion_mnist(cfg: SourceConfig, channels: int) -> ImageSource:
+    prefix = {"train": "train", "test": "t10k"}[cfg.split]
+
+    def read(name: str) -> NDArray[np.uint8]:
+        places = ("", "FashionMNIST/raw/", "raw/")
+        return read_idx(_found(cfg, *(f"{p}{prefix}-{name}-ubyte{z}" for p in places for z in ("", ".gz"))))
+
+    return _in_memory(cfg, read("images-idx3")[:, None], read("labels-idx1"), FASHION_CLASSES)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Refuses everything but numpy arrays: a pickle may otherwise run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+        if (module, name) in allowed or (name == "_reconstruct" and module.endswith("core.multiarray")):
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise ValueError(f"a CIFAR file must hold arrays only, but this one asks for {module}.{name}")
+
+
+def _unpickle(path: Path) -> dict[bytes, Any]:
+    with path.open("rb") as file:
+        return _ArraysOnly(file, encoding="bytes").load()
+
+
+def _cifar(cfg: SourceConfig, channels: int) -> ImageSource:
+    ten = cfg.dataset == "cifar10"
+    folder = "cifar-10-batches-py" if ten else "cifar-100-python"
+    parts = [f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"]
+    if cfg.split == "test":
+        parts = ["test_batch"] if ten else ["test"]
+    batches = [_unpickle(_found(cfg, f"{folder}/{part}", part)) for part in parts]
+    meta = _unpickle(
+        _found(cfg, *(f"{place}{'batches.meta' if ten else 'meta'}" for place in (f"{folder}/", "")))
+    )
+    names = tuple(name.decode() for name in meta[b"label_names" if ten else b"fine_label_names"])
+    images = np.concatenate([b[b"data"] for b in batches]).reshape(-1, 3, 32, 32)
+    labels = np.concatenate([b[b"labels" if ten else b"fine_labels"] for b in batches])
+    return _in_memory(cfg, images, labels, names)
+
+
+def _stl10(cfg: SourceConfig, channels: int) -> ImageSource:
+    def read(part: str) -> NDArray[np.uint8]:
+        path = _found(cfg, f"stl10_binary/{part}_X.bin", f"{part}_X.bin")
+        if path.stat().st_size % (3 * 96 * 96):
+            _wrong_layout(cfg, f"{path} is cut short")
+        # Mapped, not read: the unlabelled part is 2.8 GB. Stored column by column.
+        return np.memmap(path, np.uint8, "r").reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2)
+
+    if cfg.split == "train+unlabeled":
+        return _in_memory(cfg, np.concatenate([read("train"), read("unlabeled")]), None, ())
+    if cfg.split == "unlabeled":
+        return _in_memory(cfg, read("unlabeled"), None, ())
+    labels = np.fromfile(_found(cfg, f"stl10_binary/{cfg.split}_y.bin", f"{cfg.split}_y.bin"), np.uint8)
+    return _in_memory(cfg, read(cfg.split), labels.astype(np.int64) - 1, STL10_CLASSES)
+
+
+def _images_in(folder: Path, root: Path) -> list[str]:
+    """Image files under ``folder``, at any depth, as sorted paths relative to ``root``."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    return sorted(p.relative_to(root).as_posix() for p in found)
+
+
+def _from_class_folders(cfg: SourceConfig, folder: Path, channels: int, subfolder: str = "") -> FileSource:
+    """Images in one folder a class; sorted names are the labels unless ``classes`` orders them."""
+    names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+    if not names:
+        _wrong_layout(cfg, f"{folder} has no class folders")
+    kept = _class_order(cfg, names)
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(kept):
+        found = _images_in(folder / name / subfolder, folder)
+        if not found:
+            _wrong_layout(cfg, f"{folder / name / subfolder} holds no images")
+        paths += found
+        labels += [label] * len(found)
+    return FileSource(cfg.dataset, cfg.split, folder, paths, np.array(labels, dtype=np.int64), kept, channels)
+
+
+def _tiny_imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
+    train = _found(cfg, "tiny-imagenet-200/train", "train")
+    if cfg.split == "train":
+        return _from_class_folders(cfg, train, channels, "images")
+    kept = _class_order(cfg, tuple(sorted(p.name for p in train.iterdir() if p.is_dir())))
+    folder = train.parent / "val"
+    table = folder / "val_annotations.txt"
+    if not table.is_file():
+        _wrong_layout(cfg, f"there is no {table}")
+    rows = [line.split("\t")[:2] for line in table.read_text().splitlines() if line]
+    rows = sorted((name, wnid) for name, wnid in rows if wnid in kept)
+    if not rows:
+        _wrong_layout(cfg, f"{table} names no image of the classes")
+    labels = np.array([kept.index(wnid) for _, wnid in rows], dtype=np.int64)
+    return FileSource(
+        cfg.dataset, cfg.split, folder, [f"images/{name}" for name, _ in rows], labels, kept, channels
+    )
+
+
+def _imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
+    source = _from_class_folders(cfg, _found(cfg, "train" if cfg.split == "train" else "val"), channels)
+    expected = dataset_info(cfg.dataset).num_classes
+    chosen = cfg.dataset == "imagenet1k" and cfg.classes
+    if source.num_classes != expected and not chosen:
+        raise ValueError(
+            f"{cfg.dataset} has {expected} classes, but {source.num_classes} are there or listed; list the folder "
+            f"names in data.classes, or name the data set imagefolder"
+        )
+    return source
+
+
+def _imagefolder(cfg: SourceConfig, channels: int) -> ImageSource:
+    candidates = ("test", "val") if cfg.split == "test" else (cfg.split,)
+    return _from_class_folders(cfg, _found(cfg, *candidates), channels)
+
+
+def _folder(cfg: SourceConfig, channels: int) -> ImageSource:
+    root = Path(cfg.root)
+    paths = _images_in(root, root)
+    if not paths:
+        _wrong_layout(cfg, f"no file in it ends in {', '.join(sorted(EXTENSIONS))}")
+    if cfg.classes:
+        raise ValueError("classes cannot choose from data.dataset=folder: it has no labels; use imagefolder")
+    return FileSource(cfg.dataset, cfg.split, root, paths, None, channels=channels)
+
+
+_READERS: dict[str, Callable[[SourceConfig, int], ImageSource]] = {
+    "fashion_mnist_12k": _fashion_mnist_12k,
+    "fashion_mnist": _fashion_mnist,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "stl10": _stl10,
+    "tiny_imagenet": _tiny_imagenet,
+    "imagenet100": _imagenet,
+    "imagenet1k": _imagenet,
+    "imagefolder": _imagefolder,
+    "folder": _folder,
+}

@@ -1,0 +1,26 @@
+"""The idx format of the MNIST family."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """The uint8 array in an idx file, plain or gzipped by its suffix.
+
+    Raises ``ValueError`` where the file is not idx with unsigned bytes, or is cut short.
+    """
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is not an idx file of unsigned bytes; download it again")
+    start = 4 + 4 * raw[3]
+    shape = tuple(np.frombuffer(raw[4:start], dtype=">u4").astype(int))
+    if len(raw) - start != np.prod(shape):
+        raise ValueError(
+            f"{path} announces shape {shape} but holds {len(raw) - start} bytes; download it again"
+        )
+    return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape)

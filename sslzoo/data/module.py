@@ -1,0 +1,279 @@
+"""One DataModule for every data set, view list and number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sslzoo.config import DataConfig, EvalConfig, ProbeConfig, SourceConfig, ViewConfig
+from sslzoo.data.catalog import dataset_info
+from sslzoo.data.crops import crop_batch
+from sslzoo.data.datasets import open_source
+from sslzoo.data.loading import BadImages, EvalDataset, RawBatch, RawEvalBatch, ViewDataset, shard, to_unit
+from sslzoo.data.photometric import normalize
+from sslzoo.data.randomness import is_holdout, subset
+from sslzoo.data.sampler import GlobalBatchSampler
+from sslzoo.data.sources import ArraySource, FakeSource, ImageSource
+from sslzoo.data.views import ViewDraws, apply_view, draw_boxes, draw_uniforms, draw_view, expand_views
+from sslzoo.distributed import rank, world_size
+from sslzoo.method import Batch, EvalBatch
+from sslzoo.plan import TrainingPlan
+
+__all__ = ["EvalSet", "SSLDataModule", "is_holdout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """One labelled set that evaluation runs over; the i-th loader of ``val_dataloader`` serves the i-th."""
+
+    name: str  # '' for the training data's own, otherwise the data set's
+    split: str  # train (bank of k-NN, held-out labels of the probe) or test
+    num_classes: int
+    source: ImageSource
+    sample_id: Tensor  # (n,) int64: the samples in it, over all ranks
+
+    @property
+    def size(self) -> int:
+        """Samples over all ranks."""
+        return len(self.sample_id)
+
+
+class DrawnBatch(NamedTuple):
+    """A raw batch with the parameters of its views, ready for the device."""
+
+    images: tuple[Tensor, ...]
+    draws: tuple[ViewDraws, ...]
+    sample_id: Tensor
+    label: Tensor | None
+
+
+class SSLDataModule(LightningDataModule):
+    """Training batches from ``views`` and evaluation batches from a plain view.
+
+    Workers decode and crop to uint8. What is left of the views happens on the device, for the batch at
+    once; so does the crop of images that are in memory, which need no workers. ``position`` counts the
+    micro-batches finished in the whole run: a run's callback adds one after each, and the order of samples
+    continues from there after a resume.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        views: Sequence[ViewConfig],
+        eval: EvalConfig,
+        probe: ProbeConfig,
+        plan: TrainingPlan,
+        seed: int,
+        source: ImageSource | None = None,
+    ) -> None:
+        super().__init__()
+        self.data, self.views, self.eval, self.probe = data, expand_views(views), eval, probe
+        self.plan, self.seed = plan, seed
+        self.train_source = source if source is not None else open_source(data)
+        if len(self.train_source) != plan.dataset_size:
+            raise ValueError(
+                f"the plan counts {plan.dataset_size} samples, {self.train_source.name} has {len(self.train_source)}"
+            )
+        if self.train_source.channels != len(data.mean):
+            raise ValueError(
+                f"{self.train_source.name} has {self.train_source.channels} channel(s), "
+                f"data.mean and data.std have {len(data.mean)}"
+            )
+        self.position = 0
+        self._bad = BadImages(self.train_source, data.max_bad_fraction)
+        self._eval_sets: list[EvalSet] | None = None
+        self._eval_bad: list[BadImages] = []
+
+    # -- what others ask for ------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int:
+        """Of the training data; 0 without labels."""
+        return self.train_source.num_classes
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training data: state kept per sample belongs to it."""
+        return self.train_source.fingerprint
+
+    @property
+    def unreadable(self) -> int:
+        """Unreadable training images met so far."""
+        return int(self._bad.seen.sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position; the order of samples and all random numbers follow from it."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved position."""
+        self.position = int(state_dict["position"])
+
+    # -- loaders ------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[RawBatch]:
+        """This rank's micro-batches from ``position`` to the end of the epoch, as raw batches."""
+        return self._loader(
+            ViewDataset(self.train_source, self.views, self.seed),
+            GlobalBatchSampler(self.plan, self.seed, rank(), lambda: self.position),
+            persistent=True,
+        )
+
+    def val_dataloader(self) -> list[DataLoader[RawEvalBatch]]:
+        """One loader for each of :meth:`eval_sets`, with this rank's contiguous share of its samples.
+
+        No sample is padded or seen twice, hence ranks may have different numbers of batches.
+        """
+        sets = self.eval_sets()
+        self._eval_bad = [BadImages(s.source, self.data.max_bad_fraction) for s in sets]
+        return [
+            self._loader(
+                EvalDataset(s.source, self.eval),
+                shard(s.sample_id, rank(), world_size(), self.eval.batch_size),
+                persistent=False,
+            )
+            for s in sets
+        ]
+
+    def _loader(self, dataset: Any, batches: Any, *, persistent: bool) -> DataLoader[Any]:
+        array = isinstance(dataset.source, ArraySource)
+        workers = 0 if array else self.data.workers
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            persistent_workers=persistent and workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # Its own: the base seed of workers would otherwise be drawn from the global generator.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    # -- evaluation sets ----------------------------------------------------------------------
+
+    def eval_sets(self) -> list[EvalSet]:
+        """Train and test set of the training data, if labelled, then of every entry of ``probe.data``."""
+        if self._eval_sets is None:
+            sets: list[EvalSet] = []
+            if self.train_source.labels is not None:
+                sets += self._pair("", self.data, self.train_source)
+            for cfg in self.probe.data:
+                sets += self._pair(cfg.dataset, cfg, self._open(cfg))
+            self._eval_sets = sets
+        return self._eval_sets
+
+    def _open(self, cfg: SourceConfig) -> ImageSource:
+        if isinstance(self.train_source, FakeSource):
+            own = self.num_classes if cfg.dataset == self.data.dataset else 0
+            classes = own or len(cfg.classes) or dataset_info(cfg.dataset).num_classes or 10
+            return self.train_source.sibling(cfg.split, classes)
+        return open_source(cfg, channels=len(self.data.mean))
+
+    def _pair(self, name: str, cfg: SourceConfig, train: ImageSource) -> list[EvalSet]:
+        test = self._open(
+            SourceConfig(
+                dataset=cfg.dataset, root=cfg.root, split=self.eval.test_split, classes=tuple(cfg.classes)
+            )
+        )
+        for source in (train, test):
+            if source.labels is None:
+                raise ValueError(
+                    f"evaluation needs labels, and {source.name} split {source.split!r} has none"
+                )
+        if train.class_names != test.class_names:
+            raise ValueError(
+                f"splits {train.split!r} and {test.split!r} of {train.name} have different classes "
+                f"({train.num_classes} and {test.num_classes}); give both the same class folders"
+            )
+        return [
+            EvalSet(
+                name=name,
+                split=split,
+                num_classes=train.num_classes,
+                source=source,
+                sample_id=subset(self.seed, len(source), self.eval.bank_size if split == "train" else 0),
+            )
+            for split, source in (("train", train), ("test", test))
+        ]
+
+    # -- from workers to the device -----------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Draw the parameters of the views, on the CPU; take note of unreadable images."""
+        if isinstance(batch, RawEvalBatch):
+            if batch.bad:
+                self._eval_bad[dataloader_idx].add(batch.bad)
+            return EvalBatch(batch.image, batch.sample_id, batch.label)
+        if isinstance(batch, RawBatch):
+            self._bad.add(batch.bad)
+            return self._draw(batch)
+        return batch
+
+    def _draw(self, batch: RawBatch) -> DrawnBatch:
+        draws = []
+        for k, view in enumerate(self.views):
+            u = draw_uniforms(self.seed, batch.epoch, k, batch.sample_id)
+            boxes = None
+            if isinstance(self.train_source, ArraySource):
+                height, width = (torch.full((len(u),), side) for side in self.train_source.size)
+                boxes = draw_boxes(view, u, height, width)
+            draws.append(draw_view(view, u, self.train_source.channels, boxes))
+        return DrawnBatch(batch.images, tuple(draws), batch.sample_id, batch.label)
+
+    @torch.no_grad()
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Crop (images in memory), colour, blur, solarise, flip and normalise, in float32."""
+        if isinstance(batch, DrawnBatch):
+            batch = self._finish(batch)
+            if self.trainer is not None and world_size() > 1:
+                self._share_bad_images(batch.sample_id.device)
+        elif isinstance(batch, EvalBatch):
+            batch = batch._replace(image=self._normalized(to_unit(batch.image)))
+        # Lightning converts to the precision of the run before the transfer, when images were uint8.
+        return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v, device=images.device) for v in (self.data.mean, self.data.std))
+        return normalize(images, mean, std)
+
+    def _finish(self, batch: DrawnBatch) -> Batch:
+        global_views: list[Tensor] = []
+        local_views: list[Tensor] = []
+        for k, (view, draws) in enumerate(zip(self.views, batch.draws, strict=True)):
+            if isinstance(self.train_source, ArraySource):
+                crops = crop_batch(batch.images[0], draws.boxes, view.size, view.interpolation)
+            else:
+                crops = to_unit(batch.images[k])
+            views = global_views if view.role == "global" else local_views
+            views.append(self._normalized(apply_view(view, crops, draws)))
+        return Batch(tuple(global_views), tuple(local_views), batch.sample_id, batch.label)
+
+    def _share_bad_images(self, device: torch.device) -> None:
+        """At the end of an epoch of files: each rank met its share, together they met all."""
+        last = (self.position + 1) % self.plan.micro_batches_per_epoch == 0
+        if last and not isinstance(self.train_source, ArraySource):
+            seen = self._bad.seen.to(device, torch.uint8)
+            dist.all_reduce(seen, dist.ReduceOp.MAX)
+            self._bad.seen = seen.bool().cpu()
+            self._bad.check()
+
+    def finish(self, raw: RawBatch, device: torch.device | str = "cpu") -> Batch:
+        """A raw batch as the method gets it, without a Trainer."""
+        drawn = self.on_before_batch_transfer(raw, 0)
+        return self.on_after_batch_transfer(self.transfer_batch_to_device(drawn, torch.device(device), 0), 0)
+
+    def example_batch(self, n: int) -> Batch:
+        """The first ``n`` samples of the training data as epoch 0 shows them."""
+        items = [(0, i) for i in range(n)]
+        return self.finish(ViewDataset(self.train_source, self.views, self.seed).__getitems__(items))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

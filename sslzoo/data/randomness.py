@@ -1,0 +1,83 @@
+"""Random numbers as a pure function of what they are for: no generator, no state.
+
+SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; the
+finaliser is Stafford's variant 13) used as a hash of a counter, for a whole batch at once. The same
+sample gets the same numbers in any worker, on any rank, and after a resume.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+# First word of every key: what the numbers are for.
+VIEWS, ORDER, HOLDOUT, SUBSET, FAKE, STEP = range(6)
+
+
+def _signed(x: int) -> int:
+    """The int64 with the same bits as the uint64 ``x``."""
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64: torch's own copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    for bits, factor in _MIX:
+        x = (x ^ _shifted(x, bits)) * _signed(factor)
+    return x ^ _shifted(x, 31)
+
+
+def key(*words: int) -> int:
+    """64 bits from a sequence of integers, such as (purpose, seed, epoch)."""
+    state = 0
+    for word in words:
+        state = (state + _GOLDEN + word) & _MASK
+        for bits, factor in _MIX:
+            state = ((state ^ (state >> bits)) * factor) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def hash64(stream: int, counter: Tensor) -> Tensor:
+    """int64 hash of each entry of the int64 tensor ``counter``, on its device; ``stream`` from :func:`key`."""
+    return _mix(_mix(counter + _signed(_GOLDEN)) + _signed(stream))
+
+
+def uniforms(stream: int, counter: Tensor, draws: int) -> Tensor:
+    """Uniform numbers in [0, 1), float64 (N, draws): a row for each entry of ``counter`` (N,)."""
+    steps = torch.arange(1, draws + 1, device=counter.device) * _signed(_GOLDEN)
+    bits = _mix(hash64(stream, counter)[:, None] + steps)
+    return _shifted(bits, 11).double() * 2.0**-53
+
+
+def view_uniforms(seed: int, epoch: int, view: int, sample_id: Tensor, draws: int) -> Tensor:
+    """The numbers behind view ``view`` of each sample (N, draws)."""
+    return uniforms(key(VIEWS, seed, epoch, view), sample_id, draws)
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> Tensor:
+    """A permutation of ``range(size)``, int64: the order of an epoch."""
+    return hash64(key(ORDER, seed, epoch), torch.arange(size)).argsort(stable=True)
+
+
+def subset(seed: int, size: int, keep: int) -> Tensor:
+    """``keep`` of ``range(size)``, ascending; all of them when ``keep`` is 0 or not smaller."""
+    if keep == 0 or keep >= size:
+        return torch.arange(size)
+    order = hash64(key(SUBSET, seed), torch.arange(size)).argsort(stable=True)
+    return order[:keep].sort().values
+
+
+def is_holdout(sample_id: Tensor, fraction: float, seed: int) -> Tensor:
+    """Whether each sample (N,) belongs to the held-out part of the training labels, bool (N,).
+
+    Works on the tensor's own device without synchronising.
+    """
+    return uniforms(key(HOLDOUT, seed), sample_id, 1)[:, 0] < fraction
