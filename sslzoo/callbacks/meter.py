@@ -1,0 +1,340 @@
+"""Metrics without ``self.log``: sums on the device, one host synchronisation an interval, own files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from sslzoo.distributed import all_reduce_mean, gather_detached, rank, world_size
+from sslzoo.exits import ExitCode
+
+log = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """A CSV with columns ``step, epoch`` and one per metric in order of first appearance.
+
+    A new metric rewrites the file with the wider header, in one atomic step. Cells without a value are
+    empty. Row count and columns identify a moment of the file, to which :meth:`rewind` goes back.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.columns: list[str] = ["step", "epoch"]
+        self.rows = 0
+        self.writes = True  # False on the other ranks, which only count
+        self._file: Any = None
+
+    def rewind(self, rows: int, columns: Sequence[str]) -> None:
+        """Cut the file back to its first ``rows`` rows and ``columns``, and open it for appending."""
+        self.columns, self.rows = list(columns), rows
+        if self.writes:
+            old = self._read()[1 : rows + 1]
+            if len(old) < rows:
+                log.warning("%s lacks %d rows from before the checkpoint", self.path, rows - len(old))
+            self._replace([row[: len(columns)] for row in old])
+
+    def resume(self) -> None:
+        """Open the file for appending after all that it holds."""
+        header, *rows = self._read() or [self.columns]
+        self.rewind(len(rows), header)
+
+    def append(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Add one row; readable by others at once."""
+        new = [key for key in values if key not in self.columns]
+        self.columns += new
+        self.rows += 1
+        if not self.writes:
+            return
+        if new:
+            self._replace(self._read()[1:])
+        # repr of a float is its shortest exact form: equal bytes mean equal bits.
+        row = {"step": step, "epoch": epoch} | {key: repr(value) for key, value in values.items()}
+        self._file.write(_line([row.get(key, "") for key in self.columns]))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Force everything written to disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _read(self) -> list[list[str]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.reader(file))
+
+    def _replace(self, rows: list[list[str]]) -> None:
+        self.close()
+        width = len(self.columns)
+        text = "".join(_line([*row, *[""] * (width - len(row))]) for row in [self.columns, *rows])
+        part = self.path.with_name(self.path.name + ".part")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.path)
+        self._file = self.path.open("a", newline="")
+
+
+def _line(cells: Sequence[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
+class Meter(Callback):
+    """Turns what methods record into rows of ``metrics.csv``, averaged over micro-batches and ranks.
+
+    A recorded tensor is a measurement: its mean since the last row is reported, and its mean over the
+    epoch as ``<name>_epoch``. A recorded plain number is a setting (a learning rate, a momentum): its
+    last value is reported. All ranks must record the same names. Rows come every ``every_steps``
+    optimiser steps and at epoch ends; ``step`` counts finished optimiser steps. Throughput goes to
+    ``system.csv``, so that ``metrics.csv`` holds nothing that depends on the clock and a resumed run
+    writes the same bytes. The same numbers go to the trainer's loggers.
+
+    Stands after every callback that records. A ``train/loss`` that is not finite raises
+    ``SystemExit(ExitCode.NAN)`` on all ranks, at the row that would report it.
+    """
+
+    def __init__(self, folder: Path, *, every_steps: int) -> None:
+        self.every_steps = every_steps
+        self.latest: dict[str, float] = {}  # last reported value of every key, for the progress display
+        self._file = MetricsFile(Path(folder) / "metrics.csv")
+        self._system = MetricsFile(Path(folder) / "system.csv")
+        # Sums since the last row, of this rank, per set of names that were recorded together.
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._counts: dict[tuple[str, ...], int] = {}
+        self._settings: dict[str, float] = {}
+        self._epoch: dict[str, tuple[float, int]] = {}  # sum and count of this epoch's finished rows
+        self._row_step = 0
+        self._restored: dict[str, Any] | None = None
+        self._silenced: set[int] = set()  # loggers that failed
+        self._clock_step = 0
+        self._mark: float | None = None  # the last batch boundary
+        self._waited = self._elapsed = 0.0
+
+    # -- collecting ----------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """The time since the last micro-batch went to waiting for this one."""
+        self._waited += self._tick()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add this micro-batch's values; write a row when one is due."""
+        self._collect(pl_module.recorded)
+        self._tick()
+        step = pl_module.optimizer_steps
+        if step != self._row_step and step % self.every_steps == 0:
+            self._write_row(trainer, pl_module)
+
+    def _collect(self, recorded: dict[str, Tensor | float]) -> None:
+        tensors = {key: value for key, value in recorded.items() if isinstance(value, Tensor)}
+        self._settings |= {key: value for key, value in recorded.items() if not isinstance(value, Tensor)}
+        recorded.clear()
+        if tensors:
+            keys = tuple(tensors)
+            values = torch.stack(list(tensors.values())).detach()
+            if keys in self._sums:
+                self._sums[keys].add_(values)
+            else:
+                self._sums[keys] = values.to(_wide(values.device), copy=True)
+            self._counts[keys] = self._counts.get(keys, 0) + 1
+
+    # -- reporting -----------------------------------------------------------------------------
+
+    def _reduced(self) -> dict[str, tuple[float, int]]:
+        """Every measurement's sum since the last row, averaged over ranks, and its count.
+
+        One all-reduce and one copy to the host.
+        """
+        merged: dict[str, tuple[float, int]] = {}
+        if self._sums:
+            sums = iter(all_reduce_mean(torch.cat(list(self._sums.values()))).tolist())
+            for keys, count in self._counts.items():
+                for key in keys:
+                    merged[key] = _add(merged.get(key), (next(sums), count))
+        return merged
+
+    def _write_row(self, trainer: Trainer, pl_module: Any, *, epoch_end: bool = False) -> None:
+        reduced = self._reduced()
+        self._sums, self._counts = {}, {}
+        self._row_step = pl_module.optimizer_steps
+        values = {key: total / count for key, (total, count) in reduced.items()}
+        for key, pair in reduced.items():
+            self._epoch[key] = _add(self._epoch.get(key), pair)
+        if values:
+            values |= self._settings
+        if epoch_end:
+            values |= {f"{key}_epoch": total / count for key, (total, count) in self._epoch.items()}
+            self._epoch = {}
+        self.log(trainer, values)
+        self._log_system(trainer, pl_module)
+        _stop_if_diverged(reduced, self._row_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write the rest of the interval and the epoch's means."""
+        self._write_row(trainer, pl_module, epoch_end=True)
+        self.restart_clock()
+
+    def log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        """Write ``values``, equal on all ranks, as one row at the optimiser steps finished so far."""
+        values = {key: float(value) for key, value in values.items()}
+        if values:
+            self.latest |= values
+            self._file.append(_step(trainer), trainer.current_epoch, values)
+            self._to_loggers(trainer, values)
+
+    def _log_system(self, trainer: Trainer, pl_module: Any) -> None:
+        steps = pl_module.optimizer_steps - self._clock_step
+        if self._elapsed > 0 and steps > 0:
+            values = {
+                "sys/images_per_s": steps * pl_module.plan.global_batch_size / self._elapsed,
+                "sys/data_wait": self._waited / self._elapsed,
+            }
+            if pl_module.device.type == "cuda":
+                values["sys/gpu_mem"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
+            self.latest |= values
+            self._system.append(pl_module.optimizer_steps, trainer.current_epoch, values)
+            self._to_loggers(trainer, values)
+        self._clock_step = pl_module.optimizer_steps
+        self._waited = self._elapsed = 0.0
+
+    def _to_loggers(self, trainer: Trainer, values: dict[str, float]) -> None:
+        step = _step(trainer)
+        for index, logger in enumerate(trainer.loggers):
+            if index not in self._silenced:
+                try:
+                    logger.log_metrics(values, step=step)
+                except Exception as error:  # a logging service must never end a run
+                    self._silenced.add(index)
+                    log.warning("%s stopped taking values: %s", type(logger).__name__, error)
+
+    def check_finite(self, trainer: Trainer) -> None:
+        """Raise ``SystemExit(ExitCode.NAN)`` on all ranks if ``train/loss`` has diverged since the last row."""
+        _stop_if_diverged(self._reduced(), _step(trainer))
+
+    # -- the clock -----------------------------------------------------------------------------
+
+    def _tick(self) -> float:
+        now = time.perf_counter()
+        passed = now - self._mark if self._mark is not None else 0.0
+        self._elapsed += passed
+        self._mark = now
+        return passed
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last micro-batch (a save, an evaluation) out of the throughput."""
+        self._mark = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Evaluation is not training time."""
+        self.restart_clock()
+
+    # -- resuming ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums of every rank (a collective: all ranks save), and the file's columns and rows."""
+        self._file.sync()
+        sums = torch.cat(list(self._sums.values())) if self._sums else torch.zeros(0)
+        return {
+            "keys": [list(keys) for keys in self._sums],
+            "counts": list(self._counts.values()),
+            "sums": gather_detached(sums).cpu().view(world_size(), -1).tolist(),
+            "settings": dict(self._settings),
+            "epoch": dict(self._epoch),
+            "row_step": self._row_step,
+            "latest": {key: value for key, value in self.latest.items() if not key.startswith("sys/")},
+            "columns": list(self._file.columns),
+            "rows": self._file.rows,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the device is known."""
+        self._restored = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Open the files, cut back to the checkpoint or empty."""
+        self._file.writes = self._system.writes = trainer.is_global_zero
+        state, self._restored = self._restored, None
+        self._clock_step = pl_module.optimizer_steps
+        self._system.resume()
+        if state is None:
+            self._file.rewind(0, ["step", "epoch"])
+            return
+        self._file.rewind(state["rows"], state["columns"])
+        self._settings, self._epoch = dict(state["settings"]), dict(state["epoch"])
+        self._row_step, self.latest = state["row_step"], dict(state["latest"])
+        sums = state["sums"][rank()]
+        for keys, count in zip(state["keys"], state["counts"], strict=True):
+            part, sums = sums[: len(keys)], sums[len(keys) :]
+            self._sums[tuple(keys)] = torch.tensor(
+                part, dtype=_wide(pl_module.device), device=pl_module.device
+            )
+            self._counts[tuple(keys)] = count
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Close the files."""
+        self._file.close()
+        self._system.close()
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def _add(a: tuple[float, int] | None, b: tuple[float, int]) -> tuple[float, int]:
+    return (a[0] + b[0], a[1] + b[1]) if a is not None else b
+
+
+def _stop_if_diverged(reduced: Mapping[str, tuple[float, int]], step: int) -> None:
+    total = reduced.get("train/loss", (0.0, 1))[0]
+    if not math.isfinite(total):
+        log.error(
+            "train/loss is %s shortly before step %d: lower optim.lr or raise optim.warmup_epochs, "
+            "then resume from an earlier checkpoint",
+            total,
+            step,
+        )
+        raise SystemExit(ExitCode.NAN)
+
+
+def _step(trainer: Any) -> int:
+    return trainer.lightning_module.optimizer_steps
+
+
+def find_meter(trainer: Any) -> Meter | None:
+    """The trainer's meter, if it has one."""
+    return next((c for c in trainer.callbacks if isinstance(c, Meter)), None)
+
+
+def log_metrics(trainer: Any, values: Mapping[str, float]) -> None:
+    """Report ``values`` (``{"val/linear_top1": 0.8}``), equal on all ranks, while ``trainer.fit`` runs.
+
+    All ranks must call it. They become one row of ``metrics.csv`` and reach the loggers and the
+    progress display.
+    """
+    meter = find_meter(trainer)
+    if meter is None:
+        raise ValueError("metrics need a Meter: add sslzoo.callbacks.meter.Meter to the trainer's callbacks")
+    meter.log(trainer, values)
