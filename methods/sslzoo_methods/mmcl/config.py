@@ -1,0 +1,109 @@
+"""What an MMCL recipe states under ``method:``."""
+
+from dataclasses import dataclass, field
+
+from sslzoo.config import MethodConfig, one_of, require
+
+SOLVERS = ("inv", "pgd", "pgd_adaptive", "exact")
+KERNELS = ("rbf", "linear", "poly", "tanh", "min")
+SIGMA_RULES = ("fixed", "auto", "median")
+SELF_KERNELS = ("one", "true")
+ALPHA_NORMALIZE = ("none", "mean")
+VARIANTS = ("nesterov", "vanilla")
+STEPS = ("fixed", "frobenius", "lipschitz")
+STOPS = ("relative_change", "kkt")
+INITS = ("gaussian", "zero", "inv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGDConfig:
+    """``solver: pgd``, with the authors' values."""
+
+    variant: str = "nesterov"
+    step: str = "fixed"
+    eta: float = 1e-3  # of the fixed step; unstable where it exceeds 1/lambda_max (nesterov) or twice that
+    max_iter: int = 1000
+    stop: str = "relative_change"
+    tol: float = 0.01
+    init: str = "gaussian"
+
+    def __post_init__(self) -> None:
+        one_of("method.pgd.variant", self.variant, VARIANTS)
+        one_of("method.pgd.step", self.step, STEPS)
+        one_of("method.pgd.stop", self.stop, STOPS)
+        one_of("method.pgd.init", self.init, INITS)
+        require(self.eta > 0, f"method.pgd.eta must be positive, got {self.eta}")
+        require(self.max_iter > 0, f"method.pgd.max_iter must be positive, got {self.max_iter}")
+        require(self.tol > 0, f"method.pgd.tol must be positive, got {self.tol}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveConfig:
+    """``solver: pgd_adaptive``."""
+
+    max_iter: int = 1000
+    tol: float = (
+        1e-3  # worst relative KKT residual; 0: always max_iter updates, without waiting for the device
+    )
+
+    def __post_init__(self) -> None:
+        require(self.max_iter > 0, f"method.adaptive.max_iter must be positive, got {self.max_iter}")
+        require(self.tol >= 0, f"method.adaptive.tol must not be negative, got {self.tol}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMCLConfig(MethodConfig):
+    """What recipes vary has no default; what the authors never varied has theirs."""
+
+    solver: str  # inv | pgd | pgd_adaptive | exact (float64, slow, for debugging)
+    kernel: str  # rbf | linear | poly | tanh | min
+    sigma: float  # bandwidth, in the unit of sigma_rule: rbf divides by it, tanh multiplies
+    C: float  # upper bound of the duals; -1: none
+    self_kernel: str  # s_j: one (official) | true (k(x_j, x_j)); the same for rbf and linear
+    projector: tuple[int, ...]  # layer widths after the backbone, embedding last
+    projector_norm: (
+        str  # none: output with bias (CIFAR code) | batch_no_shift: BN without shift (ImageNet code)
+    )
+    joint_forward: bool  # crops of one size pass the network together and share batch norm's statistics
+    sigma_rule: str = "fixed"  # unit of sigma: 1 | auto: 1 / embedding width | median squared distance
+    sigma_milestones: tuple[int, ...] = ()  # epochs, counted from 1, at whose start sigma takes a factor
+    sigma_gamma: float = 0.1  # that factor
+    reg: float = 0.1  # ridge of the dual problem
+    symmetric: bool = False  # average with view 2 as anchors; a second Gram matrix and solve
+    negatives: str = "view1"  # or both: the 2N - 2 views of the other images
+    alpha_normalize: str = "none"  # mean: duals divided by the mean of alpha_x, a scale for plain SGD
+    gather: bool = True  # negatives of all ranks; false: of the own
+    pgd: PGDConfig = field(default_factory=PGDConfig)
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+
+    def __post_init__(self) -> None:
+        one_of("method.solver", self.solver, SOLVERS)
+        one_of("method.kernel", self.kernel, KERNELS)
+        one_of("method.self_kernel", self.self_kernel, SELF_KERNELS)
+        one_of("method.projector_norm", self.projector_norm, ("none", "batch_no_shift"))
+        one_of("method.sigma_rule", self.sigma_rule, SIGMA_RULES)
+        one_of("method.negatives", self.negatives, ("view1", "both"))
+        one_of("method.alpha_normalize", self.alpha_normalize, ALPHA_NORMALIZE)
+        require(self.sigma > 0, f"method.sigma must be positive, got {self.sigma}")
+        require(self.sigma_gamma > 0, f"method.sigma_gamma must be positive, got {self.sigma_gamma}")
+        require(
+            all(m > 1 for m in self.sigma_milestones)
+            and list(self.sigma_milestones) == sorted(set(self.sigma_milestones)),
+            f"method.sigma_milestones must increase and be above 1 (epochs are counted from 1), "
+            f"got {self.sigma_milestones}",
+        )
+        require(self.C == -1 or self.C > 0, f"method.C must be positive, or -1 for no bound, got {self.C}")
+        require(self.reg > 0, f"method.reg must be positive, got {self.reg}")
+        require(len(self.projector) > 0, "method.projector needs the embedding width, such as [2048, 128]")
+        require(
+            self.C > 0 or self.kernel != "tanh",
+            "method.C must be positive with method.kernel=tanh, which is no valid kernel: the duals have no bound",
+        )
+        require(
+            self.C > 0
+            or self.solver == "inv"
+            or self.kernel not in ("poly", "min")
+            or self.self_kernel == "true",
+            f"method.self_kernel must be true with method.kernel={self.kernel}, method.C=-1 and "
+            f"method.solver={self.solver}: the problem may have no minimum",
+        )

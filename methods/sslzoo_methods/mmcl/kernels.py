@@ -1,0 +1,104 @@
+"""MMCL's kernels on L2-normalised rows, each less a constant, so that float32 keeps 1 - k (arXiv:2112.11450).
+
+The dual problem and the loss see differences of kernel values only, hence no constant shift. What is
+returned here is k(a, b) - k(u, u) for a unit vector u (``min``: k itself), formed without cancellation
+from the cosine gap a.b - 1.
+
+Letters: M and N rows, D embedding width, sigma the bandwidth.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sslzoo.config import one_of
+from sslzoo_methods.mmcl.config import KERNELS, SIGMA_RULES
+
+CDIST_ELEMENTS = 2**22  # on CUDA the backward of cdist holds rows x N x D numbers: bound them
+
+
+def kernel_shift(kernel: str, sigma: float | Tensor) -> float | Tensor:
+    """The constant that :func:`shifted_kernel` and :func:`shifted_gram` leave out."""
+    one_of("method.kernel", kernel, KERNELS)
+    if kernel == "tanh":
+        return sigma.tanh() if isinstance(sigma, Tensor) else math.tanh(sigma)
+    return {"rbf": 1.0, "linear": 1.0, "poly": 1.5**3, "min": 0.0}[kernel]
+
+
+def shifted_kernel(a: Tensor, b: Tensor, *, kernel: str, sigma: float | Tensor, centre: Tensor) -> Tensor:
+    """k(a_i, b_j) less :func:`kernel_shift` (M, N), with gradient to ``a`` (M, D) and ``b`` (N, D).
+
+    ``a`` and ``b`` are L2-normalised; ``centre`` (D,) is any point near them. Nothing is clamped, or
+    near-duplicates would lose their gradient. The gradient is right in the tangent of the sphere,
+    which is all that passes a normalisation.
+    """
+    if kernel == "min":
+        return _overlap(a, b)
+    return _of_gap(_cosine_gap(a, b, centre), kernel, sigma)
+
+
+@torch.no_grad()
+def shifted_gram(x: Tensor, *, kernel: str, sigma: float | Tensor) -> Tensor:
+    """The Gram matrix of ``x`` (N, D) less :func:`kernel_shift` (N, N), detached."""
+    if kernel == "min":
+        return _overlap(x, x)
+    gap = _cosine_gap(x, x, x.mean(dim=0)).clamp_(max=0)
+    gap.diagonal().copy_(-_shortness(x))
+    return _of_gap(gap, kernel, sigma)
+
+
+@torch.no_grad()
+def bandwidth(x: Tensor, *, sigma: float, rule: str) -> float | Tensor:
+    """sigma, in the unit that ``rule`` names, for the L2-normalised ``x`` (N, D).
+
+    ``fixed``: 1. ``auto``: 1/D, the official meaning, so that the RBF exponent is -D |a-b|^2 / sigma.
+    ``median``: the median squared distance between two rows.
+    """
+    one_of("method.sigma_rule", rule, SIGMA_RULES)
+    if rule == "fixed":
+        return sigma
+    if rule == "auto":
+        return sigma / x.shape[1]
+    gap = _cosine_gap(x, x, x.mean(dim=0))
+    rows, columns = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    return sigma * (-2 * gap[rows, columns].median()).clamp(min=torch.finfo(x.dtype).eps)
+
+
+def _cosine_gap(a: Tensor, b: Tensor, centre: Tensor) -> Tensor:
+    """a.b - 1 = -(|a-b|^2 + (1-|a|^2) + (1-|b|^2)) / 2, from centred rows: exact where features crowd."""
+    a_c, b_c = a - centre, b - centre
+    squares = a_c.square().sum(dim=1)[:, None] + b_c.square().sum(dim=1)
+    ends = _shortness(a)[:, None] + _shortness(b)
+    return torch.addmm((squares + ends) / -2, a_c, b_c.T)
+
+
+def _shortness(x: Tensor) -> Tensor:
+    """1 - |x|^2, rounding excepted: 0 but for rows that the clamp of the norm left short of 1 (a zero row)."""
+    gap = 1 - x.square().sum(dim=1)
+    return torch.where(gap > 64 * torch.finfo(x.dtype).eps, gap, torch.zeros_like(gap))
+
+
+def _of_gap(gap: Tensor, kernel: str, sigma: float | Tensor) -> Tensor:
+    if kernel == "rbf":
+        return torch.expm1(2 * gap / sigma)
+    if kernel == "linear":
+        return gap
+    if kernel == "poly":  # (gap + 1.5)^3 - 1.5^3
+        return gap * (6.75 + gap * (4.5 + gap))
+    one_of("method.kernel", kernel, KERNELS)
+    # tanh p - tanh q = tanh(p - q) (1 - tanh p tanh q)
+    return torch.tanh(sigma * gap) * (1 - torch.tanh(sigma * (gap + 1)) * kernel_shift(kernel, sigma))
+
+
+def _overlap(a: Tensor, b: Tensor) -> Tensor:
+    """sum_d min(relu a_d, relu b_d) = (sum relu a + sum relu b - |relu a - relu b|_1) / 2.
+
+    Its derivative splits a tie in halves, as that of an elementwise minimum does.
+    """
+    a, b = a.relu(), b.relu()
+    rows = max(1, CDIST_ELEMENTS // b.numel())
+    distance = torch.cat([torch.cdist(part, b, p=1) for part in a.split(rows)])
+    return (a.sum(dim=1)[:, None] + b.sum(dim=1) - distance) / 2

@@ -1,0 +1,329 @@
+"""MMCL's dual problems, of all anchors at once, and four ways to solve them (arXiv:2112.11450).
+
+Anchor j is the positive of a kernel SVM whose negatives are the other points of a pool. Its dual
+variables are the minimiser of 1/2 a' Delta_j a - 2 1'a over 0 <= a <= C, where
+Delta_j[a, b] = s_j + k(a, b) - k(j, a) - k(j, b) + reg [a = b]. No Delta_j is ever formed, but by
+:func:`solve_exact`, one at a time: everything is O(M^2) memory.
+
+Letters: M points in the pool, of which the first N are the anchors. M = N, or M = 2N where row N + j is
+the other view of anchor j and no negative of it. E the shifted Gram matrix of the pool, A (N, M) the
+duals: row = anchor, column = negative, 0 where the column is no negative of the row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from sslzoo.config import one_of
+from sslzoo.numerics import autocast_off
+from sslzoo_methods.mmcl.config import INITS, STEPS, STOPS, VARIANTS
+
+CHECK_EVERY = 10  # iterations between KKT checks: each costs a gradient and waits for the device
+
+
+class Solution(NamedTuple):
+    """What a solver found."""
+
+    duals: Tensor  # (N, M)
+    iterations: int  # updates made, the last one included
+    change: Tensor | None = None  # relative change at the last update, where that was the stop
+    curvature: Tensor | None = None  # max_j L_j, where the solver needed it
+
+
+@dataclass(frozen=True)
+class DualProblem:
+    """The N problems of a batch. ``gram`` and ``self_term`` may be shifted by one common constant."""
+
+    gram: Tensor  # E (M, M), detached
+    self_term: Tensor  # s (N,), shifted as E
+    upper: float  # C, infinite for none
+    reg: float
+    definite: bool  # the kernel is positive semi-definite
+
+    @property
+    def anchors(self) -> int:
+        """N."""
+        return len(self.self_term)
+
+    @property
+    def twins(self) -> bool:
+        """Whether the pool holds a second view of each anchor."""
+        return len(self.gram) > self.anchors
+
+    @property
+    def variables(self) -> int:
+        """Number of dual variables of all anchors."""
+        return self.anchors * (len(self.gram) - 1 - self.twins)
+
+    @property
+    def self_gap(self) -> Tensor:
+        """s_j - k(x_j, x_j) (N,): 0 but for ``self_kernel: one`` where k(x, x) is not 1."""
+        return self.self_term - self.gram.diagonal()[: self.anchors]
+
+    def clear(self, duals: Tensor) -> Tensor:
+        """Zero, in place, what is no variable: an anchor itself and its twin."""
+        duals.diagonal().zero_()
+        if self.twins:
+            duals.diagonal(self.anchors).zero_()
+        return duals
+
+    def project(self, duals: Tensor) -> Tensor:
+        """Onto the box, in place."""
+        return self.clear(duals.clamp_(0, self.upper))
+
+    def gradient(self, duals: Tensor) -> Tensor:
+        """Gradient (N, M) of all objectives by one matrix product; entries that are no variables are junk.
+
+        With B = A and -sum_i A_ji at anchor j's own place: B E + reg A - diag(B E) + (sum A) (s - E_jj) - 2.
+        """
+        total = duals.sum(dim=1)
+        signed = duals.clone()
+        signed.diagonal().copy_(-total)
+        gradient = torch.addmm(duals, signed, self.gram, beta=self.reg)
+        return gradient.add_((total * self.self_gap - gradient.diagonal() - 2)[:, None])
+
+    def objective(self, duals: Tensor) -> Tensor:
+        """The dual objectives (N,), ridge included."""
+        return (duals * (self.gradient(duals) - 2)).sum(dim=1) / 2
+
+    def lipschitz(self) -> Tensor:
+        """L_j (N,) >= the largest eigenvalue of Delta_j: top of the centred Gram + M |phi(x_j) - mean|^2 + reg.
+
+        The top eigenvalue is bounded by the Schatten-16 norm, three products and never below it.
+        """
+        n, m = self.anchors, len(self.gram)
+        means = self.gram.mean(dim=0)
+        centred = _centre(self.gram)
+        scale = centred.norm().clamp(min=torch.finfo(centred.dtype).tiny)
+        power = centred / scale
+        for _ in range(3):
+            power = power @ power
+        top = scale * power.norm() ** (1 / 8)
+        spread = (self.gram.diagonal() - 2 * means + means.mean()).clamp(min=0)[:n]
+        return top + m * spread + self.reg + (m - 1) * self.self_gap.clamp(min=0)
+
+    def frobenius(self) -> Tensor:
+        """|Delta_j|_F (N,) from row sums and elementwise products; a twin is counted in, to the safe side."""
+        n, m = self.anchors, len(self.gram) - 1
+        ridged = self.gram + self.reg * torch.eye(m + 1, dtype=self.gram.dtype, device=self.gram.device)
+        rows = self.clear_self(self.gram[:n].clone())  # p: k(j, a)
+        q = self.clear_self(ridged.sum(dim=1) - ridged[:n])  # row sums of the others
+        p1, p2, q1, pq = rows.sum(dim=1), rows.square().sum(dim=1), q.sum(dim=1), (rows * q).sum(dim=1)
+        own = ridged.diagonal()[:n]
+        rest = ridged.square().sum() - 2 * ridged[:n].square().sum(dim=1) + own.square()
+        s = self.self_term
+        square = (m * s).square() + rest + 2 * m * p2 + 2 * p1.square() + 2 * s * q1 - 4 * s * m * p1 - 4 * pq
+        return square.clamp(min=0).sqrt()
+
+    def clear_self(self, rows: Tensor) -> Tensor:
+        """Zero each anchor's own column, in place."""
+        rows.diagonal().zero_()
+        return rows
+
+    def residual(self, duals: Tensor, lipschitz: Tensor) -> Tensor:
+        """|a - clip(a - g / L_j)| / |a| (N,): 0 exactly at the optimum."""
+        moved = self.project(duals - self.gradient(duals) / lipschitz[:, None])
+        return (duals - moved).norm(dim=1) / duals.norm(dim=1).clamp(min=torch.finfo(duals.dtype).tiny)
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _in_full_precision(
+    solver: Callable[Concatenate[DualProblem, P], T],
+) -> Callable[Concatenate[DualProblem, P], T]:
+    """Without gradient and outside autocast."""
+
+    @wraps(solver)
+    def solve(problem: DualProblem, *args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.no_grad(), autocast_off(problem.gram):
+            return solver(problem, *args, **kwargs)
+
+    return solve
+
+
+def _centre(gram: Tensor) -> Tensor:
+    """Row and column means removed; any constant shift of ``gram`` goes with them."""
+    means = gram.mean(dim=0)
+    return (gram - means[:, None] - means).add_(means.mean())
+
+
+@_in_full_precision
+def inverse_duals(problem: DualProblem) -> Tensor:
+    """2 Delta_j^-1 1 of every anchor (N, M), not clipped, by one factorisation.
+
+    H = (K_c + reg I)^-1 less its part along 1; the duals are -2 H_ji / (1 - r_j H_jj). Along 1 the factored
+    matrix is lifted to the mean of its other eigenvalues and the inverse is centred again, which keeps
+    float32 accurate. The denominator is positive for a valid kernel and free otherwise: no guard.
+    """
+    n, m = problem.anchors, len(problem.gram)
+    centred = _centre(problem.gram)
+    lift = centred.trace() / (m - 1)
+    if not problem.definite:
+        lift = lift.clamp(min=0)
+    centred.add_(lift / m).diagonal().add_(problem.reg)
+    inverse = _centre(_inverse(centred, problem.definite))  # H
+    if problem.twins:  # a point left out: H - H_:p H_p: / H_pp
+        twin = inverse[n:]
+        inverse = inverse[:n] - (twin[:, :n].diagonal() / twin[:, n:].diagonal())[:, None] * twin
+    own = inverse.diagonal()[:n]
+    ratio = 1 - (problem.reg - problem.self_gap) * own
+    return problem.clear(inverse * (-2 / ratio)[:, None])
+
+
+def _inverse(matrix: Tensor, definite: bool) -> Tensor:
+    """The inverse of a symmetric matrix without waiting for the device; NaN where it cannot be factored."""
+    if not definite:
+        inverse, info = torch.linalg.inv_ex(matrix)
+    else:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        inverse = torch.cholesky_inverse(factor)
+    return torch.where(info == 0, inverse, torch.nan)
+
+
+@_in_full_precision
+def solve_inv(problem: DualProblem) -> Solution:
+    """INV, "least squares": the unconstrained minimiser, clipped. Not the constrained optimum."""
+    return Solution(problem.project(inverse_duals(problem)), 1)
+
+
+@_in_full_precision
+def start_point(problem: DualProblem, init: str, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Start (N, M) of :func:`solve_pgd` and theta_0 in [1e-8, 1), both from ``generator``.
+
+    ``gaussian`` is the official relu of a standard normal draw, about half exact zeros.
+    """
+    one_of("method.pgd.init", init, INITS)
+    shape, like = (problem.anchors, len(problem.gram)), problem.gram
+    theta = 1e-8 + (1 - 1e-8) * torch.rand((), generator=generator, device=like.device).item()
+    if init == "zero":
+        return like.new_zeros(shape), theta
+    if init == "inv":
+        return solve_inv(problem).duals, theta
+    normal = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+    return problem.project(normal), theta
+
+
+@_in_full_precision
+def solve_pgd(
+    problem: DualProblem,
+    start: Tensor,
+    *,
+    theta: float,
+    variant: str,
+    step: str,
+    eta: float,
+    max_iter: int,
+    stop: str,
+    tol: float,
+) -> Solution:
+    """Projected gradient as the authors run it, all anchors sharing one momentum and one stop.
+
+    ``variant``: ``nesterov`` (momentum from theta_0 = ``theta``, no restart) or ``vanilla``. ``step``: ``fixed``
+    (``eta``), ``frobenius`` (1/|Delta_j|_F) or ``lipschitz`` (1/L_j). ``stop``: ``relative_change``, the mean over all
+    variables of |new - old| / (old + 1e-7) below ``tol``, tested at every update; or ``kkt``, the worst
+    :meth:`DualProblem.residual`, at every tenth. Both wait for the device.
+    """
+    one_of("method.pgd.variant", variant, VARIANTS)
+    one_of("method.pgd.step", step, STEPS)
+    one_of("method.pgd.stop", stop, STOPS)
+    bound = problem.lipschitz()
+    if step == "fixed":
+        rate = bound.new_full((), eta)
+    else:
+        rate = (bound if step == "lipschitz" else problem.frobenius()).reciprocal()[:, None]
+    duals = point = start
+    change = None
+    for iteration in range(1, max_iter + 1):
+        new = problem.project(torch.addcmul(point, problem.gradient(point), rate, value=-1))
+        moved = new - duals
+        if variant == "nesterov":
+            square = theta * theta
+            following = (math.sqrt(square * square + 4 * square) - square) / 2
+            point = torch.add(new, moved, alpha=theta * (1 - theta) / (square + following))
+            theta = following
+        else:
+            point = new
+        if stop == "relative_change":
+            change = moved.abs_().div_(duals + 1e-7).sum() / problem.variables
+        duals = new
+        if change is not None:
+            if change < tol:
+                return Solution(duals, iteration, change, bound.max())
+        elif iteration % CHECK_EVERY == 0 and problem.residual(duals, bound).max() < tol:
+            return Solution(duals, iteration, None, bound.max())
+    return Solution(duals, max_iter, change, bound.max())
+
+
+@_in_full_precision
+def solve_adaptive(problem: DualProblem, *, max_iter: int, tol: float) -> Solution:
+    """FISTA from zero, with step 1/L_j and restart for each anchor: the optimum, deterministically.
+
+    Stops at a worst :meth:`DualProblem.residual` below ``tol``, tested at every tenth update; ``tol`` 0 makes
+    exactly ``max_iter`` updates and never waits for the device.
+    """
+    bound = problem.lipschitz()
+    rate = bound.reciprocal()[:, None]
+    duals = point = problem.gram.new_zeros(problem.anchors, len(problem.gram))
+    age = rate.new_ones(rate.shape)  # t_k of each anchor
+    for iteration in range(1, max_iter + 1):
+        new = problem.project(torch.addcmul(point, problem.gradient(point), rate, value=-1))
+        moved = new - duals
+        uphill = ((point - new) * moved).sum(dim=1, keepdim=True) > 0
+        age = torch.where(uphill, 1.0, age)
+        following = (1 + (1 + 4 * age.square()).sqrt()) / 2
+        point = torch.addcmul(new, moved, (age - 1) / following)
+        duals, age = new, following
+        if tol > 0 and iteration % CHECK_EVERY == 0 and problem.residual(duals, bound).max() < tol:
+            return Solution(duals, iteration)
+    return Solution(duals, max_iter)
+
+
+@_in_full_precision
+def solve_exact(problem: DualProblem) -> Solution:
+    """The optimum in float64, for tests and debugging: long FISTA, then an active-set polish of each anchor.
+
+    Slow, O(N M^3). Returned in the precision of ``problem``. Needs a strictly convex problem.
+    """
+    exact = replace(problem, gram=problem.gram.double(), self_term=problem.self_term.double())
+    rough = solve_adaptive(exact, max_iter=20_000, tol=1e-10)
+    rows = [_polish(exact, j, rough.duals[j]) for j in range(exact.anchors)]
+    return Solution(torch.stack(rows).to(problem.gram.dtype), rough.iterations)
+
+
+def _polish(problem: DualProblem, j: int, rough: Tensor) -> Tensor:
+    """The optimum of anchor ``j`` from a point (M,) near it; that point itself if the active set cycles."""
+    keep = torch.ones_like(rough, dtype=torch.bool)
+    keep[j] = False
+    if problem.twins:
+        keep[problem.anchors + j] = False
+    gram, row = problem.gram[keep][:, keep], problem.gram[j, keep]
+    delta = problem.self_term[j] + gram - row[:, None] - row
+    delta.diagonal().add_(problem.reg)
+    near = rough[keep]
+    gradient = delta @ near - 2
+    low = near - gradient <= 0
+    high = near - gradient >= problem.upper
+    for _ in range(50):
+        free = ~(low | high)
+        near = torch.zeros_like(near)
+        near[high] = problem.upper
+        near[free] = torch.linalg.solve(delta[free][:, free], 2 - delta[free] @ near)
+        gradient = delta @ near - 2
+        slack = 1e-12 * (1 + near.abs().max())
+        new_low = torch.where(free, near < -slack, low & (gradient >= -slack))
+        new_high = torch.where(free, near > problem.upper + slack, high & (gradient <= slack))
+        if bool((new_low == low).all() and (new_high == high).all()):
+            out = torch.zeros_like(rough)
+            out[keep] = near.clamp(0, problem.upper)
+            return out
+        low, high = new_low, new_high
+    return rough
