@@ -1,0 +1,49 @@
+"""Features of a whole eval set, by several encoders in one pass over the images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from sslzoo.config import require
+from sslzoo.method import EvalBatch
+
+Encoder = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> features (N, F)
+
+
+class Extracted(NamedTuple):
+    """This rank's shard of an eval set, M samples."""
+
+    features: dict[str, Tensor]  # by encoder, each (M, F) float32
+    label: Tensor  # (M,)
+    sample_id: Tensor  # (M,)
+
+
+@torch.inference_mode()
+def extract(
+    encoders: Mapping[str, Encoder],
+    loader: Iterable[EvalBatch],
+    datamodule: LightningDataModule,
+    device: torch.device,
+) -> Extracted:
+    """Run every batch of ``loader`` through every encoder. Modules among them must be in evaluation mode.
+
+    The batches take the DataModule's own way to the device, so they are what validation shows.
+    """
+    features: dict[str, list[Tensor]] = {name: [] for name in encoders}
+    labels: list[Tensor] = []
+    ids: list[Tensor] = []
+    for raw in loader:
+        batch = datamodule.on_before_batch_transfer(raw, 0)
+        batch = datamodule.transfer_batch_to_device(batch, device, 0)
+        batch = datamodule.on_after_batch_transfer(batch, 0)
+        for name, encode in encoders.items():
+            features[name].append(encode(batch.image).float())
+        labels.append(batch.label)
+        ids.append(batch.sample_id)
+    require(len(labels) > 0, "this process has no sample of an eval set; use fewer devices")
+    return Extracted({name: torch.cat(x) for name, x in features.items()}, torch.cat(labels), torch.cat(ids))

@@ -1,0 +1,144 @@
+"""What a finished run learned, beside what needs no training: ``eval/summary.json``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sslzoo.config import Recipe
+from sslzoo.data.randomness import is_holdout
+from sslzoo.distributed import rank
+from sslzoo.evaluate.extract import Encoder, Extracted, extract
+from sslzoo.evaluate.knn import knn_accuracy
+from sslzoo.evaluate.linear import linear_probe, principal_components
+
+if TYPE_CHECKING:
+    from sslzoo.data.module import SSLDataModule
+    from sslzoo.method import SSLMethod
+
+PCA_WIDTH = 64
+PIXEL_LIMIT = 4096  # values an image; a probe on raw pixels holds the square of it
+
+FROZEN = (
+    "frozen features of the plain images; logistic regression on standardised features, its L2 strength chosen "
+    "on held-out training samples, tested once; weighted cosine k-NN over all training samples"
+)
+ONLINE = (
+    "online: linear probe trained beside the method on augmented views, its learning rate chosen on held-out "
+    "training samples; weighted cosine k-NN of the plain images after the last epoch"
+)
+UNLABELLED = "none: neither the training data nor probe.data has labels"
+# Summary keys that name a figure of the last validation.
+_ONLINE_KEYS = {
+    "linear_top1": "val/linear_top1",
+    "linear_top5": "val/linear_top5",
+    "knn_top1": "val/knn_top1",
+}
+
+
+def final_evaluation(
+    method: SSLMethod[Any],
+    datamodule: SSLDataModule,
+    recipe: Recipe,
+    *,
+    online: Mapping[str, float],
+    initial: Callable[[], nn.Module],
+    folder: Path,
+    seconds: float,
+) -> dict[str, Any]:
+    """Evaluate, write ``folder/summary.json`` on rank 0 and return it on all ranks. Collective.
+
+    ``online`` holds the last ``val/...`` metrics, ``initial`` builds the backbone as it was before
+    training, ``seconds`` is what training took. With ``eval.baselines`` the trained encoder, the initial one,
+    raw pixels and their first 64 principal components get the same linear probe and k-NN; without,
+    the summary repeats the online figures. Accuracies are fractions; keys of unmeasured ones are absent.
+    """
+    start = time.perf_counter()
+    labelled = [s for s in datamodule.eval_sets() if s.num_classes > 0]
+    results: dict[str, float] = {}
+    if labelled and recipe.eval.baselines:
+        protocol = FROZEN
+        results = _with_baselines(method, datamodule, recipe, initial)
+    elif labelled:
+        protocol = ONLINE
+        results = {key: online[metric] for key, metric in _ONLINE_KEYS.items() if metric in online}
+    else:
+        protocol = UNLABELLED
+    if "val/linear_top1" in online:
+        results["online_linear_top1"] = online["val/linear_top1"]
+    summary: dict[str, Any] = results | {
+        "protocol": protocol,
+        "seconds": round(seconds, 1),
+        "evaluation_seconds": round(time.perf_counter() - start, 1),
+        "seed": recipe.seed,
+    }
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "summary.json.part"
+        part.write_text(json.dumps(summary, indent=2) + "\n")
+        part.replace(folder / "summary.json")
+    return summary
+
+
+def _with_baselines(
+    method: SSLMethod[Any], datamodule: SSLDataModule, recipe: Recipe, initial: Callable[[], nn.Module]
+) -> dict[str, float]:
+    trained, fresh = method.backbone, initial().to(method.device).eval()
+    was_training = trained.training
+    trained.eval()
+    encoders: dict[str, Encoder] = {"": trained, "random_init_": fresh, "raw_pixels_": _pixels}
+    sets = datamodule.eval_sets()
+    loaders = datamodule.val_dataloader()
+    primary = next(s.name for s in sets if s.num_classes > 0)
+    try:
+        train, test = (
+            next(
+                (s.num_classes, extract(encoders, loader, datamodule, method.device))
+                for s, loader in zip(sets, loaders, strict=True)
+                if (s.name, s.split) == (primary, split)
+            )
+            for split in ("train", "test")
+        )
+    finally:
+        trained.train(was_training)
+    return _measure(train[1], test[1], recipe, classes=train[0])
+
+
+def _pixels(image: Tensor) -> Tensor:
+    if image[0].numel() > PIXEL_LIMIT:
+        return image.new_empty(len(image), 0)
+    return image.flatten(1)
+
+
+@torch.no_grad()
+def _measure(train: Extracted, test: Extracted, recipe: Recipe, *, classes: int) -> dict[str, float]:
+    """Probe and k-NN of every feature set, by summary key; raw pixels bring PCA along."""
+    pairs = {name: (train.features[name], test.features[name]) for name in train.features}
+    pixels, test_pixels = pairs["raw_pixels_"]
+    if pixels.shape[1] == 0:
+        del pairs["raw_pixels_"]
+    else:
+        mean, components = principal_components(pixels, PCA_WIDTH)
+        pairs["pca_"] = ((pixels - mean) @ components, (test_pixels - mean) @ components)
+    held_out = is_holdout(train.sample_id, recipe.probe.holdout, recipe.seed)
+    results: dict[str, float] = {}
+    for name, (x, test_x) in pairs.items():
+        probe = linear_probe(x, train.label, test_x, test.label, held_out, classes=classes)
+        results[f"{name}linear_top1"] = probe.top1
+        results[f"{name}linear_top5"] = probe.top5
+        results[f"{name}knn_top1"] = knn_accuracy(
+            x,
+            train.label,
+            test_x,
+            test.label,
+            k=recipe.eval.knn_k,
+            temperature=recipe.eval.knn_temperature,
+            classes=classes,
+        )
+    return results
