@@ -534,10 +534,10 @@ def _stated(values: Any, path: list[str]) -> bool:
 
 def _check_data(recipe: Recipe) -> None:
     """What no section can see alone: data sets, their splits, and channels."""
-    test = replace(recipe.data, split=recipe.eval.test_split)
+    labelled = recipe.probe.data or (recipe.data,)
     sources = [("data", "split", recipe.data)]
     sources += [(f"probe.data.{i}", "split", source) for i, source in enumerate(recipe.probe.data)]
-    sources += [("eval", "test_split", test)] if not recipe.probe.data else []
+    sources += [("eval", "test_split", replace(source, split=recipe.eval.test_split)) for source in labelled]
     for key, split, source in sources:
         try:
             info = dataset_info(source.dataset)
