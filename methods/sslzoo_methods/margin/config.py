@@ -1,0 +1,197 @@
+"""What a margin recipe states under ``method:``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import isfinite, log, pi, radians
+
+from sslzoo.config import MethodConfig, one_of, require
+
+BASES = ("simclr", "mocov2", "mocov3", "byol", "simsiam")
+NEGATIVE_FREE = ("byol", "simsiam")
+WITH_TARGET = ("mocov2", "mocov3", "byol")  # a momentum encoder makes the keys
+WITH_PREDICTOR = ("mocov3", "byol", "simsiam")
+FAMILIES = ("none", "cosface", "am_softmax", "arcface", "combined", "sphereface", "eqco", "macl")
+EFFECTS = ("emphasis", "angle", "logit")
+WIDE_ANGLES = ("exact", "arcface", "clamp", "easy")
+
+
+def angle(value: float | str) -> float:
+    """Radians of ``0.1745`` or ``10deg``."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*deg\s*", value)
+    require(match is not None, f"method.angular_margin must be radians or text such as 10deg; got {value!r}")
+    return radians(float(match[1])) if match else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginConfig(MethodConfig):
+    """A base framework and the margin on its positives. ``family`` names the kind of margin and is held
+    to the numbers beside it."""
+
+    base: str  # whose loss it is: simclr, mocov2, mocov3, byol, simsiam
+    family: str  # none, cosface (= am_softmax), arcface, combined, sphereface, eqco, macl
+    temperature: float  # tau; byol has 0.5 and simsiam 1, which are their losses
+    angular_margin: float | str  # m1 in radians, or "10deg"
+    subtractive_margin: float  # m2, of the cosine
+    beta: float  # weight of the log-partition: 1 InfoNCE, 0 without negatives (byol, simsiam)
+    effects: tuple[str, ...]  # of emphasis, angle, logit; all three are the margin itself, none the base
+    projector: tuple[int, ...]  # widths after the backbone, embedding last
+    predictor: tuple[int, ...] = ()  # widths after the projector; mocov3, byol, simsiam
+    momentum_start: float = 0.0  # EMA coefficient at step 0; mocov2, mocov3, byol
+    momentum_end: float = 1.0  # a cosine takes it there
+    queue_size: int = 0  # mocov2
+    symmetric: bool = True  # mocov2: both views query
+    wide_angle: str = "exact"  # or arcface, clamp, easy: what becomes of psi near and beyond pi
+    slope: str = "full"  # logit_only: the margin changes the cosine's value and not its slope
+    logit_on: str = "both"  # or positive, negative: what the effect logit alone scales
+    emphasis_scale: float = 0.0  # a constant in place of E1; 0 takes E1 from the batch
+    value_preserving: bool = True  # isolated effects report the base's loss, not A times it
+    factor_range: tuple[float, float] = (-10.0, 100.0)  # of a positive's isolated factor
+    schedule: str = "constant"  # or linear, cosine: the margins' ramp from 0
+    schedule_epochs: float = 0.0  # its length
+    loss_scale: float = 0.0  # 0 takes the base's own: 2 tau for mocov3, else 1
+    chunk_size: int = 0  # anchors whose similarities are held at a time; 0 holds all
+    sphere_multiplier: int = 4  # sphereface
+    eqco_alpha: float = 65536.0  # eqco: m2 = tau ln(alpha / negatives), in place of subtractive_margin
+    macl_alpha: float = 0.5  # macl: tau (1 + alpha (A - A0))
+    macl_alignment: float = 0.0  # macl: A0
+
+    def __post_init__(self) -> None:
+        one_of("method.base", self.base, BASES)
+        one_of("method.family", self.family, FAMILIES)
+        one_of("method.wide_angle", self.wide_angle, WIDE_ANGLES)
+        one_of("method.slope", self.slope, ("full", "logit_only"))
+        one_of("method.logit_on", self.logit_on, ("both", "positive", "negative"))
+        one_of("method.schedule", self.schedule, ("constant", "linear", "cosine"))
+        self._check_margin()
+        self._check_base()
+        self._check_effects()
+
+    @property
+    def radians(self) -> float:
+        """m1, whatever unit the recipe has it in."""
+        return angle(self.angular_margin)
+
+    @property
+    def own_scale(self) -> float:
+        """The factor on the loss of one pair of views."""
+        return self.loss_scale or (2 * self.temperature if self.base == "mocov3" else 1.0)
+
+    @property
+    def isolated(self) -> bool:
+        """Whether a part of the margin's effects acts, or all with a change, rather than the margin."""
+        whole = set(self.effects) == set(EFFECTS)
+        return bool(self.effects) and not (whole and self.logit_on == "both" and not self.emphasis_scale)
+
+    def eqco_margin(self, negatives: int) -> float:
+        """tau ln(alpha / K) for K negatives an anchor (arXiv:2010.01929)."""
+        return self.temperature * log(self.eqco_alpha / negatives)
+
+    def _check_margin(self) -> None:
+        m1, m2, family = self.radians, self.subtractive_margin, self.family
+        require(
+            -pi < m1 < pi,
+            f"method.angular_margin must lie within (-pi, pi) radians; got {m1} (10deg is text)",
+        )
+        require(isfinite(m2), f"method.subtractive_margin must be finite, got {m2}")
+        require(
+            m1 == 0 or family in ("arcface", "combined"),
+            f"method.angular_margin must be 0 for family {family}, got {self.angular_margin}; "
+            "set method.family=combined",
+        )
+        require(
+            m2 == 0 or family in ("cosface", "am_softmax", "combined"),
+            f"method.subtractive_margin must be 0 for family {family}, got {m2}; set method.family=combined",
+        )
+        require(
+            family != "arcface" or self.wide_angle == "arcface",
+            "method.wide_angle must be arcface for family arcface; for the others set method.family=combined",
+        )
+        require(self.sphere_multiplier >= 2, "method.sphere_multiplier must be at least 2")
+        require(self.eqco_alpha > 0, f"method.eqco_alpha must be positive, got {self.eqco_alpha}")
+        require(
+            (self.schedule == "constant") == (self.schedule_epochs == 0) and self.schedule_epochs >= 0,
+            "method.schedule_epochs must be positive with a linear or cosine method.schedule, and 0 without",
+        )
+        require(
+            self.schedule == "constant" or family not in ("sphereface", "macl", "none"),
+            f"method.schedule must be constant for family {family}: it has no margin to scale",
+        )
+
+    def _check_base(self) -> None:
+        base, free = self.base, self.base in NEGATIVE_FREE
+        require(self.temperature > 0, f"method.temperature must be positive, got {self.temperature}")
+        fixed = {"byol": 0.5, "simsiam": 1.0}.get(base, self.temperature)
+        require(
+            self.temperature == fixed,
+            f"method.temperature must be {fixed} for base {base}: its loss is the margin loss at it",
+        )
+        require(0 <= self.beta <= 1, f"method.beta must lie in [0, 1], got {self.beta}")
+        require(not free or self.beta == 0, f"method.beta must be 0 for base {base}: it has no negatives")
+        require(
+            not free or self.family not in ("eqco", "macl"),
+            f"method.family must not be {self.family} for base {base}: it has no negatives",
+        )
+        require(
+            self.family != "macl" or (base == "simclr" and self.beta == 1),
+            "method.family macl is a SimCLR loss: set method.base=simclr and method.beta=1",
+        )
+        require(len(self.projector) > 0, "method.projector needs at least the embedding width")
+        require(
+            bool(self.predictor) == (base in WITH_PREDICTOR),
+            f"method.predictor is for bases {', '.join(WITH_PREDICTOR)}, which need it; got base {base}",
+        )
+        require(
+            not self.predictor or self.predictor[-1] == self.projector[-1],
+            "method.predictor must end in the width of method.projector",
+        )
+        require(
+            0 <= self.momentum_start <= self.momentum_end <= 1,
+            f"method.momentum_start must lie in [0, method.momentum_end], got {self.momentum_start}",
+        )
+        require(
+            (self.momentum_start > 0) == (base in WITH_TARGET),
+            f"method.momentum_start is for bases {', '.join(WITH_TARGET)}, which need it; got base {base}",
+        )
+        require(
+            (self.queue_size > 0) == (base == "mocov2"),
+            f"method.queue_size is for base mocov2, which needs it; got {self.queue_size} with {base}",
+        )
+        require(self.loss_scale >= 0, f"method.loss_scale must not be negative, got {self.loss_scale}")
+        require(self.chunk_size >= 0, f"method.chunk_size must not be negative, got {self.chunk_size}")
+
+    def _check_effects(self) -> None:
+        for effect in self.effects:
+            one_of("method.effects", effect, EFFECTS)
+        require(
+            len(set(self.effects)) == len(self.effects), f"method.effects names one twice: {self.effects}"
+        )
+        require(
+            self.family not in ("none", "macl") or not self.effects,
+            f"method.effects must be [] for family {self.family}, which has no margin",
+        )
+        require(
+            self.slope == "full" or (len(self.effects) == len(EFFECTS) and not self.isolated),
+            "method.slope logit_only is a form of the whole margin: set method.effects to all three, "
+            "method.logit_on=both and method.emphasis_scale=0",
+        )
+        require(
+            self.logit_on == "both" or "logit" in self.effects,
+            "method.logit_on needs logit in method.effects",
+        )
+        require(
+            self.emphasis_scale == 0 or (self.emphasis_scale > 0 and "emphasis" in self.effects),
+            "method.emphasis_scale must be positive and needs emphasis in method.effects",
+        )
+        require(
+            self.value_preserving
+            or (self.isolated and "logit" in self.effects and self.logit_on == "both" and self.beta == 1),
+            "method.value_preserving can be off only for isolated effects with logit on both and method.beta=1",
+        )
+        require(
+            self.factor_range[0] <= 1 <= self.factor_range[1],
+            f"method.factor_range must contain 1, got {self.factor_range}",
+        )

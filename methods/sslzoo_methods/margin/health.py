@@ -1,0 +1,54 @@
+"""What the margin method reports of a step. Pure, and without gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sslzoo.margins import NO_MARGIN, Margin, at_pole, gradient_factors
+from sslzoo_methods.margin.bases import Term
+from sslzoo_methods.margin.config import MarginConfig
+from sslzoo_methods.margin.loss import margin_loss, positive_factor
+
+
+@torch.no_grad()
+def health(
+    terms: Sequence[Term], margin: Margin, sums: Tensor, *, cfg: MarginConfig, temperature: float | Tensor
+) -> dict[str, Tensor | float]:
+    """Means over the global crops' queries, and ``_local`` ones over the local crops', whose angles are wider.
+
+    ``method/loss_without_margin`` is what loss values of different margins can be compared by. ``sums`` are
+    the global pull_sums of each term, (T, 2).
+    """
+    report: dict[str, Tensor | float] = {
+        "method/angular_margin": margin.angular,
+        "method/subtractive_margin": margin.subtractive,
+    }
+    for local in (False, True):
+        kind = [(t, s) for t, s in zip(terms, sums, strict=True) if t.local == local]
+        if not kind:
+            continue
+        rows: dict[str, list[Tensor]] = {}
+        for term, own in kind:
+            f = gradient_factors(term.pairs, margin, temperature=temperature, sums=own)
+            plain = margin_loss(term.pairs, NO_MARGIN, temperature=temperature, beta=cfg.beta, slope="full")
+            low, high = cfg.factor_range
+            b = positive_factor(f.slope, f.emphasis, cfg.effects, cfg.emphasis_scale)
+            clamped = ((b < low) | (b > high)) & ~at_pole(term.pairs.theta)
+            values = {
+                "theta_degrees": torch.rad2deg(term.pairs.theta),
+                "loss_without_margin": plain,
+                "emphasis_factor": f.emphasis,
+                "beyond_neutral_angle": (term.pairs.theta > margin.neutral_angle).float(),
+            }
+            if term.negatives:
+                values |= {"positive_probability": f.p0, "logit_factor": f.logit}
+            if cfg.isolated:
+                values["clamped_factors"] = clamped.float()
+            for name, value in values.items():
+                rows.setdefault(name, []).append(value.mean())
+        suffix = "_local" if local else ""
+        report |= {f"method/{name}{suffix}": torch.stack(v).mean() for name, v in rows.items()}
+    return report

@@ -1,0 +1,150 @@
+"""Margin losses for contrastive and negative-free learning. Pure: no module, no state, no process group.
+
+arXiv:2306.11526; the paper's body was not available, the equations follow from the definition of the loss
+(see the card). Letters as in sslzoo.margins: N anchors, M candidates, D embedding width, K queue rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslzoo.margins import (
+    NO_MARGIN,
+    Margin,
+    Pairs,
+    at_pole,
+    chord_angle,
+    gradient_factors,
+    negative_logsumexp,
+)
+from sslzoo.numerics import autocast_off, normalize
+
+
+def contrast(
+    anchors: Tensor,
+    candidates: Tensor,
+    positive: Tensor,
+    *,
+    own: Tensor | None,
+    temperature: float | Tensor,
+    chunk: int,
+) -> Pairs:
+    """Anchors (N, D) against candidates (M, D), neither normalised; gradients reach both.
+
+    ``positive`` (N,) is each anchor's positive candidate and ``own`` (N,) the anchor's own row among the
+    candidates, if it is there; all other rows are its negatives. ``chunk`` as in negative_logsumexp.
+    """
+    u, v = normalize(anchors), normalize(candidates)
+    excluded = positive[:, None] if own is None else torch.stack([positive, own], dim=1)
+    with autocast_off(u):
+        target = v[positive]
+        negatives = negative_logsumexp(u, v, excluded, temperature=temperature, chunk=chunk)
+        return Pairs((u * target).sum(dim=1), chord_angle(u, target), negatives)
+
+
+def contrast_queue(
+    queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float | Tensor, chunk: int
+) -> Pairs:
+    """Queries (N, D) against their own key (N, D) and a queue (K, D) of unit rows, the only negatives.
+    Keys and queue are constants."""
+    u, v = normalize(queries), normalize(keys.detach())
+    nothing = torch.empty(len(u), 0, dtype=torch.int64, device=u.device)
+    with autocast_off(u):
+        negatives = negative_logsumexp(u, queue.detach(), nothing, temperature=temperature, chunk=chunk)
+        return Pairs((u * v).sum(dim=1), chord_angle(u, v), negatives)
+
+
+def attract(predictions: Tensor, targets: Tensor) -> Pairs:
+    """Predictions (N, D) and constant targets (N, D): positives only (BYOL, SimSiam)."""
+    u, v = normalize(predictions), normalize(targets.detach())
+    with autocast_off(u):
+        return Pairs((u * v).sum(dim=1), chord_angle(u, v), None)
+
+
+def margin_loss(
+    pairs: Pairs, margin: Margin, *, temperature: float | Tensor, beta: float, slope: str
+) -> Tensor:
+    """L_i (N,) = -l + beta log(e^l + e^n), with l = (psi(theta) - m2) / tau the positive's logit.
+
+    The margin stands in numerator and denominator. beta = 1 is InfoNCE, beta = 0 drops the negatives, and
+    pairs without negatives have no other.
+    ``slope`` of ``logit_only`` changes the value of the cosine and not its slope, as ArcFace code does that
+    computes the margin without gradient. No factor is clamped here.
+    """
+    psi = margin.cosine(pairs.theta, pairs.cosine)
+    if slope == "logit_only":
+        psi = pairs.cosine + (psi - pairs.cosine).detach()
+    positive = (psi - margin.subtractive) / temperature
+    if pairs.negatives is None:
+        return -positive
+    # The slope 1 - P of -logsigmoid is exact for saturated pairs; cross_entropy subtracts, and
+    # F.softplus turns linear at 20.
+    return -beta * F.logsigmoid(positive - pairs.negatives) - (1 - beta) * positive
+
+
+def isolated_loss(
+    pairs: Pairs,
+    margin: Margin,
+    *,
+    temperature: float | Tensor,
+    beta: float,
+    effects: tuple[str, ...],
+    logit_on: str,
+    emphasis_scale: float,
+    factor_range: tuple[float, float],
+    value_preserving: bool,
+    sums: Tensor,
+) -> Tensor:
+    """L_i (N,) without the margin, whose gradient carries the chosen ``effects`` of the margin only.
+
+    ``emphasis`` (E1, or the constant ``emphasis_scale`` if not 0) and ``angle`` (E2) scale the positive,
+    ``logit`` (E3) the positive, the negatives or both (``logit_on``). All three give the gradient of
+    :func:`margin_loss`. The factors are constants; the positive's lies in ``factor_range`` and is 0 at the
+    poles, where it would be infinite. The value is that of the loss without margin, or with
+    ``value_preserving`` off A_i times that (beta = 1, logit on both). ``sums``: global pull_sums.
+    """
+    f = gradient_factors(pairs, margin, temperature=temperature, sums=sums)
+    beta = 0.0 if pairs.negatives is None else beta
+    logit = "logit" in effects
+    pulls = 1 - beta + beta * (f.one_minus_p if logit and logit_on != "negative" else f.one_minus_p0)
+    pushes = beta * (f.one_minus_p if logit and logit_on != "positive" else f.one_minus_p0)
+    factor = positive_factor(f.slope, f.emphasis, effects, emphasis_scale).clamp(*factor_range)
+    if not margin.keeps_angle:
+        factor = factor.masked_fill(at_pole(pairs.theta), 0.0)
+    value = margin_loss(pairs, NO_MARGIN, temperature=temperature, beta=beta, slope="full").detach()
+    if logit and not value_preserving:
+        value = f.logit * value
+    # dL/dC of the positive and, through n, of all negatives at once.
+    surrogate = -factor * pulls / temperature * (pairs.cosine - pairs.cosine.detach())
+    if pairs.negatives is not None:
+        surrogate = surrogate + pushes * (pairs.negatives - pairs.negatives.detach())
+    return value + surrogate
+
+
+def positive_factor(
+    slope: Tensor, emphasis: Tensor, effects: tuple[str, ...], emphasis_scale: float
+) -> Tensor:
+    """b (N,), before its range is enforced: the product of E1 (or its constant) and E2, where chosen."""
+    if "angle" not in effects:
+        strength = torch.full_like(emphasis, emphasis_scale) if emphasis_scale else emphasis
+        return (strength if "emphasis" in effects else torch.ones_like(emphasis)).expand_as(slope)
+    if "emphasis" not in effects:
+        return slope / emphasis
+    return slope * (emphasis_scale / emphasis) if emphasis_scale else slope
+
+
+def macl_temperature(alignment: Tensor, *, temperature: float, alpha: float, initial: float) -> Tensor:
+    """tau (1 + alpha (A - A0)): MACL's temperature (arXiv:2207.07874). ``alignment`` A is the mean positive
+    cosine over the global batch, a constant."""
+    return temperature * (1 + alpha * (alignment.detach() - initial))
+
+
+def macl_loss(pairs: Pairs, *, temperature: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """MACL's re-weighted InfoNCE at its own temperature: (V_i L_i, V_i), each (N,), with the constant
+    V = 1 / (1 - P + eps). Not a margin: a baseline."""
+    assert pairs.negatives is not None, "MACL contrasts"
+    gap = pairs.cosine / temperature - pairs.negatives
+    weight = 1 / (torch.sigmoid(-gap.detach()) + eps)
+    return -weight * F.logsigmoid(gap), weight

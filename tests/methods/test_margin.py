@@ -1,0 +1,500 @@
+"""The margin method: reference numbers, numerics at the poles, identities, ranks, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import pi
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslzoo.margins import (
+    NO_MARGIN,
+    Factors,
+    Margin,
+    Pairs,
+    angle_histogram,
+    gradient_factors,
+    pull_sums,
+)
+from sslzoo_methods.margin.loss import (
+    attract,
+    contrast,
+    contrast_queue,
+    isolated_loss,
+    macl_loss,
+    macl_temperature,
+    margin_loss,
+)
+from tests.golden_cases import GoldenCase
+
+Outputs = dict[str, Tensor | float | int]
+
+# -- reference numbers ------------------------------------------------------------------------
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.clone().requires_grad_()
+
+
+def margin_of(hyper: dict[str, Any]) -> Margin:
+    return Margin(angular=hyper["m1"], subtractive=hyper["m2"], wide_angle=hyper.get("wide_angle", "exact"))
+
+
+def per_anchor(pairs: Pairs, hyper: dict[str, Any]) -> Tensor:
+    return margin_loss(
+        pairs,
+        margin_of(hyper),
+        temperature=hyper.get("tau", 0.5),
+        beta=hyper.get("beta", 1.0),
+        slope="full",
+    )
+
+
+def factors_of(pairs: Pairs, hyper: dict[str, Any]) -> Factors:
+    margin = margin_of(hyper)
+    return gradient_factors(
+        pairs, margin, temperature=hyper.get("tau", 0.5), sums=pull_sums(pairs.theta, margin)
+    )
+
+
+def outputs(pairs: Pairs, loss: Tensor, hyper: dict[str, Any]) -> Outputs:
+    f = factors_of(pairs, hyper)
+    return {
+        "out_loss": loss.mean(),
+        "out_loss_i": loss,
+        "out_theta": pairs.theta,
+        "out_P_pos": f.p,
+        "out_P0_pos": f.p0,
+    }
+
+
+def two_views(z1: Tensor, z2: Tensor, temperature: float | Tensor, chunk: int = 0) -> Pairs:
+    z, n = torch.cat([z1, z2]), len(z1)
+    own = torch.arange(2 * n)
+    return contrast(z, z, (own + n) % (2 * n), own=own, temperature=temperature, chunk=chunk)
+
+
+def infonce(case: GoldenCase, precision: str, chunk: int = 0) -> Outputs:
+    t, h = case.tensors(precision), case.hyper
+    u, v = leaf(t["in_U"]), leaf(t["in_V"])
+    pairs = contrast(u, v, t["in_pos"], own=None, temperature=h["tau"], chunk=chunk)
+    loss = per_anchor(pairs, h)
+    got = outputs(pairs, loss, h)
+    got["out_grad_U"], got["out_grad_V"] = torch.autograd.grad(loss.mean(), [u, v])
+    return got
+
+
+def ntxent(case: GoldenCase, precision: str, chunk: int = 0) -> Outputs:
+    t, h = case.tensors(precision), case.hyper
+    z1, z2 = leaf(t["in_z1"]), leaf(t["in_z2"])
+    pairs = two_views(z1, z2, h["tau"], chunk)
+    loss = per_anchor(pairs, h)
+    got = outputs(pairs, loss, h)
+    got["out_grad_z1"], got["out_grad_z2"] = torch.autograd.grad(loss.mean(), [z1, z2])
+    return got
+
+
+def byol(case: GoldenCase, precision: str) -> Outputs:
+    t, h = case.tensors(precision), case.hyper
+    p = leaf(t["in_p"])
+    pairs = attract(p, t["in_z"])
+    loss = 2 + per_anchor(pairs, h)  # tau = 0.5
+    return {
+        "out_loss": loss.mean(),
+        "out_loss_i": loss,
+        "out_theta": pairs.theta,
+        "out_B": margin_of(h).slope_factor(pairs.theta.detach()),
+        "out_grad_p": torch.autograd.grad(loss.mean(), p)[0],
+    }
+
+
+ISOLATED = {
+    "base": (),
+    "E1": ("emphasis",),
+    "E2": ("angle",),
+    "E1E2": ("emphasis", "angle"),
+    "E3": ("logit",),
+    "E1E3": ("emphasis", "logit"),
+    "E2E3": ("angle", "logit"),
+    "all": ("emphasis", "angle", "logit"),
+}
+
+
+def isolated(pairs: Pairs, hyper: dict[str, Any], effects: tuple[str, ...], **changes: Any) -> Tensor:
+    options: dict[str, Any] = {
+        "logit_on": "both",
+        "emphasis_scale": 0.0,
+        "factor_range": (-torch.inf, torch.inf),
+        "value_preserving": True,
+    }
+    margin = margin_of(hyper)
+    return isolated_loss(
+        pairs,
+        margin,
+        temperature=hyper["tau"],
+        beta=hyper.get("beta", 1.0),
+        effects=effects,
+        sums=pull_sums(pairs.theta, margin),
+        **(options | changes),
+    )
+
+
+def decomposition(case: GoldenCase, precision: str) -> Outputs:
+    t, h = case.tensors(precision), case.hyper
+    got = infonce(case, precision)
+    u, v = leaf(t["in_U"]), leaf(t["in_V"])
+    pairs = contrast(u, v, t["in_pos"], own=None, temperature=h["tau"], chunk=0)
+    for name, effects in ISOLATED.items():
+        loss = isolated(pairs, h, effects).mean()
+        got[f"out_grad_U_{name}"], got[f"out_grad_V_{name}"] = torch.autograd.grad(
+            loss, [u, v], retain_graph=True
+        )
+    f, margin, theta = factors_of(pairs, h), margin_of(h), pairs.theta.detach()
+    quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=theta.dtype)
+    return got | {
+        "out_delta": f.delta,
+        "out_A": f.logit,
+        "out_B": f.slope,
+        "out_E1": f.emphasis,
+        "out_E2": f.angle,
+        "out_m2_eq": h["tau"] * f.delta,
+        "out_theta_star": torch.tensor(margin.neutral_angle, dtype=theta.dtype),
+        "out_pos_grad_theta": f.one_minus_p * margin.pull(theta) / h["tau"],
+        "out_neg_coef_sum": f.one_minus_p / h["tau"],
+        "out_one_minus_P": f.one_minus_p,
+        "out_one_minus_P0": f.one_minus_p0,
+        "out_hist_counts": angle_histogram(theta),
+        "out_q": torch.quantile(theta, quantiles),
+    }
+
+
+def mocov3_ranks(case: GoldenCase, precision: str) -> Outputs:
+    t, h = case.tensors(precision), case.hyper
+    assert h["loss_scale"] == "2*tau"
+    world, n = h["world_size"], len(t["in_q1"]) // h["world_size"]
+    q1, q2 = leaf(t["in_q1"]), leaf(t["in_q2"])
+    losses = []
+    for rank in range(world):
+        rows = torch.arange(n) + rank * n
+        terms = [
+            contrast(q[rows], k, rows, own=None, temperature=h["tau"], chunk=0)
+            for q, k in ((q1, t["in_k2"]), (q2, t["in_k1"]))
+        ]
+        losses.append(2 * h["tau"] * torch.stack([per_anchor(pairs, h).mean() for pairs in terms]).sum())
+    loss = torch.stack(losses)
+    grads = torch.autograd.grad(loss.sum(), [q1, q2])
+    return {
+        "out_rank_loss": loss,
+        "out_loss": loss.mean(),
+        "out_grad_q1": grads[0],
+        "out_grad_q2": grads[1],
+    }
+
+
+def queue(case: GoldenCase, precision: str) -> Outputs:
+    t, h = case.tensors(precision), case.hyper
+    q = leaf(t["in_q"])
+    pairs = contrast_queue(q, t["in_k"], t["in_queue"], temperature=h["tau"], chunk=0)
+    loss = per_anchor(pairs, h)
+    return outputs(pairs, loss, h) | {"out_grad_q": torch.autograd.grad(loss.mean(), q)[0]}
+
+
+def macl(case: GoldenCase, precision: str) -> Outputs:
+    t, h = case.tensors(precision), case.hyper
+    z1, z2 = leaf(t["in_z1"]), leaf(t["in_z2"])
+    alignment = two_views(z1, z2, 1.0).cosine.detach().mean()
+    temperature = macl_temperature(alignment, temperature=h["tau0"], alpha=h["alpha"], initial=h["A0"])
+    loss, weight = macl_loss(two_views(z1, z2, temperature), temperature=temperature, eps=h["eps"])
+    grads = torch.autograd.grad(loss.mean(), [z1, z2])
+    return {
+        "out_loss": loss.mean(),
+        "out_temperature": temperature,
+        "out_alignment": alignment,
+        "out_V": weight,
+        "out_grad_z1": grads[0],
+        "out_grad_z2": grads[1],
+    }
+
+
+KINDS: dict[str, Callable[[GoldenCase, str], Outputs]] = {
+    "infonce": infonce,
+    "ntxent": ntxent,
+    "byol": byol,
+    "decomposition": decomposition,
+    "mocov3_ranks": mocov3_ranks,
+    "queue": queue,
+    "macl": macl,
+}
+
+
+def test_golden(golden_case: GoldenCase, precision: str) -> None:
+    assert golden_case.kind in KINDS, f"unknown kind {golden_case.kind}"
+    golden_case.check(KINDS[golden_case.kind](golden_case, precision), precision)
+
+
+# -- numerics, against the closed form in 60 digits ---------------------------------------------
+
+
+def exact_gradient(
+    u: Tensor, v: Tensor, positive: list[int], tau: float, m1: float, m2: float
+) -> tuple[list[float], Tensor, Tensor]:
+    """Loss of each anchor and gradients of their mean at the very float inputs, from the closed form."""
+    import mpmath as mp
+
+    with mp.workdps(60):
+
+        def rows(x: Tensor) -> list[Any]:
+            return [mp.matrix([mp.mpf(e) for e in row]) for row in x.double().tolist()]
+
+        def dot(a: Any, b: Any) -> Any:
+            return sum(x * y for x, y in zip(a, b, strict=True))
+
+        us, vs = rows(u), rows(v)
+        un, vn = [mp.norm(x) for x in us], [mp.norm(x) for x in vs]
+        ud, vd = [x / n for x, n in zip(us, un, strict=True)], [x / n for x, n in zip(vs, vn, strict=True)]
+        n, losses = len(us), []
+        du, dv = [mp.zeros(u.shape[1], 1) for _ in us], [mp.zeros(u.shape[1], 1) for _ in vs]
+        for i, p in enumerate(positive):
+            chord = mp.norm(ud[i] - vd[p]) / 2
+            theta = 2 * mp.asin(chord) if chord < 0.7 else mp.pi - 2 * mp.asin(mp.norm(ud[i] + vd[p]) / 2)
+            logits = [dot(ud[i], x) / tau for x in vd]
+            logits[p] = (mp.cos(theta + m1) - m2) / tau
+            total = mp.log(sum(mp.e**x for x in logits))
+            losses.append(float(total - logits[p]))
+            share = [mp.e ** (x - total) for x in logits]
+            rest = sum(s for j, s in enumerate(share) if j != p)
+            for j, x in enumerate(vd):
+                if j != p:
+                    g = share[j] / tau
+                else:
+                    pole = chord < 1e-15 or chord > 1 - mp.mpf(10) ** -40
+                    g = mp.mpf(0) if pole else -rest * mp.sin(theta + m1) / mp.sin(theta) / tau
+                c = dot(ud[i], x)
+                du[i] += g / n * (x - c * ud[i]) / un[i]
+                dv[j] += g / n * (ud[i] - c * x) / vn[j]
+
+        def tensor(x: list[Any]) -> Tensor:
+            return torch.tensor([[float(e) for e in row] for row in x], dtype=torch.float64)
+
+        return losses, tensor(du), tensor(dv)
+
+
+def at_angle(u: Tensor, theta: float) -> Tensor:
+    """Rows at the angle ``theta`` from those of ``u``, of their length."""
+    side = torch.randn_like(u)
+    length = u.norm(dim=1, keepdim=True)
+    side -= (side * u).sum(1, keepdim=True) / length**2 * u
+    return (
+        torch.cos(torch.tensor(theta)) * u
+        + torch.sin(torch.tensor(theta)) * side / side.norm(dim=1, keepdim=True) * length
+    )
+
+
+def row_error(got: Tensor, expected: Tensor) -> float:
+    """Largest error of a row, relative to that row's own length."""
+    return float(((got.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+@pytest.mark.parametrize("theta", [0.0, 5e-8, 3e-4, 0.5, pi - 3e-4, pi - 0.1, pi])
+@pytest.mark.parametrize("m1", [0.3, -0.2, 0.0])
+def test_poles(theta: float, m1: float) -> None:
+    """0, pi and their surroundings; with m1 = 0.3, pi - 0.1 lies beyond pi - m1."""
+    u = torch.randn(5, 6, dtype=torch.float64)
+    v = torch.cat([at_angle(u, theta), torch.randn(4, 6, dtype=torch.float64)])
+    if theta in {0.0, pi}:
+        v[:5] = u if theta == 0 else -u
+    positive = list(range(5))
+    losses, du, dv = exact_gradient(u, v, positive, 0.2, m1, 0.1)
+    hyper = {"m1": m1, "m2": 0.1, "tau": 0.2}
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-3)):
+        a, b = leaf(u.to(dtype)), leaf(v.to(dtype))
+        pairs = contrast(a, b, torch.tensor(positive), own=None, temperature=0.2, chunk=0)
+        loss = per_anchor(pairs, hyper)
+        loss.mean().backward()
+        assert a.grad is not None and b.grad is not None
+        assert a.grad.isfinite().all() and b.grad.isfinite().all()
+        torch.testing.assert_close(loss.double().tolist(), losses, rtol=tolerance, atol=tolerance)
+        assert (pairs.theta.double() - theta).abs().max() < tolerance
+        if dtype == torch.float64:
+            assert row_error(a.grad, du) < 1e-6 and row_error(b.grad, dv) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 2e-4)])
+@pytest.mark.parametrize("m1", [0.0, 0.1])
+def test_saturated_rows_of_very_different_length(dtype: torch.dtype, tolerance: float, m1: float) -> None:
+    """1 - P near 1e-8 and norms 1e7 apart: every gradient row is right relative to its own size."""
+    length = torch.logspace(-3, 4, 8, dtype=dtype)[:, None]
+    u = torch.eye(8, 24, dtype=dtype) + 0.02 * torch.randn(8, 24, dtype=dtype)
+    v = u + 0.03 * torch.randn(8, 24, dtype=dtype)
+    u, v = leaf(u * length), leaf(v * length.flip(0))
+    losses, du, dv = exact_gradient(u.detach(), v.detach(), list(range(8)), 0.05, m1, 0.0)
+    pairs = contrast(u, v, torch.arange(8), own=None, temperature=0.05, chunk=0)
+    per_anchor(pairs, {"m1": m1, "m2": 0.0, "tau": 0.05}).mean().backward()
+    assert u.grad is not None and v.grad is not None
+    assert max(losses) < 1e-6 and du.norm(dim=1).min() < 1e-11
+    assert row_error(u.grad, du) < tolerance and row_error(v.grad, dv) < tolerance
+
+
+def test_chunks_change_nothing() -> None:
+    u, v = torch.randn(11, 6, dtype=torch.float64), torch.randn(17, 6, dtype=torch.float64)
+    results = []
+    for chunk in (0, 4, 100):
+        a, b = leaf(u), leaf(v)
+        pairs = contrast(a, b, torch.arange(11), own=torch.arange(11) + 3, temperature=0.1, chunk=chunk)
+        loss = per_anchor(pairs, {"m1": 0.1, "m2": 0.1, "tau": 0.1}).mean()
+        loss.backward()
+        results.append((loss.detach(), a.grad, b.grad))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-14)
+
+
+# -- identities -------------------------------------------------------------------------------
+
+
+def pairs_and_leaves(base: str) -> tuple[Pairs, list[Tensor]]:
+    """Fresh embeddings of one base framework, with those that get a gradient."""
+    u, v = leaf(torch.randn(9, 7, dtype=torch.float64)), leaf(torch.randn(9, 7, dtype=torch.float64))
+    if base == "simclr":
+        return two_views(u, v, 0.2), [u, v]
+    if base == "mocov2":
+        bank = torch.nn.functional.normalize(torch.randn(13, 7, dtype=torch.float64), dim=1)
+        return contrast_queue(u, v, bank, temperature=0.2, chunk=0), [u]
+    if base == "mocov3":
+        return contrast(u, v.detach(), torch.arange(9), own=None, temperature=0.2, chunk=0), [u]
+    return attract(u, v), [u]
+
+
+@pytest.mark.parametrize("base", ["simclr", "mocov2", "mocov3", "byol", "simsiam"])
+@pytest.mark.parametrize("wide_angle", ["exact", "arcface", "clamp", "easy"])
+@pytest.mark.parametrize("beta", [1.0, 0.4, 0.0])
+def test_all_effects_make_the_margin(base: str, wide_angle: str, beta: float) -> None:
+    pairs, leaves = pairs_and_leaves(base)
+    hyper = {"m1": 0.7, "m2": 0.1, "tau": 0.2, "beta": beta, "wide_angle": wide_angle}
+    true = torch.autograd.grad(per_anchor(pairs, hyper).mean(), leaves, retain_graph=True)
+    whole = torch.autograd.grad(isolated(pairs, hyper, ISOLATED["all"]).mean(), leaves, retain_graph=True)
+    none = torch.autograd.grad(isolated(pairs, hyper, ()).mean(), leaves)
+    for a, b, c in zip(true, whole, none, strict=True):
+        assert (a - b).norm() <= 1e-9 * a.norm()
+        assert (a - c).norm() > 1e-3 * a.norm()
+
+
+def test_the_logit_effect_is_a_subtractive_margin_per_sample() -> None:
+    pairs, leaves = pairs_and_leaves("simclr")
+    hyper = {"m1": 0.3, "m2": 0.1, "tau": 0.2}
+    alone = torch.autograd.grad(isolated(pairs, hyper, ("logit",)).mean(), leaves, retain_graph=True)
+    equal = 0.2 * factors_of(pairs, hyper).delta
+    assert pairs.negatives is not None
+    loss = -torch.nn.functional.logsigmoid((pairs.cosine - equal) / 0.2 - pairs.negatives)
+    torch.testing.assert_close(alone, torch.autograd.grad(loss.mean(), leaves), rtol=1e-9, atol=1e-13)
+
+
+def test_logit_only_slope_is_the_logit_effect_alone() -> None:
+    pairs, leaves = pairs_and_leaves("mocov3")
+    hyper = {"m1": 0.3, "m2": 0.1, "tau": 0.2}
+    loss = margin_loss(pairs, margin_of(hyper), temperature=0.2, beta=1.0, slope="logit_only")
+    torch.testing.assert_close(loss, per_anchor(pairs, hyper))
+    got = torch.autograd.grad(loss.mean(), leaves, retain_graph=True)
+    alone = torch.autograd.grad(isolated(pairs, hyper, ("logit",)).mean(), leaves)
+    torch.testing.assert_close(got, alone, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.4])
+def test_logit_splits_into_positive_and_negative(beta: float) -> None:
+    """The changes that the two halves make to the gradient add up to the whole change."""
+    pairs, leaves = pairs_and_leaves("simclr")
+    hyper = {"m1": 0.3, "m2": 0.1, "tau": 0.2, "beta": beta}
+
+    def gradient(effects: tuple[str, ...], on: str = "both") -> Tensor:
+        loss = isolated(pairs, hyper, effects, logit_on=on).mean()
+        return torch.cat(torch.autograd.grad(loss, leaves, retain_graph=True))
+
+    base = gradient(())
+    halves = [gradient(("logit",), on) - base for on in ("positive", "negative")]
+    torch.testing.assert_close(sum(halves), gradient(("logit",)) - base, rtol=1e-10, atol=1e-13)
+    assert all(h.norm() > 1e-3 for h in halves)
+
+
+def test_value_preserving_or_gradient_true() -> None:
+    pairs, leaves = pairs_and_leaves("simclr")
+    hyper = {"m1": 0.3, "m2": 0.1, "tau": 0.2}
+    kept = isolated(pairs, hyper, ("logit",))
+    plain = isolated(pairs, hyper, ())
+    scaled = isolated(pairs, hyper, ("logit",), value_preserving=False)
+    torch.testing.assert_close(kept, plain)
+    torch.testing.assert_close(scaled, factors_of(pairs, hyper).logit * plain)
+    one = torch.autograd.grad(kept.mean(), leaves, retain_graph=True)
+    torch.testing.assert_close(one, torch.autograd.grad(scaled.mean(), leaves))
+
+
+def test_constant_emphasis_replaces_the_batch_ratio() -> None:
+    pairs, leaves = pairs_and_leaves("mocov3")
+    hyper = {"m1": 0.3, "m2": 0.0, "tau": 0.2}
+    e1 = float(factors_of(pairs, hyper).emphasis)
+    for effects in (("emphasis",), ("emphasis", "angle"), ("emphasis", "angle", "logit")):
+        own = torch.autograd.grad(isolated(pairs, hyper, effects).mean(), leaves, retain_graph=True)
+        constant = isolated(pairs, hyper, effects, emphasis_scale=e1).mean()
+        torch.testing.assert_close(torch.autograd.grad(constant, leaves, retain_graph=True), own)
+        double = isolated(pairs, hyper, effects, emphasis_scale=2 * e1).mean()
+        assert not torch.allclose(torch.autograd.grad(double, leaves, retain_graph=True)[0], own[0])
+
+
+def test_eqco_weights_the_negatives() -> None:
+    """m2 = tau ln(alpha / K) equals multiplying every negative's exponential by alpha / K."""
+    pairs, _ = pairs_and_leaves("mocov2")
+    assert pairs.negatives is not None
+    ratio = torch.tensor(65536 / 13, dtype=torch.float64)
+    loss = per_anchor(pairs, {"m1": 0.0, "m2": 0.2 * float(ratio.log()), "tau": 0.2})
+    weighted = torch.nn.functional.softplus(pairs.negatives + ratio.log() - pairs.cosine / 0.2, threshold=100)
+    torch.testing.assert_close(loss, weighted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("effects", list(ISOLATED.values()))
+def test_no_margin_leaves_every_bit(effects: tuple[str, ...]) -> None:
+    pairs, leaves = pairs_and_leaves("simclr")
+    hyper = {"m1": 0.0, "m2": 0.0, "tau": 0.2}
+    base = margin_loss(pairs, NO_MARGIN, temperature=0.2, beta=1.0, slope="full")
+    assert torch.equal(isolated(pairs, hyper, effects), base) and torch.equal(per_anchor(pairs, hyper), base)
+    grads = torch.autograd.grad(base.mean(), leaves, retain_graph=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(isolated(pairs, hyper, effects).mean(), leaves), grads, rtol=1e-12, atol=1e-15
+    )
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_sphereface_falls_monotonically_and_its_slope_is_its_derivative(m: int) -> None:
+    margin = Margin(angular=0.0, subtractive=0.0, multiplier=m)
+    theta = leaf(torch.linspace(0.01, pi - 0.01, 200, dtype=torch.float64))
+    psi = margin.cosine(theta, theta.cos())
+    assert (psi.diff() < 0).all() and psi[0] > 0.99 and psi[-1] < 1.01 - 2 * m
+    (slope,) = torch.autograd.grad(psi.sum(), theta)
+    torch.testing.assert_close(margin.pull(theta.detach()), -slope)
+    torch.testing.assert_close(margin.slope_factor(theta.detach()), -slope / theta.detach().sin())
+
+
+@pytest.mark.parametrize("wide_angle", ["exact", "arcface", "clamp", "easy"])
+@pytest.mark.parametrize("m1", [0.4, -0.4])
+def test_pull_and_drop_agree_with_psi(wide_angle: str, m1: float) -> None:
+    margin = Margin(angular=m1, subtractive=0.2, wide_angle=wide_angle)
+    theta = leaf(torch.linspace(0.01, pi - 0.01, 101, dtype=torch.float64))
+    psi = margin.cosine(theta, theta.cos())
+    (slope,) = torch.autograd.grad(psi.sum(), theta)
+    torch.testing.assert_close(margin.pull(theta.detach()), -slope)
+    torch.testing.assert_close(margin.drop(theta.detach()), (theta.cos() - psi + 0.2).detach())
+
+
+def test_compiled_equals_eager() -> None:
+    u, v = torch.randn(6, 5), torch.randn(6, 5)
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        pairs = contrast(a, b, torch.arange(6), own=None, temperature=0.2, chunk=0)
+        return per_anchor(pairs, {"m1": 0.2, "m2": 0.1, "tau": 0.2}).mean()
+
+    results = []
+    for fn in (run, torch.compile(run, backend="aot_eager")):
+        a, b = leaf(u), leaf(v)
+        loss = fn(a, b)
+        results.append((loss.detach(), *torch.autograd.grad(loss, [a, b])))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
