@@ -1,0 +1,97 @@
+"""The two-way global contrastive loss (CLIP style; arXiv:2202.12387 and 2305.11965). Pure.
+
+Letters: b pairs of this rank, B of all ranks, D embedding width. All embeddings are L2-normalised and at
+least float32. ``offset`` is the row of this rank's first pair among the B, that is rank * b.
+"""
+
+from __future__ import annotations
+
+from math import log
+
+import torch
+from torch import Tensor
+
+from sslzoo.config import one_of, require
+from sslzoo.numerics import autocast_off, ieee_matmul
+from sslzoo_methods.sogclr.loss import Estimates, first_visits, floored, mix, own_image
+
+BIMODAL_SCALE = ("mean", "official")
+
+
+def bimodal_loss(
+    anchors: tuple[Tensor, Tensor],
+    columns: tuple[Tensor, Tensor],
+    log_u: tuple[Tensor, Tensor],
+    *,
+    temperature: tuple[float | Tensor, float | Tensor],
+    gamma: float,
+    first_visit: str,
+    u_floor: float,
+    scale: str,
+    offset: int,
+) -> tuple[Tensor, tuple[Estimates, Estimates]]:
+    """Each item of one modality against the other modality's items; one pair per modality everywhere.
+
+    ``anchors`` (b, D) each, ``columns`` (B, D) each, ``log_u`` (b,) each (-inf: never visited),
+    ``temperature`` numbers, scalars or (b,) each. With H = s - s+, the similarity less the anchor's own
+    positive, and the B - 1 other items as j:
+
+    L = 1/2 1/b sum_i ( 1/(B-1) sum_j p_j H_j + the same from the other side ), p_j = exp(H_j / tau) / u_hat.
+
+    p is constant; gradients reach ``anchors`` and ``columns``. u_hat is floored at ``u_floor`` before it is
+    stored and divided by; 0 is no floor. ``scale`` ``official`` leaves 1/(B-1) out, as the authors' code.
+    """
+    one_of("bimodal_scale", scale, BIMODAL_SCALE)
+    a, b = anchors
+    rows = slice(offset, offset + a.shape[0])
+    options = {"gamma": gamma, "first_visit": first_visit, "u_floor": u_floor, "offset": offset}
+    with autocast_off(a), ieee_matmul():
+        loss_a, estimates_a = _direction(a, columns[1], columns[1][rows], log_u[0], temperature[0], **options)
+        loss_b, estimates_b = _direction(b, columns[0], columns[0][rows], log_u[1], temperature[1], **options)
+    factor = columns[0].shape[0] - 1 if scale == "official" else 1
+    return (loss_a + loss_b) / 2 * factor, (estimates_a, estimates_b)
+
+
+def _direction(
+    anchors: Tensor,
+    columns: Tensor,
+    partners: Tensor,
+    log_u: Tensor,
+    temperature: float | Tensor,
+    *,
+    gamma: float,
+    first_visit: str,
+    u_floor: float,
+    offset: int,
+) -> tuple[Tensor, Estimates]:
+    """One modality's anchors (b, D) against the other's ``columns`` (B, D)."""
+    batch = columns.shape[0]
+    require(batch > 1, "a batch of one pair has no negatives; raise data.global_batch_size")
+    tau = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    tau_rows = tau[:, None] if isinstance(tau, Tensor) and tau.ndim == 1 else tau
+    # Row-wise products: the diagonal of the (b, B) block would be another rank's pair beyond rank 0.
+    positive = (anchors * partners).sum(dim=1)
+    contrast = anchors @ columns.T - positive[:, None]  # H
+    with torch.no_grad():
+        logits = contrast / tau_rows
+        logits = logits.masked_fill(own_image(anchors.shape[0], batch, offset, anchors.device), -torch.inf)
+        log_batch = logits.logsumexp(dim=1) - log(batch - 1)
+        log_mixed = floored(mix(log_u, log_batch, first_visits(log_u, first_visit), gamma), u_floor)
+        weights = (logits - log_mixed[:, None]).exp()  # p
+    repulsion = (weights * contrast).sum(dim=1) / (batch - 1)
+    slope = log_mixed - repulsion.detach() / tau
+    estimates = Estimates(log_mixed, log_mixed[None], log_batch[None], positive.detach()[None], slope)
+    return repulsion.mean(), estimates
+
+
+def global_temperature_loss(
+    temperature: Tensor, estimates: tuple[Estimates, Estimates], *, rho: float
+) -> Tensor:
+    """tau times the derivative of the objective's estimate by tau, for a learnable scalar ``temperature``.
+
+    The objective is 1/2 sum over modalities of the mean of tau * log g, plus rho * tau (FastCLIP-v3,
+    arXiv:2407.01445). Its gradient reaches ``temperature`` alone; add it to :func:`bimodal_loss`. The mean
+    is over this rank's pairs: averaging gradients over ranks makes it global.
+    """
+    slope = (estimates[0].slope + estimates[1].slope).mean() / 2
+    return temperature * (rho + slope).detach()

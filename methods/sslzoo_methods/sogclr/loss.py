@@ -1,0 +1,316 @@
+"""SogCLR's unimodal losses (arXiv:2202.12387). Pure: no module, no process group, no table.
+
+Letters: G anchor views, V views in all (V >= G, the anchors' come first), b samples of this rank, B of
+all ranks, D embedding width, M = V * (B - 1) negatives of an anchor: every view of every other image.
+All embeddings are L2-normalised and at least float32. ``offset`` is the row of this rank's first sample
+among the B, that is rank * b.
+
+Everything but the similarities is a constant of the gradient: the estimates of the denominators weigh
+the similarities and are not differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import log
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sslzoo.config import one_of, require
+from sslzoo.numerics import autocast_off, ieee_matmul
+
+FIRST_VISIT = ("sample", "batch", "none")
+U_WRITE = ("mean", "sum")
+# Similarities held at once by the lean form. 8 MiB in float32: small enough for a CPU's last cache.
+CHUNK = 2**21
+
+
+class Estimates(NamedTuple):
+    """What a step learned about its anchors. Detached."""
+
+    log_u: Tensor  # (b,) the table's new entries
+    log_mixed: Tensor  # (G, b) log u_hat, the denominators that weighed the gradient
+    log_batch: Tensor  # (G, b) log g_hat, this batch's own estimate
+    positive: Tensor  # (G, b) similarity to the positive
+    slope: Tensor  # (b,) d/dtau of tau * log g at the anchors' temperature, mean over views
+
+
+def first_visits(log_u: Tensor, rule: str) -> Tensor:
+    """Which entries (b,) take the batch's estimate as it is, that is gamma = 1.
+
+    ``sample``: those never visited (-inf). ``batch``: all or none, all if none was ever visited (the
+    official code). ``none``: none, so that a first visit stores gamma * g_hat (the paper's TPU code).
+    """
+    one_of("first_visit", rule, FIRST_VISIT)
+    unseen = torch.isneginf(log_u)
+    if rule == "batch":
+        return unseen.all().expand_as(unseen)
+    return unseen if rule == "sample" else torch.zeros_like(unseen)
+
+
+def mix(log_u: Tensor, log_batch: Tensor, first: Tensor, gamma: float) -> Tensor:
+    """log((1 - gamma) u + gamma g_hat), or log g_hat where ``first``; ``gamma`` in (0, 1]."""
+    require(0 < gamma <= 1, f"gamma must lie in (0, 1], got {gamma}")
+    if gamma == 1:
+        return log_batch
+    mixed = torch.logaddexp(log_u + log(1 - gamma), log_batch + log(gamma))
+    return torch.where(first, log_batch, mixed)
+
+
+def new_entries(log_mixed: Tensor, *, u_write: str, gamma: float) -> Tensor:
+    """The table's new entries (b,) from log u_hat (G, b) of the anchor views: their ``mean`` or ``sum``.
+
+    ``sum`` is the estimator of the paper's tables. It diverges for gamma <= 0.5, which is refused.
+    """
+    one_of("u_write", u_write, U_WRITE)
+    require(
+        u_write == "mean" or gamma > 0.5,
+        f"u_write=sum diverges for gamma <= 0.5, got gamma={gamma}; raise method.gamma or set method.u_write=mean",
+    )
+    total = log_mixed.logsumexp(dim=0)
+    return total - log(log_mixed.shape[0]) if u_write == "mean" else total
+
+
+def floored(log_u: Tensor, u_floor: float) -> Tensor:
+    """``log_u`` with u at least ``u_floor``; 0 is no floor."""
+    require(u_floor >= 0, f"u_floor must not be negative, got {u_floor}")
+    return log_u.clamp(min=log(u_floor)) if u_floor > 0 else log_u
+
+
+def negatives(columns: Tensor) -> int:
+    """M for ``columns`` (V, B, D)."""
+    views, batch, _ = columns.shape
+    require(batch > 1, "a batch of one image has no negatives; raise data.global_batch_size")
+    return views * (batch - 1)
+
+
+def own_image(rows: int, batch: int, offset: int, device: torch.device) -> Tensor:
+    """(b, B) bool: the column of the same image as the row."""
+    return torch.arange(batch, device=device) == torch.arange(rows, device=device)[:, None] + offset
+
+
+def positives(anchors: Tensor, columns: Tensor, offset: int) -> Tensor:
+    """Similarity of each anchor (G, b, D) to the other views of its image, their mean: (G, b)."""
+    own = columns[:, offset : offset + anchors.shape[1]]
+    similarity = torch.einsum("gbd,vbd->gvb", anchors, own)
+    itself = torch.eye(*similarity.shape[:2], dtype=torch.bool, device=anchors.device)[:, :, None]
+    return similarity.masked_fill(itself, 0).sum(dim=1) / (columns.shape[0] - 1)
+
+
+def gcl_loss(
+    anchors: Tensor,
+    columns: Tensor,
+    log_u: Tensor,
+    *,
+    temperature: float | Tensor,
+    gamma: float,
+    first_visit: str,
+    u_write: str,
+    u_floor: float,
+    offset: int,
+) -> tuple[Tensor, Estimates]:
+    """The global contrastive loss of b images against all B (spec of the surrogate: Algorithm 1).
+
+    ``anchors`` (G, b, D), ``columns`` (V, B, D), ``log_u`` (b,) the anchors' table entries (-inf: never
+    visited), ``temperature`` a number or one per image (b,).
+
+    L = 1/b sum_i sum_v ( -s+ + 1/M sum_j p_j s_j ) with p_j = exp(s_j / tau) / u_hat constant and neither
+    view of the anchor's own image among the j. Gradients reach ``anchors`` and ``columns``. L is a
+    surrogate for the gradient, not the objective tau * log g - s+, and is usually negative. ``u_floor``
+    acts in p alone (the official code), not on the entries. This is the readable form, which holds
+    G*b*V*B similarities several times; :func:`gcl_loss_lean` gives the same.
+    """
+    tau = temperature[:, None, None] if isinstance(temperature, Tensor) else temperature
+    with autocast_off(anchors), ieee_matmul():
+        count = negatives(columns)
+        scores = torch.einsum("gbd,vcd->gbvc", anchors, columns)
+        with torch.no_grad():
+            excluded = own_image(anchors.shape[1], columns.shape[1], offset, anchors.device)[:, None]
+            logits = (scores / tau).masked_fill(excluded, -torch.inf)
+            log_batch = logits.flatten(2).logsumexp(dim=2) - log(count)
+            log_mixed = mix(log_u, log_batch, first_visits(log_u, first_visit), gamma)
+            weights = (logits - floored(log_mixed, u_floor)[..., None, None]).exp()  # p
+        repulsion = (weights * scores).sum(dim=(2, 3)) / count  # (G, b)
+        positive = positives(anchors, columns, offset)
+        loss = (repulsion - positive).sum(dim=0).mean()
+        return loss, _estimates(log_batch, log_mixed, repulsion, positive, temperature, u_write, gamma)
+
+
+def gcl_loss_lean(
+    anchors: Tensor,
+    columns: Tensor,
+    log_u: Tensor,
+    *,
+    temperature: float | Tensor,
+    gamma: float,
+    first_visit: str,
+    u_write: str,
+    u_floor: float,
+    offset: int,
+) -> tuple[Tensor, Estimates]:
+    """:func:`gcl_loss` in memory O(chunk): the gradient is computed in the forward pass, a block of
+    anchors at a time, and no similarity outlives its block. Differentiable once."""
+    with autocast_off(anchors), ieee_matmul():
+        first = first_visits(log_u, first_visit)
+        tau = _per_image(temperature, log_u)
+        total, repulsion, log_batch, log_mixed = _Repulsion.apply(
+            anchors, columns, log_u, first, tau, gamma, u_floor, offset
+        )  # type: ignore[misc]
+        positive = positives(anchors, columns, offset)
+        loss = total - positive.sum(dim=0).mean()
+        return loss, _estimates(log_batch, log_mixed, repulsion, positive, temperature, u_write, gamma)
+
+
+def gcl_columns_loss(
+    own: Tensor,
+    anchors: Tensor,
+    log_mixed: Tensor,
+    *,
+    temperature: float | Tensor,
+    u_floor: float,
+    offset: int,
+) -> Tensor:
+    """The part of the global gradient that reaches this rank's embeddings as somebody's column.
+
+    ``own`` (V, b, D) with gradient, ``anchors`` (G, B, D) and ``log_mixed`` (G, B) of all ranks, constant;
+    ``temperature`` a number or (B,). Added to :func:`gcl_loss` with constant ``columns`` it gives the
+    gradient of the differentiable gather without reducing (V, B, D) tensors in the backward pass
+    (FastCLIP, arXiv:2407.01445). Only its gradient has a meaning.
+    """
+    with autocast_off(own), ieee_matmul():
+        tau = _per_image(temperature, log_mixed[0])
+        rows = slice(offset, offset + own.shape[1])
+        repulsion = _ColumnRepulsion.apply(own, anchors, floored(log_mixed, u_floor), tau, offset)
+        # Own anchors are constant here: their side of the product is the other part's.
+        positive = positives(anchors[:, rows], own, 0)
+        return repulsion - positive.sum(dim=0).mean()  # type: ignore[no-any-return]
+
+
+def ntxent_loss(anchors: Tensor, columns: Tensor, *, temperature: float, offset: int) -> Tensor:
+    """SimCLR's loss as SogCLR's authors write it: 1/b sum_i sum_v ( logsumexp_j s_j / tau - s+ / tau ).
+
+    Shapes as :func:`gcl_loss`; the sum runs over every column but the anchor itself, the positive
+    included. The two directions are summed: twice the usual mean over 2b anchors.
+    """
+    with autocast_off(anchors), ieee_matmul():
+        scores = torch.einsum("gbd,vcd->gbvc", anchors, columns) / temperature
+        views = torch.eye(scores.shape[0], scores.shape[2], dtype=torch.bool, device=scores.device)
+        same = own_image(anchors.shape[1], columns.shape[1], offset, scores.device)
+        itself = views[:, None, :, None] & same[None, :, None, :]
+        denominator = scores.masked_fill(itself, -torch.inf).flatten(2).logsumexp(dim=2)  # (G, b)
+        return (denominator - positives(anchors, columns, offset) / temperature).sum(dim=0).mean()
+
+
+@torch.no_grad()
+def objective(log_mixed: Tensor, positive: Tensor, temperature: float | Tensor) -> Tensor:
+    """Estimate of the true objective, the mean of tau * log u_hat - s+ over images and views."""
+    return (temperature * log_mixed - positive).mean()
+
+
+@torch.no_grad()
+def _estimates(
+    log_batch: Tensor,
+    log_mixed: Tensor,
+    repulsion: Tensor,
+    positive: Tensor,
+    temperature: float | Tensor,
+    u_write: str,
+    gamma: float,
+) -> Estimates:
+    slope = (log_mixed - repulsion.detach() / temperature).mean(dim=0)
+    log_u = new_entries(log_mixed, u_write=u_write, gamma=gamma)
+    return Estimates(log_u, log_mixed, log_batch, positive.detach(), slope)
+
+
+def _per_image(temperature: float | Tensor, like: Tensor) -> Tensor:
+    return temperature if isinstance(temperature, Tensor) else torch.full_like(like, temperature)
+
+
+def _blocks(
+    anchors: Tensor, columns: Tensor, tau: Tensor, offset: int
+) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """Blocks of anchors: (view, rows, peak (R,), e (R, V*B)) with e = exp(s / tau - peak), 0 at the own
+    image. The peak is the row's largest exponent, hence no overflow at any temperature."""
+    views, batch, _ = columns.shape
+    flat = columns.flatten(0, 1).T
+    step = max(1, CHUNK // (views * batch))
+    buffer = anchors.new_empty(min(step, anchors.shape[1]), views * batch)
+    for g in range(anchors.shape[0]):
+        for start in range(0, anchors.shape[1], step):
+            rows = slice(start, min(start + step, anchors.shape[1]))
+            scaled = anchors[g, rows] / tau[rows, None]
+            e = torch.mm(scaled, flat, out=buffer[: scaled.shape[0]])
+            e.view(-1, views, batch).diagonal(start + offset, dim1=0, dim2=2).fill_(-torch.inf)
+            peak = e.amax(dim=1)
+            yield g, rows, peak, e.sub_(peak[:, None]).exp_()
+
+
+class _Repulsion(torch.autograd.Function):
+    """1/b sum_i sum_v 1/M sum_j p_j s_j and, in the same pass, its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        columns: Tensor,
+        log_u: Tensor,
+        first: Tensor,
+        tau: Tensor,
+        gamma: float,
+        u_floor: float,
+        offset: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        count, flat = negatives(columns), columns.flatten(0, 1)
+        log_batch = anchors.new_empty(anchors.shape[:2])
+        log_mixed, repulsion = torch.empty_like(log_batch), torch.empty_like(log_batch)
+        grad_anchors = torch.empty_like(anchors)
+        grad_columns = torch.zeros_like(flat) if ctx.needs_input_grad[1] else None
+        for g, rows, peak, e in _blocks(anchors, columns, tau, offset):
+            log_batch[g, rows] = peak + e.sum(dim=1).log() - log(count)
+            log_mixed[g, rows] = mix(log_u[rows], log_batch[g, rows], first[rows], gamma)
+            # p = e * scale. p <= M / gamma, so the scale cannot overflow.
+            scale = (peak - floored(log_mixed[g, rows], u_floor)).exp()[:, None] / count
+            pulled = (e @ flat) * scale  # (R, D)
+            repulsion[g, rows] = (pulled * anchors[g, rows]).sum(dim=1)
+            grad_anchors[g, rows] = pulled
+            if grad_columns is not None:
+                grad_columns.addmm_(e.T, anchors[g, rows] * scale)
+        ctx.images = anchors.shape[1]
+        ctx.save_for_backward(grad_anchors, None if grad_columns is None else grad_columns.view_as(columns))
+        ctx.mark_non_differentiable(repulsion, log_batch, log_mixed)
+        return repulsion.sum(dim=0).mean(), repulsion, log_batch, log_mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grad_anchors, grad_columns = ctx.saved_tensors
+        grad = grad / ctx.images
+        return grad_anchors * grad, None if grad_columns is None else grad_columns * grad, *[None] * 6
+
+
+class _ColumnRepulsion(torch.autograd.Function):
+    """1/b sum over all anchors of 1/M sum_j p_j s_j with respect to the own columns j."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, own: Tensor, anchors: Tensor, log_divisor: Tensor, tau: Tensor, offset: int
+    ) -> Tensor:
+        views, images, _ = own.shape
+        scale = 1 / (images * views * (anchors.shape[1] - 1))
+        flat = own.flatten(0, 1)
+        grad_own = torch.zeros_like(flat)
+        # Row r holds the image of own column r - offset.
+        for g, rows, peak, e in _blocks(anchors, own, tau, -offset):
+            weight = (peak - log_divisor[g, rows]).exp()[:, None] * scale
+            grad_own.addmm_(e.T, anchors[g, rows] * weight)
+        ctx.save_for_backward(grad_own.view_as(own))
+        return (grad_own * flat).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_own,) = ctx.saved_tensors
+        return grad_own * grad, None, None, None, None
