@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from sslzoo.config import require
 from sslzoo.distributed import world_size
 from sslzoo.method import EvalBatch
 
@@ -44,8 +45,11 @@ class Shard:
 
 
 def eval_sets(trainer: Trainer) -> list[EvalSet]:
-    """The DataModule's eval sets, in the order of the validation loaders."""
+    """The DataModule's eval sets, in the order of the validation loaders; ``ValueError`` if two share a name."""
     sets: list[EvalSet] = trainer.datamodule.eval_sets()  # type: ignore[attr-defined]
+    names = [s.name for s in sets if s.split == "train"]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    require(not twice, f"probe.data names {', '.join(twice)} twice; results are reported by data set")
     return sets
 
 

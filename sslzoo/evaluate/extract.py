@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -26,21 +26,23 @@ class Extracted(NamedTuple):
 @torch.inference_mode()
 def extract(
     encoders: Mapping[str, Encoder],
-    loader: Iterable[EvalBatch],
+    loader: Iterable[Any],
     datamodule: LightningDataModule,
     device: torch.device,
+    dataloader_idx: int,
 ) -> Extracted:
     """Run every batch of ``loader`` through every encoder. Modules among them must be in evaluation mode.
 
-    The batches take the DataModule's own way to the device, so they are what validation shows.
+    ``loader`` is the DataModule's validation loader ``dataloader_idx``, and the batches take the DataModule's
+    own way to the device: they are what validation shows.
     """
     features: dict[str, list[Tensor]] = {name: [] for name in encoders}
     labels: list[Tensor] = []
     ids: list[Tensor] = []
     for raw in loader:
-        batch = datamodule.on_before_batch_transfer(raw, 0)
-        batch = datamodule.transfer_batch_to_device(batch, device, 0)
-        batch = datamodule.on_after_batch_transfer(batch, 0)
+        batch = datamodule.on_before_batch_transfer(raw, dataloader_idx)
+        batch = datamodule.transfer_batch_to_device(batch, device, dataloader_idx)
+        batch: EvalBatch = datamodule.on_after_batch_transfer(batch, dataloader_idx)
         for name, encode in encoders.items():
             features[name].append(encode(batch.image).float())
         labels.append(batch.label)

@@ -27,7 +27,7 @@ PIXEL_LIMIT = 4096  # values an image; a probe on raw pixels holds the square of
 
 FROZEN = (
     "frozen features of the plain images; logistic regression on standardised features, its L2 strength chosen "
-    "on held-out training samples, tested once; weighted cosine k-NN over all training samples"
+    "on held-out training samples, tested once; weighted cosine k-NN over the same training set"
 )
 ONLINE = (
     "online: linear probe trained beside the method on augmented views, its learning rate chosen on held-out "
@@ -89,29 +89,30 @@ def final_evaluation(
 def _with_baselines(
     method: SSLMethod[Any], datamodule: SSLDataModule, recipe: Recipe, initial: Callable[[], nn.Module]
 ) -> dict[str, float]:
-    trained, fresh = method.backbone, initial().to(method.device).eval()
+    trained, fresh = method.backbone, initial().eval()
+    fresh = fresh.to(method.device, next(trained.parameters()).dtype)
     was_training = trained.training
     trained.eval()
     encoders: dict[str, Encoder] = {"": trained, "random_init_": fresh, "raw_pixels_": _pixels}
     sets = datamodule.eval_sets()
     loaders = datamodule.val_dataloader()
-    primary = next(s.name for s in sets if s.num_classes > 0)
+    primary = next(s for s in sets if s.num_classes > 0)
     try:
         train, test = (
             next(
-                (s.num_classes, extract(encoders, loader, datamodule, method.device))
-                for s, loader in zip(sets, loaders, strict=True)
-                if (s.name, s.split) == (primary, split)
+                extract(encoders, loaders[i], datamodule, method.device, i)
+                for i, s in enumerate(sets)
+                if (s.name, s.split) == (primary.name, split)
             )
             for split in ("train", "test")
         )
     finally:
         trained.train(was_training)
-    return _measure(train[1], test[1], recipe, classes=train[0])
+    return _measure(train, test, recipe, classes=primary.num_classes)
 
 
 def _pixels(image: Tensor) -> Tensor:
-    if image[0].numel() > PIXEL_LIMIT:
+    if image.shape[1:].numel() > PIXEL_LIMIT:
         return image.new_empty(len(image), 0)
     return image.flatten(1)
 
