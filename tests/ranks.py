@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -29,7 +30,8 @@ def _entry(
         dist.init_process_group("gloo", rank=rank, world_size=world)
         result = fn(rank, world, *args)
         dist.barrier()
-        queue.put((rank, True, result))
+        # Pickled here: torch's own queue would send a handle that dies with this process.
+        queue.put((rank, True, pickle.dumps(result)))
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))
         raise
@@ -55,7 +57,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
         for _ in range(world):
             rank, ok, value = queue.get(timeout=timeout)
             assert ok, f"rank {rank} failed:\n{value}"
-            results[rank] = value
+            results[rank] = pickle.loads(value)
     finally:
         for p in processes:
             p.join(10)
