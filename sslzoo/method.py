@@ -42,7 +42,8 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
 
     A subclass sets ``Config``, builds heads and state in ``__init__`` and implements :meth:`loss`.
     It may override :meth:`prepare` (state whose size depends on the data), :meth:`after_step` (EMA,
-    queue) and :meth:`features` (more layers for probes). Everything else is the framework's.
+    queue) with :meth:`after_skipped_step`, and :meth:`features` (more layers for probes). Everything
+    else is the framework's.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -77,6 +78,9 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
 
     def after_step(self, step: int) -> None:
         """Called once after real optimiser step ``step`` (from 0): EMA, queue."""
+
+    def after_skipped_step(self, step: int) -> None:
+        """Called instead where an fp16 overflow made the scaler skip step ``step``: weights are as before."""
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
         """Named representations of a plain view, each (N, F); ``backbone`` is always there."""
@@ -145,7 +149,9 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
 
     def finish_step(self, *, skipped: bool = False) -> None:
         """Count a real optimiser step and run :meth:`after_step`. Methods that own their loop call it."""
-        if not skipped:
+        if skipped:
+            self.after_skipped_step(self.optimizer_steps)
+        else:
             self.after_step(self.optimizer_steps)
         self.optimizer_steps += 1
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
 from sslzoo.config import require
 from sslzoo.numerics import normalize
+
+log = logging.getLogger(__name__)
 
 
 class FeatureQueue(nn.Module):
@@ -36,3 +40,15 @@ class FeatureQueue(nn.Module):
         rows = (self.position + offset + torch.arange(count - offset, device=keys.device)) % size
         self.features.index_copy_(0, rows, keys[offset:].to(self.features.dtype))
         self.position.add_(count).remainder_(size)
+
+
+def warn_of_stale_keys(size: int, keys_per_epoch: int) -> None:
+    """Log a warning where a queue of ``size`` spans an epoch: it then holds keys of the very images that
+    they are negatives for."""
+    if size >= keys_per_epoch:
+        log.warning(
+            "method.queue_size=%d spans an epoch's %d keys, so that images meet their own old keys as "
+            "negatives; lower method.queue_size",
+            size,
+            keys_per_epoch,
+        )

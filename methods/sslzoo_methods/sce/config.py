@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sslzoo.config import MethodConfig, one_of, require
+from sslzoo.config import MethodConfig, Recipe, one_of, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +112,20 @@ class SCEConfig(MethodConfig):
         require(
             warmup is None or 0 <= warmup.start <= 1,
             "method.contrastive_weight_warmup.start must lie in [0, 1]",
+        )
+
+    def check(self, recipe: Recipe) -> None:
+        """The views and the batch norms of ``recipe`` must suit the branches."""
+        global_views = sum(view.count for view in recipe.views if view.role == "global")
+        crops = sum(view.count for view in recipe.views)
+        require(
+            global_views > 0 and crops > 1,
+            f"views: SCE needs a global view and a further one, got {global_views} global of {crops}",
+        )
+        require(
+            self.momentum_batchnorm == "same" or not recipe.trainer.get("sync_batchnorm", False),
+            f"method.momentum_batchnorm={self.momentum_batchnorm} and trainer.sync_batchnorm=true undo one "
+            "another: keep one of the two",
         )
 
     def relational_weights(self, contrastive_weight: float) -> tuple[float, float]:

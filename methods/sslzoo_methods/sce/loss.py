@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslzoo.config import one_of, require
-from sslzoo.numerics import at_least_float32, autocast_off
+from sslzoo.numerics import at_least_float32, autocast_off, ieee_matmul
 
 TARGET_POSITIVES = ("zero_logit", "masked")
 
@@ -69,7 +69,7 @@ def sce_loss(
     queue alone holds the negatives. Raises ``ValueError`` without negatives, or for ``zero_logit`` with keys.
     """
     _check(keys, queue, target_positive)
-    with autocast_off(online):
+    with autocast_off(online), ieee_matmul():
         q, k = at_least_float32(online), at_least_float32(target.detach())
         own = None if keys is None else at_least_float32(keys.detach())
         stored = None if queue is None else at_least_float32(queue.detach())
@@ -111,6 +111,11 @@ class SCEOutput(NamedTuple):
     target_entropy: Tensor  # nats, of the target's distribution over the negatives
     target_count: Tensor  # exp of that entropy, row by row: the effective number of relational targets
     target_top1: Tensor  # that distribution's largest probability
+
+    def health(self) -> dict[str, Tensor]:
+        """Everything but the loss, by name."""
+        named = self.terms._asdict() | self._asdict()
+        return {name: value for name, value in named.items() if name not in ("loss", "terms")}
 
 
 def crop_pairs(targets: int, crops: int, *, symmetric: bool) -> list[tuple[int, int]]:
@@ -167,7 +172,7 @@ def sce_multicrop_loss(
     Once differentiable. Its backward pass has no matrix product, so an autocast region around it does no harm.
     """
     _check(None if keys is None else keys[0], queue, target_positive)
-    with autocast_off(online[0]):
+    with autocast_off(online[0]), ieee_matmul():
         q = [at_least_float32(x) for x in online]
         k = [at_least_float32(x.detach()) for x in target]
         n, crops = q[0].shape[0], len(q)

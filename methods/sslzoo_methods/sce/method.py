@@ -1,0 +1,149 @@
+"""SCE: Similarity Contrastive Estimation (Denize et al., WACV 2023, arXiv:2111.14585)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from sslzoo.batchnorm import to_split
+from sslzoo.crop_pass import forward_crops
+from sslzoo.distributed import gather_detached, rank, world_size
+from sslzoo.heads import mlp
+from sslzoo.method import Batch, SSLMethod
+from sslzoo.momentum import MomentumEncoder
+from sslzoo.numerics import normalize
+from sslzoo.queue import FeatureQueue, warn_of_stale_keys
+from sslzoo.schedules import ema_momentum, interpolate
+from sslzoo.shuffle import shuffle, shuffled_order, unshuffle
+from sslzoo_methods.sce.config import HeadConfig, SCEConfig, WarmupConfig
+from sslzoo_methods.sce.loss import SCEOutput, crop_pairs, pair_weights, sce_multicrop_loss
+
+SPLITS = 8  # groups of the simulated devices, as in the official CIFAR runs
+
+
+def head(width: int, cfg: HeadConfig) -> nn.Sequential:
+    """The MLP that ``cfg`` describes, on inputs of ``width``."""
+    options = asdict(cfg)
+    return mlp((width, *options.pop("widths")), **options)
+
+
+class SCE(SSLMethod[SCEConfig]):
+    """The online branch predicts how the momentum branch's view relates to other images.
+
+    State: the momentum encoder and the queue, both in the checkpoint and equal on all ranks.
+    """
+
+    Config = SCEConfig
+
+    def __init__(self, cfg: SCEConfig, backbone: nn.Module, feature_dim: int) -> None:
+        super().__init__(cfg, backbone, feature_dim)
+        dim = cfg.projector.widths[-1]
+        self.projector = head(feature_dim, cfg.projector)
+        self.predictor = nn.Identity() if cfg.predictor is None else head(dim, cfg.predictor)
+        self.momentum_encoder = MomentumEncoder(backbone, self.projector)
+        if cfg.momentum_batchnorm == "split":
+            to_split(self.momentum_encoder, SPLITS)
+        self.queue = FeatureQueue(cfg.queue_size, dim) if cfg.queue_size else None
+        self.pending: list[Tensor] = []  # keys (G·M, D) of this step's micro-batches, not yet queued
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean of the pairs' losses: crop 0 against the others, or, symmetric, every global crop against
+        every other crop. All pairs see the queue as the last step left it."""
+        cfg = self.cfg
+        crops = (*batch.global_views, *batch.local_views)
+        views = batch.global_views if cfg.symmetric else crops[:1]
+        keys = self._keys(views)
+        features, outputs = forward_crops(
+            self.backbone,
+            lambda h: self.predictor(self.projector(h)),
+            crops if cfg.symmetric else crops[1:],
+            cfg.crop_pass,
+        )
+        self.publish(backbone=features[0])
+        online = [normalize(z) for z in outputs]
+        n = online[0].shape[0]
+        first_row = rank() * n
+        weight = self._scheduled(cfg.contrastive_weight, cfg.contrastive_weight_warmup)
+        relational_weight, ceil_weight = cfg.relational_weights(weight)
+        pairs = crop_pairs(len(views), len(crops), symmetric=cfg.symmetric)
+        out = sce_multicrop_loss(
+            online,
+            [key[first_row : first_row + n] for key in keys],
+            pairs,
+            pair_weights(pairs, cfg.pair_weighting),
+            keys=keys if cfg.batch_keys else None,
+            first_row=first_row,
+            queue=None if self.queue is None else self.queue.features,
+            temperature=cfg.temperature,
+            target_temperature=self._scheduled(cfg.target_temperature, cfg.target_temperature_warmup),
+            contrastive_weight=weight,
+            relational_weight=relational_weight,
+            ceil_weight=ceil_weight,
+            target_positive=cfg.target_positive,
+        )
+        self._record_health(out, online[0].detach())
+        if self.queue is not None:
+            if self.step == 0 and not self.pending:
+                warn_of_stale_keys(self.cfg.queue_size, len(views) * self.plan.dataset_size)
+            self.pending.append(torch.cat(keys))
+        return out.terms.loss
+
+    @torch.no_grad()
+    def _keys(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Each view's keys (M, D), L2-normalised, of all ranks in rank order, with one gather for all."""
+        order = None
+        if self.cfg.momentum_batchnorm == "shuffle":
+            order = shuffled_order(
+                len(views[0]) * world_size(),
+                seed=self.seed,
+                step=self.step,
+                micro_batch=len(self.pending),
+                device=views[0].device,
+            )
+            views = [shuffle(view, order) for view in views]
+        backbone, projector = self.momentum_encoder.layers
+        _, outputs = forward_crops(backbone, projector, views, self.cfg.crop_pass)
+        every = gather_detached(torch.cat([normalize(z) for z in outputs], dim=1))
+        if order is not None:
+            every = unshuffle(every, order)
+        return list(every.chunk(len(views), dim=1))
+
+    def after_step(self, step: int) -> None:
+        """Queue this step's keys; let the momentum encoder follow."""
+        self._enqueue()
+        cfg, now, total = self.cfg, step, self.plan.total_steps
+        if cfg.momentum_schedule == "cosine_epoch":
+            now, total = step // self.plan.steps_per_epoch, self.plan.max_epochs
+        shape = "constant" if cfg.momentum_schedule == "constant" else "cosine"
+        coefficient = ema_momentum(now, total_steps=total, start=cfg.momentum, schedule=shape)
+        self.momentum_encoder.update(self.backbone, self.projector, coefficient=coefficient)
+        self.record("method/momentum", coefficient)
+
+    def after_skipped_step(self, step: int) -> None:
+        """The keys come from the momentum encoder, which did not overflow: they are valid."""
+        self._enqueue()
+
+    def _enqueue(self) -> None:
+        if self.queue is not None:
+            self.queue.push(torch.cat(self.pending))
+            self.pending = []
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:
+        """``backbone`` and ``projector``."""
+        h = self.backbone(x)
+        return {"backbone": h, "projector": self.projector(h)}
+
+    def _scheduled(self, value: float, warmup: WarmupConfig | None) -> float:
+        if warmup is None:
+            return value
+        return interpolate(self.step, self.plan.steps(warmup.epochs), warmup.start, value, warmup.shape)
+
+    def _record_health(self, out: SCEOutput, online: Tensor) -> None:
+        for name, value in out.health().items():
+            self.record(f"method/{name}", value)
+        # 1 for features spread evenly over the sphere, 0 for collapsed ones.
+        spread = online.std(dim=0, correction=0).mean() * online.shape[1] ** 0.5
+        self.record("method/online_std", spread)
