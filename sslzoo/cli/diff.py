@@ -16,10 +16,12 @@ def run(args: argparse.Namespace) -> int:
     sides = [load_recipe(name).recipe for name in args.recipes]
     values = [{key: _short(value) for key, value in leaves(side) if key != "name"} for side in sides]
     keys = [*values[0], *(key for key in values[1] if key not in values[0])]
-    rows = [("", sides[0].name, sides[1].name)]
-    rows += [(key, values[0].get(key, "-"), values[1].get(key, "-")) for key in keys]
+    rows = [(key, values[0].get(key, "-"), values[1].get(key, "-")) for key in keys]
     rows = [row for row in rows if row[1] != row[2]]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)] if rows else []
+    if not rows:
+        return 0
+    rows = [("", *args.recipes), *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
     for row in rows:
         print(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}")
     return 0

@@ -1,0 +1,190 @@
+"""The light verbs: what they print, their exit codes, and that they import nothing heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sslzoo
+from sslzoo import registry
+from sslzoo.cli.main import main, verbs
+from sslzoo.data.catalog import DATASETS
+
+NAME = "simclr_cifar10"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str], list[str]]:
+    """Exit code and lines of both streams."""
+    try:
+        code = main(arguments)
+    except SystemExit as left:  # argparse's way out
+        code = left.code if isinstance(left.code, int) else 1
+    captured = capsys.readouterr()
+    return code, captured.out.splitlines(), captured.err.splitlines()
+
+
+def test_verbs_are_the_files() -> None:
+    folder = Path(sslzoo.__file__).parent / "cli"
+    assert set(verbs()) == {path.stem.replace("_", "-") for path in folder.glob("*.py")} - {
+        "main",
+        "--init--",
+    }
+    assert {"cp", "diff", "doctor", "ls", "show", "validate"} <= set(verbs())
+
+
+@pytest.mark.parametrize("verb", ["", *verbs()])
+def test_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    code, out, err = run(capsys, *([verb] if verb else []), "--help")
+    assert code == 0
+    assert out[0].startswith(f"usage: sslzoo {verb}".rstrip())
+    assert not err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, [f"sslzoo {sslzoo.__version__}"], [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: VERB"),
+        (["shwo"], "no verb 'shwo'; did you mean show?"),
+        (["cp", NAME], "the following arguments are required: DEST"),
+        (["ls", "everything"], "invalid choice: 'everything'"),
+        (["show", "--nope", NAME], "unrecognized arguments: --nope"),
+        (["show", "simclr_cifar11"], "did you mean simclr_cifar10"),
+        (["show", NAME, "optim.lrr=3"], "override: optim.lrr: unknown key; did you mean optim.lr?"),
+        (["diff", NAME, "nothing_like_it"], "no recipe 'nothing_like_it'"),
+        (["cp", "nothing_like_it", "x.yaml"], "no recipe 'nothing_like_it'"),
+        (["validate", "optim.lr=3"], "no recipe given, only overrides"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert said in err[0]
+
+
+def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = {"methods": registry.methods(), "recipes": registry.recipes(), "datasets": DATASETS}
+    for kind, names in listed.items():
+        code, out, _ = run(capsys, "ls", kind)
+        assert code == 0
+        assert [line.split()[0] for line in out] == list(names)
+    _, everything, _ = run(capsys, "ls")
+    assert len(everything) == sum(1 + len(names) for names in listed.values())
+
+
+def test_cp(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bundled = registry.recipes()[NAME].read_text()
+    code, _, err = run(capsys, "cp", NAME, str(tmp_path))
+    assert (code, err) == (0, [])
+    copy = tmp_path / f"{NAME}.yaml"
+    assert copy.read_text() == bundled
+
+    copy.write_text("mine")
+    code, out, err = run(capsys, "cp", f"{NAME}.yaml", str(copy))
+    assert (code, out, len(err)) == (2, [], 1)
+    assert err[0].endswith(f"{copy} exists; --force replaces it")
+    assert copy.read_text() == "mine"
+
+    assert run(capsys, "cp", "--force", NAME, str(copy))[0] == 0
+    assert copy.read_text() == bundled
+
+    code, _, err = run(capsys, "cp", NAME, str(tmp_path / "no" / "where.yaml"))
+    assert (code, len(err)) == (2, 1)
+
+
+def test_show_prints_a_recipe_with_origins(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "show", NAME, "optim.lr=0.25", "trainer.devices=2")
+    assert code == 0
+    assert ["lr:", "0.25", "#", "override"] in [line.split() for line in out]
+    assert ["temperature:", "0.5", "#", "recipe"] in [line.split() for line in out]
+    assert ["momentum:", "0.9", "#", "default"] in [line.split() for line in out]
+    assert "# derived: peak_lr = 0.5" in out
+    assert "# derived: micro_batch_size = 256" in out
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("\n".join(out))
+    _, out, _ = run(capsys, "diff", NAME, str(mine))
+    assert [line.split() for line in out] == [
+        [NAME, str(mine)],
+        ["optim.lr", "1.0", "0.25"],
+        ["trainer.devices", "1", "2"],
+    ]
+
+
+def test_validate_prints_a_line_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(registry.recipes()[NAME].read_text().replace("temperature:", "temprature:"))
+    line = bad.read_text()[: bad.read_text().index("temprature")].count("\n") + 1
+    code, out, err = run(capsys, "validate", NAME, str(bad), "simclr_cifar100", "optim.lr=1")
+    assert code == 2
+    assert out == [f"{NAME}: fine", "simclr_cifar100: fine"]
+    assert err == [f"{bad}:{line}: method.temprature: unknown key; did you mean method.temperature?"]
+    assert run(capsys, "validate", NAME) == (0, [f"{NAME}: fine"], [])
+
+
+def test_diff_shows_nothing_where_nothing_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "diff", NAME, NAME) == (0, [], [])
+    _, out, _ = run(capsys, "diff", NAME, "simclr_in100")
+    assert any(
+        line.startswith("data.classes ") and "100 items: n02869837 .. n02090622" in line for line in out
+    )
+
+
+def test_an_interrupt_is_130_and_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(args: object) -> int:
+        raise KeyboardInterrupt
+
+    def break_down(args: object) -> int:
+        raise ValueError("not a recipe's fault")
+
+    monkeypatch.setattr("sslzoo.cli.ls.run", interrupt)
+    assert main(["ls"]) == 130
+    monkeypatch.setattr("sslzoo.cli.ls.run", break_down)
+    with pytest.raises(ValueError, match="not a recipe's fault"):
+        main(["ls"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["fit", "--help"] if "fit" in verbs() else ["--version"],
+        ["ls"],
+        ["show", NAME],
+        ["validate", *registry.recipes()],
+        ["validate", NAME, "method.no_such_key=3"],
+        ["diff", NAME, "simclr_in1k"],
+    ],
+    ids=" ".join,
+)
+def test_light_verbs_import_nothing_heavy(arguments: list[str]) -> None:
+    """Torch takes a second to import, Lightning four; these answer at once."""
+    code = (
+        "import sys\n"
+        "from sslzoo.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'lightning', 'torchvision', 'timm', 'wandb', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "light = sys.argv[1] in ('--help', 'ls')\n"
+        "assert not light or not {'omegaconf', 'rich', 'yaml'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_m_sslzoo_and_its_exit_code(tmp_path: Path) -> None:
+    """From any folder, with the exit code and the one line that a shell sees."""
+    command = [sys.executable, "-m", "sslzoo", "show", NAME, "optim.lr=fast"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "override: optim.lr: expected a number, got 'fast'\n"
