@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -68,6 +69,7 @@ def build_trainer(
 ) -> Trainer:
     """The Trainer of the recipe's ``trainer`` section, with everything of Lightning's off that would break
     exact resume or that the framework does itself."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its greetings and tips
     plugins: list[Any] = [AtomicCheckpointIO()]
     if trainer.get("sync_batchnorm", False):
         plugins.append(LayerSync())

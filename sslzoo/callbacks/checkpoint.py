@@ -137,7 +137,7 @@ class ExactCheckpoint(Callback):
         if meter is not None:
             meter.check_finite(trainer)  # never replace a good checkpoint by one that has diverged
         self.saved_step = step
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)  # the whole state, not only the weights
         if trainer.is_global_zero:
             self._link(path, step, pl_module.plan.steps_per_epoch)
         if meter is not None:

@@ -188,7 +188,7 @@ class Meter(Callback):
         if epoch_end:
             values |= {f"{key}_epoch": total / count for key, (total, count) in self._epoch.items()}
             self._epoch = {}
-        self.log(trainer, values)
+        self.write(trainer, values)
         self._log_system(trainer, pl_module)
         _stop_if_diverged(reduced, self._row_step)
 
@@ -197,7 +197,7 @@ class Meter(Callback):
         self._write_row(trainer, pl_module, epoch_end=True)
         self.restart_clock()
 
-    def log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+    def write(self, trainer: Trainer, values: Mapping[str, float]) -> None:
         """Write ``values``, equal on all ranks, as one row at the optimiser steps finished so far."""
         values = {key: float(value) for key, value in values.items()}
         if values:
@@ -337,4 +337,4 @@ def log_metrics(trainer: Any, values: Mapping[str, float]) -> None:
     meter = find_meter(trainer)
     if meter is None:
         raise ValueError("metrics need a Meter: add sslzoo.callbacks.meter.Meter to the trainer's callbacks")
-    meter.log(trainer, values)
+    meter.write(trainer, values)
