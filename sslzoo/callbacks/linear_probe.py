@@ -250,7 +250,11 @@ class LinearProbe(Callback):
         if split == "train":
             chosen = is_holdout(batch.sample_id, self.cfg.holdout, self.seed)
             x, label = x[chosen], label[chosen]
-        logits = probe.logits(x.to(probe.mean.dtype)).view(len(x), -1, probe.classes).transpose(0, 1)
+        logits = (
+            probe.logits(x.to(probe.mean.dtype))
+            .view(len(x), len(self.cfg.lrs), probe.classes)
+            .transpose(0, 1)
+        )
         top1, top5 = (within_top(logits, label, k).sum(1) for k in (1, 5))
         counts = torch.stack([top1, top5, torch.full_like(top1, len(x))])
         self._right[layer, split] = self._right.get((layer, split), 0) + counts
