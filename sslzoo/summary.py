@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslzoo.backbones import parameter_count
 from sslzoo.config import Recipe, ViewConfig
@@ -30,12 +31,15 @@ def human_bytes(count: float) -> str:
 
 def state_memory(method: nn.Module) -> list[tuple[str, int]]:
     """Bytes of each top-level part that training carries but does not optimise: queues, tables,
-    momentum networks; largest first."""
+    momentum networks; largest first. Batch-norm statistics of trained parts do not count."""
     sizes: dict[str, int] = {}
-    frozen = ((n, p) for n, p in method.named_parameters() if not p.requires_grad)
+    frozen = [(name, p) for name, p in method.named_parameters() if not p.requires_grad]
+    parts = {name.partition(".")[0] for name, _ in frozen}
+    norms = {id(b) for m in method.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)}
     for name, tensor in (*frozen, *method.named_buffers()):
         part = name.partition(".")[0]
-        sizes[part] = sizes.get(part, 0) + tensor.numel() * tensor.element_size()
+        if id(tensor) not in norms or part in parts:
+            sizes[part] = sizes.get(part, 0) + tensor.numel() * tensor.element_size()
     return sorted(sizes.items(), key=lambda item: -item[1])
 
 
@@ -51,7 +55,7 @@ def _rows(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any]) -> Iterato
         "parameters",
         f"{trained / 1e6:.2f} M trained ({parameter_count(method.backbone) / 1e6:.2f} M of them the backbone)",
     )
-    state = [f"{name} {human_bytes(size)}" for name, size in state_memory(method) if name != "backbone"]
+    state = [f"{name} {human_bytes(size)}" for name, size in state_memory(method)]
     yield "carried state", ", ".join(state) or "none"
     yield "data", f"{recipe.data.dataset}, {plan.dataset_size:,} images"
     yield "views", "; ".join(describe_view(view) for view in recipe.views)
@@ -67,9 +71,10 @@ def _rows(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any]) -> Iterato
         f"({plan.steps(recipe.optim.warmup_epochs)} of warm-up)",
     )
     optim = recipe.optim
+    scaling = "" if optim.lr_scaling == "none" else f" ({optim.lr:g} before {optim.lr_scaling} scaling)"
     yield (
         "optimiser",
-        f"{optim.name}, learning rate {plan.scaled_lr(optim):g} after {optim.lr_scaling} scaling of {optim.lr:g}, "
+        f"{optim.name}, learning rate {plan.scaled_lr(optim):g}{scaling}, "
         f"{optim.schedule}, weight decay {optim.weight_decay:g}",
     )
     yield "precision", str(recipe.trainer.get("precision", "32-true"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,7 @@ class DatasetInfo:
     splits: tuple[str, ...]  # empty: any folder name
     channels: int = 3
     num_classes: int = 0  # 0: from the folders, or none
+    sizes: Mapping[str, int] = field(default_factory=dict)  # images a split; empty: depends on the folder
 
 
 _CLASS_FOLDERS = "{train,val}/<class>/<image>"
@@ -26,6 +28,7 @@ DATASETS: dict[str, DatasetInfo] = {
         splits=("train", "test"),
         channels=1,
         num_classes=10,
+        sizes={"train": 12_000, "test": 2_000},
     ),
     "fashion_mnist": DatasetInfo(
         description="Fashion-MNIST, 60,000 + 10,000 images, 28 px grey",
@@ -33,42 +36,49 @@ DATASETS: dict[str, DatasetInfo] = {
         splits=("train", "test"),
         channels=1,
         num_classes=10,
+        sizes={"train": 60_000, "test": 10_000},
     ),
     "cifar10": DatasetInfo(
         description="CIFAR-10, 50,000 + 10,000 images, 32 px",
         layout="cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}",
         splits=("train", "test"),
         num_classes=10,
+        sizes={"train": 50_000, "test": 10_000},
     ),
     "cifar100": DatasetInfo(
         description="CIFAR-100, 50,000 + 10,000 images, 32 px",
         layout="cifar-100-python/{train,test,meta}",
         splits=("train", "test"),
         num_classes=100,
+        sizes={"train": 50_000, "test": 10_000},
     ),
     "stl10": DatasetInfo(
         description="STL-10, 100,000 unlabelled + 5,000 + 8,000 images, 96 px",
         layout="stl10_binary/{unlabeled_X,train_X,train_y,test_X,test_y}.bin",
         splits=("unlabeled", "train+unlabeled", "train", "test"),
         num_classes=10,
+        sizes={"unlabeled": 100_000, "train+unlabeled": 105_000, "train": 5_000, "test": 8_000},
     ),
     "tiny_imagenet": DatasetInfo(
         description="Tiny-ImageNet, 100,000 + 10,000 images of 200 classes, 64 px",
         layout="tiny-imagenet-200/{train/<wnid>/images/*.JPEG,val/images/*.JPEG,val/val_annotations.txt}",
         splits=("train", "test"),
         num_classes=200,
+        sizes={"train": 100_000, "test": 10_000},
     ),
     "imagenet100": DatasetInfo(
         description="ImageNet, the 100 classes that data.classes lists",
         layout=_CLASS_FOLDERS,
         splits=("train", "test"),
         num_classes=100,
+        sizes={"train": 126_689, "test": 5_000},  # of the usual list (CMC's)
     ),
     "imagenet1k": DatasetInfo(
         description="ImageNet-1k, 1,281,167 + 50,000 images",
         layout=_CLASS_FOLDERS,
         splits=("train", "test"),
         num_classes=1000,
+        sizes={"train": 1_281_167, "test": 50_000},
     ),
     "imagefolder": DatasetInfo(
         description="your images, one folder a class under one folder a split",

@@ -1,0 +1,54 @@
+"""Train by a recipe.
+
+exit codes: 0 done; 1 failure at run time; 2 recipe, data or directory wrong, nothing started;
+75 pre-empted (SIGTERM, SIGUSR1) after saving, --resume auto continues; 76 the loss is not finite;
+130 interrupt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.add_argument("--recipe", required=True, help="a bundled name, with or without .yaml, or a path")
+    parser.add_argument("--out", type=Path, help="run directory; runs/<recipe>/<run id> if left out")
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="continue exactly: weights, state, position, metrics"
+    )
+    parser.add_argument(
+        "--init-from", type=Path, metavar="PATH", help="start from the weights of a checkpoint"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, one step on fake data, no files"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe: optim.lr=0.3"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; the exit code."""
+    from sslzoo.recipe import load_recipe
+
+    loaded = load_recipe(args.recipe, args.overrides)  # before torch: a typo answers at once
+    try:
+        if args.dry_run:
+            from rich.console import Console
+
+            from sslzoo.dry_run import dry_run
+
+            dry_run(loaded.recipe, Console())
+            return 0
+        from sslzoo.fit import prepare
+
+        session = prepare(loaded, out=args.out, resume=args.resume, init_from=args.init_from)
+    except ValueError as error:
+        print(f"sslzoo fit: {error}", file=sys.stderr)
+        return 2
+    from sslzoo.fit import train
+
+    return train(session)
