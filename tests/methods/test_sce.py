@@ -7,7 +7,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslzoo.batchnorm import SplitBatchNorm
@@ -17,6 +19,7 @@ from sslzoo.numerics import normalize
 from sslzoo.optim import LARS, build_optimizer, set_learning_rate
 from sslzoo.queue import FeatureQueue
 from sslzoo.schedules import ema_momentum, interpolate, warmup_cosine
+from sslzoo_methods.sce import loss as loss_module
 from sslzoo_methods.sce.loss import (
     SCEDense,
     SCEOutput,
@@ -377,3 +380,301 @@ def test_golden(golden_case: GoldenCase, precision: str) -> None:
     assert golden_case.kind in GOLDEN, f"{golden_case.name}: unknown kind {golden_case.kind!r}"
     for got in GOLDEN[golden_case.kind](golden_case, precision):
         golden_case.check(got, precision)
+
+
+# -- identities of the loss ---------------------------------------------------------------------
+
+VARIANTS = ["queue-zero_logit", "queue-masked", "keys+queue-masked", "keys-masked"]
+
+
+def candidates(variant: str, views: int = 1, n: int = 5, dim: int = 7, size: int = 40) -> dict[str, Any]:
+    """Online and momentum features of a rank whose rows start at 3 of 11, and the rest of the options."""
+    torch.manual_seed(1)
+    every = [normalize(torch.randn(11, dim, dtype=torch.float64)) for _ in range(views)]
+    kind, positive = variant.split("-")
+    queue = normalize(torch.randn(size, dim, dtype=torch.float64))
+    return {
+        "target": [key[3 : 3 + n] for key in every],
+        "keys": every if "keys" in kind else None,
+        "queue": queue if "queue" in kind else None,
+        "first_row": 3,
+        "temperature": 0.2,
+        "target_temperature": 0.1,
+        "target_positive": positive,
+    }
+
+
+def features_of(n: int = 5, dim: int = 7, crops: int = 1) -> list[Tensor]:
+    torch.manual_seed(2)
+    return [torch.randn(n, dim, dtype=torch.float64, requires_grad=True) for _ in range(crops)]
+
+
+@pytest.mark.parametrize("weighting", ["flat", "per_online_crop"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_multicrop_form_equals_the_dense_one(variant: str, symmetric: bool, weighting: str) -> None:
+    views, crops = (2, 4) if symmetric else (1, 3)
+    options = candidates(variant, views)
+    raw = features_of(crops=crops if symmetric else crops - 1)
+    pairs = crop_pairs(views, crops, symmetric=symmetric)
+    weights = pair_weights(pairs, weighting)
+    assert sum(weights) == pytest.approx(1)
+    online = [normalize(r) for r in raw]
+    fast = sce_multicrop_loss(
+        online,
+        pairs=pairs,
+        weights=weights,
+        contrastive_weight=0.3,
+        relational_weight=0.7,
+        ceil_weight=0.7,
+        **options,
+    )
+    keys, target = options.pop("keys"), options.pop("target")
+    dense = [
+        sce_loss(
+            online[j], target[i], keys=None if keys is None else keys[i], contrastive_weight=0.3, **options
+        ).terms
+        for i, j in pairs
+    ]
+    for field in fast.terms._fields:
+        expected = sum(w * getattr(d, field) for w, d in zip(weights, dense, strict=True))
+        torch.testing.assert_close(getattr(fast.terms, field), expected, rtol=1e-12, atol=1e-12)
+    slow = sum(w * d.loss for w, d in zip(weights, dense, strict=True))
+    got = torch.autograd.grad(fast.terms.loss, raw, retain_graph=True)
+    torch.testing.assert_close(got, torch.autograd.grad(slow, raw), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_queue_longer_than_a_tile(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles, the last one shorter, with the positive's column in any of them."""
+    options = candidates(variant, n=8, size=200)
+    raw = features_of(n=8)
+    whole = _loss_and_grad(raw, options)
+    calls = []
+    original = loss_module._mask_column
+    monkeypatch.setattr(loss_module, "TILE", {"cpu": 16 * 3})
+    monkeypatch.setattr(loss_module, "MIN_WIDTH", 3)
+    monkeypatch.setattr(loss_module, "_mask_column", lambda *a: (calls.append(1), original(*a))[1])
+    torch.testing.assert_close(_loss_and_grad(raw, options), whole, rtol=1e-12, atol=1e-13)
+    assert len(calls) > 1 or options["keys"] is None
+
+
+def _loss_and_grad(raw: list[Tensor], options: dict[str, Any], weight: float = 0.3) -> list[Tensor]:
+    out = sce_multicrop_loss(
+        [normalize(r) for r in raw],
+        pairs=[(0, j) for j in range(len(raw))],
+        weights=[1 / len(raw)] * len(raw),
+        contrastive_weight=weight,
+        relational_weight=1 - weight,
+        ceil_weight=1 - weight,
+        **options,
+    )
+    return [out.terms.loss.detach(), *torch.autograd.grad(out.terms.loss, raw)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_is_the_numerical_one(variant: str) -> None:
+    options = candidates(variant, n=3)
+
+    def f(q: Tensor) -> Tensor:
+        return sce_multicrop_loss(
+            [normalize(q)],
+            pairs=[(0, 0)],
+            weights=[1.0],
+            contrastive_weight=0.4,
+            relational_weight=0.5,
+            ceil_weight=0.2,
+            **options,
+        ).terms.loss
+
+    options["target_positive"] = "masked"
+    assert torch.autograd.gradcheck(f, features_of(n=3))
+
+
+def test_gradient_reaches_the_online_branch_only() -> None:
+    options = candidates("keys+queue-masked")
+    leaves = [options["target"][0], options["keys"][0], options["queue"]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = sce_multicrop_loss(
+        features_of(),
+        pairs=[(0, 0)],
+        weights=[1.0],
+        contrastive_weight=0.5,
+        relational_weight=0.5,
+        ceil_weight=0.5,
+        **options,
+    )
+    out.terms.loss.backward()
+    assert all(leaf.grad is None for leaf in leaves)
+    assert not any(value.requires_grad for value in out.health().values())
+
+
+def test_nothing_of_the_size_of_the_logits_is_kept() -> None:
+    """Memory for backward: O(N D), not O(N K)."""
+    options = candidates("queue-zero_logit", size=5000)
+    sizes: list[int] = []
+
+    def note(x: Tensor) -> Tensor:
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        _loss_and_grad(features_of(), options)
+    assert sizes
+    assert max(sizes) <= 2 * 5 * 7
+
+
+def test_terms_add_up_and_weight_one_is_infonce() -> None:
+    raw, options = features_of()[0], candidates("queue-masked")
+    q, k, queue = normalize(raw), options["target"][0], options["queue"]
+    options = options | {"target": k}
+    for weight in (0.0, 0.25, 1.0):
+        t = sce_loss(q, contrastive_weight=weight, **options).terms
+        total = weight * t.contrastive + (1 - weight) * (t.relational + t.ceil)
+        torch.testing.assert_close(t.loss, total, rtol=1e-13, atol=1e-13)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / options["temperature"]
+    infonce = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64))
+    torch.testing.assert_close(t.loss, infonce, rtol=1e-13, atol=1e-13)
+
+
+def test_ressl_has_the_positive_on_neither_side() -> None:
+    raw, options = features_of(), candidates("queue-masked")
+    q, k, queue = normalize(raw[0]), options["target"][0], options["queue"]
+    out = sce_multicrop_loss(
+        [q],
+        pairs=[(0, 0)],
+        weights=[1.0],
+        contrastive_weight=0.0,
+        relational_weight=1.0,
+        ceil_weight=0.0,
+        **options,
+    )
+    target = (k @ queue.T / options["target_temperature"]).softmax(1)
+    expected = F.cross_entropy(q @ queue.T / options["temperature"], target)
+    torch.testing.assert_close(out.terms.loss, expected, rtol=1e-13, atol=1e-13)
+    got, want = (torch.autograd.grad(x, raw, retain_graph=True)[0] for x in (out.terms.loss, expected))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_zero_logit_differs_from_masked_by_the_mass_on_the_positive() -> None:
+    options = candidates("queue-masked", size=40)
+    k, queue = options["target"][0], options["queue"]
+    got = [
+        sce_loss(
+            normalize(features_of()[0]),
+            contrastive_weight=0.5,
+            **(options | {"target": k, "target_positive": p}),
+        ).target
+        for p in ("masked", "zero_logit")
+    ]
+    mass = 1 / (1 + (k @ queue.T / options["target_temperature"]).exp().sum(1))
+    torch.testing.assert_close((got[1] - got[0])[:, 0], 0.5 * mass, rtol=1e-12, atol=1e-14)
+    assert torch.allclose(got[1].sum(1), torch.ones(5, dtype=torch.float64))
+
+
+def test_health_is_that_of_the_target_distribution() -> None:
+    options = candidates("keys+queue-masked")
+    out = sce_multicrop_loss(
+        [normalize(x) for x in features_of()],
+        pairs=[(0, 0)],
+        weights=[1.0],
+        contrastive_weight=0.5,
+        relational_weight=0.5,
+        ceil_weight=0.5,
+        **options,
+    )
+    dense = sce_loss(
+        normalize(features_of()[0]),
+        contrastive_weight=0.0,
+        **(options | {"target": options["target"][0], "keys": options["keys"][0]}),
+    )
+    entropy = torch.special.entr(dense.target).sum(1)
+    torch.testing.assert_close(out.target_entropy, entropy.mean())
+    torch.testing.assert_close(out.target_count, entropy.exp().mean())
+    torch.testing.assert_close(out.target_top1, dense.target.amax(1).mean())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("corner", ["collapsed", "duplicates", "sharp", "one_negative", "zero_row"])
+def test_corner_inputs_in_float32(variant: str, corner: str) -> None:
+    """Finite, and as near to the float64 dense form as rounding of the similarities allows."""
+    options, raw = candidates(variant), features_of()[0].detach()
+    if corner == "collapsed":
+        for name in ("target", "keys"):
+            if options[name]:
+                options[name] = [torch.ones_like(options[name][0]) / 7**0.5]
+        raw = torch.ones_like(raw)
+    elif corner == "duplicates":
+        raw = options["target"][0].clone()
+    elif corner == "sharp":
+        options |= {"temperature": 0.02, "target_temperature": 0.01}
+        raw = options["target"][0] + 0.01 * raw
+    elif corner == "zero_row":
+        raw[1] = 0.0
+    elif options["queue"] is not None:
+        options["queue"] = options["queue"][:1]
+        if options["keys"] is not None:  # a single image: all its negatives are queued
+            options |= {"keys": [options["target"][0][:1]], "first_row": 0}
+            options["target"], raw = [options["target"][0][:1]], raw[:1]
+    else:
+        options |= {"keys": [options["keys"][0][:2]], "first_row": 0}
+        options["target"], raw = [options["keys"][0][:2]], raw[:2]
+    exact = raw.clone().requires_grad_()
+    keys, target = options["keys"], options["target"][0]
+    dense = sce_loss(
+        normalize(exact),
+        contrastive_weight=0.3,
+        **(options | {"target": target, "keys": keys[0] if keys else None}),
+    ).terms.loss
+    dense.backward()
+    single = {
+        name: [v.float() for v in value]
+        if isinstance(value, list)
+        else value.float()
+        if isinstance(value, Tensor)
+        else value
+        for name, value in options.items()
+    }
+    loss, grad = _loss_and_grad([raw.float().requires_grad_()], single)
+    torch.testing.assert_close(loss.double(), dense.detach(), rtol=2e-5, atol=2e-6)
+    assert torch.isfinite(grad).all()
+    assert exact.grad is not None
+    scale = exact.grad.abs().amax(1, keepdim=True).clamp(min=1.0)
+    torch.testing.assert_close(grad.double() / scale, exact.grad / scale, rtol=2e-4, atol=2e-5)
+
+
+def test_backward_inside_autocast_loses_nothing() -> None:
+    """No matrix product is left for the backward pass, which autocast would run in half precision."""
+    options = candidates("keys+queue-masked")
+    single = {k: [x.float() for x in v] if isinstance(v, list) else v for k, v in options.items()}
+    single["queue"] = options["queue"].float()
+    raw = [x.detach().float().requires_grad_() for x in features_of()]
+    outside = _loss_and_grad(raw, single)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = _loss_and_grad(raw, single)
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
+
+
+def test_loss_refuses_what_has_no_meaning() -> None:
+    options = candidates("queue-masked", n=1) | {"keys": None, "contrastive_weight": 0.5}
+    q, k = features_of(1)[0], options.pop("target")[0]
+    with pytest.raises(ValueError, match="needs negatives"):
+        sce_loss(q, k, **(options | {"queue": None}))
+    with pytest.raises(ValueError, match="needs negatives"):
+        sce_loss(q, k, **(options | {"queue": None, "keys": k}))
+    with pytest.raises(ValueError, match="zero_logit is defined"):
+        sce_loss(q, k, **(options | {"keys": k, "target_positive": "zero_logit"}))
+    with pytest.raises(ValueError, match="target_positive must be one of"):
+        sce_loss(q, k, **(options | {"target_positive": "zero"}))
+
+
+def test_pairs_and_their_weights() -> None:
+    assert crop_pairs(1, 3, symmetric=False) == [(0, 0), (0, 1)]
+    pairs = crop_pairs(2, 6, symmetric=True)
+    assert len(pairs) == 10
+    assert (0, 0) not in pairs
+    local = [w for w, (_, j) in zip(pair_weights(pairs, "flat"), pairs, strict=True) if j > 1]
+    assert sum(local) == pytest.approx(8 / 10)
+    local = [w for w, (_, j) in zip(pair_weights(pairs, "per_online_crop"), pairs, strict=True) if j > 1]
+    assert sum(local) == pytest.approx(4 / 6)

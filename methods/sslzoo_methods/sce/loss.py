@@ -22,6 +22,9 @@ from sslzoo.config import one_of, require
 from sslzoo.numerics import at_least_float32, autocast_off, ieee_matmul
 
 TARGET_POSITIVES = ("zero_logit", "masked")
+# Logits at a time: what a CPU's cache holds; elsewhere 32 MiB of float32, for launches cost more there.
+TILE = {"cpu": 2**20}
+MIN_WIDTH = 64
 
 
 class SCETerms(NamedTuple):
@@ -252,9 +255,8 @@ class _SpreadFunction(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, bank: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         r, d = rows.shape
         x = rows.detach()
-        # Small enough for a CPU's cache; elsewhere launches cost more than memory (32 MiB of float32).
-        tile = 2**20 if x.device.type == "cpu" else 2**23
-        width = min(max(tile // r, 64), bank.shape[0])
+        tile = TILE.get(x.device.type, 2**23)
+        width = min(max(tile // r, MIN_WIDTH), bank.shape[0])
         buffer = x.new_empty(r * width)
         # The lowest finite number, not -inf: a row may find no candidate in a tile, or in the whole bank.
         largest = x.new_full((r, 1), torch.finfo(x.dtype).min)
