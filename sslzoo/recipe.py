@@ -187,10 +187,12 @@ def _read(source: Path, lines: dict[str, int]) -> dict[str, Any]:
     except _Duplicate as error:
         lines[error.key] = error.line
         raise _Fault(error.key, f"written twice, first in line {error.first}; keep one") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         lines[""] = mark.line + 1 if mark else 1
-        raise _Fault("", f"not YAML: {error.problem}") from None
+        raise _Fault("", f"not YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise _Fault("", "not a recipe: something in it contains itself") from None
     except OmegaConfBaseException as error:
         raise _Fault(_dotted(error), f"bad interpolation: {_first_line(error)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -271,8 +273,6 @@ def _section(kind: Any, values: Any, key: str) -> Any:
         inner = _join(key, field.name)
         if values.get(field.name, "???") != "???":
             arguments[field.name] = _typed(hints[field.name], values[field.name], inner)
-        elif field.name in values and values[field.name] is None:
-            arguments[field.name] = _typed(hints[field.name], None, inner)
         elif field.default is MISSING and field.default_factory is MISSING:
             raise _Fault(inner, "missing key; every recipe states it")
     try:
@@ -288,9 +288,12 @@ def _method_config(values: Any, key: str) -> type[MethodConfig]:
         raise _Fault(_join(key, "name"), "missing key; name a registered method (see sslzoo ls methods)")
     name = _typed(str, values["name"], _join(key, "name"))
     try:
-        return registry.method_config(name)
-    except (ValueError, ImportError) as error:
+        config = registry.method_config(name)
+    except (ValueError, ImportError, AttributeError) as error:
         raise _Fault(_join(key, "name"), str(error)) from None
+    if not (isinstance(config, type) and issubclass(config, MethodConfig)):
+        raise _Fault(_join(key, "name"), f"{name} is no method: its Config is {config!r}, not a MethodConfig")
+    return config
 
 
 def _out_of_range(message: str, key: str, names: list[str]) -> _Fault:
@@ -453,9 +456,9 @@ def _trainer(values: dict[str, Any]) -> dict[str, Any]:
     if "max_epochs" not in values:
         raise _Fault("trainer.max_epochs", "missing key; every recipe states it")
     typed = {name: _typed(known[name], value, f"trainer.{name}") for name, value in values.items()}
-    epochs = _typed(int, typed["max_epochs"], "trainer.max_epochs")
-    if epochs < 1:
-        raise _Fault("trainer.max_epochs", f"must be positive, got {epochs}")
+    for name in ("max_epochs", "accumulate_grad_batches", "num_nodes"):
+        if name in typed and _typed(int, typed[name], f"trainer.{name}") < 1:
+            raise _Fault(f"trainer.{name}", f"must be positive, got {typed[name]}")
     return typed
 
 

@@ -249,6 +249,16 @@ FAULTS = {
         "3 channels, but",
     ),
     "broken YAML": ("widths: [8, 4]", "widths: [8, 4", 7, "", "not YAML: "),
+    "a circle": ("seed: 1", "seed: &a [*a]", 1, "", "something in it contains itself"),
+    "no text": ("seed: 1", "seed: \0", 1, "", "not YAML: "),
+    "no method": ("alpha", "os:getcwd", 4, "method.name", "has no attribute 'Config'"),
+    "no processes": (
+        "max_epochs: 3",
+        "max_epochs: 3, num_nodes: 0",
+        24,
+        "trainer.num_nodes",
+        "must be positive, got 0",
+    ),
     "a key twice": ("seed: 1\n", "seed: 1\nseed: 2\n", 2, "seed", "written twice, first in line 1; keep one"),
     "a reference to nothing": (
         "  lr: 0.1",
