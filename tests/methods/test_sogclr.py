@@ -7,30 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from sslzoo.distributed import gather, gather_detached, rank
 from sslzoo.numerics import normalize
 from sslzoo.optim import LARS
-from sslzoo_methods.sogclr.bimodal import bimodal_loss, global_temperature_loss
+from sslzoo_methods.sogclr.bimodal import bimodal_loss
 from sslzoo_methods.sogclr.gamma import decay_epochs, inner_rate
-from sslzoo_methods.sogclr.loss import (
-    gcl_columns_loss,
-    gcl_loss,
-    gcl_loss_lean,
-    mix,
-    new_entries,
-    ntxent_loss,
-    objective,
-)
-from sslzoo_methods.sogclr.table import EstimatorTable, mean_over_duplicates
+from sslzoo_methods.sogclr.gathering import columns_gradient, gather_columns
+from sslzoo_methods.sogclr.loss import gcl_loss, gcl_loss_lean, ntxent_loss
+from sslzoo_methods.sogclr.table import Descent, EstimatorTable, remember
 from tests.golden_cases import DTYPES, GoldenCase
 from tests.ranks import run_ranks
 
 FORMS = {"dense": gcl_loss, "lean": gcl_loss_lean}
-TAU = {"rho": 0.3, "eta": 0.01, "beta": 0.9, "tau_min": 0.05, "tau_max": 0.7}
-TAU_BIMODAL = {"rho": 6.0, "eta": 0.01, "beta": 0.9, "tau_min": 0.005, "tau_max": 0.05}
+UNIMODAL = Descent(rho=0.3, eta=0.01, beta=0.9, tau_min=0.05, tau_max=0.7)
+BIMODAL = Descent(rho=6.0, eta=0.01, beta=0.9, tau_min=0.005, tau_max=0.05)
 
 
 # -- reference numbers ------------------------------------------------------------------------
@@ -62,12 +53,12 @@ def _options(hyper: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _temperature_options(hyper: dict[str, Any], defaults: dict[str, float]) -> dict[str, float]:
-    return {name: hyper.get(name, value) for name, value in defaults.items()}
+def _descent(hyper: dict[str, Any], defaults: Descent) -> Descent:
+    return Descent(**{name: hyper.get(name, value) for name, value in defaults._asdict().items()})
 
 
-def _table(size: int, tau: float, individual: bool, dtype: torch.dtype) -> EstimatorTable:
-    table = EstimatorTable(size, tau_init=tau, individual=individual).to(dtype)
+def _table(size: int, tau: float, descent: Descent | None, dtype: torch.dtype) -> EstimatorTable:
+    table = EstimatorTable(size, tau_init=tau, descent=descent).to(dtype)
     table.tau_i.fill_(tau)  # float32's rounding of tau is too coarse for a float64 run
     return table
 
@@ -78,10 +69,8 @@ def _unimodal(
     arrays, hyper = case.tensors(precision), case.hyper
     steps = arrays["h1"].shape[0]
     tau = hyper.get("tau_init", hyper["temperature"])
-    table = _table(hyper["N"], tau, individual, DTYPES[precision])
+    table = _table(hyper["N"], tau, _descent(hyper, UNIMODAL) if individual else None, DTYPES[precision])
     options = _options(hyper) | changes
-    descent = _temperature_options(hyper, TAU)
-    rho = descent.pop("rho")
     gammas = _gammas(hyper, steps)
     got: dict[str, list[Tensor]] = {
         name: [] for name in ("loss", "grad_h1", "grad_h2", "log_u", "tau", "tau_grad_ema")
@@ -94,16 +83,14 @@ def _unimodal(
             z,
             z,
             table.read(index),
-            temperature=table.temperatures(index) if individual else tau,
+            temperature=table.tau_i[index] if individual else tau,
             gamma=gamma,
             offset=0,
             **options,
         )
         loss.backward()
         assert h.grad is not None
-        table.write(index, learned.log_u)
-        if individual:
-            table.descend(index, learned.slope + rho, **descent)
+        table.write(index, learned.log_u, learned.slope)
         for name, value in (
             ("loss", loss),
             ("grad_h1", h.grad[0]),
@@ -136,9 +123,8 @@ def _check_bimodal(case: GoldenCase, precision: str, individual: bool) -> None:
     arrays, hyper = case.tensors(precision), case.hyper
     steps = arrays["za"].shape[0]
     tau = hyper.get("tau_init", hyper["temperature"])
-    tables = [_table(hyper["N"], tau, individual, DTYPES[precision]) for _ in "ab"]
-    descent = _temperature_options(hyper, TAU_BIMODAL)
-    rho = descent.pop("rho")
+    descent = _descent(hyper, BIMODAL) if individual else None
+    tables = [_table(hyper["N"], tau, descent, DTYPES[precision]) for _ in "ab"]
     got: dict[str, list[Tensor]] = {}
     for step, gamma in enumerate(_gammas(hyper, steps)):
         za, zb = (arrays[name][step].requires_grad_() for name in ("za", "zb"))
@@ -147,9 +133,7 @@ def _check_bimodal(case: GoldenCase, precision: str, individual: bool) -> None:
             (za, zb),
             (za, zb),
             (tables[0].read(index), tables[1].read(index)),
-            temperature=(tables[0].temperatures(index), tables[1].temperatures(index))
-            if individual
-            else (tau, tau),
+            temperature=(tables[0].tau_i[index], tables[1].tau_i[index]) if individual else (tau, tau),
             gamma=gamma,
             first_visit=_options(hyper)["first_visit"],
             u_floor=hyper.get("floor_on_u", 1e-20),
@@ -159,9 +143,7 @@ def _check_bimodal(case: GoldenCase, precision: str, individual: bool) -> None:
         grads = torch.autograd.grad(loss, (za, zb))
         now = {"loss": loss.detach(), "grad_za": grads[0], "grad_zb": grads[1]}
         for side, table, estimates in zip("ab", tables, learned, strict=True):
-            table.write(index, estimates.log_u)
-            if individual:
-                table.descend(index, estimates.slope + rho, **descent)
+            table.write(index, estimates.log_u, estimates.slope)
             now |= {
                 f"log_u_{side}": table.log_u.clone(),
                 f"u_{side}": table.log_u.exp(),
@@ -173,24 +155,13 @@ def _check_bimodal(case: GoldenCase, precision: str, individual: bool) -> None:
     case.check({name: torch.stack(values) for name, values in got.items()}, precision)
 
 
-def _columns(z: Tensor, how: str) -> Tensor:
-    """(V, b, D) of this rank -> (V, B, D) of all, as the method gathers them."""
-    if how == "full":
-        return gather(z.transpose(0, 1)).transpose(0, 1)
-    columns = gather_detached(z.transpose(0, 1)).transpose(0, 1)
-    if how == "local":
-        at, b = rank() * z.shape[1], z.shape[1]
-        return torch.cat([columns[:, :at], z, columns[:, at + b :]], dim=1)
-    return columns
-
-
 def _ddp_rank(
     index_of_rank: int, world: int, arrays: dict[str, Tensor], hyper: dict[str, Any], dtype: torch.dtype
 ) -> dict[str, Any]:
     steps, tau = arrays["h1"].shape[0], hyper["temperature"]
     options = _options(hyper)
     out: dict[str, list[Any]] = {}
-    table = _table(hyper["N"], tau, False, dtype)
+    table = _table(hyper["N"], tau, None, dtype)
     for step, gamma in enumerate(_gammas(hyper, steps)):
         index = arrays["index"][step, index_of_rank]
         offset = index_of_rank * len(index)
@@ -200,22 +171,21 @@ def _ddp_rank(
             for name, form in FORMS.items():
                 h = torch.stack([arrays[k][step, index_of_rank] for k in ("h1", "h2")]).requires_grad_()
                 z = normalize(h)
-                columns = _columns(z, how)
+                columns = gather_columns(z, how)
                 loss, learned = form(
                     z, columns, log_u, temperature=tau, gamma=gamma, offset=offset, **options
                 )
                 total = loss
                 if how == "full_noreduce":
-                    mixed = gather_detached(learned.log_mixed.T).T
-                    total = loss + gcl_columns_loss(
-                        z, columns, mixed, temperature=tau, u_floor=options["u_floor"], offset=offset
+                    total = loss + columns_gradient(
+                        z, columns, learned.log_mixed, temperature=tau, u_floor=options["u_floor"]
                     )
                 total.backward()
                 assert h.grad is not None
                 out.setdefault(f"loss_{how}_{name}", []).append(loss.detach().numpy())
                 out.setdefault(f"grad_{how}_{name}", []).append(h.grad.numpy())
         assert learned is not None
-        table.write(index, learned.log_u)
+        remember([table], index, [learned])
         out.setdefault("log_u", []).append(table.log_u.clone().numpy())
     return out
 

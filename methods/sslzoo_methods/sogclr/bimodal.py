@@ -6,6 +6,7 @@ least float32. ``offset`` is the row of this rank's first pair among the B, that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import log
 
 import torch
@@ -19,11 +20,11 @@ BIMODAL_SCALE = ("mean", "official")
 
 
 def bimodal_loss(
-    anchors: tuple[Tensor, Tensor],
-    columns: tuple[Tensor, Tensor],
-    log_u: tuple[Tensor, Tensor],
+    anchors: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    log_u: Sequence[Tensor],
     *,
-    temperature: tuple[float | Tensor, float | Tensor],
+    temperature: Sequence[float | Tensor],
     gamma: float,
     first_visit: str,
     u_floor: float,
@@ -84,14 +85,12 @@ def _direction(
     return repulsion.mean(), estimates
 
 
-def global_temperature_loss(
-    temperature: Tensor, estimates: tuple[Estimates, Estimates], *, rho: float
-) -> Tensor:
+def global_temperature_loss(temperature: Tensor, estimates: Sequence[Estimates], *, rho: float) -> Tensor:
     """tau times the derivative of the objective's estimate by tau, for a learnable scalar ``temperature``.
 
     The objective is 1/2 sum over modalities of the mean of tau * log g, plus rho * tau (FastCLIP-v3,
     arXiv:2407.01445). Its gradient reaches ``temperature`` alone; add it to :func:`bimodal_loss`. The mean
     is over this rank's pairs: averaging gradients over ranks makes it global.
     """
-    slope = (estimates[0].slope + estimates[1].slope).mean() / 2
+    slope = torch.stack([e.slope for e in estimates]).mean()
     return temperature * (rho + slope).detach()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import cos, pi
 
 from sslzoo.config import one_of, require
+from sslzoo.plan import TrainingPlan
+from sslzoo_methods.sogclr.config import SogCLRConfig
 
 GAMMA_SCHEDULES = ("constant", "cosine", "per_step")
 
@@ -31,3 +33,15 @@ def inner_rate(
 def decay_epochs(configured: int, max_epochs: int) -> int:
     """E of the cosine: as configured, or half of the training epochs, rounded down, at least 1, for 0."""
     return configured if configured > 0 else max(max_epochs // 2, 1)
+
+
+def rate_of(cfg: SogCLRConfig, plan: TrainingPlan, step: int) -> float:
+    """:func:`inner_rate` as a recipe configures it."""
+    return inner_rate(
+        step,
+        schedule=cfg.gamma_schedule,
+        gamma=cfg.gamma,
+        gamma_min=cfg.gamma_min,
+        decay_epochs=decay_epochs(cfg.gamma_decay_epochs, plan.max_epochs),
+        steps_per_epoch=plan.steps_per_epoch,
+    )

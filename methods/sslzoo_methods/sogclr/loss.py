@@ -205,12 +205,6 @@ def ntxent_loss(anchors: Tensor, columns: Tensor, *, temperature: float, offset:
 
 
 @torch.no_grad()
-def objective(log_mixed: Tensor, positive: Tensor, temperature: float | Tensor) -> Tensor:
-    """Estimate of the true objective, the mean of tau * log u_hat - s+ over images and views."""
-    return (temperature * log_mixed - positive).mean()
-
-
-@torch.no_grad()
 def _estimates(
     log_batch: Tensor,
     log_mixed: Tensor,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from sslzoo.config import require
 from sslzoo.distributed import gather_detached
+from sslzoo_methods.sogclr.loss import Estimates
+
+FINGERPRINT = "table_fingerprint"  # of the data that the table in a checkpoint belongs to
 
 # Pairs of samples compared at once when looking for duplicates.
 PAIRS = 2**21
@@ -34,39 +40,36 @@ def mean_over_duplicates(index: Tensor, values: Tensor, *, log_space: bool) -> T
     return torch.cat(merged)[torch.cat(first)]
 
 
-def descend(
-    tau: Tensor,
-    average: Tensor,
-    gradient: Tensor,
-    *,
-    eta: float,
-    beta: float,
-    tau_min: float,
-    tau_max: float,
-) -> tuple[Tensor, Tensor]:
-    """New temperatures and new moving averages of their gradient (arXiv:2305.11965, Algorithm 1).
+class Descent(NamedTuple):
+    """How individual temperatures follow their gradient (iSogCLR, arXiv:2305.11965, Algorithm 1)."""
 
-    ``beta`` is the weight of the new gradient, ``eta`` the rate.
-    """
-    average = (1 - beta) * average + beta * gradient
-    return (tau - eta * average).clamp(tau_min, tau_max), average
+    rho: float  # radius of the robust objective: constant part of the gradient
+    eta: float  # step
+    beta: float  # weight of the new gradient in its moving average
+    tau_min: float
+    tau_max: float
+
+    def step(self, tau: Tensor, average: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """New temperatures and new moving averages, from the ``slope`` of tau * log g by tau."""
+        average = (1 - self.beta) * average + self.beta * (slope + self.rho)
+        return (tau - self.eta * average).clamp(self.tau_min, self.tau_max), average
 
 
 class EstimatorTable(nn.Module):
-    """log u of N images (-inf: never visited) and, where individual, their temperatures.
+    """log u of N images (-inf: never visited) and, with ``descent``, a temperature each.
 
-    Persistent buffers in float32, replicated: every rank gathers what all have learned and makes the
-    same writes, so the copies stay bit-equal whatever ranks the sampler sends an image to.
+    Persistent buffers in float32, replicated: every rank makes all ranks' writes, so that the copies stay
+    bit-equal whatever ranks the sampler sends an image to.
     """
 
     log_u: Tensor  # (N,)
     tau_i: Tensor  # (N,), or empty
     tau_grad: Tensor  # (N,), or empty: moving average of the temperatures' gradient
 
-    def __init__(self, size: int, *, tau_init: float, individual: bool) -> None:
+    def __init__(self, size: int, *, tau_init: float, descent: Descent | None) -> None:
         super().__init__()
-        self.individual = individual
-        count = size if individual else 0
+        self.descent = descent
+        count = size if descent else 0
         self.register_buffer("log_u", torch.full((size,), -torch.inf, dtype=torch.float32))
         self.register_buffer("tau_i", torch.full((count,), tau_init, dtype=torch.float32))
         self.register_buffer("tau_grad", torch.zeros(count, dtype=torch.float32))
@@ -80,33 +83,47 @@ class EstimatorTable(nn.Module):
         )
         return self.log_u[index]
 
-    def temperatures(self, index: Tensor) -> Tensor:
-        """Individual temperatures (b,)."""
-        return self.tau_i[index]
-
     @torch.no_grad()
-    def write(self, index: Tensor, log_u: Tensor) -> None:
-        """Store the new entries ``log_u`` (b,) of every rank's samples ``index`` (b,)."""
-        index, log_u = gather_detached(index), gather_detached(log_u)
+    def write(self, index: Tensor, log_u: Tensor, slope: Tensor) -> None:
+        """Store the new entries ``log_u`` (B,) of all ranks' samples ``index`` (B,); temperatures descend
+        along ``slope`` (B,), once an image."""
         self.log_u[index] = mean_over_duplicates(index, log_u, log_space=True).to(self.log_u.dtype)
-
-    @torch.no_grad()
-    def descend(
-        self, index: Tensor, gradient: Tensor, *, eta: float, beta: float, tau_min: float, tau_max: float
-    ) -> None:
-        """One step of every rank's temperatures ``index`` (b,) along ``gradient`` (b,), once per image."""
-        index, gradient = gather_detached(index), gather_detached(gradient)
-        gradient = mean_over_duplicates(index, gradient, log_space=False)
-        self.tau_i[index], self.tau_grad[index] = descend(
-            self.tau_i[index],
-            self.tau_grad[index],
-            gradient,
-            eta=eta,
-            beta=beta,
-            tau_min=tau_min,
-            tau_max=tau_max,
-        )
+        if self.descent:
+            slope = mean_over_duplicates(index, slope, log_space=False)
+            tau, average = self.descent.step(self.tau_i[index], self.tau_grad[index], slope)
+            self.tau_i[index], self.tau_grad[index] = tau, average
 
     def visited(self) -> Tensor:
         """Fraction of the images that have an entry."""
         return self.log_u.isfinite().float().mean()
+
+
+def remember(tables: Sequence[EstimatorTable], index: Tensor, learned: Sequence[Estimates]) -> None:
+    """Write what all ranks have learned of their samples ``index`` (b,), a table for each modality.
+
+    Two collectives and 16 bytes a sample, twice that for two tables.
+    """
+    rows = torch.stack([value for e in learned for value in (e.log_u, e.slope)], dim=1)  # (b, 2 * tables)
+    index, rows = gather_detached(index), gather_detached(rows)
+    for k, table in enumerate(tables):
+        table.write(index, rows[:, 2 * k], rows[:, 2 * k + 1])
+
+
+def settle_tables(
+    checkpoint: dict[str, Any], tables: nn.Module, fingerprint: str, on_data_change: str
+) -> None:
+    """Before ``checkpoint`` is loaded: refuse its tables, or empty them, if they belong to other data.
+
+    ``tables`` are this run's empty ones, the method's attribute of that name; ``on_data_change`` is
+    ``refuse`` or ``reset``. Raises ``ValueError`` with both fingerprints.
+    """
+    saved = checkpoint[FINGERPRINT]
+    if saved == fingerprint:
+        return
+    require(
+        on_data_change == "reset",
+        f"the checkpoint's estimator table belongs to other data (fingerprint {saved}, now {fingerprint}); "
+        "resume with the same data, or start with an empty table by method.on_data_change=reset",
+    )
+    checkpoint["state_dict"].update({f"tables.{name}": t for name, t in tables.state_dict().items()})
+    checkpoint[FINGERPRINT] = fingerprint

@@ -1,0 +1,43 @@
+"""What a SogCLR run should watch. Pure, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sslzoo_methods.sogclr.loss import Estimates
+
+
+@torch.no_grad()
+def objective(log_mixed: Tensor, positive: Tensor, temperature: float | Tensor) -> Tensor:
+    """Estimate of the true objective: the mean of tau * log u_hat - s+ over images and views (G, b)."""
+    return (temperature * log_mixed - positive).mean()
+
+
+@torch.no_grad()
+def staleness(log_batch: Tensor, log_u: Tensor) -> Tensor:
+    """Mean |log g_hat - log u| over the anchors (G, b) whose image has an entry ``log_u`` (b,); 0 without any."""
+    known = torch.isfinite(log_u).expand_as(log_batch)
+    gap = (log_batch - log_u).abs().where(known, 0)
+    return gap.sum() / known.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def health(
+    learned: Sequence[Estimates], log_u: Sequence[Tensor], temperature: Sequence[float | Tensor]
+) -> dict[str, Tensor]:
+    """Scalars of one step over its modalities: estimates, the entries (b,) they replace, temperatures."""
+    pairs = list(zip(learned, log_u, temperature, strict=True))
+    mixed = torch.stack([e.log_mixed for e in learned])
+    return {
+        "objective": torch.stack([objective(e.log_mixed, e.positive, tau) for e, _, tau in pairs]).mean(),
+        "log_u_mean": mixed.mean(),
+        "log_u_min": mixed.min(),
+        "log_u_max": mixed.max(),
+        "staleness": torch.stack([staleness(e.log_batch, old) for e, old, _ in pairs]).mean(),
+        "positive_similarity": torch.stack([e.positive for e in learned]).mean(),
+        # Not torch.tensor(tau, device=...), whose copy to the device waits for it.
+        "temperature": torch.stack([(mixed.new_ones(()) * tau).mean() for tau in temperature]).mean(),
+    }
