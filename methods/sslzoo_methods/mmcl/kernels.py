@@ -83,7 +83,9 @@ def _shortness(x: Tensor) -> Tensor:
 
 def _of_gap(gap: Tensor, kernel: str, sigma: float | Tensor) -> Tensor:
     if kernel == "rbf":
-        return torch.expm1(2 * gap / sigma)
+        exponent = 2 * gap / sigma
+        # expm1 differentiates as its result + 1, which forgets small kernel values.
+        return torch.where(exponent > -0.5, exponent.expm1(), exponent.exp() - 1)
     if kernel == "linear":
         return gap
     if kernel == "poly":  # (gap + 1.5)^3 - 1.5^3
