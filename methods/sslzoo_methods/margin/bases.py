@@ -6,13 +6,13 @@ N samples on this rank, M on all ranks, D embedding width; the first views are t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sslzoo.margins import Pairs
-from sslzoo_methods.margin.config import NEGATIVE_FREE
+from sslzoo.margins import Margin, Pairs
+from sslzoo_methods.margin.config import NEGATIVE_FREE, MarginConfig
 from sslzoo_methods.margin.loss import attract, contrast, contrast_queue
 
 
@@ -24,10 +24,26 @@ class Term(NamedTuple):
     local: bool  # a local crop queries
 
 
+# Heads as the base's published recipes have them: norms between layers, norm and bias at the output.
+HEADS: dict[str, dict[str, Any]] = {
+    "simclr": {"hidden_norm": False},
+    "mocov2": {"hidden_norm": False},
+    "mocov3": {"output_norm": "batch_no_affine", "output_bias": False},
+    "byol": {},
+    "simsiam": {"output_norm": "batch_no_affine", "output_bias": False},
+}
 # Times the mean over the terms: both view orders are summed, not averaged.
 VIEW_ORDERS = {"mocov3": 2.0, "byol": 2.0}
 # Added to each term: BYOL's loss is 2 - 2 cos.
 CONSTANT = {"byol": 2.0}
+
+
+def margin_of(cfg: MarginConfig, negatives: int, ramp: float) -> Margin:
+    """The recipe's margin at the share ``ramp`` of its full size, for so many ``negatives`` an anchor."""
+    if cfg.family == "sphereface":
+        return Margin(angular=0.0, subtractive=0.0, multiplier=cfg.sphere_multiplier)
+    subtractive = cfg.eqco_margin(negatives) if cfg.family == "eqco" else cfg.subtractive_margin
+    return Margin(angular=ramp * cfg.radians, subtractive=ramp * subtractive, wide_angle=cfg.wide_angle)
 
 
 def key_views(base: str, views: int, symmetric: bool) -> range:

@@ -44,6 +44,7 @@ class MarginConfig(MethodConfig):
     momentum_end: float = 1.0  # a cosine takes it there
     queue_size: int = 0  # mocov2
     symmetric: bool = True  # mocov2: both views query
+    momentum_batchnorm: str = "same"  # mocov2: or shuffle over ranks, where batch norm is not synchronised
     wide_angle: str = "exact"  # or arcface, clamp, easy: what becomes of psi near and beyond pi
     slope: str = "full"  # logit_only: the margin changes the cosine's value and not its slope
     logit_on: str = "both"  # or positive, negative: what the effect logit alone scales
@@ -159,6 +160,11 @@ class MarginConfig(MethodConfig):
         require(
             (self.queue_size > 0) == (base == "mocov2"),
             f"method.queue_size is for base mocov2, which needs it; got {self.queue_size} with {base}",
+        )
+        one_of("method.momentum_batchnorm", self.momentum_batchnorm, ("same", "shuffle"))
+        require(
+            self.momentum_batchnorm == "same" or base == "mocov2",
+            f"method.momentum_batchnorm must be same for base {base}: shuffling is MoCo v2's",
         )
         require(self.loss_scale >= 0, f"method.loss_scale must not be negative, got {self.loss_scale}")
         require(self.chunk_size >= 0, f"method.chunk_size must not be negative, got {self.chunk_size}")

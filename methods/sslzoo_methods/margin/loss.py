@@ -6,6 +6,8 @@ arXiv:2306.11526; the paper's body was not available, the equations follow from 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -133,6 +135,14 @@ def positive_factor(
     if "emphasis" not in effects:
         return slope / emphasis
     return slope * (emphasis_scale / emphasis) if emphasis_scale else slope
+
+
+def view_alignment(embeddings: Sequence[Tensor]) -> Tensor:
+    """Mean cosine (), a constant, of the views (N, D) of an image, over all pairs of views and all rows."""
+    z = normalize(torch.stack(list(embeddings)).detach())  # (V, N, D)
+    with autocast_off(z):
+        cosines = torch.einsum("and,bnd->abn", z, z).mean(dim=2)  # (V, V)
+        return (cosines.sum() - cosines.trace()) / (len(z) * (len(z) - 1))
 
 
 def macl_temperature(alignment: Tensor, *, temperature: float, alpha: float, initial: float) -> Tensor:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
-from sslzoo.distributed import all_reduce_mean, all_reduce_sum, gather, gather_detached, rank
+from sslzoo.distributed import all_reduce_mean, all_reduce_sum, gather, gather_detached, rank, world_size
 from sslzoo.heads import mlp
 from sslzoo.margins import NO_MARGIN, Margin, pull_sums
 from sslzoo.method import Batch, SSLMethod
 from sslzoo.momentum import MomentumEncoder
-from sslzoo.numerics import autocast_off, ieee_matmul, normalize
+from sslzoo.numerics import ieee_matmul, normalize
 from sslzoo.queue import FeatureQueue
 from sslzoo.schedules import ema_momentum, interpolate
-from sslzoo_methods.margin.bases import CONSTANT, VIEW_ORDERS, Term, key_views, pair_views
+from sslzoo.shuffle import shuffle, shuffled_order, unshuffle
+from sslzoo_methods.margin.bases import CONSTANT, HEADS, VIEW_ORDERS, Term, key_views, margin_of, pair_views
 from sslzoo_methods.margin.config import WITH_TARGET, MarginConfig
 from sslzoo_methods.margin.health import health
 from sslzoo_methods.margin.loss import (
@@ -23,16 +22,8 @@ from sslzoo_methods.margin.loss import (
     macl_loss,
     macl_temperature,
     margin_loss,
+    view_alignment,
 )
-
-# Heads as the base's published recipes have them: norms between layers, norm and bias at the output.
-HEADS = {
-    "simclr": {"hidden_norm": False},
-    "mocov2": {"hidden_norm": False},
-    "mocov3": {"output_norm": "batch_no_affine", "output_bias": False},
-    "byol": {},
-    "simsiam": {"output_norm": "batch_no_affine", "output_bias": False},
-}
 
 
 class MarginContrast(SSLMethod[MarginConfig]):
@@ -67,7 +58,7 @@ class MarginContrast(SSLMethod[MarginConfig]):
             terms = pair_views(
                 cfg.base, queries, keys, queue, offset=offset, temperature=temperature, chunk=cfg.chunk_size
             )
-        margin = self.margin(terms[0].negatives)
+        margin = margin_of(cfg, terms[0].negatives, self.margin_ramp())
         sums = all_reduce_sum(torch.stack([pull_sums(term.pairs.theta, margin) for term in terms]))
         losses = [self._term_loss(t, margin, s, temperature) for t, s in zip(terms, sums, strict=True)]
         for name, value in health(terms, margin, sums, cfg=cfg, temperature=temperature).items():
@@ -75,41 +66,52 @@ class MarginContrast(SSLMethod[MarginConfig]):
         mean = torch.stack(losses).mean() + CONSTANT.get(cfg.base, 0.0)
         return VIEW_ORDERS.get(cfg.base, 1.0) * cfg.own_scale * mean
 
-    def margin(self, negatives: int) -> Margin:
-        """The margin of this step: a pure function of the step and, for eqco, of the negatives' number."""
+    def margin_ramp(self) -> float:
+        """Share of the margins that acts in this step: a pure function of it."""
         cfg = self.cfg
-        if cfg.family == "sphereface":
-            return replace(NO_MARGIN, multiplier=cfg.sphere_multiplier)
-        ramp = 1.0
-        if cfg.schedule != "constant":
-            ramp = interpolate(self.step, self.plan.steps(cfg.schedule_epochs) + 1, 0.0, 1.0, cfg.schedule)
-        subtractive = cfg.eqco_margin(negatives) if cfg.family == "eqco" else cfg.subtractive_margin
-        return Margin(angular=ramp * cfg.radians, subtractive=ramp * subtractive, wide_angle=cfg.wide_angle)
+        if cfg.schedule == "constant":
+            return 1.0
+        return interpolate(self.step, self.plan.steps(cfg.schedule_epochs) + 1, 0.0, 1.0, cfg.schedule)
 
     def _keys(self, batch: Batch, projected: list[Tensor]) -> dict[int, Tensor]:
         """Keys by view, in the form that pair_views wants of this base."""
-        views = key_views(self.cfg.base, len(batch.global_views), self.cfg.symmetric)
+        cfg = self.cfg
+        views = key_views(cfg.base, len(batch.global_views), cfg.symmetric)
         if self.target is None:
             keys = torch.stack([projected[v] for v in views], dim=1)  # (N, V, D)
-            keys = gather(keys) if self.cfg.base == "simclr" else keys.detach()
+            keys = gather(keys) if cfg.base == "simclr" else keys.detach()
         else:
-            keys = torch.stack([self.target(batch.global_views[v]) for v in views], dim=1)
-            keys = gather_detached(keys) if self.cfg.base == "mocov3" else keys
-        if self.queue is not None:
-            if self.pending[0] != self.step:  # what a skipped step left behind is dropped
-                self.pending = (self.step, [])
-            self.pending[1].append(gather_detached(normalize(keys)))
+            keys = self._target_keys([batch.global_views[v] for v in views])
         return dict(zip(views, keys.unbind(dim=1), strict=True))
+
+    @torch.no_grad()
+    def _target_keys(self, views: list[Tensor]) -> Tensor:
+        """The momentum encoder's (N, V, D), or (M, V, D) of all ranks where the batch is contrasted."""
+        assert self.target is not None
+        n, order = len(views[0]), None
+        if self.pending[0] != self.step:  # what a skipped step left behind is dropped
+            self.pending = (self.step, [])
+        if self.cfg.momentum_batchnorm == "shuffle":
+            part = len(self.pending[1])
+            order = shuffled_order(
+                n * world_size(), seed=self.seed, step=self.step, micro_batch=part, device=views[0].device
+            )
+            views = [shuffle(view, order) for view in views]
+        keys = torch.stack([self.target(view) for view in views], dim=1)
+        if self.cfg.base == "byol":
+            return keys
+        keys = gather_detached(keys) if order is None else unshuffle(gather_detached(keys), order)
+        if self.queue is None:
+            return keys
+        self.pending[1].append(normalize(keys))
+        return keys[rank() * n : (rank() + 1) * n]
 
     def _temperature(self, projected: list[Tensor], views: int) -> float | Tensor:
         """tau; for macl adapted to the alignment of the global views of the global batch."""
         cfg = self.cfg
         if cfg.family != "macl":
             return cfg.temperature
-        z = normalize(torch.stack(projected[:views]).detach())  # (V, N, D)
-        with autocast_off(z):
-            cosines = torch.einsum("and,bnd->abn", z, z).mean(dim=2)  # (V, V)
-        alignment = all_reduce_mean((cosines.sum() - cosines.trace()) / (views * (views - 1)))
+        alignment = all_reduce_mean(view_alignment(projected[:views]))
         return macl_temperature(
             alignment, temperature=cfg.temperature, alpha=cfg.macl_alpha, initial=cfg.macl_alignment
         )
@@ -146,4 +148,3 @@ class MarginContrast(SSLMethod[MarginConfig]):
                 step, total_steps=total, start=cfg.momentum_start, schedule="cosine", end=cfg.momentum_end
             )
             self.target.update(self.backbone, self.projector, coefficient=coefficient)
-            self.record("method/momentum", coefficient)
