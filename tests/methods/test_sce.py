@@ -439,7 +439,7 @@ def test_multicrop_form_equals_the_dense_one(variant: str, symmetric: bool, weig
     for field in fast.terms._fields:
         expected = sum(w * getattr(d, field) for w, d in zip(weights, dense, strict=True))
         torch.testing.assert_close(getattr(fast.terms, field), expected, rtol=1e-12, atol=1e-12)
-    slow = sum(w * d.loss for w, d in zip(weights, dense, strict=True))
+    slow = torch.stack([w * d.loss for w, d in zip(weights, dense, strict=True)]).sum()
     got = torch.autograd.grad(fast.terms.loss, raw, retain_graph=True)
     torch.testing.assert_close(got, torch.autograd.grad(slow, raw), rtol=1e-11, atol=1e-12)
 
@@ -657,16 +657,17 @@ def test_backward_inside_autocast_loses_nothing() -> None:
 
 
 def test_loss_refuses_what_has_no_meaning() -> None:
-    options = candidates("queue-masked", n=1) | {"keys": None, "contrastive_weight": 0.5}
+    options: dict[str, Any] = candidates("queue-masked", n=1) | {"contrastive_weight": 0.5}
     q, k = features_of(1)[0], options.pop("target")[0]
-    with pytest.raises(ValueError, match="needs negatives"):
-        sce_loss(q, k, **(options | {"queue": None}))
-    with pytest.raises(ValueError, match="needs negatives"):
-        sce_loss(q, k, **(options | {"queue": None, "keys": k}))
-    with pytest.raises(ValueError, match="zero_logit is defined"):
-        sce_loss(q, k, **(options | {"keys": k, "target_positive": "zero_logit"}))
-    with pytest.raises(ValueError, match="target_positive must be one of"):
-        sce_loss(q, k, **(options | {"target_positive": "zero"}))
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"queue": None}, "needs negatives"),
+        ({"queue": None, "keys": k}, "needs negatives"),
+        ({"keys": k, "target_positive": "zero_logit"}, "zero_logit is defined"),
+        ({"target_positive": "zero"}, "target_positive must be one of"),
+    ]
+    for changes, message in refused:
+        with pytest.raises(ValueError, match=message):
+            sce_loss(q, k, **(options | changes))
 
 
 def test_pairs_and_their_weights() -> None:

@@ -1,0 +1,437 @@
+"""SCE's method: the state it carries, many processes against one, accumulation, schedules, refusals."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sslzoo.batchnorm import SplitBatchNorm, to_sync
+from sslzoo.config import (
+    BackboneConfig,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    ProbeConfig,
+    Recipe,
+    ViewConfig,
+)
+from sslzoo.distributed import all_reduce_mean
+from sslzoo.method import Batch
+from sslzoo.numerics import normalize
+from sslzoo.plan import TrainingPlan
+from sslzoo.schedules import learning_rate
+from sslzoo_methods.sce.config import HeadConfig, SCEConfig, TermsConfig, WarmupConfig
+from sslzoo_methods.sce.method import SCE
+from tests.ranks import run_ranks
+
+OPTIM = OptimConfig(name="lars", lr=0.5, lr_scaling="none", weight_decay=1e-4, warmup_epochs=1.0)
+BASE = SCEConfig(
+    name="sce",
+    temperature=0.1,
+    target_temperature=0.07,
+    contrastive_weight=0.5,
+    queue_size=48,
+    momentum=0.9,
+    momentum_schedule="cosine",
+    symmetric=True,
+    projector=HeadConfig(widths=(8, 6), output_norm="batch_no_affine", output_bias=False),
+    predictor=HeadConfig(widths=(8, 6), output_bias=False),
+)
+CONFIGS = {
+    "symmetric": BASE,
+    "asymmetric": replace(BASE, symmetric=False, predictor=None, momentum_schedule="constant"),
+    "keys+queue": replace(BASE, batch_keys=True, target_positive="masked", queue_size=30),
+    "keys": replace(BASE, batch_keys=True, target_positive="masked", queue_size=0),
+    "joint": replace(BASE, crop_pass="joint", pair_weighting="per_online_crop"),
+}
+N = 12  # global batch
+
+
+def backbone(*, norm: bool = True) -> nn.Module:
+    layers = [
+        nn.Conv2d(3, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6) if norm else nn.Identity(),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ]
+    return nn.Sequential(*layers)
+
+
+def make(
+    cfg: SCEConfig,
+    *,
+    norm: bool = True,
+    world: int = 1,
+    accumulate: int = 1,
+    dtype: torch.dtype = torch.float64,
+    **plan: int,
+) -> SCE:
+    torch.manual_seed(3)
+    if not norm:
+        plain = HeadConfig(widths=(8, 6), hidden_norm=False)
+        cfg = replace(cfg, projector=plain, predictor=cfg.predictor and plain)
+    method = SCE(cfg, backbone(norm=norm), 6).to(dtype)
+    numbers = {"dataset_size": 5 * N, "global_batch_size": N, "max_epochs": 2} | plan
+    method.prepare(TrainingPlan(**numbers, world_size=world, accumulate=accumulate), OPTIM, 11)
+    return method
+
+
+def batch_of(step: int, rows: slice = slice(None), dtype: torch.dtype = torch.float64) -> Batch:
+    """Rows of the global batch of a step: two global views and a smaller local one."""
+    g = torch.Generator().manual_seed(100 + step)
+    views = [torch.randn(N, 3, s, s, generator=g, dtype=torch.float64).to(dtype)[rows] for s in (4, 4, 3)]
+    return Batch(tuple(views[:2]), tuple(views[2:]), torch.arange(N)[rows])
+
+
+def train(
+    method: SCE, steps: range, rank: int = 0, world: int = 1, optimizer: torch.optim.Optimizer | None = None
+) -> tuple[list[float], list[Tensor]]:
+    """Optimiser steps as Lightning and DDP take them; mean losses, and gradients of the first step."""
+    optimizer = method.configure_optimizers() if optimizer is None else optimizer
+    accumulate = method.plan.accumulate
+    b = N // (world * accumulate)
+    losses, first = [], []
+    for step in steps:
+        optimizer.zero_grad()
+        total = 0.0
+        for m in range(accumulate):
+            start = m * b * world + rank * b
+            loss = method.loss(batch_of(step, slice(start, start + b))) / accumulate
+            loss.backward()
+            total += float(all_reduce_mean(loss.detach()))
+        trained = [p for p in method.parameters() if p.requires_grad]
+        for p in trained:
+            assert p.grad is not None
+            p.grad = all_reduce_mean(p.grad)
+        losses.append(total)
+        first = first or [p.grad.clone() for p in trained if p.grad is not None]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(method.step, OPTIM, method.plan) * group["lr_factor"]
+        optimizer.step()
+        method.finish_step()
+    return losses, first
+
+
+def state_of(method: SCE) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in method.state_dict().items()}
+
+
+# -- several processes --------------------------------------------------------------------------
+
+
+def _rank(rank: int, world: int, cfg: SCEConfig) -> Any:
+    method = to_sync(make(cfg, world=world))
+    assert isinstance(method, SCE)
+    losses, grads = train(method, range(5), rank, world)
+    return losses, grads, state_of(method)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_ranks_equal_one_process(name: str, world: int) -> None:
+    """Loss, gradients, weights, EMA, batch norms and queue after five steps with the optimiser, float64."""
+    single = make(CONFIGS[name])
+    losses, grads = train(single, range(5))
+    results = run_ranks(world, _rank, CONFIGS[name])
+    expected = state_of(single)
+    assert any("momentum_encoder" in key for key in expected)
+    for got_losses, got_grads, state in results:
+        torch.testing.assert_close(got_losses, losses, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(got_grads, grads, rtol=1e-9, atol=1e-12)
+        assert state.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-11, msg=key)
+    if CONFIGS[name].queue_size:
+        assert all(torch.equal(r[2]["queue.features"], results[0][2]["queue.features"]) for r in results)
+
+
+def _shuffled_keys(rank: int, world: int, cfg: SCEConfig, norm: bool) -> list[Tensor]:
+    method = make(cfg, world=world, norm=norm)
+    b = N // world
+    return method._keys(batch_of(0, slice(rank * b, rank * b + b)).global_views)
+
+
+def test_shufflebn_changes_batch_statistics_and_nothing_else() -> None:
+    """Keys come back in the order of the images; without batch norm they are the very same."""
+    shuffled, same = replace(BASE, momentum_batchnorm="shuffle"), BASE
+    plain = run_ranks(2, _shuffled_keys, same, False)
+    mixed = run_ranks(2, _shuffled_keys, shuffled, False)
+    torch.testing.assert_close(mixed, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mixed[0], mixed[1], rtol=0, atol=0)
+    normed = run_ranks(2, _shuffled_keys, shuffled, True)
+    assert not torch.allclose(normed[0][0], run_ranks(2, _shuffled_keys, same, True)[0][0])
+    torch.testing.assert_close(normed[0], normed[1], rtol=0, atol=0)
+
+
+# -- one process --------------------------------------------------------------------------------
+
+
+def test_resume_is_bit_equal() -> None:
+    whole = make(BASE)
+    losses, _ = train(whole, range(6))
+    part = make(BASE)
+    optimizer = part.configure_optimizers()
+    train(part, range(3), optimizer=optimizer)
+    checkpoint: dict[str, Any] = {}
+    part.on_save_checkpoint(checkpoint)
+    weights, moments = copy.deepcopy(part.state_dict()), copy.deepcopy(optimizer.state_dict())
+    again = make(BASE)
+    optimizer = again.configure_optimizers()
+    train(again, range(1), optimizer=optimizer)  # anything: all of it must be overwritten
+    again.load_state_dict(weights)
+    optimizer.load_state_dict(moments)
+    again.on_load_checkpoint(checkpoint)
+    assert train(again, range(3, 6), optimizer=optimizer)[0] == losses[3:]
+    for key, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_accumulation_updates_once_and_queues_in_order() -> None:
+    """One EMA and one push per optimiser step; keys micro-batch by micro-batch, view by view."""
+    method = make(BASE, norm=False, accumulate=3)
+    twin = copy.deepcopy(method.momentum_encoder)
+    train(method, range(1))
+    b = N // 3
+    expected = [
+        normalize(twin(view)) for m in range(3) for view in batch_of(0, slice(m * b, m * b + b)).global_views
+    ]
+    assert method.queue is not None
+    torch.testing.assert_close(method.queue.features[: 2 * N], torch.cat(expected))
+    assert int(method.queue.position) == 2 * N
+    assert method.optimizer_steps == 1
+    assert not method.pending
+
+
+@pytest.mark.parametrize("name", ["symmetric", "asymmetric"])
+def test_accumulation_equals_the_large_batch_with_the_queue_alone(name: str) -> None:
+    """Where no batch keys are candidates and no batch norm couples the rows."""
+    whole, parts = make(CONFIGS[name], norm=False), make(CONFIGS[name], norm=False, accumulate=3)
+    losses, grads = train(whole, range(1))
+    got_losses, got_grads = train(parts, range(1))
+    torch.testing.assert_close(got_losses, losses, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(got_grads, grads, rtol=1e-11, atol=1e-13)
+
+
+def test_a_skipped_step_queues_its_keys_and_leaves_the_momentum_encoder() -> None:
+    method = make(BASE)
+    before = [p.clone() for p in method.momentum_encoder.parameters()]
+    for p in method.backbone.parameters():
+        p.data.add_(1.0)
+    method.loss(batch_of(0))
+    method.finish_step(skipped=True)
+    assert method.queue is not None
+    assert int(method.queue.position) == 2 * N
+    assert method.optimizer_steps == 1
+    assert all(map(torch.equal, method.momentum_encoder.parameters(), before))
+    method.loss(batch_of(1))
+    method.finish_step()
+    assert not all(map(torch.equal, method.momentum_encoder.parameters(), before))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "cosine_epoch"])
+def test_momentum_schedule(schedule: str) -> None:
+    method = make(replace(BASE, momentum_schedule=schedule))
+    seen = []
+    for step in range(10):  # 2 epochs of 5 steps
+        method.loss(batch_of(step))
+        method.finish_step()
+        seen.append(method.recorded["method/momentum"])
+    assert seen[0] == pytest.approx(0.9, abs=1e-15)
+    assert seen == sorted(seen)
+    assert seen[-1] == (0.9 if schedule == "constant" else 1.0)
+    assert len(set(seen)) == {"constant": 1, "cosine": 10, "cosine_epoch": 2}[schedule]
+
+
+def test_warmups_start_at_their_start_and_end_at_the_option() -> None:
+    warm = replace(
+        BASE,
+        target_temperature_warmup=WarmupConfig(start=0.04, epochs=1.0, shape="cosine"),
+        contrastive_weight_warmup=WarmupConfig(start=1.0, epochs=1.0),
+    )
+    at_start = make(replace(BASE, target_temperature=0.04, contrastive_weight=1.0))
+    method = make(warm)
+    torch.testing.assert_close(method.loss(batch_of(0)), at_start.loss(batch_of(0)), rtol=0, atol=0)
+    method, plain = make(warm), make(BASE)
+    assert method.loss(batch_of(0)) != plain.loss(batch_of(0))
+    method, plain = make(warm), make(BASE)
+    method.optimizer_steps = plain.optimizer_steps = 4  # the last of the first epoch
+    torch.testing.assert_close(method.loss(batch_of(0)), plain.loss(batch_of(0)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16_autocast_is_finite_and_close(name: str) -> None:
+    method = make(CONFIGS[name], dtype=torch.float32)
+    exact = copy.deepcopy(method).loss(batch_of(0, dtype=torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = method.loss(batch_of(0, dtype=torch.float32))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.03, atol=0.0)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters() if p.requires_grad)
+
+
+def test_asymmetric_first_view_never_passes_online() -> None:
+    method = make(CONFIGS["asymmetric"])
+    batch = batch_of(0)
+    method.loss(batch)
+    torch.testing.assert_close(method.published["backbone"], make(BASE).backbone(batch.global_views[1]))
+    method.after_step(0)
+    assert method.queue is not None
+    assert int(method.queue.position) == N  # crop 0's keys alone
+
+
+def test_what_is_published_and_recorded() -> None:
+    method = make(BASE)
+    loss = method.loss(batch_of(0))
+    assert method.published["backbone"].shape == (N, 6)
+    assert not method.published["backbone"].requires_grad
+    method.finish_step()
+    values = {k: float(v) for k, v in method.recorded.items()}
+    assert values.keys() == {
+        "method/contrastive",
+        "method/relational",
+        "method/ceil",
+        "method/positive_similarity",
+        "method/target_entropy",
+        "method/target_count",
+        "method/target_top1",
+        "method/online_std",
+        "method/momentum",
+    }
+    # The masked decomposition, near enough for zero_logit with 48 keys.
+    total = 0.5 * (values["method/contrastive"] + values["method/relational"] + values["method/ceil"])
+    assert total == pytest.approx(float(loss.detach()), rel=0.05)
+    assert 1 <= values["method/target_count"] <= 48
+    assert 1 / 48 <= values["method/target_top1"] <= 1
+    assert 0 < values["method/online_std"] <= 1.01
+    assert method.features(batch_of(0).global_views[0])["projector"].shape == (N, 6)
+
+
+def test_split_batchnorm_is_in_the_momentum_backbone_only() -> None:
+    method = make(replace(BASE, momentum_batchnorm="split"))
+    split = [name for name, m in method.named_modules() if isinstance(m, SplitBatchNorm)]
+    assert split == ["momentum_encoder.layers.0.1"]
+    with pytest.raises(ValueError, match="divisible by 8, got 12"):
+        method.loss(batch_of(0))
+
+
+def test_momentum_encoder_starts_as_a_copy_without_gradient() -> None:
+    method = make(BASE)
+    pairs = zip(
+        method.momentum_encoder.parameters(),
+        [*method.backbone.parameters(), *method.projector.parameters()],
+        strict=True,
+    )
+    for target, online in pairs:
+        assert torch.equal(target, online)
+        assert target.data_ptr() != online.data_ptr()
+        assert not target.requires_grad
+    assert not any("momentum" in n for g in method.parameter_groups() for n, _ in g["named"])
+
+
+def test_warns_of_a_queue_that_spans_an_epoch(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="sslzoo"):
+        make(replace(BASE, queue_size=10 * N - 1)).loss(batch_of(0))
+        assert not caplog.records
+        make(replace(BASE, queue_size=10 * N)).loss(batch_of(0))
+    assert "spans an epoch's 120 keys" in caplog.text
+
+
+def test_a_single_image_without_queue_is_refused() -> None:
+    method = make(CONFIGS["keys"], norm=False)
+    with pytest.raises(ValueError, match="needs negatives"):
+        method.loss(batch_of(0, slice(0, 1)))
+
+
+# -- config -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, "method.temperature must be positive"),
+        ({"target_temperature": -0.1}, "method.target_temperature must be positive"),
+        ({"contrastive_weight": 1.5}, "method.contrastive_weight must lie in"),
+        ({"momentum": 1.1}, "method.momentum must lie in"),
+        ({"queue_size": -1}, "method.queue_size must not be negative"),
+        ({"queue_size": 0}, "method.queue_size=0 leaves no negatives"),
+        ({"batch_keys": True}, "method.target_positive=zero_logit is defined for the queue alone"),
+        ({"momentum_schedule": "linear"}, "method.momentum_schedule must be one of"),
+        ({"momentum_batchnorm": "sync"}, "method.momentum_batchnorm must be one of"),
+        ({"target_positive": "zero"}, "method.target_positive must be one of"),
+        ({"pair_weighting": "even"}, "method.pair_weighting must be one of"),
+        ({"crop_pass": "all"}, "method.crop_pass must be one of"),
+        ({"terms": TermsConfig(relational=1, ceil=0)}, "method.terms and method.ressl are defined for"),
+        ({"ressl": True, "target_positive": "masked"}, "set method.contrastive_weight=0"),
+        (
+            {"target_temperature_warmup": WarmupConfig(start=0.0, epochs=1)},
+            "method.target_temperature_warmup.start must be positive",
+        ),
+        (
+            {"contrastive_weight_warmup": WarmupConfig(start=2.0, epochs=1)},
+            "method.contrastive_weight_warmup.start must lie in",
+        ),
+    ],
+)
+def test_config_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(BASE, **changes)
+
+
+def test_parts_of_the_config_refuse() -> None:
+    with pytest.raises(ValueError, match=r"method.predictor.widths must be positive"):
+        HeadConfig(widths=())
+    with pytest.raises(ValueError, match=r"output_norm must be one of"):
+        HeadConfig(widths=(3,), output_norm="layer")
+    with pytest.raises(ValueError, match=r"epochs must be positive"):
+        WarmupConfig(start=1.0, epochs=0)
+    with pytest.raises(ValueError, match=r"shape must be one of"):
+        WarmupConfig(start=1.0, epochs=1, shape="square")
+    with pytest.raises(ValueError, match=r"method.terms must not be negative"):
+        TermsConfig(relational=-1.0, ceil=0.0)
+
+
+def test_weights_of_the_terms() -> None:
+    assert BASE.relational_weights(0.3) == (0.7, 0.7)
+    masked = replace(BASE, target_positive="masked")
+    assert replace(masked, terms=TermsConfig(relational=0.2, ceil=0.1)).relational_weights(0.5) == (0.2, 0.1)
+    assert replace(masked, ressl=True, contrastive_weight=0.0).relational_weights(0.0) == (1.0, 0.0)
+
+
+def recipe(cfg: SCEConfig, views: tuple[ViewConfig, ...], **trainer: Any) -> Recipe:
+    return Recipe(
+        seed=0,
+        backbone=BackboneConfig(name="conv4"),
+        method=cfg,
+        data=DataConfig(dataset="cifar10", global_batch_size=8, mean=(0.5,), std=(0.5,)),
+        views=views,
+        optim=OPTIM,
+        probe=ProbeConfig(lrs=(0.1,)),
+        eval=EvalConfig(every_epochs=1, size=28, knn_k=1, knn_temperature=0.1),
+        trainer=trainer,
+    )
+
+
+def test_recipe_must_suit_the_method() -> None:
+    view = ViewConfig(size=20, scale=(0.2, 1.0))
+    recipe(BASE, (view, view), sync_batchnorm=True)
+    recipe(BASE, (view, replace(view, role="local")))
+    with pytest.raises(ValueError, match="SCE needs a global view and a further one"):
+        recipe(BASE, (view,))
+    with pytest.raises(ValueError, match="SCE needs a global view and a further one"):
+        recipe(BASE, (replace(view, role="local", count=2),))
+    for kind in ("shuffle", "split"):
+        with pytest.raises(ValueError, match=rf"momentum_batchnorm={kind} and trainer.sync_batchnorm=true"):
+            recipe(replace(BASE, momentum_batchnorm=kind), (view, view), sync_batchnorm=True)
+
+
+def test_no_process_group_is_left_behind() -> None:
+    assert not dist.is_initialized()
