@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from sslzoo.batchnorm import LayerSync
 from sslzoo.callbacks.checkpoint import AtomicCheckpointIO
@@ -21,6 +24,13 @@ from sslzoo.config import require
 # A rank that hangs ends the run after this, not after torch's 30 minutes; long enough for one rank to
 # evaluate or to write a checkpoint while the others wait.
 TIMEOUT = timedelta(minutes=10)
+# Lightning's advice that does not apply here, and a deprecation in its own use of torch.
+_BESIDE_THE_POINT = (
+    "isinstance.treespec, LeafSpec",
+    "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler starts at its position
+    "does not have many workers",  # data in memory needs none
+    "is smaller than the logging interval",  # the meter has its own
+)
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 
 
@@ -52,8 +62,10 @@ def build_strategy(trainer: Mapping[str, Any]) -> DDPStrategy | str:
     require(name in STRATEGIES, f"trainer.strategy must be one of {', '.join(STRATEGIES)}; got {name!r}")
     if world_size_of(trainer) == 1:
         return "auto"
+    # Renamed in torch 2.14, where the old name warns.
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
     return DDPStrategy(
-        broadcast_buffers=False,
+        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
         gradient_as_bucket_view=True,
         find_unused_parameters=name.endswith("_true"),
         timeout=TIMEOUT,
@@ -70,6 +82,8 @@ def build_trainer(
     """The Trainer of the recipe's ``trainer`` section, with everything of Lightning's off that would break
     exact resume or that the framework does itself."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its greetings and tips
+    for message in _BESIDE_THE_POINT:
+        warnings.filterwarnings("ignore", message=f".*{message}")
     plugins: list[Any] = [AtomicCheckpointIO()]
     if trainer.get("sync_batchnorm", False):
         plugins.append(LayerSync())
