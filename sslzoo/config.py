@@ -66,7 +66,7 @@ class DataConfig(SourceConfig):
     global_batch_size: int  # samples per optimiser step, over all devices and accumulated micro-batches
     mean: tuple[float, ...]  # per channel, images in [0, 1]
     std: tuple[float, ...]
-    workers: int = 0  # processes per device
+    workers: int = 0  # processes per device that decode files; images in memory need none
     max_bad_fraction: float = 0.01  # of the data set; more unreadable images than this stop the run
 
     def __post_init__(self) -> None:

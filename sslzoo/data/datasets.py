@@ -19,7 +19,7 @@ from sslzoo.data.catalog import dataset_info
 from sslzoo.data.idx import read_idx
 from sslzoo.data.sources import ArraySource, FileSource, ImageSource
 
-__all__ = ["open_source"]
+__all__ = ["ImageSource", "open_source"]
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 

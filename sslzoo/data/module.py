@@ -231,9 +231,9 @@ class SSLDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Crop (images in memory), colour, blur, solarise, flip and normalise, in float32."""
         if isinstance(batch, DrawnBatch):
-            batch = self._finish(batch)
-            if self.trainer is not None and world_size() > 1:
+            if world_size() > 1:
                 self._share_bad_images(batch.sample_id.device)
+            batch = self._finish(batch)
         elif isinstance(batch, EvalBatch):
             batch = batch._replace(image=self._normalized(to_unit(batch.image)))
         # Lightning converts to the precision of the run before the transfer, when images were uint8.
@@ -264,10 +264,11 @@ class SSLDataModule(LightningDataModule):
             self._bad.seen = seen.bool().cpu()
             self._bad.check()
 
+    @torch.no_grad()
     def finish(self, raw: RawBatch, device: torch.device | str = "cpu") -> Batch:
-        """A raw batch as the method gets it, without a Trainer."""
+        """A raw batch as the method gets it, outside the training loop: any rank may call it alone."""
         drawn = self.on_before_batch_transfer(raw, 0)
-        return self.on_after_batch_transfer(self.transfer_batch_to_device(drawn, torch.device(device), 0), 0)
+        return self._finish(self.transfer_batch_to_device(drawn, torch.device(device), 0))
 
     def example_batch(self, n: int) -> Batch:
         """The first ``n`` samples of the training data as epoch 0 shows them."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ TARGET = Path(__file__).parent / "fashion_mnist_12k.npz"
 def main(folder: Path) -> None:
     """Write ``fashion_mnist_12k.npz`` beside this file."""
     rng = np.random.default_rng(SEED)
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for split, (prefix, per_class) in PER_CLASS.items():
         images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
         labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")

@@ -1,0 +1,461 @@
+"""Batches do not depend on workers, ranks or resumes, and evaluation sees each sample once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from sslzoo.config import DataConfig, EvalConfig, ProbeConfig, SourceConfig, ViewConfig
+from sslzoo.data.crops import crop_image
+from sslzoo.data.datasets import open_source
+from sslzoo.data.module import SSLDataModule
+from sslzoo.data.sources import ImageSource, fake_source
+from sslzoo.data.views import draw_boxes, draw_uniforms
+from sslzoo.method import Batch
+from sslzoo.plan import TrainingPlan
+from tests.ranks import run_ranks
+
+COLOUR: dict[str, Any] = {
+    "jitter_p": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.2,
+    "hue": 0.1,
+    "grayscale_p": 0.2,
+    "blur_p": 0.5,
+    "flip_p": 0.5,
+}
+WEAK = ViewConfig(size=16, scale=(0.2, 1.0), flip_p=0.5)
+STRONG = ViewConfig(size=16, scale=(0.2, 1.0), solarize_p=0.2, **COLOUR)
+EVAL = EvalConfig(every_epochs=1, size=16, knn_k=5, knn_temperature=0.1, batch_size=7)
+PROBE = ProbeConfig(lrs=(0.1,))
+
+
+def build(
+    data: DataConfig,
+    views: Sequence[ViewConfig] = (WEAK, STRONG),
+    source: ImageSource | None = None,
+    *,
+    world: int = 1,
+    accumulate: int = 1,
+    eval: EvalConfig = EVAL,
+    probe: ProbeConfig = PROBE,
+) -> SSLDataModule:
+    source = open_source(data) if source is None else source
+    plan = TrainingPlan(
+        dataset_size=len(source),
+        global_batch_size=data.global_batch_size,
+        max_epochs=3,
+        world_size=world,
+        accumulate=accumulate,
+    )
+    return SSLDataModule(data, views, eval, probe, plan, seed=1, source=source)
+
+
+def colour_data(dataset: str = "imagefolder", root: Path | str = "", **changes: Any) -> DataConfig:
+    settings: dict[str, Any] = {"global_batch_size": 12, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    return DataConfig(dataset=dataset, root=str(root), **(settings | changes))
+
+
+def batches(module: SSLDataModule) -> list[Batch]:
+    return [module.finish(raw) for raw in module.train_dataloader()]
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    """Whether two batches are the same, bit for bit."""
+    same_label = (a.label is None) == (b.label is None) and (
+        a.label is None or b.label is None or torch.equal(a.label, b.label)
+    )
+    pairs = zip(a.global_views + a.local_views, b.global_views + b.local_views, strict=True)
+    return torch.equal(a.sample_id, b.sample_id) and same_label and all(torch.equal(x, y) for x, y in pairs)
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Ranks' batches, one under the other."""
+    views = tuple(torch.cat(v) for v in zip(*(p.global_views for p in parts), strict=True))
+    labels = [p.label for p in parts if p.label is not None]
+    label = torch.cat(labels) if labels else None
+    return Batch(views, (), torch.cat([p.sample_id for p in parts]), label)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """40 + 10 pictures of different sizes, two classes, as JPEG and PNG."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 5)):
+        for c in ("cat", "dog"):
+            (tmp_path / split / c).mkdir(parents=True)
+            for i in range(count):
+                coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+                size = (int(rng.integers(20, 60)), int(rng.integers(20, 60)))
+                suffix = ("jpg", "png")[i % 2]
+                Image.fromarray(coarse).resize(size).save(tmp_path / split / c / f"{i:02}.{suffix}")
+    return tmp_path
+
+
+def test_workers_do_not_change_the_batches(photos: Path) -> None:
+    alone = batches(build(colour_data(root=photos)))
+    for workers in (1, 2):
+        module = build(colour_data(root=photos, workers=workers))
+        assert all(equal(a, b) for a, b in zip(alone, batches(module), strict=True))
+    assert len(alone) == 3
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["array", "files"])
+def test_ranks_share_the_batches_of_one_process(photos: Path, kind: str, accumulate: int) -> None:
+    def module(world: int) -> SSLDataModule:
+        if kind == "files":
+            return build(colour_data(root=photos), world=world, accumulate=accumulate)
+        return build(colour_data(), source=fake_source(40, 3, 24, 5), world=world, accumulate=accumulate)
+
+    whole = batches(module(1))
+    for world in (2, 3):
+        per_rank = run_ranks(world, rank_batches, module(world))
+        for k, batch in enumerate(whole):
+            assert equal(batch, joined([Batch(*as_tensors(r[k])) for r in per_rank]))
+
+
+def rank_batches(rank: int, world: int, module: SSLDataModule) -> list[Any]:
+    """As numpy, which travels between processes by value."""
+    return [
+        (tuple(v.numpy() for v in b.global_views), (), b.sample_id.numpy(), b.label.numpy())
+        for b in batches(module)
+        if b.label is not None
+    ]
+
+
+def as_tensors(x: Any) -> Any:
+    return tuple(as_tensors(v) for v in x) if isinstance(x, tuple) else torch.from_numpy(x)
+
+
+@pytest.mark.parametrize("position", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_restored_position_continues_the_order(position: int, accumulate: int) -> None:
+    def module() -> SSLDataModule:
+        return build(colour_data(), source=fake_source(40, 3, 24, 5), accumulate=accumulate)
+
+    running = module()
+    everything: list[Batch] = []
+    for _ in range(3):
+        for batch in batches(running):
+            everything.append(batch)
+        running.position = len(everything)
+    resumed = module()
+    resumed.load_state_dict({"position": position})
+    assert resumed.state_dict() == {"position": position}
+    rest = batches(resumed)
+    per_epoch = resumed.plan.micro_batches_per_epoch
+    assert len(rest) == per_epoch - position % per_epoch
+    assert len(resumed.train_dataloader()) == per_epoch
+    assert all(equal(a, b) for a, b in zip(rest, everything[position:], strict=False))
+
+
+def test_position_counts_with_persistent_workers(photos: Path) -> None:
+    module, alone = build(colour_data(root=photos, workers=2)), build(colour_data(root=photos))
+    loader = module.train_dataloader()
+    for epoch in range(2):
+        module.position = alone.position = 3 * epoch
+        got = [module.finish(raw) for raw in loader]
+        assert all(equal(a, b) for a, b in zip(got, batches(alone), strict=True))
+
+
+def test_loading_leaves_the_global_generator_alone(photos: Path) -> None:
+    before = torch.get_rng_state()
+    batches(build(colour_data(root=photos, workers=1)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_epochs_show_every_sample_once_and_differ() -> None:
+    module = build(colour_data(global_batch_size=8), source=fake_source(40, 3, 24, 5))
+    first = torch.cat([b.sample_id for b in batches(module)])
+    module.position = 5
+    second = torch.cat([b.sample_id for b in batches(module)])
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(40))
+    assert first.tolist() != second.tolist()
+
+
+def test_sample_id_and_label_belong_to_the_image(photos: Path) -> None:
+    plain = ViewConfig(size=16, scale=(1.0, 1.0), ratio=(1e-3, 1e3))  # no attempt fits: the whole image
+    module = build(colour_data(root=photos), [plain])
+    source = module.train_source
+    for batch in batches(module):
+        for k, i in enumerate(batch.sample_id.tolist()):
+            image = source.read(i)
+            u = draw_uniforms(1, 0, 0, torch.tensor([i]))
+            box = draw_boxes(plain, u, *(torch.tensor([s]) for s in image.shape[1:]))[0].tolist()
+            want = TF.normalize(
+                crop_image(image, box, 16, "bilinear").float() / 255, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+            )
+            assert (batch.global_views[0][k] - want).abs().max() < 1.5 / 255 / 0.2
+            assert batch.label is not None and source.labels is not None
+            assert batch.label[k] == source.labels[i]
+
+
+def test_multi_crop() -> None:
+    sizes = (224, 192, 160, 128, 96)
+    views = [
+        ViewConfig(
+            size=s,
+            scale=(0.05, 0.5),
+            role="global" if s == 224 else "local",
+            count=2 if s == 224 else 1,
+            **COLOUR,
+        )
+        for s in sizes
+    ]
+    module = build(colour_data(global_batch_size=2), views, fake_source(4, 3, 64, 2))
+    batch = module.example_batch(2)
+    assert [v.shape[-1] for v in batch.global_views] == [224, 224]
+    assert [v.shape[-1] for v in batch.local_views] == [192, 160, 128, 96]
+    assert all(
+        v.shape[:2] == (2, 3) and v.dtype == torch.float32 for v in batch.global_views + batch.local_views
+    )
+    assert not torch.equal(batch.global_views[0], batch.global_views[1])
+
+
+def test_views_are_weak_and_strong_as_declared() -> None:
+    same: dict[str, Any] = {"size": 16, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    weak = ViewConfig(**same)
+    strong = ViewConfig(**same, solarize_p=1.0, solarize_threshold=0.0)
+    module = build(colour_data(mean=(0.0,) * 3, std=(1.0,) * 3), [weak, strong], fake_source(20, 3, 16, 2))
+    first, second = module.example_batch(12).global_views
+    assert torch.allclose(first, 1 - second, atol=1e-6)
+
+
+def test_grey_images_take_a_colour_policy() -> None:
+    data = DataConfig(dataset="fashion_mnist_12k", global_batch_size=256, mean=(0.286,), std=(0.353,))
+    batch = build(data, [STRONG]).example_batch(64)
+    assert batch.global_views[0].shape == (64, 1, 16, 16)
+    assert torch.isfinite(batch.global_views[0]).all()
+
+
+# -- unreadable images ----------------------------------------------------------------------------
+
+
+def damage(root: Path) -> set[str]:
+    """Break two pictures of the training set: one cut short, one gone after it was listed."""
+    broken = {"train/cat/02.jpg", "train/dog/05.png"}
+    for name in broken:
+        (root / name).write_bytes((root / name).read_bytes()[:60])
+    return broken
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_replaced_and_named_once(
+    photos: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(photos)
+    module = build(colour_data(root=photos, global_batch_size=8, workers=workers, max_bad_fraction=0.05))
+    missing = next(i for i in range(40) if module.train_source.where(i).endswith("dog/05.png"))
+    with caplog.at_level(logging.WARNING, "sslzoo"):
+        first = batches(module)
+        module.position = 5
+        batches(module)
+    assert all(len(b.sample_id) == 8 for b in first)
+    seen = torch.cat([b.sample_id for b in first]).tolist()
+    assert missing not in seen and seen.count(missing + 1) == 2
+    assert module.unreadable == 2
+    assert sorted(r.getMessage().rpartition("/")[2] for r in caplog.records) == ["02.jpg", "05.png"]
+
+
+def test_a_missing_file_counts_too_and_too_many_stop_the_run(photos: Path) -> None:
+    module = build(colour_data(root=photos, global_batch_size=8, max_bad_fraction=0.05))
+    for name in ("00.jpg", "02.jpg", "04.jpg"):
+        (photos / "train/cat" / name).unlink()
+    with pytest.raises(RuntimeError, match=r"3 of 40 images.*max_bad_fraction=0\.05") as error:
+        batches(module)
+    assert all(f"cat/{name}" in str(error.value) for name in ("00.jpg", "02.jpg", "04.jpg"))
+
+
+def rank_outcome(rank: int, world: int, module: SSLDataModule) -> str:
+    """What the loop's hooks say over one epoch, and how many bad images this rank met by itself."""
+    own: set[int] = set()
+    try:
+        for raw in module.train_dataloader():
+            own |= set(raw.bad)
+            module.on_after_batch_transfer(module.on_before_batch_transfer(raw, 0), 0)
+            module.position += 1
+    except RuntimeError as error:
+        return f"{len(own)} own; {error}"
+    return f"{len(own)} own; no error"
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.1])
+def test_ranks_add_up_their_bad_images(photos: Path, fraction: float) -> None:
+    for name in ("cat/00.jpg", "cat/08.jpg", "dog/06.jpg"):
+        (photos / "train" / name).write_bytes(b"")
+    module = build(colour_data(root=photos, global_batch_size=8, max_bad_fraction=fraction), world=2)
+    outcomes = run_ranks(2, rank_outcome, module)
+    assert sorted(o[:5] for o in outcomes) == ["1 own", "2 own"]
+    assert all(("3 of 40" in o) == (fraction < 0.075) for o in outcomes)
+
+
+def test_nothing_readable_at_all(photos: Path) -> None:
+    module = build(colour_data(root=photos, max_bad_fraction=1.0))
+    for path in (photos / "train").rglob("*.*"):
+        path.unlink()
+    with pytest.raises(RuntimeError, match="no image"):
+        batches(module)
+
+
+# -- evaluation -----------------------------------------------------------------------------------
+
+
+def evaluated(module: SSLDataModule) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Batches of every evaluation loader, as a method gets them."""
+    return [
+        [
+            tuple(module.on_after_batch_transfer(module.on_before_batch_transfer(raw, k), k))  # type: ignore[misc]
+            for raw in loader
+        ]
+        for k, loader in enumerate(module.val_dataloader())
+    ]
+
+
+def rank_eval_ids(rank: int, world: int, module: SSLDataModule) -> list[list[int]]:
+    return [[i for batch in loader for i in batch[1].tolist()] for loader in evaluated(module)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_eval_shards_cover_each_sample_once(photos: Path, world: int) -> None:
+    module = build(colour_data(root=photos), world=world, eval=replace(EVAL, resize=20))
+    per_rank = run_ranks(world, rank_eval_ids, module)
+    sets = module.eval_sets()
+    assert [(s.name, s.split, s.size, s.num_classes) for s in sets] == [
+        ("", "train", 40, 2),
+        ("", "test", 10, 2),
+    ]
+    for k, s in enumerate(sets):
+        assert [i for r in per_rank for i in r[k]] == list(range(s.size))
+
+
+def test_evaluation_images_equal_torchvision(photos: Path) -> None:
+    config = replace(EVAL, resize=20)
+    module = build(colour_data(root=photos), eval=config)
+    for images, ids, labels in evaluated(module)[1]:
+        source = module.eval_sets()[1].source
+        for image, i, label in zip(images, ids.tolist(), labels.tolist(), strict=True):
+            want = TF.center_crop(TF.resize(source.read(i), [20], antialias=True), [16, 16])
+            want = TF.normalize(want.float() / 255, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
+            assert (image - want).abs().max() < 1e-5
+            assert source.labels is not None and label == source.labels[i]
+
+
+def test_the_bank_may_be_a_subset() -> None:
+    config = replace(EVAL, bank_size=11)
+    module = build(colour_data(), source=fake_source(40, 3, 24, 5), eval=config)
+    train, test = module.eval_sets()
+    assert (train.size, test.size) == (11, 40)
+    ids = [i for batch in evaluated(module)[0] for i in batch[1].tolist()]
+    assert ids == train.sample_id.tolist() == sorted(set(ids))
+
+
+def test_labels_elsewhere(photos: Path) -> None:
+    probe = ProbeConfig(lrs=(0.1,), data=(SourceConfig(dataset="imagefolder", root=str(photos)),))
+    config = replace(EVAL, resize=16)
+    module = build(colour_data("folder", photos), probe=probe, eval=config)
+    assert module.num_classes == 0 and module.example_batch(2).label is None
+    assert [(s.name, s.split, s.size) for s in module.eval_sets()] == [
+        ("imagefolder", "train", 40),
+        ("imagefolder", "test", 10),
+    ]
+    assert sum(len(b[0]) for b in evaluated(module)[1]) == 10
+    assert build(colour_data("folder", photos)).eval_sets() == []
+    assert build(colour_data("folder", photos)).val_dataloader() == []
+
+
+def test_fake_data_stand_in_for_all_sources() -> None:
+    probe = ProbeConfig(lrs=(0.1,), data=(SourceConfig(dataset="cifar100", root="/nowhere"),))
+    module = build(colour_data("folder", "/nowhere"), source=fake_source(24, 3, 16, 0), probe=probe)
+    assert [(s.name, s.num_classes) for s in module.eval_sets()] == [("cifar100", 100)] * 2
+    assert evaluated(module)[0][0][0].shape == (7, 3, 16, 16)
+
+
+def test_unreadable_test_images_are_left_out(photos: Path) -> None:
+    name = next((photos / "val/cat").glob("*.png"))
+    name.write_bytes(b"")
+    config = replace(EVAL, resize=16)
+    module = build(colour_data(root=photos, max_bad_fraction=0.2), eval=config)
+    assert sum(len(b[0]) for b in evaluated(module)[1]) == 9
+    with pytest.raises(RuntimeError, match="1 of 10 images"):
+        evaluated(build(colour_data(root=photos), eval=config))
+
+
+def test_mistakes_are_named(photos: Path) -> None:
+    small = build(colour_data(), source=fake_source(40, 3, 24, 5), eval=replace(EVAL, size=64))
+    with pytest.raises(ValueError, match=r"eval\.size=64 .*24 px"):
+        small.val_dataloader()
+    with pytest.raises(ValueError, match=r"eval\.size=64 is larger"):
+        evaluated(build(colour_data(root=photos), eval=replace(EVAL, size=64)))
+    (photos / "val/dog").rename(photos / "val/wolf")
+    with pytest.raises(ValueError, match="different classes"):
+        build(colour_data(root=photos)).eval_sets()
+
+
+# -- with a Trainer -------------------------------------------------------------------------------
+
+
+class Recorder(LightningModule):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.batches: list[Batch] = []
+        self.dtypes: set[torch.dtype] = set()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.batches.append(batch)
+        self.dtypes.add(batch.global_views[0].dtype)
+        return self.weight * 1.0
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.dtypes.add(batch.image.dtype)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.trainer.datamodule.position += 1  # type: ignore[attr-defined]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*does not have many workers")
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("64-true", torch.float64)])
+def test_a_trainer_gets_the_same_batches(tmp_path: Path, precision: Any, dtype: torch.dtype) -> None:
+    def module() -> SSLDataModule:
+        return build(colour_data(), source=fake_source(40, 3, 24, 5))
+
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
+    recorder, data = Recorder(), module()
+    trainer.fit(recorder, datamodule=data)
+    assert data.position == 6 and recorder.dtypes == {dtype}
+    want = module()
+    epochs = batches(want)
+    want.position = 3
+    epochs += batches(want)
+    for a, b in zip(recorder.batches, epochs, strict=True):
+        assert torch.equal(a.sample_id, b.sample_id)
+        assert torch.equal(a.global_views[1].float(), b.global_views[1])
