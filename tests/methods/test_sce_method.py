@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sslzoo.backbones import build_backbone
 from sslzoo.batchnorm import SplitBatchNorm, to_sync
 from sslzoo.config import (
     BackboneConfig,
@@ -26,6 +27,8 @@ from sslzoo.distributed import all_reduce_mean
 from sslzoo.method import Batch
 from sslzoo.numerics import normalize
 from sslzoo.plan import TrainingPlan
+from sslzoo.recipe import load_recipe
+from sslzoo.registry import method_class, recipes
 from sslzoo.schedules import learning_rate
 from sslzoo_methods.sce.config import HeadConfig, SCEConfig, TermsConfig, WarmupConfig
 from sslzoo_methods.sce.method import SCE
@@ -435,3 +438,63 @@ def test_recipe_must_suit_the_method() -> None:
 
 def test_no_process_group_is_left_behind() -> None:
     assert not dist.is_initialized()
+
+
+# -- recipes: epochs, global batch, peak rate, decay, queue, momentum, schedule, tau_m, BN, crops ------
+
+ROWS = {
+    "sce_in1k_100ep": (100, 4096, 9.6, 1e-6, 65536, 0.99, "cosine", 0.07, "same", 2),
+    "sce_in1k": (200, 4096, 4.8, 1e-6, 65536, 0.99, "cosine", 0.07, "same", 2),
+    "sce_in1k_300ep": (300, 4096, 4.8, 1e-6, 65536, 0.99, "cosine", 0.07, "same", 2),
+    "sce_in1k_1000ep": (1000, 4096, 4.8, 1.5e-6, 65536, 0.99, "cosine", 0.07, "same", 2),
+    "sce_in1k_multicrop": (200, 4096, 4.8, 1e-6, 65536, 0.99, "cosine", 0.07, "same", 6),
+    "sce_cifar10": (200, 256, 0.06, 5e-4, 4096, 0.99, "constant", 0.05, "split", 2),
+    "sce_cifar100": (200, 256, 0.06, 5e-4, 4096, 0.99, "constant", 0.05, "split", 2),
+    "sce_stl10": (200, 256, 0.06, 5e-4, 16384, 0.996, "constant", 0.05, "split", 2),
+    "sce_tiny_imagenet": (200, 256, 0.06, 5e-4, 16384, 0.996, "constant", 0.05, "split", 2),
+    "sce_in100": (200, 512, 0.06, 1e-4, 65536, 0.999, "constant", 0.05, "shuffle", 2),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_recipes_hold_the_published_numbers(name: str) -> None:
+    r = load_recipe(name).recipe
+    cfg = r.method
+    assert isinstance(cfg, SCEConfig)
+    plan = TrainingPlan(
+        dataset_size=10**6, global_batch_size=r.data.global_batch_size, max_epochs=r.trainer["max_epochs"]
+    )
+    assert (
+        plan.max_epochs,
+        plan.global_batch_size,
+        pytest.approx(plan.scaled_lr(r.optim)),
+        r.optim.weight_decay,
+        cfg.queue_size,
+        cfg.momentum,
+        cfg.momentum_schedule,
+        cfg.target_temperature,
+        cfg.momentum_batchnorm,
+        sum(v.count for v in r.views),
+    ) == ROWS[name]
+    assert (cfg.temperature, cfg.contrastive_weight, cfg.target_positive) == (0.1, 0.5, "zero_logit")
+    imagenet = name.startswith("sce_in1k")
+    assert cfg.symmetric == imagenet == bool(cfg.predictor) == r.trainer.get("sync_batchnorm", False)
+    assert r.optim.name == ("lars" if imagenet else "sgd")
+    assert r.optim.decay_1d is not imagenet
+    assert r.optim.warmup_epochs == (10 if imagenet else 5)
+
+
+def test_every_recipe_of_the_method_is_in_the_table() -> None:
+    own = {name for name in recipes() if name.startswith("sce_")}
+    assert own == {*ROWS, "sce_fashion_mnist"}
+    assert isinstance(load_recipe("quickstart").recipe.method, SCEConfig)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "sce_cifar10", "sce_in1k"])
+def test_recipes_build(name: str) -> None:
+    r = load_recipe(name).recipe
+    net, width = build_backbone(r.backbone)
+    method = method_class("sce")(r.method, net, width)
+    assert isinstance(method, SCE)
+    assert method.queue is not None
+    assert method.queue.features.shape == (r.method.queue_size, r.method.projector.widths[-1])  # type: ignore[attr-defined]
