@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import pi
-from typing import Any
+from math import cos, pi
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from sslzoo.batchnorm import to_sync
+from sslzoo.config import OptimConfig
+from sslzoo.distributed import all_reduce_mean
 from sslzoo.margins import (
     NO_MARGIN,
     Factors,
@@ -19,6 +23,12 @@ from sslzoo.margins import (
     gradient_factors,
     pull_sums,
 )
+from sslzoo.method import Batch
+from sslzoo.numerics import normalize
+from sslzoo.plan import TrainingPlan
+from sslzoo.recipe import load_recipe
+from sslzoo.registry import recipes
+from sslzoo_methods.margin.config import MarginConfig
 from sslzoo_methods.margin.loss import (
     attract,
     contrast,
@@ -27,8 +37,13 @@ from sslzoo_methods.margin.loss import (
     macl_loss,
     macl_temperature,
     margin_loss,
+    view_alignment,
 )
+from sslzoo_methods.margin.method import MarginContrast
+from sslzoo_methods.simclr.loss import nt_xent
+from tests.chaos import Fault, Job, run
 from tests.golden_cases import GoldenCase
+from tests.ranks import run_ranks
 
 Outputs = dict[str, Tensor | float | int]
 
@@ -205,7 +220,7 @@ def queue(case: GoldenCase, precision: str) -> Outputs:
 def macl(case: GoldenCase, precision: str) -> Outputs:
     t, h = case.tensors(precision), case.hyper
     z1, z2 = leaf(t["in_z1"]), leaf(t["in_z2"])
-    alignment = two_views(z1, z2, 1.0).cosine.detach().mean()
+    alignment = view_alignment([z1, z2])
     temperature = macl_temperature(alignment, temperature=h["tau0"], alpha=h["alpha"], initial=h["A0"])
     loss, weight = macl_loss(two_views(z1, z2, temperature), temperature=temperature, eps=h["eps"])
     grads = torch.autograd.grad(loss.mean(), [z1, z2])
@@ -498,3 +513,287 @@ def test_compiled_equals_eager() -> None:
         loss = fn(a, b)
         results.append((loss.detach(), *torch.autograd.grad(loss, [a, b])))
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
+
+
+# -- the method ---------------------------------------------------------------------------------
+
+TINY: dict[str, dict[str, Any]] = {
+    "simclr": {"temperature": 0.2, "beta": 1.0},
+    "mocov2": {"temperature": 0.2, "beta": 1.0, "momentum_start": 0.9, "queue_size": 20},
+    "mocov3": {"temperature": 0.2, "beta": 1.0, "momentum_start": 0.9, "predictor": (6, 5)},
+    "byol": {"temperature": 0.5, "beta": 0.0, "momentum_start": 0.9, "predictor": (6, 5)},
+    "simsiam": {"temperature": 1.0, "beta": 0.0, "predictor": (6, 5)},
+}
+PLAN: dict[str, Any] = {"dataset_size": 48, "global_batch_size": 12, "max_epochs": 5}
+OPTIM = OptimConfig(name="sgd", lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0)
+
+
+def config(base: str, **changes: Any) -> MarginConfig:
+    options = {
+        "family": "combined",
+        "angular_margin": "20deg",
+        "subtractive_margin": 0.05,
+        "effects": ("emphasis", "angle", "logit"),
+        "projector": (7, 5),
+    }
+    return MarginConfig(name="margin", base=base, **(options | TINY.get(base, TINY["simclr"]) | changes))
+
+
+def tiny(base: str, world: int = 1, sync: bool = False, **changes: Any) -> MarginContrast:
+    torch.manual_seed(3)
+    backbone = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+    method = MarginContrast(config(base, **changes), backbone, 8)
+    method.prepare(TrainingPlan(**PLAN, world_size=world), OPTIM, 0)
+    method = method.double()
+    return cast(MarginContrast, to_sync(method)) if sync else method
+
+
+def tiny_batch(rank: int = 0, world: int = 1, locals_: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    views = [
+        torch.randn(12, 6, dtype=torch.float64, generator=generator) * (1 + i) for i in range(2 + locals_)
+    ]
+    n = 12 // world
+    rows = slice(rank * n, (rank + 1) * n)
+    views = [v[rows] for v in views]
+    return Batch(tuple(views[:2]), tuple(views[2:]), torch.arange(12)[rows])
+
+
+def two_steps(
+    rank: int, world: int, base: str, locals_: int, changes: dict[str, Any]
+) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    """Losses and averaged gradients of two plain SGD steps, and the state after them."""
+    method = tiny(base, world, sync=True, **changes)
+    losses, gradients = [], []
+    for step in range(2):
+        loss = method.loss(tiny_batch(rank, world, locals_))
+        loss.backward()
+        for parameter in method.parameters():
+            if parameter.grad is not None:
+                parameter.grad = all_reduce_mean(parameter.grad)
+                gradients.append(parameter.grad)
+                parameter.data.add_(parameter.grad, alpha=-0.5)
+                parameter.grad = None
+        losses.append(all_reduce_mean(loss.detach()))
+        method.after_step(step)
+        method.optimizer_steps += 1
+    return torch.stack(losses), gradients, {k: v.clone() for k, v in method.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("base", "locals_", "changes"),
+    [
+        ("simclr", 0, {}),
+        ("simclr", 1, {"effects": ("emphasis",), "chunk_size": 5}),
+        ("simclr", 0, {"family": "macl", "angular_margin": 0.0, "subtractive_margin": 0.0, "effects": ()}),
+        ("mocov3", 1, {"effects": ("angle", "logit"), "logit_on": "negative"}),
+        ("mocov2", 1, {}),
+        ("mocov2", 0, {"symmetric": False, "momentum_batchnorm": "shuffle"}),
+        ("byol", 0, {"effects": ("angle",)}),
+        ("simsiam", 1, {"effects": ("emphasis",)}),
+    ],
+)
+def test_world_size_changes_nothing(base: str, locals_: int, changes: dict[str, Any]) -> None:
+    losses, gradients, state = two_steps(0, 1, base, locals_, changes)
+    assert losses.isfinite().all()
+    for world in (2, 3):
+        for got, grads, carried in run_ranks(world, two_steps, base, locals_, changes):
+            torch.testing.assert_close(got, losses, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(grads, gradients, rtol=1e-8, atol=1e-12)
+            torch.testing.assert_close(carried, state, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("base", list(TINY))
+@pytest.mark.parametrize("locals_", [0, 2])
+def test_every_base_recomposes(base: str, locals_: int) -> None:
+    """All three effects through the isolated path give the gradient of the margin loss."""
+
+    def gradients(**changes: Any) -> tuple[Tensor, list[Tensor]]:
+        method = tiny(base, **changes)
+        loss = method.loss(tiny_batch(locals_=locals_))
+        loss.backward()
+        return loss.detach(), [p.grad for p in method.parameters() if p.grad is not None]
+
+    loss, true = gradients()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MarginConfig, "isolated", property(lambda _: True))
+        value, apart = gradients()
+    plain, _ = gradients(family="none", angular_margin=0.0, subtractive_margin=0.0, effects=())
+    torch.testing.assert_close(apart, true, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(value, plain)
+    assert abs(loss - plain) > 1e-3
+
+
+@pytest.mark.parametrize("base", list(TINY))
+def test_without_a_margin_the_base_is_untouched(base: str) -> None:
+    none: dict[str, Any] = {"angular_margin": 0.0, "subtractive_margin": 0.0}
+    kinds: list[dict[str, Any]] = [
+        {"family": "none", "effects": ()},
+        {"family": "combined"},
+        {"family": "cosface"},
+        {"family": "arcface", "wide_angle": "arcface"},
+    ]
+    results = []
+    for changes in kinds:
+        method = tiny(base, **(none | changes))
+        loss = method.loss(tiny_batch())
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in method.parameters() if p.grad is not None)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+def test_the_base_is_the_simclr_plug_in() -> None:
+    method = tiny("simclr", family="none", angular_margin=0.0, subtractive_margin=0.0, effects=())
+    batch = tiny_batch()
+    z = [normalize(method.projector(method.backbone(v))) for v in batch.global_views]
+    torch.testing.assert_close(
+        method.loss(batch), nt_xent(z, z, offset=0, temperature=0.2), rtol=1e-12, atol=0
+    )
+
+
+def test_schedule_is_a_function_of_the_step() -> None:
+    method = tiny("simclr", schedule="cosine", schedule_epochs=2.0)  # 4 steps an epoch
+    ramp = []
+    for step in range(10):
+        method.optimizer_steps = step
+        ramp.append(method.margin_ramp())
+    expected = [(1 - cos(pi * min(t, 8) / 8)) / 2 for t in range(10)]
+    assert ramp == pytest.approx(expected, abs=1e-15)
+    method = tiny("simclr", schedule="linear", schedule_epochs=1.0)
+    method.optimizer_steps = 1
+    method.loss(tiny_batch())
+    assert method.recorded["method/angular_margin"] == pytest.approx(pi / 9 / 4)
+
+
+def test_momentum_and_queue_move_once_a_step() -> None:
+    method = tiny("mocov2")
+    assert method.queue is not None and method.target is not None
+    with torch.no_grad():
+        for p in method.backbone.parameters():
+            p.add_(1.0)
+    before = [p.clone() for p in method.target.parameters()]
+    rows = method.queue.features.clone()
+    method.loss(tiny_batch())
+    method.loss(tiny_batch())  # a second micro-batch of the same step
+    assert torch.equal(method.queue.features, rows)
+    method.after_step(0)
+    assert int(method.queue.position) == 48 % 20  # two micro-batches of two views of 12
+    first = next(iter(method.backbone.parameters()))
+    torch.testing.assert_close(next(method.target.parameters()), 0.9 * before[0] + 0.1 * first)
+
+
+def test_keys_of_a_skipped_step_are_dropped() -> None:
+    method = tiny("mocov2")
+    assert method.queue is not None
+    method.loss(tiny_batch())
+    method.finish_step(skipped=True)
+    method.loss(tiny_batch())
+    method.finish_step()
+    assert int(method.queue.position) == 24 % 20
+
+
+@pytest.mark.parametrize("base", list(TINY))
+def test_bfloat16_autocast_stays_close(base: str) -> None:
+    method, batch = tiny(base).float(), tiny_batch()
+    batch = Batch(tuple(v.float() for v in batch.global_views), (), batch.sample_id)
+    exact = method.loss(batch)
+    angle = method.recorded["method/theta_degrees"]
+    method.recorded.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = method.loss(batch)
+    loss.backward()
+    assert loss.dtype == torch.float32 and abs(loss - exact) < 0.05 * abs(exact)
+    assert abs(method.recorded["method/theta_degrees"] - angle) < 1.0
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+def test_bfloat16_leaves_the_angles_of_given_embeddings() -> None:
+    u = torch.randn(64, 32)
+    v = at_angle(u, 0.05)
+    angles = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            pairs = contrast(u, v, torch.arange(64), own=None, temperature=0.2, chunk=0)
+        angles.append(torch.rad2deg(pairs.theta))
+    assert (angles[0] - angles[1]).abs().max() < 0.1
+
+
+def test_local_crops_only_query_and_are_reported_apart() -> None:
+    method = tiny("mocov3")
+    method.loss(tiny_batch(locals_=2))
+    assert {"method/theta_degrees", "method/theta_degrees_local"} <= set(method.recorded)
+    assert method.recorded["method/theta_degrees"] != method.recorded["method/theta_degrees_local"]
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        ("simclr", {"base": "moco"}, "method.base must be one of"),
+        ("simclr", {"angular_margin": 20.0}, "10deg is text"),
+        ("simclr", {"angular_margin": "20 degrees"}, "text such as 10deg"),
+        ("simclr", {"family": "cosface"}, "method.angular_margin must be 0"),
+        (
+            "simclr",
+            {"family": "arcface", "subtractive_margin": 0.1, "wide_angle": "arcface"},
+            "family=combined",
+        ),
+        ("simclr", {"family": "arcface", "subtractive_margin": 0.0}, "method.wide_angle must be arcface"),
+        ("simclr", {"effects": ("logits",)}, "method.effects must be one of"),
+        ("simclr", {"predictor": (5,)}, "method.predictor is for bases"),
+        ("simclr", {"queue_size": 5}, "method.queue_size is for base mocov2"),
+        ("mocov3", {"momentum_start": 0.0}, "method.momentum_start is for bases"),
+        ("byol", {"beta": 1.0}, "method.beta must be 0"),
+        ("byol", {"temperature": 0.2}, "method.temperature must be 0.5"),
+        ("simclr", {"slope": "logit_only", "effects": ("logit",)}, "method.slope"),
+        ("simclr", {"logit_on": "positive", "effects": ("angle",)}, "method.logit_on needs logit"),
+        ("simclr", {"value_preserving": False}, "method.value_preserving"),
+        ("simclr", {"schedule": "linear"}, "method.schedule_epochs"),
+    ],
+)
+def test_impossible_settings_name_the_key(base: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**({"base": base} | changes))
+
+
+RECIPES = [name for name in recipes() if name.startswith("margin_")]
+
+
+def test_all_recipes_are_there() -> None:
+    assert len(RECIPES) == 15
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_load_and_train_the_margin_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSLZOO_DATA_DIR", "/data")
+    recipe = load_recipe(name).recipe
+    assert isinstance(recipe.method, MarginConfig)
+    assert recipe.method.radians > 0 and not recipe.method.isolated
+    MarginContrast(recipe.method, torch.nn.Linear(2, 2), 2)
+
+
+CHAOS = (
+    "backbone={name: conv4, in_channels: 1}",
+    "views=[{size: 8, scale: [0.3, 1.0], count: 2}]",
+    "eval={every_epochs: 2, size: 8, knn_k: 5, knn_temperature: 0.1}",
+    "logging={every_steps: 4, checkpoint_every_steps: 3}",
+    "data.mean=[0.5]",
+    "data.std=[0.25]",
+    "data.workers=0",
+    "optim={name: sgd, lr: 0.1, lr_scaling: none, weight_decay: 0.0, warmup_epochs: 1}",
+    "probe={lrs: [0.1]}",
+    "trainer.precision=32-true",
+    "method.schedule=cosine",
+    "method.schedule_epochs=2",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["mocov2", "byol"])
+def test_killed_and_resumed_is_bit_equal(base: str, tmp_path: Path) -> None:
+    overrides = [*CHAOS, "method.projector=[16, 8]"]
+    overrides += ["method.queue_size=40"] if base == "mocov2" else ["method.predictor=[16, 8]"]
+    job = Job(recipe=f"margin_{base}_cifar10", overrides=tuple(overrides))
+    undisturbed = run(job, tmp_path / "a")
+    resumed = run(job, tmp_path / "b", [Fault("batch", 7), Fault("start", 11)])
+    assert resumed.digest == undisturbed.digest and resumed.metrics == undisturbed.metrics
