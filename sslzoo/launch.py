@@ -29,6 +29,7 @@ _BESIDE_THE_POINT = (
     "isinstance.treespec, LeafSpec",
     "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler starts at its position
     "does not have many workers",  # data in memory needs none
+    "You defined a `validation_step` but have no `val_dataloader`",  # data without labels
     "is smaller than the logging interval",  # the meter has its own
 )
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
@@ -64,8 +65,9 @@ def build_strategy(trainer: Mapping[str, Any]) -> DDPStrategy | str:
         return "auto"
     # Renamed in torch 2.14, where the old name warns.
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DDPStrategy(
-        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
+        **options,
         gradient_as_bucket_view=True,
         find_unused_parameters=name.endswith("_true"),
         timeout=TIMEOUT,

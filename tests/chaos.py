@@ -244,7 +244,7 @@ def _entry(job: Job, folder: Path, fault: Fault | None, rank: int, port: int) ->
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    rank_zero_only.rank = rank  # set when lightning was imported, before the fork
+    vars(rank_zero_only)["rank"] = rank  # set when lightning was imported, before the fork
     output = (folder / f"rank{rank}.txt").open("a", buffering=1)
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)

@@ -295,6 +295,14 @@ class Meter(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Close the files."""
+        self.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Close the files: Lightning calls no teardown hook then."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
         self._file.close()
         self._system.close()
 

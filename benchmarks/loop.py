@@ -1,0 +1,180 @@
+"""What progress, metrics, checkpoint bookkeeping and the probe cost a step, over a bare PyTorch loop.
+
+Rounds alternate; medians of CPU milliseconds a step, one thread. Target: at most +1.0 ms with all of it.
+
+    python benchmarks/loop.py [--rounds 5] [--steps 400]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningDataModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sslzoo.callbacks.checkpoint import ExactCheckpoint
+from sslzoo.callbacks.linear_probe import LinearProbe
+from sslzoo.callbacks.meter import Meter
+from sslzoo.callbacks.position import Position, SameEncoder
+from sslzoo.callbacks.preemption import Preemption
+from sslzoo.callbacks.progress import ProgressDisplay
+from sslzoo.config import MethodConfig, OptimConfig, ProbeConfig
+from sslzoo.launch import build_trainer
+from sslzoo.method import Batch, SSLMethod
+from sslzoo.optim import build_optimizer, set_learning_rate
+from sslzoo.plan import TrainingPlan
+from sslzoo.schedules import learning_rate
+
+BATCH, WIDTH, CLASSES = 64, 32, 10
+TARGET_MS = 1.0
+OPTIM = OptimConfig(name="adamw", lr=1e-3, lr_scaling="none", weight_decay=1e-4, warmup_epochs=0)
+
+
+def backbone() -> nn.Module:
+    """The same small net for all."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, 64), nn.ReLU(), nn.Linear(64, WIDTH))
+
+
+def loss_of(h: Tensor, other: Tensor) -> Tensor:
+    """NT-Xent-like, on one side."""
+    logits = F.normalize(h, dim=1) @ F.normalize(other, dim=1).T / 0.2
+    return F.cross_entropy(logits, torch.arange(len(h)))
+
+
+class Bench(SSLMethod[MethodConfig]):
+    """The bare loop's computation as a method, with four recorded values."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """One micro-batch."""
+        first, second = (self.backbone(view) for view in batch.global_views)
+        self.publish(backbone=first)
+        loss = loss_of(first, second)
+        for name in ("a", "b", "c"):
+            self.record(f"method/{name}", loss)
+        return loss
+
+
+class Data(LightningDataModule):
+    """The same batch again and again: no cost of its own."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps, self.position = steps, 0
+
+    def eval_sets(self) -> list[Any]:
+        """What the probe asks for."""
+        from types import SimpleNamespace
+
+        return [SimpleNamespace(name="", split="train", num_classes=CLASSES, source=None)]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """A list of references to one batch."""
+        return DataLoader([batch()] * self.steps, batch_size=None)  # type: ignore[arg-type]
+
+
+def batch() -> Batch:
+    """Random input and labels."""
+    torch.manual_seed(1)
+    views = (torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH))
+    return Batch(views, (), torch.arange(BATCH), torch.arange(BATCH) % CLASSES)
+
+
+class Stopwatch(Callback):
+    """CPU time of the training steps after a warm-up, start-up and end left out."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.count, self.begun, self.ms = steps, 0, 0.0, 0.0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Start after a tenth of the steps, stop at the last."""
+        self.count += 1
+        warm = self.steps // 10
+        if self.count == warm:
+            self.begun = time.process_time()
+        elif self.count == self.steps:
+            self.ms = (time.process_time() - self.begun) * 1e3 / (self.steps - warm)
+
+
+def bare(steps: int) -> float:
+    """CPU ms a step of the loop that one would write by hand."""
+    net, plan = backbone(), plan_of(steps)
+    optimizer: Any = build_optimizer([{"named": list(net.named_parameters())}], OPTIM)
+    one, warm, begun = batch(), steps // 10, 0.0
+    for step in range(steps):
+        if step == warm:
+            begun = time.process_time()
+        set_learning_rate(optimizer, learning_rate(step, OPTIM, plan))
+        loss = loss_of(net(one.global_views[0]), net(one.global_views[1]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (time.process_time() - begun) * 1e3 / (steps - warm)
+
+
+def plan_of(steps: int) -> TrainingPlan:
+    """One epoch of ``steps``."""
+    return TrainingPlan(dataset_size=BATCH * steps, global_batch_size=BATCH, max_epochs=1)
+
+
+def framework(steps: int, *, companions: bool, probe: bool) -> float:
+    """CPU ms a step under the Trainer, with or without our callbacks and the probe."""
+    method = Bench(MethodConfig(name="bench"), backbone(), WIDTH)
+    method.prepare(plan_of(steps), OPTIM, seed=0)
+    watch = Stopwatch(steps)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        callbacks: list[Callback] = []
+        if companions:
+            checkpoint = ExactCheckpoint(folder / "checkpoints", every_steps=10 * steps)
+            callbacks = [Position(), SameEncoder(), checkpoint, Preemption(checkpoint)]
+            if probe:
+                callbacks.append(LinearProbe(ProbeConfig(lrs=(0.1, 0.3, 1.0)), seed=0))
+            callbacks += [Meter(folder, every_steps=50), ProgressDisplay()]
+        trainer = build_trainer(
+            {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "limit_val_batches": 0},
+            run_dir=folder,
+            callbacks=[*callbacks, watch],
+        )
+        trainer.fit(method, datamodule=Data(steps))
+    return watch.ms
+
+
+def main() -> None:
+    """Print a table and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=400)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    variants = {
+        "bare PyTorch loop": lambda: bare(options.steps),
+        "Lightning, nothing on": lambda: framework(options.steps, companions=False, probe=False),
+        "+ metrics, progress, checkpoint, signals": lambda: framework(
+            options.steps, companions=True, probe=False
+        ),
+        "+ linear probe, three rates": lambda: framework(options.steps, companions=True, probe=True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(options.rounds):
+        for name, measure in variants.items():
+            times[name].append(measure())
+    base = statistics.median(times["bare PyTorch loop"])
+    for name, values in times.items():
+        ms = statistics.median(values)
+        print(f"{name:45s} {ms:6.2f} ms a step   {ms - base:+6.2f}")
+    over = statistics.median(times["+ linear probe, three rates"]) - base
+    print(json.dumps({"loop_overhead_ms": round(over, 3), "target_ms": TARGET_MS, "ok": over <= TARGET_MS}))
+
+
+if __name__ == "__main__":
+    main()

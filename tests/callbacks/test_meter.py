@@ -1,0 +1,149 @@
+"""Rows, means, and the way back to a checkpoint's rows."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sslzoo.callbacks.meter import Meter, MetricsFile, log_metrics
+from sslzoo.exits import ExitCode
+
+
+@pytest.fixture
+def meter_in():
+    """``meter_in(folder, every_steps)``: a meter whose files are closed at the end."""
+    meters: list[Meter] = []
+
+    def make(folder: Path, every_steps: int) -> Meter:
+        meters.append(Meter(folder, every_steps=every_steps))
+        return meters[-1]
+
+    yield make
+    for meter in meters:
+        meter.close()
+
+
+def _module() -> Any:
+    plan = SimpleNamespace(global_batch_size=8)
+    return SimpleNamespace(recorded={}, optimizer_steps=0, plan=plan, device=torch.device("cpu"))
+
+
+def _trainer(module: Any, meter: Meter, loggers: Any = ()) -> Any:
+    return SimpleNamespace(
+        lightning_module=module,
+        current_epoch=0,
+        is_global_zero=True,
+        loggers=list(loggers),
+        callbacks=[meter],
+    )
+
+
+def _feed(meter: Meter, trainer: Any, *losses: float, closes: bool = True) -> None:
+    module = trainer.lightning_module
+    for loss in losses:
+        meter.on_train_batch_start(trainer, module, None, 0)
+        module.recorded |= {"train/loss": torch.tensor(loss)}
+        if closes:
+            module.recorded["opt/lr"] = 0.1 * (module.optimizer_steps + 1)
+            module.optimizer_steps += 1
+        meter.on_train_batch_end(trainer, module, None, None, 0)
+
+
+def _rows(path: Any) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_measurements_are_averaged_and_settings_are_the_last(tmp_path, meter_in):
+    meter, module = meter_in(tmp_path, 2), _module()
+    trainer = _trainer(module, meter)
+    meter.on_train_start(trainer, module)
+    _feed(meter, trainer, 1.0, closes=False)
+    _feed(meter, trainer, 2.0, 6.0, 5.0)
+    assert module.recorded == {}
+    log_metrics(trainer, {"val/linear_top1": 0.5})
+    meter.on_train_epoch_end(trainer, module)
+    first, probe, end = _rows(tmp_path / "metrics.csv")
+    assert (first["step"], first["train/loss"], first["opt/lr"]) == ("2", "3.0", "0.2")
+    assert (probe["step"], probe["val/linear_top1"], probe["train/loss"]) == ("3", "0.5", "")
+    assert (end["train/loss"], end["train/loss_epoch"]) == ("5.0", "3.5")
+    assert "sys/images_per_s" in _rows(tmp_path / "system.csv")[0]
+    assert not any(key.startswith("sys/") for key in first)
+
+
+def test_a_resumed_meter_writes_the_same_bytes(tmp_path, meter_in):
+    whole = meter_in(tmp_path / "whole", 2)
+    a = _trainer(_module(), whole)
+    whole.on_train_start(a, a.lightning_module)
+    _feed(whole, a, 0.1, 0.2, 0.3)
+    state = whole.state_dict()
+    # What comes after the save, new columns included, is lost in the kill and written again.
+    (tmp_path / "killed").mkdir()
+    log_metrics(a, {"val/knn_top1": 0.25})
+    (tmp_path / "killed" / "metrics.csv").write_text((tmp_path / "whole" / "metrics.csv").read_text() + "9,")
+    _feed(whole, a, 0.7)
+    whole.on_train_epoch_end(a, a.lightning_module)
+
+    resumed = meter_in(tmp_path / "killed", 2)
+    b = _trainer(_module(), resumed)
+    b.lightning_module.optimizer_steps = 3
+    resumed.load_state_dict(state)
+    resumed.on_train_start(b, b.lightning_module)
+    assert len(_rows(tmp_path / "killed" / "metrics.csv")) == 1
+    log_metrics(b, {"val/knn_top1": 0.25})
+    _feed(resumed, b, 0.7)
+    resumed.on_train_epoch_end(b, b.lightning_module)
+    assert (tmp_path / "killed" / "metrics.csv").read_bytes() == (
+        tmp_path / "whole" / "metrics.csv"
+    ).read_bytes()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_no_checkpoint_is_made(tmp_path, meter_in):
+    meter, module = meter_in(tmp_path, 2), _module()
+    trainer = _trainer(module, meter)
+    meter.on_train_start(trainer, module)
+    _feed(meter, trainer, float("nan"))
+    with pytest.raises(SystemExit) as before_save:
+        meter.check_finite(trainer)
+    with pytest.raises(SystemExit) as at_row:
+        _feed(meter, trainer, 1.0)
+    assert before_save.value.code == at_row.value.code == ExitCode.NAN
+
+
+def test_a_failing_logger_is_silenced_once(tmp_path, meter_in, caplog):
+    class Broken:
+        calls = 0
+
+        def log_metrics(self, values: Any, step: int) -> None:
+            self.calls += 1
+            raise ConnectionError("unreachable")
+
+    broken, meter, module = Broken(), meter_in(tmp_path, 1), _module()
+    trainer = _trainer(module, meter, [broken])
+    meter.on_train_start(trainer, module)
+    _feed(meter, trainer, 1.0, 2.0)
+    assert broken.calls == 1
+    assert sum("unreachable" in record.message for record in caplog.records) == 1
+    assert len(_rows(tmp_path / "metrics.csv")) == 2
+
+
+def test_new_columns_widen_the_file_and_rewind_narrows_it(tmp_path):
+    file = MetricsFile(tmp_path / "m.csv")
+    file.rewind(0, ["step", "epoch"])
+    file.append(1, 0, {"a": 1.5})
+    before = (tmp_path / "m.csv").read_bytes()
+    file.append(2, 0, {"b": 1e-9})
+    assert (tmp_path / "m.csv").read_text() == "step,epoch,a,b\n1,0,1.5,\n2,0,,1e-09\n"
+    file.rewind(1, ["step", "epoch", "a"])
+    assert (tmp_path / "m.csv").read_bytes() == before
+    file.close()
+
+
+def test_metrics_need_a_meter():
+    with pytest.raises(ValueError, match="need a Meter"):
+        log_metrics(SimpleNamespace(callbacks=[]), {"val/linear_top1": 0.5})
