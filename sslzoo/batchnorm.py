@@ -33,6 +33,7 @@ class SyncBatchNorm(_BatchNorm):
         shape = [1, -1] + [1] * (input.ndim - 2)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         count = x.numel() // x.shape[1] * world_size()
+        require(count > 1, f"batch norm needs more than one value a channel, got shape {tuple(input.shape)}")
         mean = all_reduce_sum(x.sum(dims)) / count
         centred = x - mean.view(shape)
         var = all_reduce_sum((centred * centred).sum(dims)) / count
@@ -94,7 +95,7 @@ class SplitBatchNorm(_BatchNorm):
         self.running_mean.copy_(mean.view(s, c).mean(0))
         self.running_var.copy_(var.view(s, c).mean(0))
         self.num_batches_tracked.add_(1)
-        return y.view(input.shape)
+        return y.reshape(input.shape)
 
 
 def _replace(module: nn.Module, old: type, build: Any) -> nn.Module:
