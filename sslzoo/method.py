@@ -86,6 +86,17 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         """Named representations of a plain view, each (N, F); ``backbone`` is always there."""
         return {"backbone": self.backbone(x)}
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Embeddings (N, D) of a view, as the loss compares them but for their length: ``projector`` after
+        the backbone where there is one. Margin analysis calls it, in training mode and without gradient.
+
+        A method with other heads overrides it. It may change nothing but buffers and random numbers, which
+        are put back.
+        """
+        h = self.backbone(x)
+        projector = getattr(self, "projector", None)
+        return projector(h) if isinstance(projector, nn.Module) else h
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups of ``(name, parameter)`` pairs under ``named``; ``lr_factor`` scales a group's rate."""
         return [{"named": [(n, p) for n, p in self.named_parameters() if p.requires_grad]}]
