@@ -15,6 +15,7 @@ import pytest
 
 from sslzoo.callbacks.checkpoint import checkpoints, latest
 from sslzoo.exits import ExitCode
+from sslzoo.registry import methods
 from tests.chaos import Fault, Job, Outcome, digest_of, output, run, start, wait
 
 JOBS = {
@@ -72,9 +73,9 @@ def test_kills_at_random_moments(name, tmp_path, undisturbed):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("recipe", ["sce_fashion_mnist", "simclr_fashion_mnist"])
+@pytest.mark.parametrize("recipe", [f"{method}_fashion_mnist" for method in methods()])
 def test_bundled_recipes_survive_kills(recipe, world, tmp_path):
-    job = Job(recipe=recipe, world=world, samples=80, overrides=_SMALL[recipe.partition("_")[0]])
+    job = Job(recipe=recipe, world=world, samples=80, overrides=(*_FEW, *_SMALL.get(recipe, ())))
     whole = run(job, tmp_path / "whole")
     faults = [
         Fault("batch", 3),
@@ -87,7 +88,7 @@ def test_bundled_recipes_survive_kills(recipe, world, tmp_path):
 
 
 _FEW = ("logging.every_steps=2", "logging.checkpoint_every_steps=2", "eval.every_epochs=1", "eval.size=20")
-_SMALL = {"simclr": _FEW, "sce": (*_FEW, "method.queue_size=64")}
+_SMALL = {"sce_fashion_mnist": ("method.queue_size=64",)}
 
 
 @pytest.mark.slow

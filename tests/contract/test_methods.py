@@ -1,0 +1,90 @@
+"""What every registered method owes the framework, on its smallest bundled recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sslzoo.build import build_data, build_method
+from sslzoo.config import Recipe
+from sslzoo.data.sources import fake_source
+from sslzoo.method import Batch, SSLMethod
+from sslzoo.plan import TrainingPlan
+from sslzoo.recipe import load_recipe
+from sslzoo.registry import method_class, methods, recipes
+
+N = 8
+
+
+def _built(name: str) -> tuple[Recipe, SSLMethod[Any], Batch]:
+    """The method ``name`` on its ``*_fashion_mnist`` recipe, and a batch of fake images."""
+    recipe = load_recipe(f"{name}_fashion_mnist", [f"data.global_batch_size={N}"]).recipe
+    plan = TrainingPlan(dataset_size=N, global_batch_size=N, max_epochs=2)
+    method = build_method(recipe, plan)
+    batch = build_data(recipe, plan, fake_source(N, 1, 28, 10)).example_batch(N)
+    return recipe, method, batch
+
+
+@pytest.mark.parametrize("name", methods())
+def test_has_a_small_recipe_a_config_and_a_card(name):
+    assert f"{name}_fashion_mnist" in recipes()
+    cls = method_class(name)
+    assert issubclass(cls, SSLMethod)
+    assert cls.Config.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", methods())
+def test_publishes_detached_backbone_features(name):
+    _, method, batch = _built(name)
+    loss = method.loss(batch)
+    assert loss.shape == ()
+    assert loss.isfinite()
+    features = method.published["backbone"]
+    assert features.shape == (N, method.feature_dim)
+    assert not features.requires_grad
+    recorded = [v for v in method.recorded.values() if isinstance(v, torch.Tensor)]
+    assert all(not v.requires_grad for v in recorded)
+    assert all(key.startswith("method/") for key in method.recorded)
+
+
+@pytest.mark.parametrize("name", methods())
+def test_the_loss_reaches_the_backbone(name):
+    _, method, batch = _built(name)
+    method.loss(batch).backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in method.backbone.parameters())
+
+
+@pytest.mark.parametrize("name", methods())
+def test_bf16_autocast_is_finite_and_close(name):
+    _, full, batch = _built(name)
+    _, half, _ = _built(name)
+    expected = full.loss(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = half.loss(batch)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in half.parameters() if p.grad is not None)
+    # bf16 carries 8 bits: features are off by about 1 %, and a loss amplifies that by its sharpness.
+    torch.testing.assert_close(loss, expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("name", methods())
+def test_the_same_seed_builds_the_same_method(name):
+    _, a, _ = _built(name)
+    torch.rand(3)  # the global generator's place must not matter
+    _, b, _ = _built(name)
+    for (key, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), key
+
+
+@pytest.mark.parametrize("name", methods())
+def test_evaluation_changes_nothing(name):
+    _, method, batch = _built(name)
+    method.eval()
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    with torch.no_grad():
+        features = method.features(batch.global_views[0])
+    assert features["backbone"].shape == (N, method.feature_dim)
+    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
