@@ -238,6 +238,25 @@ class WandbConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MarginAnalysisConfig:
+    """What margins would do to the embeddings, reported while any contrastive method trains."""
+
+    margins: tuple[tuple[float, float], ...]  # each the angular one in degrees and the subtractive one
+    every_steps: int = 100  # optimiser steps between two looks
+    temperature: float = 0.0  # 0: the method's own
+
+    def __post_init__(self) -> None:
+        require(len(self.margins) > 0, "logging.margins.margins must list margins, such as [[10.0, 0.0]]")
+        require(
+            self.every_steps > 0, f"logging.margins.every_steps must be positive, got {self.every_steps}"
+        )
+        require(
+            self.temperature >= 0,
+            f"logging.margins.temperature must not be negative, got {self.temperature}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """``metrics.csv`` is always written; the rest by choice."""
 
@@ -246,6 +265,7 @@ class LoggingConfig:
     keep_epochs: tuple[int, ...] = ()  # epochs whose checkpoint is kept for good
     tensorboard: bool = False
     wandb: WandbConfig | None = None
+    margins: MarginAnalysisConfig | None = None
 
     def __post_init__(self) -> None:
         require(self.every_steps > 0, f"logging.every_steps must be positive, got {self.every_steps}")

@@ -17,6 +17,7 @@ from sslzoo.callbacks.cadence import EvaluationCadence
 from sslzoo.callbacks.checkpoint import ExactCheckpoint, latest, load_checkpoint
 from sslzoo.callbacks.knn import KNN
 from sslzoo.callbacks.linear_probe import LinearProbe
+from sslzoo.callbacks.margin_analysis import MarginAnalysis
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.position import Position, SameEncoder
 from sslzoo.callbacks.preemption import Preemption
@@ -121,6 +122,10 @@ def build_callbacks(loaded: LoadedRecipe, run: Run, data: SSLDataModule) -> dict
     }
     if data.eval_sets():
         callbacks |= {"probe": LinearProbe(recipe.probe, seed=recipe.seed), "knn": KNN(recipe.eval)}
+    if (margins := recipe.logging.margins) is not None:
+        callbacks["margins"] = MarginAnalysis(
+            margins.margins, every_steps=margins.every_steps, temperature=margins.temperature
+        )
     meter = Meter(run.path, every_steps=recipe.logging.every_steps)
     return callbacks | {"meter": meter, "progress": ProgressDisplay()}
 

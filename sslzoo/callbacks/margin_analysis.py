@@ -1,0 +1,79 @@
+"""Angles, probabilities and gradient factors of margins while any contrastive method trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import radians
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from sslzoo.callbacks.meter import find_meter, log_metrics
+from sslzoo.config import require
+from sslzoo.evaluate.margins import grid_statistics, margin_name, observe_views, temperature_of
+from sslzoo.margins import Margin, angle_histogram
+from sslzoo.method import Batch
+
+
+class MarginAnalysis(Callback):
+    """Asks every ``every_steps`` optimiser steps what margins would do to the embeddings of the batch.
+
+    ``margins``: pairs (m1 in degrees, m2). ``temperature`` of 0 takes the method's own. The first two global
+    views go once more through :meth:`SSLMethod.embed` before the step, without gradient; random numbers,
+    batch-norm statistics and all other buffers are put back, so training is bit-identical with and without.
+
+    Metrics ``margins/theta_mean`` and so on for the first margin, ``margins/m1=..,m2=../...`` for the others.
+    ``history``, which is in checkpoints, holds a record a time: step, epoch, the histogram of the angles in
+    36 bins of 5 degrees, and the scalars of every margin.
+    """
+
+    def __init__(
+        self, margins: Sequence[tuple[float, float]], *, every_steps: int = 100, temperature: float = 0.0
+    ) -> None:
+        require(len(margins) > 0, "margin analysis needs at least one margin, such as (10.0, 0.0)")
+        require(every_steps > 0, f"every_steps must be positive, got {every_steps}")
+        self.margins = {
+            margin_name(m1, m2): Margin(angular=radians(m1), subtractive=m2) for m1, m2 in margins
+        }
+        self.every_steps, self.temperature = every_steps, temperature
+        self.history: list[dict[str, Any]] = []
+        self._last_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a method without a temperature before anything runs."""
+        temperature_of(pl_module, self.temperature)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        """Look at the first micro-batch of a step that is due."""
+        step = pl_module.optimizer_steps
+        if step % self.every_steps or step == self._last_step:
+            return
+        self._last_step = step
+        temperature = temperature_of(pl_module, self.temperature)
+        with trainer.precision_plugin.forward_context():
+            seen = observe_views(pl_module, batch.global_views, temperature=temperature)
+        scalars = grid_statistics(seen, self.margins, temperature=temperature)
+        self.history.append(
+            {
+                "step": step,
+                "epoch": trainer.current_epoch,
+                "histogram": angle_histogram(seen.theta).tolist(),
+                "margins": scalars,
+            }
+        )
+        meter = find_meter(trainer)
+        if meter is not None:
+            first, *others = scalars
+            values = {f"margins/{key}": value for key, value in scalars[first].items()}
+            for name in others:
+                values |= {f"margins/{name}/{key}": value for key, value in scalars[name].items()}
+            log_metrics(trainer, values)
+            meter.restart_clock()  # what this cost is no training time
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, equal on all ranks."""
+        return {"history": self.history, "last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the history."""
+        self.history, self._last_step = list(state_dict["history"]), state_dict["last_step"]

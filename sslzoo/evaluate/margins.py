@@ -1,0 +1,223 @@
+"""What a margin would do, and does, to a batch of embeddings: observations, scalars, a table of samples.
+
+After arXiv:2306.11526. Letters as in sslzoo.margins; N anchors of this rank, M candidates of all ranks.
+The margin never enters an observation, so one observation answers for any number of margins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from math import exp, pi
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslzoo.config import require
+from sslzoo.distributed import gather_detached, rank
+from sslzoo.margins import Factors, Margin, Pairs, chord_angle, gradient_factors, pull_sums
+from sslzoo.numerics import autocast_off, ieee_matmul, normalize
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sslzoo.method import SSLMethod
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+CHUNK = 1024  # anchors whose similarities are held at a time
+
+
+class Observation(NamedTuple):
+    """What is measured of N anchors against their candidates, (N,) each."""
+
+    cosine: Tensor  # of the positive pair
+    theta: Tensor  # its angle
+    negatives: Tensor  # logsumexp of the negative logits
+    lateral: Tensor  # mean sin of the negative angles, weighted by the negatives' softmax
+    push: Tensor  # length of the tangential part of the negatives' barycentre
+    along: Tensor  # that part along the direction of the positive
+    negative_mean: Tensor  # mean cosine of the negatives
+    negative_max: Tensor  # largest
+    uniformity: Tensor  # log mean exp(-2 |u - v|^2) over the negatives
+
+    @property
+    def pairs(self) -> Pairs:
+        """The part that the gradient factors need."""
+        return Pairs(self.cosine, self.theta, self.negatives)
+
+
+@torch.no_grad()
+def observe(anchors: Tensor, positives: Tensor, *, temperature: float) -> Observation:
+    """Anchors (n, D) of this rank against the ``positives`` (n, D) of all ranks: anchor i's own is its
+    positive, the others are its negatives. Neither needs to be normalised. Returns all ranks' anchors,
+    (N,) in rank order, equal on all of them. Collective.
+    """
+    u, v = normalize(anchors), normalize(positives)
+    candidates = gather_detached(v)
+    require(
+        len(candidates) > 1,
+        "margin analysis needs at least two samples: an anchor's negatives are the others",
+    )
+    own = rank() * len(u) + torch.arange(len(u), device=u.device)
+    parts = [
+        _observe(u[rows], v[rows], candidates, own[rows], temperature)
+        for rows in torch.arange(len(u), device=u.device).split(CHUNK)
+    ]
+    return Observation(*gather_detached(torch.cat(parts)).unbind(dim=1))
+
+
+def _observe(u: Tensor, v: Tensor, candidates: Tensor, own: Tensor, temperature: float) -> Tensor:
+    """The columns of an Observation, (n, 9)."""
+    with autocast_off(u), ieee_matmul():
+        cosines = u @ candidates.T  # (n, M)
+        others = cosines.scatter(1, own[:, None], -torch.inf)
+        logits = others / temperature
+        n = logits.logsumexp(dim=1)
+        share = torch.exp(logits - n[:, None])  # 0 at the positive
+        centre = share @ candidates
+        cosine = (u * v).sum(dim=1)
+        direction = v - cosine[:, None] * u
+        direction = direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True).clamp_min(1e-12)
+        push = centre - (centre * u).sum(dim=1, keepdim=True) * u
+        sines = (1 - cosines.clamp(-1, 1).square()).sqrt()
+        count = candidates.shape[0] - 1
+        total = cosines.sum(dim=1) - cosines.gather(1, own[:, None])[:, 0]
+        spread = (4 * others - 4).logsumexp(dim=1) - torch.tensor(float(count)).log()
+        columns = (
+            cosine,
+            chord_angle(u, v),
+            n,
+            (share * sines).sum(dim=1),
+            torch.linalg.vector_norm(push, dim=1),
+            (push * direction).sum(dim=1),
+            total / count,
+            others.amax(dim=1),
+            spread,
+        )
+    return torch.stack(columns, dim=1)
+
+
+def join(observations: Sequence[Observation]) -> Observation:
+    """Several batches as one. Each anchor keeps the negatives of its own batch."""
+    return Observation(*(torch.cat(column) for column in zip(*observations, strict=True)))
+
+
+def factors(seen: Observation, margin: Margin, *, temperature: float) -> Factors:
+    """The gradient factors of ``margin`` at these embeddings; E1 over all of them."""
+    sums = pull_sums(seen.theta, margin)
+    return gradient_factors(seen.pairs, margin, temperature=temperature, sums=sums)
+
+
+def margin_statistics(seen: Observation, margin: Margin, *, temperature: float) -> dict[str, float]:
+    """Scalars of one margin at these embeddings; angles in degrees.
+
+    ``log_emphasis + log_angle + log_logit`` is the mean log factor on the positive part of the gradient,
+    over the samples whose B is positive and finite; ``without_log`` counts the others.
+    """
+    f, theta = factors(seen, margin, temperature=temperature), seen.theta
+    degrees = torch.rad2deg(theta)
+    pull = margin.pull(theta)
+    usable = (f.slope > 0) & f.slope.isfinite() & (f.angle > 0) & f.angle.isfinite()
+    quantiles = torch.quantile(degrees, torch.tensor(QUANTILES, dtype=degrees.dtype, device=degrees.device))
+    stats: dict[str, Tensor] = {
+        "theta_mean": degrees.mean(),
+        "theta_std": degrees.std(correction=0),
+        **{f"theta_q{round(100 * q):02d}": v for q, v in zip(QUANTILES, quantiles, strict=True)},
+        "p": f.p.mean(),
+        "p0": f.p0.mean(),
+        "delta": f.delta.mean(),
+        "saturated_90": (f.p0 > 0.9).double().mean(),
+        "saturated_99": (f.p0 > 0.99).double().mean(),
+        "emphasis": f.emphasis,
+        "beyond_neutral_angle": (theta > margin.neutral_angle).double().mean(),
+        "beyond_pi": (theta + margin.angular > pi).double().mean(),
+        "pull_to_push": (f.one_minus_p * pull).sum() / (f.one_minus_p * seen.lateral).sum(),
+        "alignment": (2 - 2 * seen.cosine).mean(),
+        "uniformity": seen.uniformity.logsumexp(0) - torch.tensor(float(len(theta))).log(),
+        "negative_cosine_mean": seen.negative_mean.mean(),
+        "negative_cosine_max": seen.negative_max.max(),
+    }
+    for name, every in (("angle", f.angle), ("logit", f.logit), ("slope", f.slope)):
+        value = every[every.isfinite()]
+        if len(value):
+            stats |= {f"{name}_mean": value.mean(), f"{name}_std": value.std(correction=0)}
+            stats |= {f"{name}_min": value.min(), f"{name}_max": value.max()}
+    if usable.any():
+        stats["log_emphasis"] = f.emphasis.log()
+        stats["log_angle"] = f.angle[usable].log().mean()
+        stats["log_logit"] = f.logit[usable].log().mean()
+    result = dict(zip(stats, torch.stack([v.double() for v in stats.values()]).tolist(), strict=True))
+    result["negative_multiplier"] = exp(result["delta"])
+    result["without_log"] = float((~usable).sum())
+    return result
+
+
+def per_sample(seen: Observation, margin: Margin, *, temperature: float) -> dict[str, Tensor]:
+    """One value a sample: angle, probabilities, factors, and the lengths of the gradients of its own loss
+    with respect to its unit embedding. Angles in degrees."""
+    f = factors(seen, margin, temperature=temperature)
+    pull = margin.pull(seen.theta)
+    squared = pull.square() - 2 * pull * seen.along + seen.push.square()
+    return {
+        "theta": torch.rad2deg(seen.theta),
+        "p0": f.p0,
+        "p": f.p,
+        "one_minus_p0": f.one_minus_p0,
+        "one_minus_p": f.one_minus_p,
+        "delta": f.delta,
+        "logit_factor": f.logit,
+        "slope_factor": f.slope,
+        "angle_factor": f.angle,
+        "positive_gradient": f.one_minus_p * pull.abs() / temperature,
+        "total_gradient": f.one_minus_p * squared.clamp_min(0).sqrt() / temperature,
+    }
+
+
+def temperature_of(method: SSLMethod[Any], given: float = 0.0) -> float:
+    """``given``, or where it is 0 the method's own ``cfg.temperature``.
+
+    Raises ``ValueError`` for a method that has none.
+    """
+    own = getattr(method.cfg, "temperature", 0.0)
+    value = given or (float(own) if isinstance(own, (int, float)) else 0.0)
+    require(
+        value > 0,
+        f"{method.cfg.name} has no method.temperature: margin analysis needs one to be given, such as 0.2",
+    )
+    return value
+
+
+@contextmanager
+def untouched(method: SSLMethod[Any]) -> Iterator[None]:
+    """Buffers and random numbers are afterwards what they were; nothing inside needs gradients."""
+    saved = [(buffer, buffer.detach().clone()) for buffer in method.buffers()]
+    devices = [method.device] if method.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            yield
+        finally:
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+def observe_views(method: SSLMethod[Any], views: Sequence[Tensor], *, temperature: float) -> Observation:
+    """The first two ``views`` of a batch as the method embeds them: the first queries, the second holds the
+    candidates. In the mode (training or evaluation) that the method is in; leaves no trace in it."""
+    require(len(views) >= 2, "margin analysis compares two global views; set views to count: 2")
+    with untouched(method):
+        return observe(method.embed(views[0]), method.embed(views[1]), temperature=temperature)
+
+
+def grid_statistics(
+    seen: Observation, margins: Mapping[str, Margin], *, temperature: float
+) -> dict[str, dict[str, float]]:
+    """The scalars of each margin at the same embeddings."""
+    return {
+        name: margin_statistics(seen, margin, temperature=temperature) for name, margin in margins.items()
+    }
+
+
+def margin_name(degrees: float, subtractive: float) -> str:
+    """``m1=10deg,m2=0.1``."""
+    return f"m1={degrees:g}deg,m2={subtractive:g}"
