@@ -8,7 +8,7 @@ from torch import nn
 from sslzoo.momentum import MomentumEncoder
 
 
-def online() -> tuple[nn.Module, nn.Module]:
+def online() -> tuple[nn.Sequential, nn.Linear]:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Linear(4, 2)
 
 

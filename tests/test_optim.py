@@ -18,7 +18,7 @@ def config(**changes: Any) -> OptimConfig:
 
 
 def lars(p: nn.Parameter, lr: float = 0.5, **options: Any) -> LARS:
-    base = {"momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.001}
+    base: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.001}
     return LARS([p], lr, **(base | options))
 
 
@@ -63,7 +63,7 @@ def test_lars_clip_trust_never_exceeds_sgd() -> None:
 
 def test_lars_group_may_switch_adaptation() -> None:
     on, off = (nn.Parameter(torch.ones(2)) for _ in range(2))
-    options = {"momentum": 0.0, "weight_decay": 0.0, "trust_coefficient": 0.5}
+    options: dict[str, Any] = {"momentum": 0.0, "weight_decay": 0.0, "trust_coefficient": 0.5}
     for p, adapt in ((on, True), (off, False)):
         p.grad = torch.tensor([0.0, 2.0])
         LARS([{"params": [p], "adapt": adapt}], 1.0, **options).step()
