@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sslzoo.backbones import build_backbone, parameter_count
+from sslzoo.batchnorm import to_sync
+from sslzoo.config import OptimConfig
+from sslzoo.distributed import all_reduce_mean
+from sslzoo.method import Batch
 from sslzoo.numerics import normalize
-from sslzoo.optim import LARS
-from sslzoo_methods.sogclr.bimodal import bimodal_loss
+from sslzoo.optim import LARS, set_learning_rate
+from sslzoo.plan import TrainingPlan
+from sslzoo.recipe import load_recipe
+from sslzoo.registry import method_class, recipes
+from sslzoo_methods.sogclr.bimodal import bimodal_loss, global_temperature_loss
+from sslzoo_methods.sogclr.config import SogCLRConfig
 from sslzoo_methods.sogclr.gamma import decay_epochs, inner_rate
 from sslzoo_methods.sogclr.gathering import columns_gradient, gather_columns
-from sslzoo_methods.sogclr.loss import gcl_loss, gcl_loss_lean, ntxent_loss
-from sslzoo_methods.sogclr.table import Descent, EstimatorTable, remember
+from sslzoo_methods.sogclr.health import objective
+from sslzoo_methods.sogclr.loss import (
+    first_visits,
+    gcl_loss,
+    gcl_loss_lean,
+    mix,
+    negatives,
+    new_entries,
+    ntxent_loss,
+)
+from sslzoo_methods.sogclr.method import SogCLR
+from sslzoo_methods.sogclr.table import Descent, EstimatorTable, mean_over_duplicates, remember
+from tests.chaos import Fault, Job, run
 from tests.golden_cases import DTYPES, GoldenCase
 from tests.ranks import run_ranks
 
-FORMS = {"dense": gcl_loss, "lean": gcl_loss_lean}
+FORMS: dict[str, Callable[..., Any]] = {"dense": gcl_loss, "lean": gcl_loss_lean}
 UNIMODAL = Descent(rho=0.3, eta=0.01, beta=0.9, tau_min=0.05, tau_max=0.7)
 BIMODAL = Descent(rho=6.0, eta=0.01, beta=0.9, tau_min=0.005, tau_max=0.05)
 
@@ -263,3 +286,541 @@ GOLDEN: dict[str, Callable[[GoldenCase, str], None]] = {
 def test_golden(golden_case: GoldenCase, precision: str) -> None:
     assert golden_case.kind in GOLDEN, f"unknown kind {golden_case.kind!r}"
     GOLDEN[golden_case.kind](golden_case, precision)
+
+
+# -- the losses ------------------------------------------------------------------------------
+
+
+def _embeddings(views: int, batch: int, dim: int = 6, *, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return normalize(torch.randn(views, batch, dim, dtype=torch.float64, generator=generator))
+
+
+OPTIONS: dict[str, Any] = {
+    "temperature": 0.2,
+    "gamma": 0.7,
+    "first_visit": "sample",
+    "u_write": "mean",
+    "u_floor": 0.0,
+    "offset": 0,
+}
+
+
+def _gradient(form: Callable[..., Any], z: Tensor, log_u: Tensor, **changes: Any) -> Tensor:
+    z = z.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(form(z, z, log_u, **(OPTIONS | changes))[0], z)
+    return grad
+
+
+def test_gamma_one_is_tau_times_the_decoupled_loss():
+    z = _embeddings(2, 7).requires_grad_()
+    scores = torch.einsum("gbd,vcd->gbvc", z, z)
+    negatives = scores.masked_fill(torch.eye(7, dtype=torch.bool)[None, :, None], -torch.inf) / 0.2
+    positive = (z[0] * z[1]).sum(1)
+    decoupled = (negatives.flatten(2).logsumexp(2) - positive / 0.2).sum(0).mean()
+    (expected,) = torch.autograd.grad(0.2 * decoupled, z)
+    for form in FORMS.values():
+        grad = _gradient(form, z, torch.randn(7, dtype=torch.float64), gamma=1.0)
+        torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_stale_estimate_scales_only_the_repulsion_and_at_most_by_one_over_gamma():
+    z, seen = _embeddings(2, 5), torch.zeros(5, dtype=torch.float64)
+    attraction = -z.flip(0) * 2 / 5  # of both anchors: as anchor and as the other's positive
+    fresh = _gradient(gcl_loss_lean, z, seen, gamma=1.0) - attraction
+    lagging = _gradient(gcl_loss_lean, z, seen - 1e4, gamma=0.25) - attraction
+    torch.testing.assert_close(lagging, fresh / 0.25, rtol=1e-12, atol=1e-14)
+    ahead = _gradient(gcl_loss_lean, z, seen + 1e4, gamma=0.25) - attraction
+    torch.testing.assert_close(ahead, torch.zeros_like(ahead), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("views", [(2, 2), (2, 4), (3, 3)])
+@pytest.mark.parametrize("individual", [False, True])
+def test_lean_equals_dense(views, individual, monkeypatch):
+    monkeypatch.setattr("sslzoo_methods.sogclr.loss.CHUNK", 40)  # blocks of one to three anchors
+    anchors, total = views
+    z = _embeddings(total, 9)
+    own = z[:anchors, 2:6].clone()
+    log_u = torch.tensor([-torch.inf, 0.3, -2.0, 5.0], dtype=torch.float64)
+    tau = torch.tensor([0.1, 0.2, 0.3, 0.05], dtype=torch.float64) if individual else 0.1
+    got = []
+    for form in FORMS.values():
+        a, c = own.clone().requires_grad_(), z.clone().requires_grad_()
+        changes = {"temperature": tau, "u_floor": 0.5, "offset": 2, "u_write": "sum"}
+        loss, learned = form(a, c, log_u, **(OPTIONS | changes))
+        got.append([loss.detach(), *torch.autograd.grad(loss, (a, c)), *learned])
+    for dense, lean in zip(*got, strict=True):
+        torch.testing.assert_close(lean, dense, rtol=1e-11, atol=1e-13)
+
+
+def test_lean_needs_no_gradient_to_be_computed():
+    z = _embeddings(2, 5)
+    log_u = torch.zeros(5, dtype=torch.float64)
+    with torch.no_grad():
+        losses = [form(z, z, log_u, **OPTIONS)[0] for form in FORMS.values()]
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_surrogate_gradient_by_finite_differences():
+    """With the weights held, that is at gamma = 1 by the objective itself: its gradient is L's."""
+    z = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+
+    def true_objective(h: Tensor) -> Tensor:
+        n = normalize(h)
+        _, learned = FORMS["dense"](n, n, torch.zeros(4, dtype=torch.float64), **(OPTIONS | {"gamma": 1.0}))
+        return objective(learned.log_mixed, learned.positive, 0.2) * 2  # L sums the directions
+
+    n = normalize(z)
+    loss, _ = FORMS["lean"](n, n, torch.zeros(4, dtype=torch.float64), **(OPTIONS | {"gamma": 1.0}))
+    (grad,) = torch.autograd.grad(loss, z)
+    direction, eps = torch.randn_like(z), 1e-6
+    with torch.no_grad():
+        slope = (true_objective(z + eps * direction) - true_objective(z - eps * direction)) / (2 * eps)
+    torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_tiny_temperature_and_duplicate_images_stay_finite(form):
+    z = _embeddings(2, 6)
+    z[:, 1] = z[:, 0]  # the same image twice: similarity 1, over 0.008 beyond float32's exp
+    log_u = torch.full((6,), -torch.inf, dtype=torch.float64)
+    exact = _gradient(form, z, log_u, temperature=0.008)
+    rounded = _gradient(form, z.float(), log_u.float(), temperature=0.008)
+    assert rounded.isfinite().all()
+    torch.testing.assert_close(rounded.double(), exact, rtol=2e-3, atol=2e-4)
+    exact, rounded = (_gradient(form, x, log_u.to(x.dtype), temperature=0.07) for x in (z, z.float()))
+    torch.testing.assert_close(rounded.double(), exact, rtol=2e-4, atol=1e-6)
+
+
+def test_first_visit_rules():
+    log_u, log_batch = torch.tensor([-torch.inf, 0.0]), torch.zeros(1, 2)
+    none = mix(log_u, log_batch, first_visits(log_u, "none"), 0.25).exp()
+    sample = mix(log_u, log_batch, first_visits(log_u, "sample"), 0.25).exp()
+    mixed = mix(log_u, log_batch, first_visits(log_u, "batch"), 0.25).exp()
+    torch.testing.assert_close(none, torch.tensor([[0.25, 1.0]]))
+    torch.testing.assert_close(sample, torch.ones(1, 2))
+    torch.testing.assert_close(mixed, none)
+    unseen = log_u[:1].expand(2)
+    assert first_visits(unseen, "batch").all()
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ValueError, match="diverges"):
+        new_entries(torch.zeros(2, 3), u_write="sum", gamma=0.5)
+    with pytest.raises(ValueError, match="no negatives"):
+        negatives(torch.zeros(2, 1, 4))
+    with pytest.raises(ValueError, match="first_visit must be one of"):
+        first_visits(torch.zeros(2), "often")
+
+
+def test_ntxent_by_brute_force_with_a_local_view():
+    z, tau = _embeddings(3, 4), 0.3
+    total = 0.0
+    for g in range(2):
+        for i in range(4):
+            s = {(v, j): z[g, i] @ z[v, j] / tau for v in range(3) for j in range(4) if (v, j) != (g, i)}
+            positive = sum(s[v, i] for v in range(3) if v != g) / 2
+            total += torch.stack(list(s.values())).logsumexp(0) - positive
+    got = ntxent_loss(z[:2], z, temperature=tau, offset=0)
+    torch.testing.assert_close(got, total / 4, rtol=1e-12, atol=0)
+
+
+def test_individual_temperatures_follow_the_objective():
+    """At gamma = 1, slope + rho is d/dtau of the mean over views of tau * log g, plus rho * tau."""
+    z, tau = _embeddings(2, 5), torch.linspace(0.1, 0.5, 5, dtype=torch.float64)
+    log_u, eps = torch.zeros(5, dtype=torch.float64), 1e-6
+
+    def learned(t: Tensor) -> Any:
+        return gcl_loss_lean(z, z, log_u, **(OPTIONS | {"gamma": 1.0, "temperature": t}))[1]
+
+    values = [(t * learned(t).log_mixed).mean(0) for t in (tau + eps, tau - eps)]
+    torch.testing.assert_close(learned(tau).slope, (values[0] - values[1]) / (2 * eps), rtol=1e-7, atol=1e-8)
+
+
+def _bimodal(z: Tensor, tables: list[Tensor], tau: float | Tensor, **changes: Any) -> Any:
+    """The loss of two equal modalities (2, B, D) on one process, at gamma = 1 unless changed."""
+    options: dict[str, Any] = {
+        "gamma": 1.0,
+        "first_visit": "sample",
+        "u_floor": 0.0,
+        "scale": "mean",
+    } | changes
+    return bimodal_loss(list(z), list(z), tables, temperature=(tau, tau), offset=0, **options)
+
+
+def test_bimodal_temperature_gradients_are_the_objectives():
+    z = _embeddings(2, 5)
+    tables, eps, rho = [torch.zeros(5, dtype=torch.float64)] * 2, 1e-6, 6.5
+
+    def learned(tau: Any) -> Any:
+        return _bimodal(z, tables, tau)[1]
+
+    def value(tau: Tensor) -> Tensor:
+        both = torch.stack([tau * estimates.log_mixed[0] for estimates in learned(tau)])
+        return both.sum(0).mean() / 2 + rho * tau
+
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(global_temperature_loss(tau, learned(tau), rho=rho), tau)
+    with torch.no_grad():
+        slope = (value(tau + eps) - value(tau - eps)) / (2 * eps)
+    torch.testing.assert_close(grad, slope, rtol=1e-7, atol=1e-8)
+
+    rows = torch.linspace(0.1, 0.5, 5, dtype=torch.float64)
+    for side in range(2):
+        up, down = (t * learned(t)[side].log_mixed[0] for t in (rows + eps, rows - eps))
+        expected = (up - down) / (2 * eps)
+        torch.testing.assert_close(learned(rows)[side].slope, expected, rtol=1e-7, atol=1e-8)
+
+
+def test_bimodal_scale_and_floor():
+    z = _embeddings(2, 5)
+    tables = [torch.full((5,), -torch.inf, dtype=torch.float64)] * 2
+    mean, learned = _bimodal(z, tables, 0.1, gamma=0.8)
+    official, _ = _bimodal(z, tables, 0.1, gamma=0.8, scale="official")
+    torch.testing.assert_close(official, 4 * mean)
+    floor = float(learned[0].log_u.exp().max()) * 2
+    _, high = _bimodal(z, tables, 0.1, gamma=0.8, u_floor=floor)
+    assert (high[0].log_u.exp() >= floor * (1 - 1e-12)).all()
+
+
+def test_bimodal_gradient_at_gamma_one_by_finite_differences():
+    z = _embeddings(2, 4).requires_grad_()
+    tables = [torch.zeros(4, dtype=torch.float64)] * 2
+    (grad,) = torch.autograd.grad(_bimodal(z, tables, 0.2)[0], z)
+
+    def value(x: Tensor) -> Tensor:
+        learned = _bimodal(x, tables, 0.2)[1]
+        return 0.2 * torch.stack([e.log_mixed for e in learned]).mean()
+
+    direction, eps = torch.randn_like(z), 1e-6
+    with torch.no_grad():
+        slope = (value(z + eps * direction) - value(z - eps * direction)) / (2 * eps)
+    torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-7, atol=1e-9)
+
+
+def test_gamma_schedules():
+    options = {"gamma": 0.9, "gamma_min": 0.2, "decay_epochs": 4, "steps_per_epoch": 10}
+    assert inner_rate(25, schedule="constant", **options) == 0.9
+    assert inner_rate(9, schedule="cosine", **options) == 1.0
+    assert inner_rate(25, schedule="cosine", **options) == pytest.approx(0.6)
+    assert inner_rate(40, schedule="cosine", **options) == 0.2
+    assert inner_rate(9, schedule="per_step", **options) < 1.0
+    assert inner_rate(20, schedule="per_step", **options) == pytest.approx(0.6)
+    assert [decay_epochs(0, n) for n in (1, 37)] == [1, 18]
+
+
+# -- the table -------------------------------------------------------------------------------
+
+
+def test_duplicates_share_their_mean(monkeypatch):
+    monkeypatch.setattr("sslzoo_methods.sogclr.table.PAIRS", 10)  # two rows at a time
+    index, values = torch.tensor([3, 1, 3, 0, 3]), torch.tensor([1.0, 2.0, 4.0, -1.0, 7.0])
+    linear = mean_over_duplicates(index, values, log_space=False)
+    torch.testing.assert_close(linear, torch.tensor([4.0, 2.0, 4.0, -1.0, 4.0]))
+    logs = mean_over_duplicates(index, values.log().nan_to_num(0), log_space=True).exp()
+    torch.testing.assert_close(logs, torch.tensor([4.0, 2.0, 4.0, 1.0, 4.0]))
+    assert logs[0] == logs[2] == logs[4]
+
+
+def test_half_precision_tables_are_refused():
+    table = EstimatorTable(4, tau_init=0.1, descent=None).bfloat16()
+    with pytest.raises(ValueError, match="bf16-mixed"):
+        table.read(torch.tensor([0]))
+
+
+# -- the method ------------------------------------------------------------------------------
+
+IMAGES, BATCH = 20, 6
+RECIPE: dict[str, Any] = {"name": "sogclr", "tau": 0.2, "gamma": 0.8, "u_floor": 0.0, "projector": (7, 5)}
+INDIVIDUAL = {
+    "temperature": "individual",
+    "rho": 0.3,
+    "eta": 0.1,
+    "beta": 0.9,
+    "tau_min": 0.05,
+    "tau_max": 0.7,
+}
+GLOBAL = {"temperature": "global_learnable", "rho": 6.0, "tau_min": 0.1, "tau_lr_factor": 2.0}
+FLAVOURS: dict[str, dict[str, Any]] = {
+    "gcl": {},
+    "locals": {"gamma_schedule": "cosine", "gamma_min": 0.3},
+    "individual": INDIVIDUAL,
+    "noreduce": INDIVIDUAL | {"gather_grad": "full_noreduce", "loss_scale": "unit", "separate_views": True},
+    "bimodal": {"loss": "gcl_bimodal", "u_floor": 1e-20},
+    "bimodal-individual": INDIVIDUAL | {"loss": "gcl_bimodal", "bimodal_scale": "official"},
+    "bimodal-global": GLOBAL | {"loss": "gcl_bimodal", "projector_norm": "none"},
+    "ntxent": {"loss": "ntxent"},
+}
+
+
+def _method(flavour: str, world: int = 1, dtype: torch.dtype = torch.float64) -> SogCLR:
+    torch.manual_seed(3)
+    backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+    method = SogCLR(SogCLRConfig(**(RECIPE | FLAVOURS[flavour])), backbone, 8)
+    plan = TrainingPlan(dataset_size=IMAGES, global_batch_size=BATCH, max_epochs=2, world_size=world)
+    optim = OptimConfig(name="lars", lr=0.5, lr_scaling="none", weight_decay=1e-3, warmup_epochs=0)
+    method.prepare(plan, optim, 0)
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(fingerprint="apples"))
+    method._trainer = trainer  # type: ignore[assignment]
+    converted = to_sync(method).to(dtype)
+    assert isinstance(converted, SogCLR)
+    return converted
+
+
+def _only_table(method: SogCLR) -> EstimatorTable:
+    (table,) = method.tables
+    assert isinstance(table, EstimatorTable)
+    return table
+
+
+def _batch(step: int, rows: slice, dtype: torch.dtype = torch.float64, local: bool = False) -> Batch:
+    """Rows of a global batch in which an image occurs three times, on several ranks."""
+    generator = torch.Generator().manual_seed(step)
+    views = torch.randn(3, BATCH, 6, dtype=torch.float64, generator=generator).to(dtype)
+    index = torch.randperm(IMAGES, generator=generator)[:BATCH]
+    index[[2, 5]] = index[0].clone()
+    a, b, c = views[:, rows]
+    return Batch((a, b), (c,) if local else (), index[rows])
+
+
+def _train(method: SogCLR, steps: range, world: int, rows: slice, local: bool = False) -> list[Tensor]:
+    """A bare training loop with DDP's mean of the gradients; the losses."""
+    optimizer = method.configure_optimizers()
+    losses = []
+    for step in steps:
+        loss = method.loss(_batch(step, rows, local=local))
+        optimizer.zero_grad()
+        loss.backward()
+        for p in method.parameters():
+            if p.grad is not None:
+                p.grad.copy_(all_reduce_mean(p.grad))
+        set_learning_rate(optimizer, 0.5)
+        optimizer.step()
+        method.finish_step()
+        losses.append(all_reduce_mean(loss.detach()))
+    return losses
+
+
+def _rank_state(index_of_rank: int, world: int, flavour: str) -> dict[str, Any]:
+    share = BATCH // world
+    rows = slice(index_of_rank * share, (index_of_rank + 1) * share)
+    method = _method(flavour, world)
+    losses = _train(method, range(5), world, rows, local=flavour == "locals")
+    return {"losses": torch.stack(losses).numpy()} | {
+        name: t.clone().numpy() for name, t in method.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_world_size_changes_nothing(flavour, world):
+    alone = _rank_state(0, 1, flavour)
+    ranks = run_ranks(world, _rank_state, flavour)
+    for state in ranks:
+        for name, expected in alone.items():
+            torch.testing.assert_close(
+                torch.as_tensor(state[name]), torch.as_tensor(expected), rtol=1e-8, atol=1e-10, msg=name
+            )
+            if name.startswith("tables"):
+                assert state[name].tobytes() == ranks[0][name].tobytes(), f"{name} differs between ranks"
+
+
+def test_table_holds_exactly_the_visited_images():
+    method = _method("individual")
+    _train(method, range(3), 1, slice(0, BATCH))
+    table = _only_table(method)
+    seen = torch.cat([_batch(step, slice(0, BATCH)).sample_id for step in range(3)]).unique()
+    finite = table.log_u.isfinite().nonzero().squeeze(1)
+    assert finite.tolist() == seen.tolist()
+    touched = (table.tau_i != torch.tensor(0.2)).nonzero().squeeze(1)
+    assert touched.tolist() == seen.tolist()
+    assert method.recorded["method/temperature"] > 0
+
+
+def test_gradient_accumulation_is_two_batches_of_their_own():
+    """Each micro-batch has its own negatives and writes the table: stated, not hidden."""
+    method = _method("gcl")
+    for half in (slice(0, 3), slice(3, 6)):
+        method.loss(_batch(0, half))
+    whole = _method("gcl")
+    whole.loss(_batch(0, slice(0, 6)))
+    halves, together = _only_table(method).log_u, _only_table(whole).log_u
+    assert not torch.equal(halves, together)
+    assert torch.equal(halves.isfinite(), together.isfinite())
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_restored_run_continues_bit_for_bit(flavour, tmp_path):
+    rows = slice(0, BATCH)
+    through = _method(flavour)
+    optimizer = through.configure_optimizers()
+
+    def advance(method: SogCLR, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            method.loss(_batch(step, rows)).backward()
+            set_learning_rate(optimizer, 0.5)
+            optimizer.step()
+            method.finish_step()
+
+    advance(through, optimizer, range(3))
+    checkpoint: dict[str, Any] = {"state_dict": through.state_dict(), "optimizer": optimizer.state_dict()}
+    through.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    advance(through, optimizer, range(3, 6))
+
+    resumed = _method(flavour)
+    loaded = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    resumed.on_load_checkpoint(loaded)
+    resumed.load_state_dict(loaded["state_dict"])
+    optimizer = resumed.configure_optimizers()
+    optimizer.load_state_dict(loaded["optimizer"])
+    advance(resumed, optimizer, range(3, 6))
+    for name, expected in through.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], expected), name
+
+
+@pytest.mark.parametrize("policy", ["refuse", "reset"])
+def test_a_table_of_other_data_is_not_used(policy):
+    trained = _method("individual")
+    _train(trained, range(2), 1, slice(0, BATCH))
+    checkpoint: dict[str, Any] = {"state_dict": trained.state_dict()}
+    trained.on_save_checkpoint(checkpoint)
+    method = _method("individual")
+    method.cfg = replace(method.cfg, on_data_change=policy)
+    method._trainer.datamodule.fingerprint = "pears"  # type: ignore[union-attr]
+    if policy == "refuse":
+        with pytest.raises(ValueError, match="apples, now pears"):
+            method.on_load_checkpoint(checkpoint)
+        return
+    method.on_load_checkpoint(checkpoint)
+    method.load_state_dict(checkpoint["state_dict"])
+    assert _only_table(method).log_u.isneginf().all()
+    name = "projector.0.weight"
+    assert torch.equal(method.state_dict()[name], trained.state_dict()[name])
+
+
+class _NoSync(TorchDispatchMode):
+    """Refuses what waits for a device: reading a scalar, or a shape that depends on values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in (
+            "_local_scalar_dense",
+            "nonzero",
+            "_unique2",
+            "bincount",
+            "masked_select",
+            "equal",
+        )
+        if name in ("index", "index_put", "index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "boolean index"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_step_does_not_synchronise_with_the_host(flavour):
+    method = _method(flavour, dtype=torch.float32)
+    method.loss(_batch(0, slice(0, BATCH), torch.float32))  # the first one validates the ids
+    with _NoSync():
+        method.loss(_batch(1, slice(0, BATCH), torch.float32)).backward()
+    with pytest.raises(AssertionError), _NoSync():
+        torch.ones(()).item()
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_bf16_autocast_is_close_to_float32(flavour):
+    losses = []
+    for enabled in (False, True):
+        method = _method(flavour, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = method.loss(_batch(0, slice(0, BATCH), torch.float32))
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
+        losses.append(loss.detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0.05)
+
+
+def test_learnable_temperature_has_its_own_group_and_bound():
+    method = _method("bimodal-global")
+    groups = method.configure_optimizers().param_groups
+    (own,) = [g for g in groups if any(p is method.tau for p in g["params"])]
+    assert own["params"] == [method.tau]
+    assert own["weight_decay"] == 0
+    assert own["lr_factor"] == 2.0
+    _train(method, range(5), 1, slice(0, BATCH))  # rho 6 drives it down
+    assert method.tau.item() == pytest.approx(0.1)
+
+
+def test_bad_batches_are_refused():
+    method = _method("gcl")
+    with pytest.raises(ValueError, match="outside the table of 20"):
+        method.loss(_batch(0, slice(0, BATCH))._replace(sample_id=torch.arange(15, 15 + BATCH)))
+    one = _batch(0, slice(0, BATCH))
+    with pytest.raises(ValueError, match="two global views"):
+        method.loss(one._replace(global_views=one.global_views[:1]))
+    with pytest.raises(ValueError, match="exactly two global views"):
+        _method("bimodal").loss(_batch(0, slice(0, BATCH), local=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gamma": 0.0}, "method.gamma must lie"),
+        ({"gamma": 0.5, "u_write": "sum"}, "diverges"),
+        ({"gamma_schedule": "cosine", "gamma_min": 0.4, "u_write": "sum"}, "diverges"),
+        ({"gamma_schedule": "per_step"}, "needs method.gamma_min"),
+        ({"temperature": "individual"}, "needs a positive method.rho"),
+        ({"temperature": "global_learnable"}, "does not go with method.loss=gcl"),
+        ({"loss": "ntxent", "gather_grad": "full_noreduce"}, "full_noreduce"),
+        ({"loss": "gcl_bimodal", "u_write": "sum"}, "own table"),
+        (INDIVIDUAL | {"tau": 0.8}, "above method.tau_max"),
+        (INDIVIDUAL | {"tau": 0.01}, "above method.tau"),
+    ],
+)
+def test_bad_configs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SogCLRConfig(**(RECIPE | changes))
+
+
+# -- recipes and runs ------------------------------------------------------------------------
+
+BUNDLED = [name for name in recipes() if name.startswith("sogclr_")]
+
+
+def test_every_recipe_of_the_paper_is_there():
+    assert len(BUNDLED) == 12
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_recipe_builds(name):
+    recipe = load_recipe(name, []).recipe
+    with torch.device("meta"):
+        backbone, width = build_backbone(recipe.backbone)
+        method = method_class("sogclr")(recipe.method, backbone, width)
+    assert isinstance(method, SogCLR)
+    if name == "sogclr_in1k_pt":  # the official network's size
+        assert parameter_count(method) == 27_968_576
+        assert parameter_count(method.projector) == 4_460_544
+    if name == "sogclr_in100":
+        classes = recipe.data.classes
+        assert len(classes) == 100
+        assert list(classes) == sorted(classes)
+        assert (classes[0], classes[-1]) == ("n01440764", "n01855672")
+
+
+INDIVIDUAL_RUN = tuple(f"method.{name}={value}" for name, value in INDIVIDUAL.items())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_killed_run_ends_like_the_one_never_killed(world, tmp_path):
+    overrides = (*INDIVIDUAL_RUN, "logging.checkpoint_every_steps=3", "eval.every_epochs=1", "eval.size=28")
+    job = Job(
+        recipe="sogclr_fashion_mnist", overrides=overrides, world=world, epochs=2, samples=60, accumulate=2
+    )
+    whole = run(job, tmp_path / "whole")
+    killed = run(job, tmp_path / "killed", (Fault("batch", 3), Fault("epoch_end", 6)))
+    assert killed.sessions == 3
+    assert killed.digest == whole.digest
+    assert killed.metrics == whole.metrics
