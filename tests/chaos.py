@@ -293,7 +293,7 @@ def run(
     draw = random.Random(seed)
     for _ in range(random_kills):
         ranks = start(job, folder)
-        time.sleep(draw.uniform(0.05, 1.2 * job.world))
+        time.sleep(draw.uniform(0.1, 0.9))
         for p in ranks:
             p.kill()
         codes.append(wait(ranks))

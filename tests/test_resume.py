@@ -66,7 +66,7 @@ def test_a_run_killed_six_times_equals_the_run_never_killed(name, tmp_path, undi
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_kills_at_random_moments(name, tmp_path, undisturbed):
     job = JOBS[name]
-    slowed = Job(world=job.world, pause=0.03)
+    slowed = Job(world=job.world, pause=0.15)
     resumed = run(slowed, tmp_path, random_kills=6, seed=5)
     assert sum(-signal.SIGKILL in codes for codes in resumed.codes) >= 5
     _same(resumed, undisturbed(job))
