@@ -145,6 +145,7 @@ def test_one_process_saves_at_the_step_of_the_signal(tmp_path):
     }
 
 
+@pytest.mark.slow  # four imports of torch
 def test_torchrun_forwards_the_signal_and_does_not_hang(tmp_path, undisturbed):
     script = tmp_path / "train.py"
     script.write_text(
