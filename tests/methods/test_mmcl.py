@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sslzoo.batchnorm import to_sync
+from sslzoo.config import OptimConfig
 from sslzoo.distributed import gather, rank
+from sslzoo.method import Batch
 from sslzoo.numerics import normalize
-from sslzoo_methods.mmcl.kernels import kernel_shift, shifted_gram, shifted_kernel
+from sslzoo.plan import TrainingPlan
+from sslzoo.recipe import load_recipe
+from sslzoo.registry import recipes
+from sslzoo_methods.mmcl.config import KERNELS, AdaptiveConfig, MMCLConfig, PGDConfig
+from sslzoo_methods.mmcl.kernels import bandwidth, kernel_shift, shifted_gram, shifted_kernel
 from sslzoo_methods.mmcl.loss import dual_health, dual_problem, kernel_means, mmcl_loss
+from sslzoo_methods.mmcl.method import MMCL
 from sslzoo_methods.mmcl.solvers import (
     DualProblem,
     inverse_duals,
@@ -21,6 +32,7 @@ from sslzoo_methods.mmcl.solvers import (
     solve_exact,
     solve_inv,
     solve_pgd,
+    start_point,
 )
 from tests.golden_cases import GoldenCase
 from tests.ranks import run_ranks
@@ -210,3 +222,555 @@ def test_golden(golden_case, precision):
     assert golden_case.kind in GOLDEN, f"unknown kind {golden_case.kind}"
     for compute in GOLDEN[golden_case.kind]:
         golden_case.check(compute(golden_case, precision), precision)
+
+
+# -- the problem and its solvers -----------------------------------------------------------------------
+
+
+def _rows(n: int, width: int = 7, *, cosine: float = 0.0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Rows (n, width) with mutual cosines about ``cosine`` after normalisation."""
+    generator = torch.Generator().manual_seed(n)
+    common = normalize(torch.randn(1, width, generator=generator, dtype=torch.float64))
+    own = normalize(torch.randn(n, width, generator=generator, dtype=torch.float64))
+    return (math.sqrt(cosine) * common + math.sqrt(1 - cosine) * own).to(dtype)
+
+
+def _plain_kernel(a: Tensor, b: Tensor, kernel: str, sigma: float) -> Tensor:
+    """The formulas of the paper's code, as they stand."""
+    cosine = a @ b.T
+    return {
+        "rbf": lambda: torch.exp(-(2 - 2 * cosine) / sigma),
+        "linear": lambda: cosine,
+        "poly": lambda: (cosine + 0.5) ** 3,
+        "tanh": lambda: torch.tanh(sigma * cosine),
+        "min": lambda: torch.minimum(a.relu()[:, None], b.relu()).sum(dim=2),
+    }[kernel]()
+
+
+def _plain_hessian(
+    x: Tensor, j: int, twin: int | None, kernel: str, sigma: float, self_kernel: str
+) -> Tensor:
+    """Delta_j (2.3) with reg 0.1, entry by entry from the definition; and the columns it is about."""
+    keep = [i for i in range(len(x)) if i not in (j, twin)]
+    gram = _plain_kernel(x, x, kernel, sigma)
+    s = gram[j, j] if self_kernel == "true" else 1.0
+    own = gram[j, keep]
+    return s + gram[keep][:, keep] - own[:, None] - own + 0.1 * torch.eye(len(keep), dtype=x.dtype)
+
+
+CASES = [
+    (kernel, self_kernel, twins)
+    for kernel, self_kernel, twins in product(KERNELS, ("one", "true"), (False, True))
+]
+
+
+@pytest.mark.parametrize(("kernel", "self_kernel", "twins"), CASES)
+def test_the_matrix_forms_equal_every_hessian(kernel, self_kernel, twins):
+    n, sigma = 5, 0.7
+    pool = _rows(2 * n if twins else n)
+    hyper = {"kernel": kernel, "sigma": sigma, "self_kernel": self_kernel, "C": -1, "reg": 0.1}
+    problem, _ = _problem(pool, hyper, anchors=n)
+    duals = problem.clear(torch.rand(n, len(pool), dtype=torch.float64))
+    gradient, objective = problem.clear(problem.gradient(duals)), problem.objective(duals)
+    raw, lipschitz, frobenius = inverse_duals(problem), problem.lipschitz(), problem.frobenius()
+    x = normalize(pool)
+    for j in range(n):
+        twin = n + j if twins else None
+        keep = [i for i in range(len(pool)) if i not in (j, twin)]
+        delta = _plain_hessian(x, j, twin, kernel, sigma, self_kernel)
+        a = duals[j, keep]
+        torch.testing.assert_close(gradient[j, keep], delta @ a - 2, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(objective[j], a @ delta @ a / 2 - 2 * a.sum(), rtol=1e-10, atol=1e-10)
+        solved = torch.linalg.solve(delta, torch.full_like(a, 2.0))
+        torch.testing.assert_close(raw[j, keep], solved, rtol=1e-8, atol=1e-8)
+        assert lipschitz[j] >= torch.linalg.eigvalsh(delta).max() - 1e-12
+        whole = _plain_hessian(x, j, None, kernel, sigma, self_kernel)
+        torch.testing.assert_close(frobenius[j], whole.norm(), rtol=1e-10, atol=1e-10)
+    assert (raw.diagonal() == 0).all() and problem.variables == n * (len(pool) - 1 - twins)
+
+
+def test_the_step_bound_is_tight():
+    problem, _ = _problem(_rows(64, 32), {"kernel": "rbf", "sigma": 5.0, "C": -1, "reg": 0.1})
+    x = normalize(_rows(64, 32))
+    top = torch.linalg.eigvalsh(_plain_hessian(x, 3, None, "rbf", 5.0, "one")).max()
+    assert 0.9 < top / problem.lipschitz()[3] <= 1
+
+
+@pytest.mark.parametrize(("sigma", "C", "twins"), [(5.0, -1, False), (0.5, 0.4, False), (2.0, 1.0, True)])
+def test_the_optimum_is_reached_three_ways(sigma, C, twins):
+    n = 12
+    pool = _rows(2 * n if twins else n)
+    problem, _ = _problem(pool, {"kernel": "rbf", "sigma": sigma, "C": C, "reg": 0.1}, anchors=n)
+    exact = solve_exact(problem).duals
+    assert problem.residual(exact, problem.lipschitz()).max() < 1e-12
+    assert (exact >= 0).all() and exact.max() <= problem.upper
+    adaptive = solve_adaptive(problem, max_iter=5000, tol=1e-11)
+    torch.testing.assert_close(adaptive.duals, exact, rtol=1e-6, atol=1e-8)
+    start, theta = start_point(problem, "gaussian", torch.Generator().manual_seed(0))
+    fixed: dict[str, Any] = {
+        "variant": "vanilla",
+        "step": "lipschitz",
+        "eta": math.nan,
+        "stop": "kkt",
+        "tol": 1e-11,
+    }
+    descended = solve_pgd(problem, start, theta=theta, max_iter=20_000, **fixed)
+    torch.testing.assert_close(descended.duals, exact, rtol=1e-6, atol=1e-8)
+    assert descended.iterations < 20_000 and adaptive.iterations < 5000
+
+
+def test_starts():
+    problem, _ = _problem(_rows(40), {"kernel": "rbf", "sigma": 0.5, "C": 0.7, "reg": 0.1})
+    gaussian, theta = start_point(problem, "gaussian", torch.Generator().manual_seed(0))
+    again, _ = start_point(problem, "gaussian", torch.Generator().manual_seed(0))
+    assert torch.equal(gaussian, again) and gaussian.max() == 0.7 and 1e-8 <= theta < 1
+    assert 0.4 < (gaussian == 0).double().mean() < 0.6
+    assert (start_point(problem, "zero", torch.Generator())[0] == 0).all()
+    assert torch.equal(start_point(problem, "inv", torch.Generator())[0], solve_inv(problem).duals)
+
+
+def test_a_fixed_number_of_iterations():
+    problem, _ = _problem(_rows(9), {"kernel": "rbf", "sigma": 0.5, "C": 0.7, "reg": 0.1})
+    assert solve_adaptive(problem, max_iter=37, tol=0).iterations == 37
+
+
+@pytest.mark.parametrize(("sigma", "cosine"), list(product((0.5, 5.0, 10.0, 50.0), (0.0, 0.3, 0.9))))
+def test_inv_keeps_float32(sigma, cosine):
+    """Section 4.1 of the paper's dual, centred, against float64 on the same float32 features."""
+    x = _rows(128, 128, cosine=cosine, dtype=torch.float32)
+    hyper = {"kernel": "rbf", "sigma": sigma, "C": -1, "reg": 0.1}
+    exact = inverse_duals(_problem(x.double(), hyper)[0])
+    got = inverse_duals(_problem(x, hyper)[0])
+    assert got.dtype == torch.float32
+    assert (got - exact).norm() / exact.norm() < 1e-5
+
+
+def test_total_collapse_gives_no_loss_and_no_gradient():
+    for dtype in (torch.float64, torch.float32):
+        z = torch.ones(12, 5, dtype=dtype)
+        problem, kernel = _problem(z[:6], {"kernel": "rbf", "sigma": 0.5, "C": -1, "reg": 0.1})
+        duals = solve_inv(problem).duals
+        expected = 20 * (1 - torch.eye(6, dtype=dtype))
+        torch.testing.assert_close(duals, expected, rtol=1e-5, atol=0)
+        loss, grad = _loss_and_grad(z, duals, kernel)
+        assert abs(loss) < 1e-6 and grad.abs().max() < 1e-5
+
+
+def test_a_matrix_that_cannot_be_factored_gives_nan():
+    problem, _ = _problem(torch.full((4, 3), math.nan), {"kernel": "rbf", "sigma": 1.0, "C": -1, "reg": 0.1})
+    assert solve_inv(problem).duals.isnan().any()
+
+
+@pytest.mark.parametrize("n", [2, 3, 17])
+def test_any_number_of_images_from_two(n):
+    z = _rows(2 * n)
+    hyper = {"kernel": "rbf", "sigma": 1.0, "C": 10.0, "reg": 0.1}
+    problem, kernel = _problem(z[:n], hyper)
+    for solution in (
+        solve_inv(problem),
+        solve_adaptive(problem, max_iter=500, tol=1e-9),
+        solve_exact(problem),
+    ):
+        loss, grad = _loss_and_grad(z, solution.duals, kernel)
+        assert loss.isfinite() and grad.isfinite().all() and (solution.duals.sum(dim=1) > 0).all()
+    with pytest.raises(ValueError, match="at least 2 images"):
+        _problem(z[:1], hyper)
+
+
+def test_inv_compiles_without_a_break():
+    def duals(pool: Tensor) -> Tensor:
+        problem, _ = _problem(pool, {"kernel": "rbf", "sigma": 1.0, "C": 10.0, "reg": 0.1})
+        return solve_inv(problem).duals
+
+    pool = _rows(6)
+    compiled = torch.compile(duals, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(pool), duals(pool))
+
+
+# -- the loss ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sigma", [0.05, 0.7])
+def test_gradient_by_finite_differences(kernel, sigma):
+    query, pool, duals = _rows(4, 5), _rows(9, 5), torch.rand(6, 9, dtype=torch.float64)
+
+    def loss(q: Tensor, p: Tensor) -> Tensor:
+        return mmcl_loss(q, p, duals, first=1, kernel=kernel, sigma=sigma, alpha_normalize="mean")
+
+    assert torch.autograd.gradcheck(loss, (query.requires_grad_(), pool.requires_grad_()))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_loss_by_definition(kernel):
+    x, z = _rows(6), _rows(13)[:6]
+    duals = torch.rand(6, 6, dtype=torch.float64).fill_diagonal_(0)
+    values = _plain_kernel(normalize(x), normalize(z), kernel, 0.3)  # k(x_i, z_j)
+    terms = [duals[j] @ values[:, j] - duals[j].sum() * values[j, j] for j in range(6)]
+    options: dict[str, Any] = {"first": 0, "kernel": kernel, "sigma": 0.3}
+    got = mmcl_loss(z, x, duals, alpha_normalize="none", **options)
+    torch.testing.assert_close(got, torch.stack(terms).mean(), rtol=1e-12, atol=1e-14)
+    scaled = mmcl_loss(z, x, duals, alpha_normalize="mean", **options)
+    torch.testing.assert_close(scaled, got / duals.sum(dim=1).mean(), rtol=1e-12, atol=0)
+
+
+def test_small_kernel_values_keep_their_gradient_in_float32():
+    """expm1 alone would differentiate as its rounded result plus one."""
+    x, z = _rows(6, 3), _rows(15, 3)[:6]
+    duals = torch.ones(6, 6, dtype=torch.float64).fill_diagonal_(0)
+    duals[:, 1:] = 0
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        query = z.to(dtype, copy=True).requires_grad_()
+        options: dict[str, Any] = {"kernel": "rbf", "sigma": 0.05, "alpha_normalize": "none"}
+        loss = mmcl_loss(query, x.to(dtype), duals.to(dtype), first=0, **options)
+        grads.append(torch.autograd.grad(loss, query)[0].double())
+    torch.testing.assert_close(grads[1], grads[0], rtol=2e-4, atol=1e-12)
+
+
+def test_zero_rows_follow_the_formula():
+    z = _rows(12)
+    z[2] = 0
+    z[9] = 0
+    problem, kernel = _problem(z[:6], {"kernel": "rbf", "sigma": 2.0, "C": -1, "reg": 0.1})
+    torch.testing.assert_close(problem.gram[2, 2].item() + 1, math.exp(-1), rtol=1e-12, atol=0)
+    x = normalize(z[:6])
+    delta = _plain_hessian(x, 2, None, "rbf", 2.0, "one")
+    expected = torch.linalg.solve(delta, torch.full((5,), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(inverse_duals(problem)[2, [0, 1, 3, 4, 5]], expected, rtol=1e-9, atol=0)
+    loss, grad = _loss_and_grad(z, solve_inv(problem).duals, kernel)
+    assert loss.isfinite() and grad.isfinite().all()
+
+
+def test_bandwidth_rules():
+    x = normalize(_rows(9))
+    distances = torch.pdist(x).square()
+    assert bandwidth(x, sigma=3.0, rule="fixed") == 3
+    assert bandwidth(x, sigma=2.0, rule="auto") == 2 / 7
+    median = bandwidth(x, sigma=2.0, rule="median")
+    torch.testing.assert_close(median, 2 * distances.median(), rtol=1e-10, atol=0)
+
+
+# -- memory --------------------------------------------------------------------------------------------
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the most elements that any tensor held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return out
+
+
+def _peak_megabytes(run: Callable[[], object]) -> float:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    assert trace.profiler is not None and trace.profiler.kineto_results is not None
+    events: list[Any] = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 1e6
+
+
+def _step(z: Tensor, kernel: str, solver: str) -> None:
+    n = len(z) // 2
+    problem, arguments = _problem(z[:n], {"kernel": kernel, "sigma": 5.0, "C": 100.0, "reg": 0.1})
+    if solver == "pgd":
+        start, theta = start_point(problem, "gaussian", torch.Generator().manual_seed(0))
+        plain: dict[str, Any] = {
+            "variant": "nesterov",
+            "step": "frobenius",
+            "eta": math.nan,
+            "stop": "relative_change",
+        }
+        duals = solve_pgd(problem, start, theta=theta, max_iter=3, tol=1e-9, **plain).duals
+    elif solver == "pgd_adaptive":
+        duals = solve_adaptive(problem, max_iter=10, tol=1e-9).duals
+    else:
+        duals = solve_inv(problem).duals
+    _loss_and_grad(z, duals, arguments)
+
+
+@pytest.mark.parametrize("solver", ["inv", "pgd", "pgd_adaptive"])
+def test_memory_is_quadratic(solver):
+    z = _rows(2048, 128, dtype=torch.float32)
+    with _Largest() as largest:
+        _step(z, "rbf", solver)
+    assert largest.elements == 1024**2
+    assert _peak_megabytes(lambda: _step(z, "rbf", solver)) < 200
+
+
+def test_memory_of_the_min_kernel():
+    assert _peak_megabytes(lambda: _step(_rows(2048, 128, dtype=torch.float32), "min", "inv")) < 200
+
+
+# -- the method ----------------------------------------------------------------------------------------
+
+OPTIM = OptimConfig(name="sgd", lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0)
+
+
+def _config(**changes: Any) -> MMCLConfig:
+    official: dict[str, Any] = {
+        "name": "mmcl",
+        "solver": "inv",
+        "kernel": "rbf",
+        "sigma": 1.0,
+        "C": 100.0,
+        "self_kernel": "one",
+        "projector": (7, 5),
+        "projector_norm": "batch_no_shift",
+        "crop_pass": "per_resolution",
+    }
+    return MMCLConfig(**(official | changes))
+
+
+def _method(**changes: Any) -> MMCL:
+    torch.manual_seed(3)
+    backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+    method = to_sync(MMCL(_config(**changes), backbone, 8)).double()
+    assert isinstance(method, MMCL)
+    method.prepare(TrainingPlan(dataset_size=24, global_batch_size=12, max_epochs=200), OPTIM, seed=5)
+    return method
+
+
+def _batch(step: int, rows: slice = slice(None)) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    a, b, local = (torch.randn(12, 6, dtype=torch.float64, generator=generator)[rows] for _ in range(3))
+    return Batch((a, b), (local,), torch.arange(12)[rows])
+
+
+def _train(r: int, world: int, changes: dict[str, Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Five steps of SGD, gradients averaged as DDP does; losses of this rank and the final state."""
+    method, n = _method(**changes), 12 // world
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for step in range(5):
+        loss = method.loss(_batch(step, slice(r * n, (r + 1) * n)))
+        optimizer.zero_grad()
+        loss.backward()
+        for p in method.parameters():
+            if p.grad is not None and world > 1:
+                torch.distributed.all_reduce(p.grad)
+                p.grad /= world
+        optimizer.step()
+        method.finish_step()
+        losses.append(loss.detach())
+    return losses, dict(method.state_dict())
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"solver": "pgd", "sigma_milestones": (2,), "crop_pass": "per_crop", "alpha_normalize": "mean"},
+        {"solver": "pgd_adaptive", "negatives": "both", "symmetric": True, "sigma_rule": "median"},
+    ],
+    ids=["inv", "pgd", "pgd_adaptive-both-symmetric"],
+)
+def test_world_size_changes_nothing(world, changes):
+    losses, state = _train(0, 1, changes)
+    parts = run_ranks(world, _train, changes)
+    for step, expected in enumerate(losses):
+        mean = torch.stack([part[0][step] for part in parts]).mean()
+        torch.testing.assert_close(mean, expected, rtol=1e-9, atol=1e-12)
+    for part in parts:
+        torch.testing.assert_close(part[1], state, rtol=1e-8, atol=1e-11)
+
+
+def test_own_negatives_only():
+    """Without gathering, a rank's loss is that of its rows alone."""
+    method = _method(gather=False)
+    whole = method.loss(_batch(0))
+    torch.testing.assert_close(whole, _method(gather=True).loss(_batch(0)))
+
+
+def _by_hand(z: list[Tensor], sigma: float, *, pairs: list[tuple[int, int]], both: bool = False) -> Tensor:
+    """The INV loss, image by image: for each (anchor view, query view), from the Hessians themselves."""
+    x = [normalize(view) for view in z]
+    losses = []
+    for anchor, query in pairs:
+        n = len(x[anchor])
+        pool = torch.cat([x[anchor], x[1 - anchor]]) if both else x[anchor]
+        for j in range(n):
+            twin = n + j if both else None
+            keep = [i for i in range(len(pool)) if i not in (j, twin)]
+            delta = _plain_hessian(pool, j, twin, "rbf", sigma, "one")
+            alpha = torch.linalg.solve(delta, torch.full((len(keep),), 2.0, dtype=delta.dtype)).clamp(0, 100)
+            values = _plain_kernel(pool[[*keep, j]], x[query][j : j + 1], "rbf", sigma)[:, 0]
+            losses.append(alpha @ (values[:-1] - values[-1]))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize(
+    ("changes", "pairs"),
+    [
+        ({}, [(0, 1), (0, 2)]),
+        ({"negatives": "both"}, [(0, 1), (0, 2)]),
+        ({"symmetric": True}, [(0, 1), (0, 2), (1, 0), (1, 2)]),
+    ],
+    ids=["extra-crop", "both", "symmetric"],
+)
+def test_every_other_crop_is_a_query(changes, pairs):
+    method, batch = _method(crop_pass="per_crop", **changes), _batch(0)
+    loss = method.loss(batch)
+    with torch.no_grad():
+        again = _method(crop_pass="per_crop")
+        z = [again.projector(again.backbone(view)) for view in (*batch.global_views, *batch.local_views)]
+        expected = _by_hand(z, 1.0, pairs=pairs, both=changes.get("negatives") == "both")
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-9, atol=0)
+    assert method.published["backbone"].shape == (12, 8)
+    finite = {"alpha_x", "support", "kkt", "frac_zero", "frac_at_C", "pos_kernel_mean", "neg_kernel_mean"}
+    assert finite <= {name.removeprefix("method/") for name in method.recorded}
+
+
+def test_sigma_is_a_function_of_the_epoch():
+    method = _method(sigma=50.0, sigma_milestones=(75, 125))
+    got = {}
+    for epoch in (0, 73, 74, 123, 124, 199):
+        method.optimizer_steps = (
+            epoch * 2 + 1
+        )  # two steps an epoch; nothing else says where a resumed run stands
+        got[epoch] = method.sigma
+    assert got == pytest.approx({0: 50, 73: 50, 74: 5, 123: 5, 124: 0.5, 199: 0.5})
+
+
+def test_a_resumed_run_goes_on_alike():
+    """Random starts and sigma come from (seed, step): nothing but parameters and the step count is carried."""
+    changes = {"solver": "pgd", "sigma_milestones": (2,)}
+
+    def advance(method: MMCL, optimizer: torch.optim.Optimizer, steps: range) -> list[Tensor]:
+        losses = []
+        for step in steps:
+            loss = method.loss(_batch(step))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            method.finish_step()
+            losses.append(loss.detach())
+        return losses
+
+    method = _method(**changes)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
+    expected = advance(method, optimizer, range(5))[2:]
+    first = _method(**changes)
+    optimizer = torch.optim.SGD(first.parameters(), lr=0.05, momentum=0.9)
+    advance(first, optimizer, range(2))
+    checkpoint: dict[str, Any] = {}
+    first.on_save_checkpoint(checkpoint)
+    second = _method(**changes)
+    second.load_state_dict(first.state_dict())
+    second.on_load_checkpoint(checkpoint)
+    resumed = torch.optim.SGD(second.parameters(), lr=0.05, momentum=0.9)
+    resumed.load_state_dict(optimizer.state_dict())
+    torch.rand(100)  # wherever the global generator stands
+    assert [x.item() for x in advance(second, resumed, range(2, 5))] == [x.item() for x in expected]
+    assert all(torch.equal(a, b) for a, b in zip(second.parameters(), method.parameters(), strict=True))
+
+
+def test_the_global_generator_is_left_alone():
+    method, before = _method(solver="pgd"), torch.get_rng_state()
+    first = method.loss(_batch(0))
+    assert torch.equal(torch.get_rng_state(), before)
+    method.finish_step()
+    assert method.loss(_batch(0)) != first, "every step draws a start of its own"
+
+
+@pytest.mark.parametrize("solver", ["inv", "pgd", "pgd_adaptive"])
+def test_half_precision_is_finite_and_close(solver):
+    method = _method(solver=solver, sigma=10.0, adaptive=AdaptiveConfig(tol=1e-4)).float()
+    view = _batch(0).global_views[0].float()
+    batch = Batch((view, view + 0.1 * _batch(1).global_views[0].float()), (), torch.arange(12))
+    exact = method.loss(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = method.loss(batch)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.05, atol=0)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
+
+
+def test_a_step_that_is_too_long_is_said():
+    method = _method(solver="pgd", pgd=PGDConfig(eta=1.0, max_iter=5))
+    with pytest.warns(UserWarning, match=r"method\.pgd\.eta=1\.0"):
+        method.loss(_batch(0))
+
+
+def test_missing_views_are_said():
+    a, b = _batch(0).global_views
+    with pytest.raises(ValueError, match="two views"):
+        _method().loss(Batch((a,), (), torch.arange(12)))
+    with pytest.raises(ValueError, match="two global views"):
+        _method(symmetric=True).loss(Batch((a,), (b,), torch.arange(12)))
+    _method().loss(Batch((a,), (b,), torch.arange(12)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"C": 0.0}, "method.C"),
+        ({"C": -2.0}, "method.C"),
+        ({"reg": 0.0}, "method.reg"),
+        ({"sigma": 0.0}, "method.sigma"),
+        ({"solver": "svm"}, "method.solver"),
+        ({"kernel": "gauss"}, "method.kernel"),
+        ({"sigma_rule": "mean"}, "method.sigma_rule"),
+        ({"sigma_milestones": (125, 75)}, "method.sigma_milestones"),
+        ({"sigma_milestones": (1,)}, "method.sigma_milestones"),
+        ({"negatives": "view2"}, "method.negatives"),
+        ({"alpha_normalize": "max"}, "method.alpha_normalize"),
+        ({"crop_pass": "all"}, "method.crop_pass"),
+        ({"projector": ()}, "method.projector"),
+        ({"kernel": "tanh", "C": -1.0}, "method.C"),
+        ({"kernel": "poly", "C": -1.0, "solver": "pgd"}, "method.self_kernel"),
+    ],
+)
+def test_refusals(changes, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        _config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variant": "adam"}, "variant"),
+        ({"step": "armijo"}, "step"),
+        ({"stop": "never"}, "stop"),
+        ({"init": "ones"}, "init"),
+        ({"eta": 0.0}, "eta"),
+        ({"max_iter": 0}, "max_iter"),
+        ({"tol": 0.0}, "tol"),
+    ],
+)
+def test_refusals_of_the_solvers(changes, message):
+    with pytest.raises(ValueError, match=rf"method\.pgd\.{message}"):
+        PGDConfig(**changes)
+    if message in ("max_iter",):
+        with pytest.raises(ValueError, match=r"method\.adaptive\.max_iter"):
+            AdaptiveConfig(**changes)
+    with pytest.raises(ValueError, match=r"method\.adaptive\.tol"):
+        AdaptiveConfig(tol=-1.0)
+
+
+RECIPES = sorted(name for name in recipes() if name.startswith("mmcl_"))
+
+
+def test_every_recipe_is_there():
+    assert len(RECIPES) == 9
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_load(name):
+    recipe = load_recipe(name).recipe
+    assert isinstance(recipe.method, MMCLConfig)
+    assert sum(view.count for view in recipe.views) == 2
+    assert max(recipe.method.sigma_milestones, default=0) <= recipe.trainer["max_epochs"]

@@ -6,6 +6,7 @@ from sslzoo.config import MethodConfig, one_of, require
 
 SOLVERS = ("inv", "pgd", "pgd_adaptive", "exact")
 KERNELS = ("rbf", "linear", "poly", "tanh", "min")
+CROP_PASSES = ("per_crop", "per_resolution", "joint")
 SIGMA_RULES = ("fixed", "auto", "median")
 SELF_KERNELS = ("one", "true")
 ALPHA_NORMALIZE = ("none", "mean")
@@ -64,7 +65,9 @@ class MMCLConfig(MethodConfig):
     projector_norm: (
         str  # none: output with bias (CIFAR code) | batch_no_shift: BN without shift (ImageNet code)
     )
-    joint_forward: bool  # crops of one size pass the network together and share batch norm's statistics
+    crop_pass: (
+        str  # per_crop (CIFAR code) | per_resolution: one batch norm for both views (ImageNet code) | joint
+    )
     sigma_rule: str = "fixed"  # unit of sigma: 1 | auto: 1 / embedding width | median squared distance
     sigma_milestones: tuple[int, ...] = ()  # epochs, counted from 1, at whose start sigma takes a factor
     sigma_gamma: float = 0.1  # that factor
@@ -81,6 +84,7 @@ class MMCLConfig(MethodConfig):
         one_of("method.kernel", self.kernel, KERNELS)
         one_of("method.self_kernel", self.self_kernel, SELF_KERNELS)
         one_of("method.projector_norm", self.projector_norm, ("none", "batch_no_shift"))
+        one_of("method.crop_pass", self.crop_pass, CROP_PASSES)
         one_of("method.sigma_rule", self.sigma_rule, SIGMA_RULES)
         one_of("method.negatives", self.negatives, ("view1", "both"))
         one_of("method.alpha_normalize", self.alpha_normalize, ALPHA_NORMALIZE)

@@ -64,7 +64,7 @@ def bandwidth(x: Tensor, *, sigma: float, rule: str) -> float | Tensor:
         return sigma / x.shape[1]
     gap = _cosine_gap(x, x, x.mean(dim=0))
     rows, columns = torch.triu_indices(len(x), len(x), 1, device=x.device)
-    return sigma * (-2 * gap[rows, columns].median()).clamp(min=torch.finfo(x.dtype).eps)
+    return sigma * (-2 * gap[rows, columns]).median().clamp(min=torch.finfo(x.dtype).eps)
 
 
 def _cosine_gap(a: Tensor, b: Tensor, centre: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 import warnings
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from sslzoo.crop_pass import forward_crops
 from sslzoo.distributed import gather, rank
 from sslzoo.heads import mlp
 from sslzoo.method import Batch, SSLMethod
@@ -58,8 +58,8 @@ class MMCL(SSLMethod[MMCLConfig]):
             raise ValueError(
                 f"MMCL needs {kind} as configured, got {len(crops)}; add to views, or raise count"
             )
-        features, z = self._encode(crops)
-        self.publish(backbone=features)
+        features, z = forward_crops(self.backbone, self.projector, crops, cfg.crop_pass)
+        self.publish(backbone=features[0])
         return torch.stack([self._term(z, anchor) for anchor in range(1 + cfg.symmetric)]).mean()
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
@@ -67,16 +67,7 @@ class MMCL(SSLMethod[MMCLConfig]):
         h = self.backbone(x)
         return {"backbone": h, "projector": self.projector(h)}
 
-    def _encode(self, crops: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-        """Features (n, F) of the first crop, projections (n, D) of all."""
-        groups = [[crop] for crop in crops]
-        if self.cfg.joint_forward:
-            groups = [list(same) for _, same in groupby(crops, key=lambda crop: crop.shape)]
-        h = [self.backbone(group[0] if len(group) == 1 else torch.cat(group)) for group in groups]
-        n = len(crops[0])
-        return h[0][:n], [part for x in h for part in self.projector(x).split(n)]
-
-    def _term(self, z: list[Tensor], anchor: int) -> Tensor:
+    def _term(self, z: tuple[Tensor, ...], anchor: int) -> Tensor:
         """The loss of view ``anchor`` against all other crops; only what the SVMs are made of is gathered."""
         cfg, n = self.cfg, len(z[0])
         views = [z[anchor]] if cfg.negatives == "view1" else [z[anchor], z[1 - anchor]]
