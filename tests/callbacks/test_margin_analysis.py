@@ -1,0 +1,195 @@
+"""Margin analysis: its scalars, that it leaves training alone, and the pictures of the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from sslzoo.build import build_data, build_method, build_plan
+from sslzoo.callbacks.checkpoint import load_checkpoint
+from sslzoo.callbacks.margin_analysis import MarginAnalysis
+from sslzoo.callbacks.meter import Meter
+from sslzoo.callbacks.position import Position
+from sslzoo.config import MethodConfig
+from sslzoo.data.sources import FakeSource
+from sslzoo.evaluate.margins import margin_statistics, observe, per_sample, temperature_of
+from sslzoo.launch import build_trainer
+from sslzoo.margins import Margin
+from sslzoo.method import Batch, SSLMethod
+from sslzoo.numerics import normalize
+from sslzoo.recipe import load_recipe
+from sslzoo.registry import recipes
+from tests.chaos import digest
+from tests.ranks import run_ranks
+
+# -- the scalars ------------------------------------------------------------------------------
+
+
+def embeddings(n: int = 24) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    u = torch.randn(n, 6, dtype=torch.float64, generator=generator)
+    return u, u + 0.4 * torch.randn(n, 6, dtype=torch.float64, generator=generator)
+
+
+def test_gradient_lengths_and_factors_against_autograd() -> None:
+    """Lengths from the closed form equal those of the gradient of each sample's own loss."""
+    u, v = (normalize(x) for x in embeddings())
+    u.requires_grad_()
+    tau, m1, m2 = 0.3, 0.2, 0.1
+    cosines = u @ v.T
+    positive = torch.cos(torch.arccos(cosines.diagonal()) + m1) - m2
+    logits = cosines.diagonal_scatter(positive) / tau
+    loss = (logits.logsumexp(1) - positive / tau).sum()
+    (gradient,) = torch.autograd.grad(loss, u)
+    u = u.detach()
+    tangential = gradient - (gradient * u).sum(1, keepdim=True) * u
+    seen = observe(u, v, temperature=tau)
+    margin = Margin(angular=m1, subtractive=m2)
+    table = per_sample(seen, margin, temperature=tau)
+    torch.testing.assert_close(table["total_gradient"], tangential.norm(dim=1))
+    share = logits.detach().softmax(1)
+    torch.testing.assert_close(table["p"], share.diagonal())
+    pull = (1 - share.diagonal()) * torch.sin(seen.theta + m1)
+    torch.testing.assert_close(table["positive_gradient"], pull.abs() / tau)
+    stats = margin_statistics(seen, margin, temperature=tau)
+    angles = torch.arccos((u @ v.T).clamp(-1, 1))
+    pushes = share * angles.sin()
+    push = pushes.sum() - pushes.diagonal().sum()
+    assert stats["pull_to_push"] == pytest.approx(float(pull.sum() / push), rel=1e-9)
+    off = ~torch.eye(24, dtype=torch.bool)
+    assert stats["negative_cosine_mean"] == pytest.approx(float((u @ v.T)[off].mean()), rel=1e-9)
+    assert stats["negative_cosine_max"] == pytest.approx(float((u @ v.T)[off].max()), rel=1e-9)
+    spread = torch.exp(-2 * torch.cdist(u, v).square())[off].mean().log()
+    assert stats["uniformity"] == pytest.approx(float(spread), rel=1e-6)
+    alignment = (u - v).square().sum(1).mean()
+    assert stats["alignment"] == pytest.approx(float(alignment), rel=1e-9)
+
+
+def test_log_budget_adds_up() -> None:
+    u, v = embeddings()
+    seen = observe(u, v, temperature=0.2)
+    stats = margin_statistics(seen, Margin(angular=0.2, subtractive=0.1), temperature=0.2)
+    table = per_sample(seen, Margin(angular=0.2, subtractive=0.1), temperature=0.2)
+    total = (table["logit_factor"] * table["slope_factor"]).log().mean()
+    budget = stats["log_emphasis"] + stats["log_angle"] + stats["log_logit"]
+    assert stats["without_log"] == 0 and budget == pytest.approx(float(total), rel=1e-9)
+
+
+def test_repelled_and_collapsed_samples_are_counted_apart() -> None:
+    u, v = embeddings()
+    v[0], v[1] = -u[0] + 0.01 * v[0], u[1]
+    stats = margin_statistics(
+        observe(u, v, temperature=0.2), Margin(angular=0.3, subtractive=0.0), temperature=0.2
+    )
+    assert stats["without_log"] == 2 and stats["beyond_pi"] == pytest.approx(1 / 24)
+    assert all(torch.isfinite(torch.tensor(value)) for value in stats.values())
+
+
+def part(rank: int, world: int) -> list[Tensor]:
+    n = 24 // world
+    u, v = (x[rank * n : (rank + 1) * n] for x in embeddings())
+    return list(observe(u, v, temperature=0.2))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_rank_sees_the_whole_batch(world: int) -> None:
+    for columns in run_ranks(world, part):
+        torch.testing.assert_close(columns, part(0, 1))
+
+
+# -- training is left alone ---------------------------------------------------------------------
+
+
+class StrangeConfig(MethodConfig):
+    """No temperature."""
+
+
+class Strange(SSLMethod[StrangeConfig]):
+    """Somebody's contrastive method: another head, dropout, its own way to embed."""
+
+    Config = StrangeConfig
+
+    def __init__(self, cfg: StrangeConfig, backbone: nn.Module, feature_dim: int) -> None:
+        super().__init__(cfg, backbone, feature_dim)
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(feature_dim, 8), nn.BatchNorm1d(8))
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+    def loss(self, batch: Batch) -> Tensor:
+        h = [self.backbone(view) for view in batch.global_views]
+        self.publish(backbone=h[0])
+        a, b = (F.normalize(self.head(x), dim=1) for x in h)
+        return F.cross_entropy(a @ b.T / 0.2, torch.arange(len(a)))
+
+
+SMALL = (
+    "views=[{size: 8, scale: [0.3, 1.0], count: 2}]",
+    "data.global_batch_size=16",
+    "optim={name: sgd, lr: 0.1, lr_scaling: none, weight_decay: 0.0, warmup_epochs: 0}",
+    "trainer={max_epochs: 2, accelerator: cpu, devices: 1}",
+)
+STRANGE = "strange"
+
+
+def train(name: str, folder: Path, watching: bool, epochs: int = 2) -> tuple[str, MarginAnalysis | None]:
+    """Four steps an epoch on generated images, with batch norm and, of the stranger's, dropout. Returns a
+    digest of weights, state and the random numbers that come next."""
+    recipe = load_recipe(f"{'margin' if name == STRANGE else name}_fashion_mnist", SMALL).recipe
+    plan = build_plan(recipe, 64, 1)
+    if name == STRANGE:
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12))
+        method: SSLMethod[Any] = Strange(StrangeConfig(name=name), encoder, 12)
+        method.prepare(plan, recipe.optim, 0)
+    else:
+        method = build_method(recipe, plan)
+    torch.manual_seed(1)
+    data = build_data(recipe, plan, FakeSource(64, 1, 8, 4))
+    analysis = MarginAnalysis([(10.0, 0.0), (0.0, 0.1)], every_steps=3, temperature=0.3) if watching else None
+    callbacks: list[Callback] = [Position()]
+    callbacks += [] if analysis is None else [analysis]
+    options = {**recipe.trainer, "limit_val_batches": 0, "max_epochs": epochs}
+    trainer = build_trainer(options, run_dir=folder, callbacks=[*callbacks, Meter(folder, every_steps=2)])
+    trainer.fit(method, datamodule=data)
+    assert method.optimizer_steps == 4 * epochs
+    return digest({"state": dict(method.state_dict()), "random": torch.get_rng_state()}), analysis
+
+
+METHODS = sorted(name.removesuffix("_fashion_mnist") for name in recipes() if name.endswith("_fashion_mnist"))
+
+
+@pytest.mark.parametrize("name", [*METHODS, STRANGE])
+def test_training_is_bit_identical_with_and_without(name: str, tmp_path: Path) -> None:
+    plain, _ = train(name, tmp_path / "a", watching=False)
+    watched, analysis = train(name, tmp_path / "b", watching=True)
+    assert watched == plain
+    assert analysis is not None and [record["step"] for record in analysis.history] == [0, 3, 6]
+    for record in analysis.history:
+        assert sum(record["histogram"]) == 16 and list(record["margins"]) == [
+            "m1=10deg,m2=0",
+            "m1=0deg,m2=0.1",
+        ]
+    assert "margins/theta_mean" in (tmp_path / "b" / "metrics.csv").read_text()
+
+
+def test_the_methods_temperature_unless_one_is_given() -> None:
+    method = Strange(StrangeConfig(name="strange"), nn.Identity(), 4)
+    assert temperature_of(method, 0.3) == 0.3
+    with pytest.raises(ValueError, match=r"strange has no method\.temperature"):
+        temperature_of(method)
+
+
+def test_the_history_is_in_checkpoints(tmp_path: Path) -> None:
+    _, analysis = train("margin", tmp_path, watching=True)
+    assert analysis is not None
+    torch.save(analysis.state_dict(), tmp_path / "x.ckpt")
+    other = MarginAnalysis([(10.0, 0.0)], every_steps=3)
+    other.load_state_dict(load_checkpoint(tmp_path / "x.ckpt"))
+    assert other.history == analysis.history
