@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -824,3 +826,12 @@ def test_a_killed_run_ends_like_the_one_never_killed(world, tmp_path):
     assert killed.sessions == 3
     assert killed.digest == whole.digest
     assert killed.metrics == whole.metrics
+
+
+def test_the_cards_example_runs():
+    card = Path(__file__).parents[2] / "methods/sslzoo_methods/sogclr/README.md"
+    (code,) = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["loss"].isfinite()
+    assert all(int(table.log_u.isfinite().sum()) == 8 for table in names["tables"])
