@@ -182,12 +182,16 @@ def _report(session: Session, seconds: float) -> None:
 def load_weights(method: SSLMethod[Any], path: Path) -> None:
     """Weights and buffers of the checkpoint ``path``; of its backbone alone if another method wrote it.
 
+    State per training sample stays empty: it belongs to the data of that checkpoint.
+
     Raises ``ValueError`` where not even the backbone fits.
     """
-    stored = load_checkpoint(path)["state_dict"]
+    per_sample = tuple(f"{name}." for name in method.per_sample_state)
+    everything = load_checkpoint(path)["state_dict"]
+    stored = {k: v for k, v in everything.items() if not k.startswith(per_sample)}
     own = method.state_dict()
-    if _same_shapes(stored, own):
-        method.load_state_dict(stored)
+    if _same_shapes(stored, {k: v for k, v in own.items() if not k.startswith(per_sample)}):
+        method.load_state_dict(own | stored)
         return
     prefix = "backbone."
     backbone = {k: v for k, v in stored.items() if k.startswith(prefix)}

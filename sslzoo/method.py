@@ -49,6 +49,8 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
     Config: ClassVar[type[MethodConfig]]
     # Set where the method differentiates twice: fused batch-norm kernels cannot, the framework's own can.
     needs_double_backward: ClassVar[bool] = False
+    # Attributes that hold state per training sample: not weights, hence not taken over by --init-from.
+    per_sample_state: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, cfg: ConfigT, backbone: nn.Module, feature_dim: int) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from sslzoo.backbones import build_backbone, parameter_count
 from sslzoo.batchnorm import to_sync
 from sslzoo.config import OptimConfig
 from sslzoo.distributed import all_reduce_mean
+from sslzoo.fit import load_weights
 from sslzoo.method import Batch
 from sslzoo.numerics import normalize
 from sslzoo.optim import LARS, set_learning_rate
@@ -700,6 +701,17 @@ def test_a_table_of_other_data_is_not_used(policy):
     assert _only_table(method).log_u.isneginf().all()
     name = "projector.0.weight"
     assert torch.equal(method.state_dict()[name], trained.state_dict()[name])
+
+
+def test_weights_alone_start_with_an_empty_table(tmp_path):
+    trained = _method("individual")
+    _train(trained, range(2), 1, slice(0, BATCH))
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "a.ckpt")
+    method = _method("individual")
+    load_weights(method, tmp_path / "a.ckpt")
+    name = "projector.0.weight"
+    assert torch.equal(method.state_dict()[name], trained.state_dict()[name])
+    assert _only_table(method).log_u.isneginf().all()
 
 
 class _NoSync(TorchDispatchMode):

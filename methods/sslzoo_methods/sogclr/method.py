@@ -31,6 +31,7 @@ class SogCLR(SSLMethod[SogCLRConfig]):
     """
 
     Config = SogCLRConfig
+    per_sample_state = ("tables",)
 
     def __init__(self, cfg: SogCLRConfig, backbone: nn.Module, feature_dim: int) -> None:
         super().__init__(cfg, backbone, feature_dim)
