@@ -15,7 +15,6 @@ from sslzoo.callbacks.position import Position
 from sslzoo.config import Recipe
 from sslzoo.data.catalog import dataset_info
 from sslzoo.data.sources import fake_source
-from sslzoo.fit import quiet
 from sslzoo.launch import build_trainer, world_size_of
 from sslzoo.method import SSLMethod
 from sslzoo.plan import TrainingPlan
@@ -72,7 +71,6 @@ def one_step(recipe: Recipe, method: SSLMethod[Any]) -> int:
         "precision": precision,
         "gradient_clip_val": recipe.trainer.get("gradient_clip_val"),
     }
-    quiet()
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(options, run_dir=Path(folder), callbacks=[Position()])
         trainer.fit(method, datamodule=build_data(small, plan, source))

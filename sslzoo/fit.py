@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.position import Position, SameEncoder
 from sslzoo.callbacks.preemption import Preemption
 from sslzoo.callbacks.progress import ProgressDisplay
-from sslzoo.config import require
+from sslzoo.config import Recipe, require
 from sslzoo.data.datasets import open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.evaluate.final import final_evaluation
@@ -87,10 +86,7 @@ def prepare(
         log_to(run.log)
         run.update_manifest(data_fingerprint=data.fingerprint)
     console = Console(stderr=False, quiet=not is_leader())
-    callbacks = build_callbacks(loaded, run, data)
-    options = {**recipe.trainer, "check_val_every_n_epoch": recipe.eval.every_epochs}
-    if not data.eval_sets():
-        options["limit_val_batches"] = 0
+    callbacks = build_callbacks(recipe, run, data)
     loggers = build_loggers(recipe.logging, run.path, run.run_id, recipe=plain(recipe)) if is_leader() else []
     return Session(
         loaded=loaded,
@@ -98,16 +94,17 @@ def prepare(
         plan=plan,
         data=data,
         method=method,
-        trainer=build_trainer(options, run_dir=run.path, callbacks=list(callbacks.values()), loggers=loggers),
+        trainer=build_trainer(
+            recipe.trainer, run_dir=run.path, callbacks=list(callbacks.values()), loggers=loggers
+        ),
         callbacks=callbacks,
         checkpoint=checkpoint,
         console=console,
     )
 
 
-def build_callbacks(loaded: LoadedRecipe, run: Run, data: SSLDataModule) -> dict[str, Callback]:
+def build_callbacks(recipe: Recipe, run: Run, data: SSLDataModule) -> dict[str, Callback]:
     """The run's callbacks in the order in which they must stand."""
-    recipe = loaded.recipe
     checkpoint = ExactCheckpoint(
         run.checkpoints,
         every_steps=recipe.logging.checkpoint_every_steps,
@@ -133,7 +130,6 @@ def build_callbacks(loaded: LoadedRecipe, run: Run, data: SSLDataModule) -> dict
 def train(session: Session) -> int:
     """Train, evaluate and report. Returns the exit code; what went wrong at run time is raised."""
     run, console = session.run, session.console
-    quiet()
     if is_leader():
         console.print(run_summary(session.loaded.recipe, session.plan, session.method, str(run.path)))
         if session.checkpoint is not None:
@@ -218,11 +214,3 @@ def _checkpoint_to_resume(resume: str | None, out: Path | None) -> tuple[Path | 
         return checkpoint, out or path
     load_checkpoint(path)  # a damaged file is refused here, with the one to take instead
     return path.resolve(), out or path.resolve().parent.parent
-
-
-def quiet() -> None:
-    """Keep to ourselves what Lightning says about choices that are made on purpose."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*The number of training batches.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

@@ -26,13 +26,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from sslzoo.build import build_data, build_method, build_plan
-from sslzoo.callbacks.checkpoint import ExactCheckpoint, latest, load_checkpoint
-from sslzoo.callbacks.knn import KNN
-from sslzoo.callbacks.linear_probe import LinearProbe
-from sslzoo.callbacks.meter import Meter
-from sslzoo.callbacks.position import Position, SameEncoder
-from sslzoo.callbacks.preemption import Preemption
-from sslzoo.callbacks.progress import ProgressDisplay
+from sslzoo.callbacks.checkpoint import latest, load_checkpoint
 from sslzoo.config import (
     BackboneConfig,
     DataConfig,
@@ -45,11 +39,13 @@ from sslzoo.config import (
     ViewConfig,
 )
 from sslzoo.data.sources import FakeSource
+from sslzoo.fit import build_callbacks
 from sslzoo.launch import build_trainer
 from sslzoo.method import Batch, SSLMethod
 from sslzoo.momentum import MomentumEncoder
 from sslzoo.queue import FeatureQueue
 from sslzoo.recipe import load_recipe
+from sslzoo.run import Run
 from tests.ranks import free_port
 
 LIMIT = 30.0  # seconds; no run here takes a third of it
@@ -169,24 +165,9 @@ def fit(job: Job, folder: Path, fault: Fault | None) -> None:
         method.prepare(plan, recipe.optim, recipe.seed)
     size = recipe.eval.size
     data = build_data(recipe, plan, FakeSource(job.samples, recipe.backbone.in_channels, size, 4))
-    checkpoint = ExactCheckpoint(
-        folder / "checkpoints",
-        every_steps=recipe.logging.checkpoint_every_steps,
-        keep_epochs=recipe.logging.keep_epochs,
-    )
-    callbacks = [
-        Position(),
-        SameEncoder(),
-        checkpoint,
-        Preemption(checkpoint),
-        LinearProbe(recipe.probe, seed=recipe.seed),
-        KNN(recipe.eval),
-        Meter(folder, every_steps=recipe.logging.every_steps),
-        ProgressDisplay(),
-        _Disturbance(fault, job.pause),
-    ]
-    options = {**recipe.trainer, "check_val_every_n_epoch": recipe.eval.every_epochs}
-    trainer = build_trainer(options, run_dir=folder, callbacks=callbacks)
+    callbacks = build_callbacks(recipe, Run(folder, "chaos"), data)
+    disturbed = [*callbacks.values(), _Disturbance(fault, job.pause)]
+    trainer = build_trainer(recipe.trainer, run_dir=folder, callbacks=disturbed)
     trainer.fit(method, datamodule=data, ckpt_path=latest(folder / "checkpoints"))
 
 
