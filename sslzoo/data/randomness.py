@@ -15,7 +15,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 # First word of every key: what the numbers are for.
-VIEWS, ORDER, HOLDOUT, SUBSET, FAKE, STEP, SHUFFLE = range(7)
+VIEWS, ORDER, HOLDOUT, SUBSET, FAKE, STEP, SHUFFLE, NEGATIVES = range(8)
 
 
 def _signed(x: int) -> int:

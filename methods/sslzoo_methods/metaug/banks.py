@@ -1,0 +1,58 @@
+"""Memory banks: the latest features of every training image, a bank a view."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sslzoo.data.randomness import NEGATIVES, key, uniforms
+from sslzoo.distributed import gather_detached
+from sslzoo.numerics import normalize
+
+
+class MemoryBanks(nn.Module):
+    """Rows (M, n, D), one an image and view, equal on all ranks. A buffer, hence in every checkpoint.
+
+    Starts uniform in +-sqrt(3 / D), which gives rows of length about 1, not normalised.
+    """
+
+    rows: Tensor
+
+    def __init__(self, views: int, size: int, dim: int, *, seed: int) -> None:
+        super().__init__()
+        bound, generator = (3 / dim) ** 0.5, torch.Generator().manual_seed(key(NEGATIVES, seed))
+        rows = torch.empty(views, size, dim).uniform_(-bound, bound, generator=generator)
+        self.register_buffer("rows", rows)
+
+    def keys(self, index: Tensor) -> Tensor:
+        """A copy of the rows ``index`` (N, 1+K) of all views, (M, N, 1+K, D)."""
+        return self.rows[:, index]
+
+    @torch.no_grad()
+    def update(self, sample_id: Tensor, features: Tensor, *, momentum: float) -> None:
+        """Mix ``features`` (M, N, D) of all ranks into the rows ``sample_id`` (N,), and normalise.
+
+        ``momentum`` weighs the old row. A sample that comes twice mixes with the old row both times; the
+        last in rank order stays.
+        """
+        index = gather_detached(sample_id)  # (G,)
+        new = gather_detached(features.transpose(0, 1)).transpose(0, 1).to(self.rows.dtype)  # (M, G, D)
+        mixed = normalize(momentum * self.rows[:, index] + (1 - momentum) * new)
+        # Give equal rows equal values: which of several an indexed write keeps is not defined.
+        position = torch.arange(len(index), device=index.device)
+        last = (position * (index[:, None] == index)).amax(1)
+        self.rows[:, index] = mixed[:, last]
+
+
+def draw_rows(
+    sample_id: Tensor, count: int, size: int, *, seed: int, step: int, call: int, offset: int
+) -> Tensor:
+    """Row indices (N, 1+count): the own one, then ``count`` of ``size`` uniformly with replacement, the own one
+    not excluded.
+
+    A function of seed, step, ``call`` within the step and the sample's place ``offset + i`` in the global
+    batch: the same negatives whatever the number of ranks.
+    """
+    place = offset + torch.arange(len(sample_id), device=sample_id.device)
+    drawn = (uniforms(key(NEGATIVES, seed, step, call), place, count) * size).long()
+    return torch.cat([sample_id[:, None], drawn], dim=1)

@@ -1,0 +1,142 @@
+"""What a MetAug recipe states under ``method:``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sslzoo.config import MethodConfig, Recipe, one_of, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetAugConfig(MethodConfig):
+    """Numbers without a default stand in every recipe; the switches default to the two-crop plug-in."""
+
+    aug_weight: float  # alpha: weight of the terms with generated features
+    margin_weight: float  # beta: weight of the margin-injected regulariser R
+    margin_pos_weight: float  # lambda+: weight of R's positives; 1 in the paper, 1e-4 in the official code
+    virtual_lr: float  # eta_v: the encoder's virtual step
+    generator_optim: str  # sgd | adam
+    generator_lr: float  # constant
+    generator_weight_decay: float
+    proj_hidden: int  # projector: features -> proj_hidden -> proj_dim
+    proj_dim: int
+    gen_hidden: int  # width of a generator's hidden layers
+    gen_layers: int = 3  # linear layers of a generator
+    share_generator: bool = False  # one for all views
+    generator_momentum: float = 0.9  # sgd
+    generator_loss_scale: float = 1.0  # of the outer loss, hence of the generators' gradient
+    views: str = "crops"  # lab: L, ab and all of CIELAB of one crop, an encoder each
+    n_views: int = 2  # global crops; 3 with lab
+    color_space: str = "lab"  # ycbcr; for views: lab
+    keys: str = "batch"  # bank: memory banks, as the official code
+    bank_negatives: int = 1024  # K
+    bank_momentum: float = 0.5  # of the old row
+    bank_updates: str = "once"  # official: three times a step, once with the virtual encoder's features
+    gamma: float = 16.0
+    scale: float = 16.0
+    weighting: str = "none"  # circle (paper)
+    shift: bool = False  # decision margins 1 - m and m (paper)
+    m: float = 0.25
+    contrast_set: str = "terms"  # unified: one term with original and generated queries
+    same_view_negatives: bool = False  # other samples of the query's own view repel too
+    margin: str = "large"  # small | mean
+    margin_in: str = "both"  # generator (R in the generators' step only) | none
+    margin_pairs: str = "generated"  # official (three views, banks)
+    detach_sigma: bool = False  # no gradient through R's thresholds
+    meta_order: int = 2  # 1: without second derivatives
+    meta_every: int = 1  # steps; 0: never, generators stay as initialised
+    meta_precision: int = 32  # 16: the bilevel step's forward passes under the run's autocast
+    virtual_params: str = "all"  # projector: the virtual step moves the projector alone
+    virtual_step_sync: bool = True  # false: each rank steps on its own gradient; not world-size invariant
+    ramp_epochs: float = 0.0  # aug_weight and margin_weight grow from 0 over so many
+
+    def __post_init__(self) -> None:
+        for name, allowed in {
+            "generator_optim": ("sgd", "adam"),
+            "views": ("crops", "lab"),
+            "color_space": ("lab", "ycbcr"),
+            "keys": ("batch", "bank"),
+            "bank_updates": ("once", "official"),
+            "weighting": ("none", "circle"),
+            "contrast_set": ("terms", "unified"),
+            "margin": ("large", "small", "mean"),
+            "margin_in": ("both", "generator", "none"),
+            "margin_pairs": ("generated", "official"),
+            "virtual_params": ("all", "projector"),
+        }.items():
+            one_of(f"method.{name}", getattr(self, name), allowed)
+        for name in ("virtual_lr", "generator_lr", "generator_loss_scale", "gamma", "scale"):
+            require(getattr(self, name) > 0, f"method.{name} must be positive, got {getattr(self, name)}")
+        for name in ("proj_hidden", "proj_dim", "gen_hidden", "gen_layers", "bank_negatives"):
+            require(getattr(self, name) > 0, f"method.{name} must be positive, got {getattr(self, name)}")
+        for name in ("aug_weight", "margin_weight", "margin_pos_weight", "generator_weight_decay"):
+            require(
+                getattr(self, name) >= 0, f"method.{name} must not be negative, got {getattr(self, name)}"
+            )
+        for name in ("bank_momentum", "generator_momentum"):
+            require(
+                0 <= getattr(self, name) < 1, f"method.{name} must lie in [0, 1), got {getattr(self, name)}"
+            )
+        require(0 <= self.m <= 1, f"method.m must lie in [0, 1], got {self.m}")
+        require(self.meta_order in (1, 2), f"method.meta_order must be 1 or 2, got {self.meta_order}")
+        require(self.meta_every >= 0, f"method.meta_every must not be negative, got {self.meta_every}")
+        require(
+            self.meta_precision in (16, 32),
+            f"method.meta_precision must be 16 or 32, got {self.meta_precision}",
+        )
+        require(self.ramp_epochs >= 0, f"method.ramp_epochs must not be negative, got {self.ramp_epochs}")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        bank = self.keys == "bank"
+        require(self.n_views >= 2, f"method.n_views must be at least 2, got {self.n_views}")
+        require(
+            self.views == "crops" or self.n_views == 3, f"method.views=lab has 3 views, got {self.n_views}"
+        )
+        require(
+            self.margin_pairs == "generated" or (bank and self.n_views == 3),
+            "method.margin_pairs=official is defined for method.keys=bank and three views",
+        )
+        require(
+            bank or self.bank_updates == "once", "method.bank_updates=official goes with method.keys=bank"
+        )
+        require(
+            not bank or (self.contrast_set == "terms" and not self.same_view_negatives),
+            "method.contrast_set=unified and method.same_view_negatives go with method.keys=batch",
+        )
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what manual optimisation, half precision or the views cannot do."""
+        trainer, data = recipe.trainer, recipe.data
+        require(
+            trainer.get("accumulate_grad_batches", 1) == 1,
+            "MetAug's bilevel step needs the whole batch: set trainer.accumulate_grad_batches=1",
+        )
+        require(
+            not trainer.get("gradient_clip_val"),
+            "MetAug steps its optimisers itself and does not clip: remove trainer.gradient_clip_val",
+        )
+        precision = str(trainer.get("precision", "32-true"))
+        require(
+            precision not in ("16-true", "bf16-true"),
+            f"a virtual step is lost in half-precision weights: trainer.precision={precision}; use bf16-mixed",
+        )
+        require(
+            precision != "16-mixed" or self.meta_precision == 32 or self.generator_loss_scale >= 1e3,
+            "the generators' gradients underflow in 16-mixed: set method.meta_precision=32, or "
+            "method.generator_loss_scale to at least 1e3",
+        )
+        crops = sum(view.count for view in recipe.views if view.role == "global")
+        wanted = 1 if self.views == "lab" else self.n_views
+        require(
+            crops == wanted,
+            f"method.views={self.views} with method.n_views={self.n_views} takes {wanted} global view(s), got {crops}",
+        )
+        if self.views == "lab":
+            require(
+                crops == sum(view.count for view in recipe.views), "method.views=lab takes no local views"
+            )
+            require(
+                tuple(data.mean) == (0, 0, 0) and tuple(data.std) == (1, 1, 1),
+                "method.views=lab converts RGB in [0, 1] itself: set data.mean to [0, 0, 0] and data.std to [1, 1, 1]",
+            )

@@ -1,0 +1,92 @@
+"""The bilevel step: how the objective after a virtual step of the encoder depends on the generators.
+
+theta are the encoder's parameters, omega the generators'; equation numbers are the card's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslzoo.distributed import all_reduce_mean, world_size
+from sslzoo.numerics import autocast_off
+
+Parameters = Mapping[str, Tensor]
+
+
+class MetaGradient(NamedTuple):
+    """What the bilevel step found, on this rank; nothing is averaged but the inner gradient."""
+
+    inner: Tensor  # L(theta, omega)
+    outer: Tensor  # L(theta-hat, omega)
+    virtual: dict[str, Tensor]  # theta-hat, detached
+    direct: list[Tensor]  # gradient for omega with theta-hat held constant
+    indirect: list[Tensor]  # what reaches omega through theta-hat; zeros in first order
+
+    @property
+    def total(self) -> list[Tensor]:
+        """The gradient for omega, in the order in which omega was given."""
+        return [a + b for a, b in zip(self.direct, self.indirect, strict=True)]
+
+
+def mean_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor's mean over the ranks, with one collective for all; differentiable to any order."""
+    if world_size() == 1:
+        return list(tensors)
+    flat = all_reduce_mean(torch.cat([t.flatten() for t in tensors]))
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
+
+def meta_gradient(
+    inner: Callable[[Parameters], Tensor],
+    outer: Callable[[Parameters], Tensor],
+    theta: Parameters,
+    omega: Sequence[Tensor],
+    *,
+    virtual_lr: float,
+    order: int,
+    sync: bool,
+    loss_scale: float = 1.0,
+) -> MetaGradient:
+    """d/d omega of outer(theta - virtual_lr * d inner / d theta), by the chain rule at theta-hat.
+
+    ``inner`` and ``outer`` map theta to the objective; omega reaches them by closure. Tensors of ``theta``
+    and ``omega`` are leaves that require gradients; no ``.grad`` is touched and no hook of DDP runs.
+    ``order`` 1 leaves out the second derivatives. ``sync`` averages the inner gradient over the ranks inside
+    the graph, without which several ranks are not one process. ``loss_scale`` multiplies losses before they
+    are differentiated and divides the gradients, for half precision.
+    """
+    names, leaves = list(theta), list(theta.values())
+    value = inner(theta)
+    with autocast_off(value):
+        h = _gradient(value, leaves, loss_scale, create_graph=order == 2)
+        h = mean_over_ranks(h) if sync else h
+        virtual = [t - virtual_lr * g for t, g in zip(leaves, h, strict=True)]
+    held = [t.detach().requires_grad_() for t in virtual]
+    after = outer(dict(zip(names, held, strict=True)))
+    with autocast_off(after):
+        if order == 1:
+            direct = _gradient(after, omega, loss_scale)
+            indirect = [torch.zeros_like(w) for w in omega]
+        else:
+            # One backward pass through the outer graph gives both factors of the chain rule.
+            grads = _gradient(after, [*omega, *held], loss_scale)
+            direct, at_virtual = grads[: len(omega)], grads[len(omega) :]
+            indirect = list(
+                torch.autograd.grad(virtual, omega, at_virtual, allow_unused=True, materialize_grads=True)
+            )
+    detached = {name: t.detach() for name, t in zip(names, held, strict=True)}
+    return MetaGradient(value.detach(), after.detach(), detached, direct, indirect)
+
+
+def _gradient(
+    loss: Tensor, inputs: Sequence[Tensor], loss_scale: float, *, create_graph: bool = False
+) -> list[Tensor]:
+    grads = torch.autograd.grad(
+        loss * loss_scale, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    return [g / loss_scale for g in grads] if loss_scale != 1 else list(grads)
