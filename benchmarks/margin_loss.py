@@ -1,0 +1,143 @@
+"""What a margin costs over the same loss without one, and the chunked form against the dense one.
+
+One thread, the forms alternating in one run, medians of the ratios. Memory of each form in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing as mp
+import resource
+import sys
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from time import process_time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslzoo.backbones import build_backbone
+from sslzoo.config import BackboneConfig, OptimConfig
+from sslzoo.margins import NO_MARGIN, Margin
+from sslzoo.method import Batch
+from sslzoo.plan import TrainingPlan
+from sslzoo_methods.margin.config import MarginConfig
+from sslzoo_methods.margin.loss import contrast, margin_loss
+from sslzoo_methods.margin.method import MarginContrast
+
+
+def gradient(embeddings: Tensor, margin: Margin, chunk: int) -> Tensor:
+    """Forward and backward of NT-Xent over two views (2N, D); the gradient of the embeddings."""
+    z = embeddings.detach().requires_grad_()
+    own = torch.arange(len(z))
+    positive = (own + len(z) // 2) % len(z)
+    pairs = contrast(z, z, positive, own=own, temperature=0.2, chunk=chunk)
+    margin_loss(pairs, margin, temperature=0.2, beta=1.0, slope="full").mean().backward()
+    assert z.grad is not None
+    return z.grad
+
+
+def extra_bytes(run: Callable[[], Any]) -> int:
+    """How far ``run`` raises the resident memory of a fresh process above what stood before."""
+    with mp.get_context("fork").Pool(1) as pool:
+        return pool.apply(_high_water, (run,))
+
+
+def _high_water(run: Callable[[], Any]) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def products(embeddings: Tensor) -> None:
+    """The bare matrix products of forward and backward, in the chunked form's blocks."""
+    out = torch.zeros_like(embeddings)
+    for rows in embeddings.split(256):
+        scores = rows @ embeddings.T
+        torch.mm(scores, embeddings)
+        out.addmm_(scores.T, rows)
+
+
+def step(method: MarginContrast, batch: Batch) -> None:
+    """A whole training step but for the optimiser."""
+    method.zero_grad()
+    method.loss(batch).backward()
+
+
+def method_with(**changes: Any) -> MarginContrast:
+    """SimCLR on the small encoder, as margin_fashion_mnist has it."""
+    options: dict[str, Any] = {
+        "angular_margin": "10deg",
+        "family": "combined",
+        "effects": ("emphasis", "angle", "logit"),
+    }
+    cfg = MarginConfig(
+        name="margin",
+        base="simclr",
+        temperature=0.2,
+        subtractive_margin=0.0,
+        beta=1.0,
+        projector=(256, 128),
+        **(options | changes),
+    )
+    torch.manual_seed(0)
+    method = MarginContrast(cfg, *build_backbone(BackboneConfig(name="conv4", in_channels=1)))
+    optim = OptimConfig(name="sgd", lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0)
+    method.prepare(TrainingPlan(dataset_size=256, global_batch_size=256, max_epochs=1), optim, 0)
+    return method
+
+
+def ratios(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> float:
+    """Median over rounds of CPU time of ``second`` over that of ``first``; each runs once before."""
+    first()
+    second()
+    values = []
+    for _ in range(rounds):
+        seconds = []
+        for run in (first, second):
+            start = process_time()
+            run()
+            seconds.append(process_time() - start)
+        values.append(seconds[1] / seconds[0])
+    return median(values)
+
+
+def main() -> int:
+    """Print the table; 1 if a promise is broken."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    z = torch.randn(2 * args.batch, args.dim)
+    margin = Margin(angular=0.1745, subtractive=0.1)
+    dense, chunked = partial(gradient, z, margin, 0), partial(gradient, z, margin, 256)
+    memory = [extra_bytes(run) / 2**20 for run in (dense, chunked)]
+    worst = float((dense() - chunked()).abs().max() / dense().abs().max())
+    loss = ratios(partial(gradient, z, NO_MARGIN, 0), dense, args.rounds)
+    speed = 1 / ratios(dense, chunked, args.rounds)
+    over = ratios(partial(products, z), chunked, args.rounds)
+    views = tuple(torch.randn(2, 256, 1, 20, 20))
+    batch = Batch((views[0], views[1]), (), torch.arange(256))
+    none = method_with(family="none", effects=(), angular_margin=0.0)
+    whole = ratios(partial(step, none, batch), partial(step, method_with(), batch), 4 * args.rounds)
+    alone = method_with(effects=("emphasis",))
+    isolated = ratios(partial(step, none, batch), partial(step, alone, batch), 4 * args.rounds)
+    print(f"margin loss, forward and backward, two views, N={args.batch}, D={args.dim}, one thread")
+    print(f"  over the same loss without margin: {loss:.3f}x")
+    print(
+        f"  whole step, small encoder, batch 256: {whole:.3f}x (at most 1.03); one effect alone {isolated:.3f}x"
+    )
+    print(f"  chunked: {speed:.2f}x the speed of dense, {over:.2f}x the bare products,")
+    print(
+        f"  {memory[1]:.0f} MiB extra against {memory[0]:.0f}, gradients differ by {worst:.1e} of the largest"
+    )
+    return 0 if whole <= 1.03 and worst <= 1e-6 and memory[1] < 0.5 * memory[0] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
