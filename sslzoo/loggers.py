@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from torch import Tensor
 
 from sslzoo.config import LoggingConfig, WandbConfig
 
@@ -33,6 +35,21 @@ def build_loggers(
         wandb = _wandb(cfg.wandb, run_dir, run_id, recipe or {})
         loggers += [wandb] if wandb is not None else []
     return loggers
+
+
+def log_histogram(loggers: Iterable[Logger], name: str, values: Tensor, *, step: int) -> None:
+    """A histogram of ``values`` in every logger that has them."""
+    values = values.detach().cpu()
+    for logger in loggers:
+        try:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_histogram(name, values, step)
+            elif isinstance(logger, WandbLogger):
+                import wandb
+
+                logger.log_metrics({name: wandb.Histogram(values.tolist())}, step=step)  # type: ignore[dict-item]
+        except Exception as error:
+            log.warning("%s took no histogram of %s: %s", type(logger).__name__, name, error)
 
 
 def wandb_login() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -712,6 +713,26 @@ def test_weights_alone_start_with_an_empty_table(tmp_path):
     name = "projector.0.weight"
     assert torch.equal(method.state_dict()[name], trained.state_dict()[name])
     assert _only_table(method).log_u.isneginf().all()
+
+
+def test_histograms_on_request(tmp_path):
+    method = _method("bimodal")
+    method.cfg = replace(method.cfg, histogram_every_epochs=2)
+    board, wandb, sent = TensorBoardLogger(str(tmp_path)), WandbLogger(mode="disabled"), []
+    wandb.log_metrics = lambda metrics, step: sent.append((metrics, step))  # type: ignore[method-assign]
+    method._trainer.loggers = [board, wandb]  # type: ignore[union-attr]
+    _train(method, range(method.plan.steps_per_epoch), 1, slice(0, BATCH))
+    method.on_train_epoch_end()
+    assert not sent
+    method.optimizer_steps = 2 * method.plan.steps_per_epoch
+    method.on_train_epoch_end()
+    board.experiment.close()
+    assert [(list(metrics), step) for metrics, step in sent] == [
+        (["method/log_u_0"], 6),
+        (["method/log_u_1"], 6),
+    ]
+    events = b"".join(path.read_bytes() for path in tmp_path.rglob("events.*"))
+    assert b"method/log_u_1" in events
 
 
 class _NoSync(TorchDispatchMode):

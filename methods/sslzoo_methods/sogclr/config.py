@@ -31,6 +31,7 @@ class SogCLRConfig(MethodConfig):
     eta: float = 0.0  # individual temperatures: step
     beta: float = 0.0  # individual temperatures: weight of the new gradient
     tau_lr_factor: float = 0.0  # global_learnable: its learning rate over the others'
+    histogram_every_epochs: int = 0  # of the tables, to TensorBoard and W&B; 0: never
     on_data_change: str = "refuse"  # reset: a checkpoint of other data is resumed with an empty table
 
     def __post_init__(self) -> None:
@@ -46,6 +47,10 @@ class SogCLRConfig(MethodConfig):
         one_of("method.on_data_change", self.on_data_change, ("refuse", "reset"))
         require(self.tau > 0, f"method.tau must be positive, got {self.tau}")
         require(0 < self.gamma <= 1, f"method.gamma must lie in (0, 1], got {self.gamma}")
+        require(
+            self.histogram_every_epochs >= 0,
+            f"method.histogram_every_epochs must not be negative, got {self.histogram_every_epochs}",
+        )
         require(self.u_floor >= 0, f"method.u_floor must not be negative, got {self.u_floor}")
         require(
             len(self.projector) > 0,

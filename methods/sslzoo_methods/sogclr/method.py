@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sslzoo.config import OptimConfig, require
 from sslzoo.distributed import rank
 from sslzoo.heads import mlp
+from sslzoo.loggers import log_histogram
 from sslzoo.method import Batch, SSLMethod
 from sslzoo.numerics import normalize
 from sslzoo.plan import TrainingPlan
@@ -24,11 +25,7 @@ MODALITIES = {"gcl": 1, "gcl_bimodal": 2, "ntxent": 0}  # tables that each loss 
 
 
 class SogCLR(SSLMethod[SogCLRConfig]):
-    """Contrast with every image seen so far through one running estimate per image.
-
-    The estimates are written in the training step, once a micro-batch: with accumulation each
-    micro-batch is a batch of its own.
-    """
+    """Contrast with all images through a running estimate per image, written once a micro-batch."""
 
     Config = SogCLRConfig
     per_sample_state = ("tables",)
@@ -100,6 +97,14 @@ class SogCLR(SSLMethod[SogCLRConfig]):
         """Keep the learnable temperature above its lower bound."""
         if self.cfg.temperature == "global_learnable":
             self.tau.data.clamp_(min=self.cfg.tau_min)
+
+    def on_train_epoch_end(self) -> None:
+        """Histograms of the tables, where the recipe asks for them."""
+        every = self.cfg.histogram_every_epochs
+        if every and self.epoch % every == 0:
+            for k, table in enumerate(self.tables):
+                assert isinstance(table, EstimatorTable)
+                log_histogram(self.trainer.loggers, f"method/log_u_{k}", table.known(), step=self.step)
 
     def _check(self, batch: Batch) -> None:
         """Shapes at every step; the ids once, since that waits for the device."""

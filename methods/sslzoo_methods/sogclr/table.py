@@ -93,6 +93,10 @@ class EstimatorTable(nn.Module):
             tau, average = self.descent.step(self.tau_i[index], self.tau_grad[index], slope)
             self.tau_i[index], self.tau_grad[index] = tau, average
 
+    def known(self) -> Tensor:
+        """The entries of visited images. Waits for the device."""
+        return self.log_u[self.log_u.isfinite()]
+
     def visited(self) -> Tensor:
         """Fraction of the images that have an entry."""
         return self.log_u.isfinite().float().mean()
