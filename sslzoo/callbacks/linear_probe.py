@@ -18,7 +18,7 @@ from sslzoo.callbacks.meter import log_metrics
 from sslzoo.config import ProbeConfig, require
 from sslzoo.data.randomness import is_holdout
 from sslzoo.distributed import all_reduce_sum, world_size
-from sslzoo.evaluate.linear import linear_probe, within_top
+from sslzoo.evaluate.linear import linear_probe, standardizer, within_top
 from sslzoo.method import Batch, EvalBatch, SSLMethod
 
 if TYPE_CHECKING:
@@ -64,12 +64,11 @@ class OnlineProbe:
         self._work: Any = None
         self._factor: float | None = None  # of the step that has started and not finished
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Of features (N, F): (N, L, C)."""
-        return self._inputs(x - self.mean) @ self.weight.flatten(0, 1).T
+    def logits(self, z: Tensor) -> Tensor:
+        """Of standardised features (N, F): (L, N, C)."""
+        return self._with_bias(z.to(self.mean.dtype)) @ self.weight.mT
 
-    def _inputs(self, centred: Tensor) -> Tensor:
-        z = centred * (self.variance + EPS).rsqrt()
+    def _with_bias(self, z: Tensor) -> Tensor:
         return torch.cat([self._ones.expand(len(z), 1), z], dim=1)  # (N, 1+F)
 
     @torch.no_grad()
@@ -85,7 +84,7 @@ class OnlineProbe:
             return
         trains = ~held_out & (label >= 0)
         self._trained += trains.sum()
-        z = self._inputs(centred)
+        z = self._with_bias(centred * (self.variance + EPS).rsqrt())
         error = (z @ self.weight.flatten(0, 1).T).view(len(z), -1, self.classes).softmax(2)
         # One (N, 1, C) comparison serves all rates.
         error -= (label[:, None] == self._class_index).unsqueeze(1).to(error.dtype)
@@ -145,6 +144,7 @@ class LinearProbe(Callback):
     The learning rates follow one cosine from the configured values to 0 over the run, without warm-up
     or scaling by the batch. Of the rates, the one most often right on held-out training samples is
     reported (the smallest of equal ones): ``val/linear_top1``, ``val/linear_top5``, ``val/linear_lr``.
+    Features of plain images are standardised by the statistics of the plain training images.
 
     Labelled data of ``probe.data``, which no training batch shows, is measured by
     :func:`sslzoo.evaluate.linear.linear_probe`, fitted anew each time; ``val/linear_l2`` is then the
@@ -160,7 +160,6 @@ class LinearProbe(Callback):
         self._classes: dict[str, int] = {}
         self._restored: dict[str, dict[str, Any]] = {}
         self._steps = 0
-        self._right: dict[tuple[str, str], Tensor] = {}
         self._shards: dict[tuple[str, str, str], Shard] = {}
 
     # -- training -----------------------------------------------------------------------------
@@ -221,7 +220,7 @@ class LinearProbe(Callback):
         """Complete the step in flight and forget the last measurement."""
         for probe in self.probes.values():
             probe.finish()
-        self._right, self._shards = {}, {}
+        self._shards = {}
 
     def on_validation_batch_end(
         self,
@@ -232,32 +231,13 @@ class LinearProbe(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count what the online probes get right; collect the features of other data."""
+        """Collect the features."""
         of = self._sets[dataloader_idx]
-        if of.num_classes == 0:
-            return
-        assert isinstance(pl_module, SSLMethod)
-        for layer in self.cfg.layers:
-            x = self._features(pl_module, layer)
-            if of.name:
-                self._shards.setdefault((of.name, of.split, layer), Shard()).add(x, batch)
-            elif layer in self.probes or layer in self._restored:
-                self._count(self._probe(layer, x), x, batch, layer, of.split)
-
-    def _count(self, probe: OnlineProbe, x: Tensor, batch: EvalBatch, layer: str, split: str) -> None:
-        """Add to (3, L): samples right at top-1, at top-5, and samples; of 'train', the held-out only."""
-        label = batch.label
-        if split == "train":
-            chosen = is_holdout(batch.sample_id, self.cfg.holdout, self.seed)
-            x, label = x[chosen], label[chosen]
-        logits = (
-            probe.logits(x.to(probe.mean.dtype))
-            .view(len(x), len(self.cfg.lrs), probe.classes)
-            .transpose(0, 1)
-        )
-        top1, top5 = (within_top(logits, label, k).sum(1) for k in (1, 5))
-        counts = torch.stack([top1, top5, torch.full_like(top1, len(x))])
-        self._right[layer, split] = self._right.get((layer, split), 0) + counts
+        if of.num_classes > 0:
+            assert isinstance(pl_module, SSLMethod)
+            for layer in self.cfg.layers:
+                shard = self._shards.setdefault((of.name, of.split, layer), Shard())
+                shard.add(self._features(pl_module, layer), batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the learning rates and log."""
@@ -271,17 +251,19 @@ class LinearProbe(Callback):
                     self._measure_other(data, layer, classes, end, device)
                 elif layer in self.probes or layer in self._restored:
                     self._measure_own(layer, end, device)
-        self._right, self._shards = {}, {}
+        self._shards = {}
         log_metrics(trainer, self.results)
 
     def _measure_own(self, layer: str, end: str, device: torch.device) -> None:
-        none = torch.zeros(3, len(self.cfg.lrs), dtype=torch.int64, device=device)
-        held_out, test = (
-            all_reduce_sum(self._right.get((layer, split), none)).tolist() for split in ("train", "test")
-        )
-        require(held_out[2][0] > 0, "no training sample is held out to choose the probe; raise probe.holdout")
+        train_x, train_y, held_out, test_x, test_y = self._collected("", layer, device)
+        # Plain images are not distributed like augmented views: they have statistics of their own.
+        standardize = standardizer(train_x)
+        probe = self._probe(layer, train_x)
+        chosen = _counts(probe, standardize(train_x[held_out]), train_y[held_out])
+        test = _counts(probe, standardize(test_x), test_y)
+        require(chosen[2][0] > 0, "no training sample is held out to choose the probe; raise probe.holdout")
         require(test[2][0] > 0, "the test set is empty")
-        best = max(range(len(self.cfg.lrs)), key=lambda i: (held_out[0][i], -self.cfg.lrs[i]))
+        best = max(range(len(self.cfg.lrs)), key=lambda i: (chosen[0][i], -self.cfg.lrs[i]))
         self.results |= {
             f"val/linear_top1{end}": test[0][best] / test[2][best],
             f"val/linear_top5{end}": test[1][best] / test[2][best],
@@ -289,15 +271,21 @@ class LinearProbe(Callback):
         }
 
     def _measure_other(self, data: str, layer: str, classes: int, end: str, device: torch.device) -> None:
-        train_x, train_y, ids = self._shards.get((data, "train", layer), Shard()).tensors(device)
-        test_x, test_y, _ = self._shards.get((data, "test", layer), Shard()).tensors(device)
-        held_out = is_holdout(ids, self.cfg.holdout, self.seed)
+        train_x, train_y, held_out, test_x, test_y = self._collected(data, layer, device)
         found = linear_probe(train_x, train_y, test_x, test_y, held_out, classes=classes)
         self.results |= {
             f"val/linear_top1{end}": found.top1,
             f"val/linear_top5{end}": found.top5,
             f"val/linear_l2{end}": found.l2,
         }
+
+    def _collected(
+        self, data: str, layer: str, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """This rank's training features, labels and which are held out; test features and labels."""
+        x, y, ids = self._shards.get((data, "train", layer), Shard()).tensors(device)
+        test_x, test_y, _ = self._shards.get((data, "test", layer), Shard()).tensors(device)
+        return x, y, is_holdout(ids, self.cfg.holdout, self.seed), test_x, test_y
 
     # -- state --------------------------------------------------------------------------------
 
@@ -309,3 +297,10 @@ class LinearProbe(Callback):
         """Kept until the first features tell the shapes."""
         self._restored = dict(state_dict)
         self.probes = {}
+
+
+def _counts(probe: OnlineProbe, z: Tensor, label: Tensor) -> list[list[int]]:
+    """Over all ranks, by learning rate: samples right at top-1, at top-5, and samples."""
+    logits = probe.logits(z)
+    top1, top5 = (within_top(logits, label, k).sum(1) for k in (1, 5))
+    return all_reduce_sum(torch.stack([top1, top5, torch.full_like(top1, len(z))])).tolist()
