@@ -175,11 +175,11 @@ def per_sample(seen: Observation, margin: Margin, *, temperature: float) -> dict
 
 
 def temperature_of(method: SSLMethod[Any], given: float = 0.0) -> float:
-    """``given``, or where it is 0 the method's own ``cfg.temperature``.
+    """``given``, or where it is 0 the method's own ``cfg.temperature`` or ``cfg.tau``.
 
     Raises ``ValueError`` for a method that has none.
     """
-    own = getattr(method.cfg, "temperature", 0.0)
+    own = getattr(method.cfg, "temperature", getattr(method.cfg, "tau", 0.0))
     value = given or (float(own) if isinstance(own, (int, float)) else 0.0)
     require(
         value > 0,
