@@ -17,6 +17,9 @@ MARGINS = ("10,0", "0,0.1", "10,0.1", "20,0")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subject", choices=["margins"], help="what to analyse")
     parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="changes, here before the options: data.root=/data"
+    )
+    parser.add_argument(
         "--checkpoint",
         type=Path,
         nargs="+",
@@ -27,16 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="bundled name or path; default: the recipe of the run")
     parser.add_argument(
         "--margin",
-        nargs="+",
-        default=list(MARGINS),
+        action="append",
         metavar="DEGREES,M2",
-        help="angular margin in degrees and subtractive margin; the first is the one shown in detail "
-        f"(default: {' '.join(MARGINS)})",
+        help="angular margin in degrees and subtractive margin; repeatable, the first is shown in detail; a "
+        f"negative one is written --margin=-5,0.1 (default: {' '.join(MARGINS)})",
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="default: the method's own")
     parser.add_argument("--samples", type=int, default=2048, help="training images looked at (default: 2048)")
     parser.add_argument("--out", type=Path, help="directory; default: margins/ in the run directory")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes, such as data.root=/data")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         paths = expand(args.checkpoint)
         loaded = load_recipe(args.recipe or str(recipe_of(paths[-1])), args.overrides)
-        pairs = [_margin(text) for text in args.margin]
+        pairs = [_margin(text) for text in args.margin or MARGINS]
         margins = {
             margin_name(*pair): Margin(angular=radians(pair[0]), subtractive=pair[1]) for pair in pairs
         }

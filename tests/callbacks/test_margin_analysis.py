@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from PIL import Image
 from torch import Tensor, nn
 
 from sslzoo.build import build_data, build_method, build_plan
@@ -16,6 +19,7 @@ from sslzoo.callbacks.checkpoint import load_checkpoint
 from sslzoo.callbacks.margin_analysis import MarginAnalysis
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.position import Position
+from sslzoo.cli.main import main
 from sslzoo.config import MethodConfig
 from sslzoo.data.sources import FakeSource
 from sslzoo.evaluate.margins import margin_statistics, observe, per_sample, temperature_of
@@ -193,3 +197,89 @@ def test_the_history_is_in_checkpoints(tmp_path: Path) -> None:
     other = MarginAnalysis([(10.0, 0.0)], every_steps=3)
     other.load_state_dict(load_checkpoint(tmp_path / "x.ckpt"))
     assert other.history == analysis.history
+
+
+# -- the command --------------------------------------------------------------------------------
+
+PICTURES = (
+    "angles",
+    "angles_over_training",
+    "slope_factor",
+    "probability_and_logit_factor",
+    "factor_surface",
+    "positive_gradient",
+    "effects_by_epoch",
+)
+
+
+def save_checkpoint(path: Path, history: list[dict[str, Any]], step: int) -> None:
+    recipe = load_recipe("margin_fashion_mnist").recipe
+    method = build_method(recipe, build_plan(recipe, 12000, 1))
+    content = {
+        "state_dict": dict(method.state_dict()) | {"probe.weight": torch.zeros(2)},
+        "optimizer_steps": step,
+        "epoch": step // 46,
+        "callbacks": {"MarginAnalysis": {"history": history, "last_step": 0}},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+
+
+def test_analyze_writes_scalars_table_pictures_and_page(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "recipe.yaml").write_text(load_recipe("margin_fashion_mnist").to_yaml())
+    for step in (46, 92):
+        save_checkpoint(tmp_path / "checkpoints" / f"step={step:09d}.ckpt", [], step)
+    command = ["analyze", "margins", "--checkpoint", str(tmp_path), "--samples", "300"]
+    assert main([*command, "--margin", "10,0", "--margin=-5,0.1"]) == 0
+    out = tmp_path / "margins"
+    assert "m1=-5deg,m2=0.1: angle" in capsys.readouterr().out
+    summary = json.loads((out / "margins.json").read_text())
+    assert summary["samples"] == 512 and summary["seed"] == 42 and summary["temperature"] == 0.2
+    assert [look["step"] for look in summary["checkpoints"]] == [46, 92]
+    assert summary["recipe"]["method"]["base"] == "simclr"
+    table = pq.read_table(out / "samples.parquet")
+    assert table.num_rows == 1024 and set(table["margin"].to_pylist()) == {"m1=10deg,m2=0", "m1=-5deg,m2=0.1"}
+    assert len(set(table["sample_id"].to_pylist())) == 512
+    assert json.loads(table.schema.metadata[b"sslzoo.seed"]) == 42
+    mean = summary["checkpoints"][-1]["margins"]["m1=10deg,m2=0"]["theta_mean"]
+    assert sum(table["theta"].to_pylist()) / 1024 == pytest.approx(mean, rel=1e-5)
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == len(PICTURES)
+    for name in PICTURES:
+        with Image.open(out / f"{name}.png") as picture:
+            assert picture.width >= 1000
+            assert json.loads(picture.info["Description"])["seed"] == 42
+
+
+def test_analyze_shows_the_history_of_the_run(tmp_path: Path) -> None:
+    _, analysis = train("margin", tmp_path / "run", watching=True)
+    assert analysis is not None
+    save_checkpoint(tmp_path / "x.ckpt", analysis.history, 8)
+    command = ["analyze", "margins", "--checkpoint", str(tmp_path / "x.ckpt"), "--samples", "256"]
+    out = ["--recipe", "margin_fashion_mnist", "--out", str(tmp_path / "out"), "--margin", "10,0"]
+    assert main([*command, *out]) == 0
+    summary = json.loads((tmp_path / "out" / "margins.json").read_text())
+    assert [record["step"] for record in summary["history"]] == [0, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "nowhere.ckpt", "--recipe", "margin_fashion_mnist"], "there is no checkpoint"),
+        (["--checkpoint", "x.ckpt"], "name its recipe with --recipe"),
+        (["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--margin", "10"], "--margin '10'"),
+        (["--checkpoint", "x.ckpt", "--recipe", "simclr_fashion_mnist"], "give the recipe of its run"),
+        (
+            ["method.projector=[64, 32]", "--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist"],
+            "give that of its run",
+        ),
+    ],
+)
+def test_analyze_refuses_in_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "x.ckpt", [], 46)
+    assert main(["analyze", "margins", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
