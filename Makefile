@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test test-all check format bench wheel docs clean
+.PHONY: quickstart test test-all check format bench wheel clean
 
 quickstart: $(READY)  ## train SCE on embedded real images on the CPU, in about four minutes
 	$(BIN)/sslzoo fit --recipe quickstart.yaml
