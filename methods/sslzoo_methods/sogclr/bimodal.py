@@ -70,9 +70,13 @@ def _direction(
     require(batch > 1, "a batch of one pair has no negatives; raise data.global_batch_size")
     tau = temperature.detach() if isinstance(temperature, Tensor) else temperature
     tau_rows = tau[:, None] if isinstance(tau, Tensor) and tau.ndim == 1 else tau
-    # Row-wise products: the diagonal of the (b, B) block would be another rank's pair beyond rank 0.
+    # H is a difference, so any shift of the columns leaves it as it is; theirs to the mean keeps float32's
+    # digits where features are nearly collapsed. Row-wise products for the positives: the diagonal of the
+    # (b, B) block would be another rank's pairs beyond rank 0.
+    centre = columns.detach().mean(dim=0)
+    own = (anchors * (partners - centre)).sum(dim=1)
+    contrast = anchors @ (columns - centre).T - own[:, None]  # H
     positive = (anchors * partners).sum(dim=1)
-    contrast = anchors @ columns.T - positive[:, None]  # H
     with torch.no_grad():
         logits = contrast / tau_rows
         logits = logits.masked_fill(own_image(anchors.shape[0], batch, offset, anchors.device), -torch.inf)
