@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from sslzoo.config import require
 from sslzoo.data.randomness import NEGATIVES, key, uniforms
-from sslzoo.distributed import gather_detached
+from sslzoo.distributed import gather_detached, rank
 from sslzoo.numerics import normalize
+
+FINGERPRINT = "bank_fingerprint"  # of the data that the banks in a checkpoint belong to
 
 
 class MemoryBanks(nn.Module):
@@ -18,18 +23,29 @@ class MemoryBanks(nn.Module):
 
     rows: Tensor
 
-    def __init__(self, views: int, size: int, dim: int, *, seed: int) -> None:
+    def __init__(
+        self, views: int, size: int, dim: int, *, negatives: int, momentum: float, seed: int
+    ) -> None:
         super().__init__()
+        self.negatives, self.momentum, self.seed = negatives, momentum, seed
         bound, generator = (3 / dim) ** 0.5, torch.Generator().manual_seed(key(NEGATIVES, seed))
         rows = torch.empty(views, size, dim).uniform_(-bound, bound, generator=generator)
         self.register_buffer("rows", rows)
 
-    def keys(self, index: Tensor) -> Tensor:
-        """A copy of the rows ``index`` (N, 1+K) of all views, (M, N, 1+K, D)."""
-        return self.rows[:, index]
+    def draw(self, sample_id: Tensor, *, step: int, call: int) -> Tensor:
+        """Copies of rows (M, N, 1+K, D): of each sample (N,) the own one, then K uniformly with replacement,
+        the own one not excluded.
+
+        Which, is a function of seed, step, ``call`` within the step and the sample's place in the global
+        batch: the same negatives whatever the number of ranks.
+        """
+        n = len(sample_id)
+        place = rank() * n + torch.arange(n, device=sample_id.device)
+        drawn = uniforms(key(NEGATIVES, self.seed, step, call), place, self.negatives) * self.rows.shape[1]
+        return self.rows[:, torch.cat([sample_id[:, None], drawn.long()], dim=1)]
 
     @torch.no_grad()
-    def update(self, sample_id: Tensor, features: Tensor, *, momentum: float) -> None:
+    def update(self, sample_id: Tensor, features: Tensor) -> None:
         """Mix ``features`` (M, N, D) of all ranks into the rows ``sample_id`` (N,), and normalise.
 
         ``momentum`` weighs the old row. A sample that comes twice mixes with the old row both times; the
@@ -37,22 +53,18 @@ class MemoryBanks(nn.Module):
         """
         index = gather_detached(sample_id)  # (G,)
         new = gather_detached(features.transpose(0, 1)).transpose(0, 1).to(self.rows.dtype)  # (M, G, D)
-        mixed = normalize(momentum * self.rows[:, index] + (1 - momentum) * new)
+        mixed = normalize(self.momentum * self.rows[:, index] + (1 - self.momentum) * new)
         # Give equal rows equal values: which of several an indexed write keeps is not defined.
         position = torch.arange(len(index), device=index.device)
         last = (position * (index[:, None] == index)).amax(1)
         self.rows[:, index] = mixed[:, last]
 
 
-def draw_rows(
-    sample_id: Tensor, count: int, size: int, *, seed: int, step: int, call: int, offset: int
-) -> Tensor:
-    """Row indices (N, 1+count): the own one, then ``count`` of ``size`` uniformly with replacement, the own one
-    not excluded.
-
-    A function of seed, step, ``call`` within the step and the sample's place ``offset + i`` in the global
-    batch: the same negatives whatever the number of ranks.
-    """
-    place = offset + torch.arange(len(sample_id), device=sample_id.device)
-    drawn = (uniforms(key(NEGATIVES, seed, step, call), place, count) * size).long()
-    return torch.cat([sample_id[:, None], drawn], dim=1)
+def refuse_other_data(checkpoint: dict[str, Any], fingerprint: str) -> None:
+    """Raise ``ValueError`` where the banks in ``checkpoint`` belong to other data than ``fingerprint``."""
+    saved = checkpoint[FINGERPRINT]
+    require(
+        saved == fingerprint,
+        f"the checkpoint's memory banks belong to other data (fingerprint {saved}, now {fingerprint}); resume "
+        "with the same data, or start anew from the weights alone with --init-from",
+    )

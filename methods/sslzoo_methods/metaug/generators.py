@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from sslzoo.heads import mlp
 from sslzoo.numerics import normalize
+from sslzoo_methods.metaug.config import MetAugConfig
 
 
 class Generators(nn.Module):
@@ -18,14 +20,22 @@ class Generators(nn.Module):
     differentiates copies.
     """
 
-    def __init__(self, dim: int, hidden: int, layers: int, views: int, *, shared: bool) -> None:
+    def __init__(self, cfg: MetAugConfig) -> None:
         super().__init__()
-        self.views = views
-        widths = (dim, *[hidden] * (layers - 1), dim)
-        self.nets = nn.ModuleList(mlp(widths, hidden_bias=True) for _ in range(1 if shared else views))
+        widths = (cfg.proj_dim, *[cfg.gen_hidden] * (cfg.gen_layers - 1), cfg.proj_dim)
+        count = 1 if cfg.share_generator else cfg.n_views
+        self.nets = nn.ModuleList(mlp(widths, hidden_bias=True) for _ in range(count))
         self.requires_grad_(False)
 
     def forward(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
         """View u's generated features (N, D), normalised, from its normalised embeddings (N, D), which
         get their gradient."""
         return [normalize(self.nets[u % len(self.nets)](z)) for u, z in enumerate(embeddings)]
+
+
+def generator_optimizer(generators: Generators, cfg: MetAugConfig) -> torch.optim.Optimizer:
+    """One optimiser for all generators, at a constant rate; decay acts on every parameter."""
+    omega, lr, decay = generators.parameters(), cfg.generator_lr, cfg.generator_weight_decay
+    if cfg.generator_optim == "sgd":
+        return torch.optim.SGD(omega, lr=lr, momentum=cfg.generator_momentum, weight_decay=decay)
+    return torch.optim.Adam(omega, lr=lr, weight_decay=decay)

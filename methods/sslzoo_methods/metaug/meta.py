@@ -6,13 +6,19 @@ theta are the encoder's parameters, omega the generators'; equation numbers are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sslzoo.distributed import all_reduce_mean, world_size
 from sslzoo.numerics import autocast_off
+from sslzoo_methods.metaug.config import MetAugConfig
+from sslzoo_methods.metaug.loss import Objective
+from sslzoo_methods.metaug.objective import INNER, OUTER
 
 Parameters = Mapping[str, Tensor]
 
@@ -90,3 +96,51 @@ def _gradient(
         loss * loss_scale, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
     return [g / loss_scale for g in grads] if loss_scale != 1 else list(grads)
+
+
+def copied_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Copies for a pass whose running statistics are to be forgotten."""
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def bilevel(
+    network: nn.Module,
+    generators: nn.Module,
+    views: Sequence[Tensor],
+    objective: Callable[[list[Tensor], list[Tensor], int], Objective],
+    cfg: MetAugConfig,
+    *,
+    loss_scale: float,
+) -> MetaGradient:
+    """Equations 6 to 9 for the modules as they stand.
+
+    ``objective`` takes embeddings, generated features and the pass. Parameters,
+    ``.grad`` and the network's buffers stay as they are; the generators' running statistics move once, in the
+    outer pass. Nothing is averaged over the ranks but the inner gradient.
+    """
+    torch.clear_autocast_cache()  # it holds half-precision copies of the weights as they were before the step
+    full = autocast_off(views[0]) if cfg.meta_precision == 32 else nullcontext()
+    with full, sdpa_kernel(SDPBackend.MATH):  # flash attention has no second derivative
+        theta = {n: p.detach().requires_grad_() for n, p in network.named_parameters() if p.requires_grad}
+        omega = {n: p.detach().requires_grad_() for n, p in generators.named_parameters()}
+        passed: Sequence[Tensor] | None = None
+        if cfg.virtual_params == "projector":
+            theta = {n: p for n, p in theta.items() if n.startswith("projector.")}
+            with torch.no_grad():
+                passed, _ = functional_call(network, copied_buffers(network), (views,))
+
+        def evaluate(params: Parameters, statistics: Parameters, call: int) -> Tensor:
+            z = functional_call(network, {**params, **copied_buffers(network)}, (views, passed))[1]
+            generated = functional_call(generators, {**omega, **statistics}, (z[: cfg.n_views],))
+            return objective(z, generated, call).loss
+
+        return meta_gradient(
+            lambda t: evaluate(t, copied_buffers(generators), INNER),
+            lambda t: evaluate(t, {}, OUTER) * cfg.generator_loss_scale,
+            theta,
+            list(omega.values()),
+            virtual_lr=cfg.virtual_lr,
+            order=cfg.meta_order,
+            sync=cfg.virtual_step_sync,
+            loss_scale=1.0 if cfg.meta_precision == 32 else loss_scale,
+        )

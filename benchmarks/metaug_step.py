@@ -1,0 +1,92 @@
+"""MetAug's generator step against a plain encoder step: what the bilevel step costs on top.
+
+ResNet-18 with the CIFAR stem and generators of the official size, on random images. One thread, the forms
+alternating in one run, medians of CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from statistics import median
+from time import process_time
+
+import torch
+
+from sslzoo.backbones import build_backbone
+from sslzoo.config import BackboneConfig, OptimConfig
+from sslzoo.method import Batch
+from sslzoo.plan import TrainingPlan
+from sslzoo_methods.metaug.config import MetAugConfig
+from sslzoo_methods.metaug.method import MetAug
+
+CONFIG = MetAugConfig(
+    name="metaug",
+    aug_weight=1e-5,
+    margin_weight=1e-11,
+    margin_pos_weight=1e-4,
+    virtual_lr=1e-3,
+    generator_optim="sgd",
+    generator_lr=0.03,
+    generator_weight_decay=1e-4,
+    proj_hidden=2048,
+    proj_dim=128,
+    gen_hidden=2048,
+)
+# The form, and the most that it may cost over the plain step.
+FORMS = {
+    "second order": (CONFIG, 4.5),
+    "first order": (replace(CONFIG, meta_order=1), None),
+    "projector": (replace(CONFIG, virtual_params="projector"), 0.6),
+}
+OPTIM = OptimConfig(name="sgd", lr=0.03, lr_scaling="none", weight_decay=5e-4, warmup_epochs=0)
+
+
+def main() -> int:
+    """Print the table; 1 if a promise is broken."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    backbone, width = build_backbone(BackboneConfig(name="resnet18", stem="cifar"))
+    method = MetAug(CONFIG, backbone, width)
+    plan = TrainingPlan(dataset_size=args.batch, global_batch_size=args.batch, max_epochs=1)
+    method.prepare(plan, OPTIM, 0)
+    encoder, generators = method.configure_optimizers()
+    views = tuple(torch.randn(args.batch, 3, args.size, args.size) for _ in range(2))
+    batch = Batch(views, (), torch.arange(args.batch))
+
+    def plain() -> None:
+        encoder.zero_grad()
+        method.loss(batch).backward()
+        encoder.step()
+
+    seconds: dict[str, list[float]] = {name: [] for name in ("plain", *FORMS)}
+    for turn in range(args.rounds + 1):
+        for name, times in seconds.items():
+            start = process_time()
+            if name == "plain":
+                plain()
+            else:
+                method.cfg = FORMS[name][0]
+                method.meta_step(batch, generators)
+            if turn:  # the first warms up
+                times.append(process_time() - start)
+
+    print(f"MetAug's steps, ResNet-18, {args.size} px, batch {args.batch}, two crops, one thread")
+    print(f"  {'plain':12} {median(seconds['plain']):6.2f} s CPU")
+    kept = True
+    for name, (_, most) in FORMS.items():
+        ratio = median(t / p for t, p in zip(seconds[name], seconds["plain"], strict=True))
+        promise = f" (at most {most})" if most else ""
+        print(f"  {name:12} {median(seconds[name]):6.2f} s CPU, {ratio:.2f}x the plain step on top{promise}")
+        kept = kept and (most is None or ratio <= most)
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Backbone and projector as one function of the views, for crops and for the three views of one crop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from sslzoo.config import require
+from sslzoo.heads import mlp
+from sslzoo.numerics import normalize
+from sslzoo_methods.metaug.color import normalized
+
+
+def narrowed(backbone: nn.Module, channels: int) -> nn.Module:
+    """A copy of ``backbone`` for ``channels`` input channels, initialised afresh by torch's defaults."""
+    new = copy.deepcopy(backbone)
+    first = next((m for m in new.modules() if isinstance(m, nn.Conv2d)), None)
+    require(
+        first is not None and first.groups == 1,
+        "method.views=lab needs a backbone that begins with a convolution",
+    )
+    assert first is not None
+    first.in_channels = channels
+    first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, channels, *first.kernel_size))
+    for module in new.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    return new
+
+
+class ThreeViewBackbone(nn.Module):
+    """Three encoders of one RGB image in [0, 1]: of its first channel in another colour space, of the other
+    two, and of all three. Output (N, 3F): their features side by side."""
+
+    def __init__(self, backbone: nn.Module, color_space: str) -> None:
+        super().__init__()
+        self.color_space = color_space
+        self.parts = nn.ModuleList([narrowed(backbone, 1), narrowed(backbone, 2), backbone])
+
+    def each(self, rgb: Tensor) -> list[Tensor]:
+        """The three features (N, F)."""
+        x = normalized(rgb, self.color_space)
+        return [part(view) for part, view in zip(self.parts, (x[:, :1], x[:, 1:], x), strict=True)]
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        """Their concatenation."""
+        return torch.cat(self.each(rgb), dim=1)
+
+
+class Network(nn.Module):
+    """theta as a function: from views to what left the backbone and to normalised embeddings.
+
+    Made where it is used, around modules that belong to the method. Views that follow one another in one size
+    pass together, with joint batch statistics.
+    """
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    def forward(
+        self, views: Sequence[Tensor], passed: Sequence[Tensor] | None = None
+    ) -> tuple[Sequence[Tensor], list[Tensor]]:
+        """Backbone features, one tensor a pass, and an embedding (N, D) for each view. With ``passed``, the
+        former of an earlier call, only the projector runs."""
+        if isinstance(self.backbone, ThreeViewBackbone):
+            assert isinstance(self.projector, nn.ModuleList)
+            passed = passed or self.backbone.each(views[0])
+            return passed, [normalize(p(h)) for p, h in zip(self.projector, passed, strict=True)]
+        groups = [list(group) for _, group in groupby(views, key=lambda view: view.shape)]
+        passed = passed or [self.backbone(torch.cat(group)) for group in groups]
+        outputs = [
+            z for group, h in zip(groups, passed, strict=True) for z in self.projector(h).chunk(len(group))
+        ]
+        return passed, [normalize(z) for z in outputs]
+
+
+def build_projector(width: int, hidden: int, dim: int, *, views: str) -> nn.Module:
+    """An MLP on ``width`` features; three, with the official code's biases, for ``views=lab``."""
+    if views == "lab":
+        return nn.ModuleList(mlp((width, hidden, dim), hidden_bias=True) for _ in range(3))
+    return mlp((width, hidden, dim))

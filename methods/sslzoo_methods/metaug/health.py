@@ -1,0 +1,41 @@
+"""What a MetAug run says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sslzoo_methods.metaug.loss import Objective
+from sslzoo_methods.metaug.meta import MetaGradient
+
+
+@torch.no_grad()
+def health(out: Objective, z: Sequence[Tensor], generated: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Scalars of the encoder's step, by name; terms and R are unweighted.
+
+    ``generated_cosine`` near 1: the generators have become the identity. ``online_std`` near 0: collapse.
+    """
+    names = ("positive", "negative", "generated_positive", "generated_negative")
+    values = dict(zip((f"{name}_similarity" for name in names), out.similarity, strict=True))
+    cosine = torch.stack([(a * b).sum(1).mean() for a, b in zip(z, generated, strict=False)]).mean()
+    return values | {
+        "contrast": out.terms[0],
+        "generated_contrast": out.terms[1:].mean() if len(out.terms) > 1 else out.terms[0],
+        "margin": out.regulariser,
+        "sigma_pos": out.sigma_pos.mean(),
+        "sigma_neg": out.sigma_neg.mean(),
+        "generated_cosine": cosine,
+        "online_std": z[0].std(dim=0, correction=0).mean() * z[0].shape[1] ** 0.5,
+    }
+
+
+@torch.no_grad()
+def meta_health(found: MetaGradient, gradient: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Norm of the generators' gradient, and what share of it came through the virtual step."""
+    norm, total, indirect = (
+        torch.stack(torch._foreach_norm(list(part))).norm()
+        for part in (gradient, found.total, found.indirect)
+    )
+    return {"generator_gradient": norm, "second_order_share": indirect / total.clamp_min(1e-30)}

@@ -1,0 +1,150 @@
+"""MetAug: Contrastive Learning via Meta Feature Augmentation (Li et al., ICML 2022, arXiv:2203.05119)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sslzoo.config import OptimConfig, require
+from sslzoo.method import Batch, SSLMethod
+from sslzoo.numerics import autocast_off
+from sslzoo.optim import build_optimizer, set_learning_rate
+from sslzoo.plan import TrainingPlan
+from sslzoo.schedules import interpolate, learning_rate
+from sslzoo_methods.metaug.banks import FINGERPRINT, MemoryBanks, refuse_other_data
+from sslzoo_methods.metaug.config import MetAugConfig
+from sslzoo_methods.metaug.encoders import Network, ThreeViewBackbone, build_projector
+from sslzoo_methods.metaug.generators import Generators, generator_optimizer
+from sslzoo_methods.metaug.health import health, meta_health
+from sslzoo_methods.metaug.loss import Objective
+from sslzoo_methods.metaug.meta import bilevel, copied_buffers, mean_over_ranks
+from sslzoo_methods.metaug.objective import ENCODER, objective
+
+
+class MetAug(SSLMethod[MetAugConfig]):
+    """An encoder's step on original and generated features, then the generators' through a virtual one."""
+
+    Config = MetAugConfig
+    needs_double_backward = True
+
+    def __init__(self, cfg: MetAugConfig, backbone: nn.Module, feature_dim: int) -> None:
+        lab = cfg.views == "lab"
+        whole = ThreeViewBackbone(backbone, cfg.color_space) if lab else backbone
+        super().__init__(cfg, whole, feature_dim * (3 if lab else 1))
+        self.automatic_optimization = False
+        self.projector = build_projector(feature_dim, cfg.proj_hidden, cfg.proj_dim, views=cfg.views)
+        self.generators = Generators(cfg)
+        self.banks: MemoryBanks | None = None
+
+    def prepare(self, plan: TrainingPlan, optim: OptimConfig, seed: int) -> None:
+        """Make the banks, where the keys are theirs."""
+        super().prepare(plan, optim, seed)
+        cfg = self.cfg
+        if cfg.keys == "bank":
+            options: dict[str, Any] = {"negatives": cfg.bank_negatives, "momentum": cfg.bank_momentum}
+            self.banks = MemoryBanks(cfg.n_views, plan.dataset_size, cfg.proj_dim, seed=seed, **options)
+
+    def configure_optimizers(self) -> Any:
+        """The recipe's optimiser for the encoder, and the generators' own."""
+        encoder = build_optimizer(self.parameter_groups(), self.optim)
+        return [encoder, generator_optimizer(self.generators, self.cfg)]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """The encoder's optimiser step, then, where due, the generators' with the new encoder."""
+        encoder, generators = self.optimizers()  # type: ignore[misc]
+        lr = learning_rate(self.step, self.optim, self.plan)
+        set_learning_rate(encoder, lr)
+        loss = self.loss(batch)
+        encoder.zero_grad()
+        with autocast_off(loss):  # this is called inside Lightning's autocast region
+            self.manual_backward(loss)
+        scale = self._loss_scale()
+        encoder.step()
+        skipped = self._loss_scale() < scale  # fp16: the scaler met an overflow
+        if not skipped and self.cfg.meta_every and self.step % self.cfg.meta_every == 0:
+            # Not Lightning's wrapper: its scaler and its count of steps are the encoder's.
+            self.meta_step(batch, generators.optimizer, loss_scale=self._loss_scale())
+        self.record("train/loss", loss)
+        self.record("opt/lr", lr)
+        self.finish_step(skipped=skipped)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Equation 5 with the generators held fixed; local crops are queries of its first term only."""
+        passed, z = self.network()(self._views(batch))
+        statistics = copied_buffers(self.generators)
+        generated = functional_call(self.generators, statistics, (z[: self.cfg.n_views],))
+        out = self._objective(batch, z, generated, ENCODER)
+        if self.banks is not None and self.cfg.bank_updates == "once":
+            self.banks.update(batch.sample_id, torch.stack(z[: self.cfg.n_views]).detach())
+        self.publish(**self._named(passed, z, generated, len(batch.sample_id)))
+        for name, value in health(out, z, generated).items():
+            self.record(f"method/{name}", value)
+        return out.loss
+
+    def meta_step(self, batch: Batch, optimizer: torch.optim.Optimizer, *, loss_scale: float = 1.0) -> None:
+        """One step of the generators, at the encoder as it stands. A gradient that overflows is dropped."""
+        evaluate = partial(self._objective, batch)
+        found = bilevel(
+            self.network(), self.generators, self._views(batch), evaluate, self.cfg, loss_scale=loss_scale
+        )
+        gradient = mean_over_ranks(found.total)
+        for name, value in meta_health(found, gradient).items():
+            self.record(f"method/{name}", value)
+        if loss_scale == 1 or all(bool(g.isfinite().all()) for g in gradient):
+            for p, g in zip(self.generators.parameters(), gradient, strict=True):
+                p.grad = g
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def network(self) -> Network:
+        """Backbone and projector as one function."""
+        return Network(self.backbone, self.projector)
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:
+        """``backbone``, ``projector``, and the backbone's with generated features beside them."""
+        passed, z = self.network()([x])
+        return self._named(passed, z, self.generators(z), len(x))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Of a plain view; with three encoders, that of the one that sees all channels."""
+        return self.network()([x])[1][-1]
+
+    def _named(
+        self, passed: Sequence[Tensor], z: Sequence[Tensor], generated: Sequence[Tensor], n: int
+    ) -> dict[str, Tensor]:
+        """Features of the first view, or of all three of a crop."""
+        count = 3 if self.cfg.views == "lab" else 1
+        h = torch.cat([part[:n] for part in passed[:count]], dim=1)
+        made = torch.cat([h, *generated[:count]], dim=1)
+        return {"backbone": h, "projector": torch.cat(list(z[:count]), dim=1), "backbone+generated": made}
+
+    def _views(self, batch: Batch) -> tuple[Tensor, ...]:
+        wanted, got = 1 if self.cfg.views == "lab" else self.cfg.n_views, len(batch.global_views)
+        require(got == wanted, f"method.n_views={self.cfg.n_views} wants {wanted} global views, got {got}")
+        return (*batch.global_views, *batch.local_views)
+
+    def _objective(
+        self, batch: Batch, z: Sequence[Tensor], generated: Sequence[Tensor], call: int
+    ) -> Objective:
+        ramp = interpolate(self.step, self.plan.steps(self.cfg.ramp_epochs) + 1, 0.0, 1.0)
+        ids, step = batch.sample_id, self.step
+        return objective(z, generated, self.cfg, self.banks, ids, call=call, step=step, ramp=ramp)
+
+    def _fingerprint(self) -> str:
+        return getattr(getattr(self.trainer, "datamodule", None), "fingerprint", "")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The banks belong to their data: save its fingerprint."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[FINGERPRINT] = self._fingerprint()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse other data's banks."""
+        super().on_load_checkpoint(checkpoint)
+        if self.banks is not None:
+            refuse_other_data(checkpoint, self._fingerprint())

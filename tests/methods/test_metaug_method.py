@@ -1,0 +1,554 @@
+"""MetAug's method: the two steps, many processes against one, resume, precision, colours, refusals, recipes."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sslzoo.backbones import build_backbone, parameter_count
+from sslzoo.batchnorm import to_sync
+from sslzoo.config import BackboneConfig, OptimConfig, Recipe
+from sslzoo.distributed import all_reduce_mean
+from sslzoo.launch import build_trainer
+from sslzoo.method import Batch
+from sslzoo.plan import TrainingPlan
+from sslzoo.recipe import load_recipe
+from sslzoo.registry import recipes
+from sslzoo.schedules import learning_rate
+from sslzoo_methods.metaug.banks import FINGERPRINT, refuse_other_data
+from sslzoo_methods.metaug.color import normalized, rgb_to_lab, rgb_to_ycbcr
+from sslzoo_methods.metaug.config import MetAugConfig
+from sslzoo_methods.metaug.encoders import ThreeViewBackbone
+from sslzoo_methods.metaug.method import MetAug
+from sslzoo_methods.metaug.objective import ENCODER
+from tests.chaos import Fault, Job, run
+from tests.ranks import run_ranks
+
+OPTIM = OptimConfig(name="sgd", lr=0.1, lr_scaling="none", weight_decay=1e-3, warmup_epochs=0.0)
+BASE = MetAugConfig(
+    name="metaug",
+    aug_weight=0.5,
+    margin_weight=0.3,
+    margin_pos_weight=0.5,
+    virtual_lr=0.2,
+    generator_optim="sgd",
+    generator_lr=0.1,
+    generator_weight_decay=1e-3,
+    proj_hidden=7,
+    proj_dim=5,
+    gen_hidden=6,
+)
+BANK = replace(BASE, keys="bank", bank_negatives=6)
+CONFIGS = {
+    "second order": BASE,
+    "first order": replace(BASE, meta_order=1, generator_optim="adam", margin="small"),
+    "projector": replace(BASE, virtual_params="projector", share_generator=True, margin="mean"),
+    "unified": replace(BASE, contrast_set="unified", weighting="circle", shift=True, detach_sigma=True),
+    "same view": replace(BASE, same_view_negatives=True, margin_in="generator"),
+    "three views": replace(BASE, n_views=3, ramp_epochs=1.0),
+    "bank": BANK,
+    "official": replace(BANK, views="lab", n_views=3, bank_updates="official", margin_pairs="official"),
+}
+N = 6  # global batch
+SIZE = 5 * N  # data set
+
+
+def backbone(channels: int = 3) -> nn.Module:
+    layers = [nn.Conv2d(channels, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Softplus()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def make(cfg: MetAugConfig, *, world: int = 1, dtype: torch.dtype = torch.float64) -> MetAug:
+    torch.manual_seed(3)
+    method = MetAug(cfg, backbone(), 4)
+    plan = TrainingPlan(dataset_size=SIZE, global_batch_size=N, max_epochs=2, world_size=world)
+    method.prepare(plan, OPTIM, 11)
+    return method.to(dtype)
+
+
+def batch_of(
+    cfg: MetAugConfig, step: int, rows: slice = slice(None), dtype: torch.dtype = torch.float64
+) -> Batch:
+    """Rows of the global batch of a step; with crops, local ones too. A sample comes twice."""
+    g = torch.Generator().manual_seed(100 + step)
+    crops = 1 if cfg.views == "lab" else cfg.n_views
+    sizes = [4] * crops + [3] * (cfg.views == "crops")
+    views = [torch.rand(N, 3, s, s, generator=g, dtype=torch.float64).to(dtype)[rows] for s in sizes]
+    ids = torch.randint(SIZE, (N,), generator=g)
+    ids[3] = ids[0]
+    return Batch(tuple(views[:crops]), tuple(views[crops:]), ids[rows])
+
+
+def train(
+    method: MetAug, steps: range, rank: int = 0, world: int = 1, optimizers: Any = None
+) -> list[dict[str, Tensor]]:
+    """Steps as Lightning and DDP take them; losses and gradients of each."""
+    encoder, generators = optimizers or method.configure_optimizers()
+    b, seen = N // world, []
+    for step in steps:
+        batch = batch_of(method.cfg, step, slice(rank * b, rank * b + b))
+        loss = method.loss(batch)
+        encoder.zero_grad()
+        loss.backward()
+        got = {"loss": all_reduce_mean(loss.detach())}
+        for name, p in method.named_parameters():
+            if p.requires_grad:
+                assert p.grad is not None, name
+                p.grad = all_reduce_mean(p.grad)
+                got[name] = p.grad.clone()
+        for group in encoder.param_groups:
+            group["lr"] = learning_rate(method.step, OPTIM, method.plan) * group["lr_factor"]
+        encoder.step()
+        before = [p.clone() for p in method.generators.parameters()]
+        method.meta_step(batch, generators)
+        moved = zip(method.generators.parameters(), before, strict=True)
+        got |= {f"omega{i}": p.detach() - old for i, (p, old) in enumerate(moved)}
+        method.finish_step()
+        seen.append(got)
+    return seen
+
+
+# -- several processes --------------------------------------------------------------------------
+
+
+def _rank(rank: int, world: int, cfg: MetAugConfig) -> Any:
+    method = to_sync(make(cfg, world=world))
+    assert isinstance(method, MetAug)
+    return train(method, range(2), rank, world), dict(method.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "world"), [(name, 2) for name in CONFIGS] + [("second order", 3), ("official", 3)]
+)
+def test_ranks_equal_one_process(name: str, world: int) -> None:
+    """Losses, gradients, the generators' steps, weights, batch norms and banks, through synchronised batch
+    norm and its second derivatives, in float64."""
+    single = make(CONFIGS[name])
+    expected = train(single, range(2))
+    for seen, state in run_ranks(world, _rank, CONFIGS[name]):
+        torch.testing.assert_close(seen, expected, rtol=1e-8, atol=1e-11)
+        assert state.keys() == single.state_dict().keys()
+        for key, value in single.state_dict().items():
+            torch.testing.assert_close(
+                state[key], value, rtol=1e-8, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}"
+            )
+
+
+def test_a_virtual_step_of_each_rank_is_another_thing() -> None:
+    cfg = replace(BASE, virtual_step_sync=False)
+    (_, together), (_, apart) = (run_ranks(2, _rank, c)[0] for c in (BASE, cfg))
+    keys = [key for key in together if key.startswith("generators.") and key.endswith("weight")]
+    assert any(not torch.equal(together[key], apart[key]) for key in keys)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(*[r[1].values() for r in run_ranks(2, _rank, cfg)], strict=True)
+        if a.ndim > 1
+    )
+
+
+# -- the bilevel step ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["second order", "projector", "unified", "same view", "three views", "bank"])
+def test_meta_gradient_by_finite_differences(name: str) -> None:
+    """Of the outer loss along a random direction of the generators, the virtual step recomputed each time."""
+    cfg = replace(CONFIGS[name], gen_hidden=4, detach_sigma=False, weighting="none")
+    method = make(cfg)
+    for net in method.generators.nets:  # smooth, so that differences converge
+        for i, layer in enumerate(net):  # type: ignore[arg-type]
+            if isinstance(layer, nn.ReLU):
+                net[i] = nn.Softplus()  # type: ignore[index]
+    for i, layer in enumerate(method.projector):  # type: ignore[arg-type]
+        if isinstance(layer, nn.ReLU):
+            method.projector[i] = nn.Softplus()  # type: ignore[index]
+    batch, trained = batch_of(cfg, 0), dict(method.network().named_parameters())
+    if cfg.virtual_params == "projector":
+        trained = {k: p for k, p in trained.items() if k.startswith("projector.")}
+    omega = {k: p.detach().clone() for k, p in method.generators.named_parameters()}
+
+    def loss(theta: dict[str, Tensor], w: dict[str, Tensor], call: int) -> Tensor:
+        z = functional_call(method.network(), theta, (method._views(batch),))[1]
+        made = functional_call(method.generators, w, (z[: cfg.n_views],))
+        return method._objective(batch, z, made, call).loss
+
+    def value(w: dict[str, Tensor]) -> Tensor:
+        h = torch.autograd.grad(loss(trained, w, 1), list(trained.values()))
+        moved = {k: p - cfg.virtual_lr * g for (k, p), g in zip(trained.items(), h, strict=True)}
+        return loss(moved, w, 2).detach()
+
+    direction = {k: torch.randn_like(p) for k, p in omega.items()}
+    eps = 1e-5
+    ahead, behind = ({k: p + s * eps * direction[k] for k, p in omega.items()} for s in (1, -1))
+    slope = (value(ahead) - value(behind)) / (2 * eps)
+
+    steps: dict[int, float] = {}
+    for order in (1, 2):
+        twin = copy.deepcopy(method)
+        twin.cfg = replace(cfg, meta_order=order)
+        before = [p.clone() for p in twin.generators.parameters()]
+        twin.meta_step(batch, torch.optim.SGD(twin.generators.parameters(), lr=1.0))
+        moved = zip(before, twin.generators.parameters(), direction.values(), strict=True)
+        steps[order] = float(sum(((a - b) * d).sum() for a, b, d in moved))
+    assert steps[2] == pytest.approx(float(slope), rel=2e-6, abs=1e-9)
+    assert abs(steps[1] - float(slope)) > 1e-4 * abs(float(slope))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_meta_step_leaves_the_encoder_and_moves_statistics_once(name: str) -> None:
+    method = make(CONFIGS[name])
+    batch = batch_of(method.cfg, 0)
+    counters = [k for k in method.state_dict() if k.startswith("generators") and "num_batches" in k]
+    method.loss(batch).backward()
+    state = {k: v.clone() for k, v in method.state_dict().items()}
+    assert all(int(state[k]) == 0 for k in counters)
+    grads = {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
+    method.meta_step(batch, method.configure_optimizers()[1])
+    after = method.state_dict()
+    for key, value in state.items():
+        if not key.startswith(("generators.", "banks.")):
+            assert torch.equal(after[key], value), key
+    per_pass = method.cfg.n_views if method.cfg.share_generator else 1
+    assert all(int(after[k]) == per_pass for k in counters)
+    assert any(
+        not torch.equal(after[k], state[k]) for k in after if k.startswith("generators") and "weight" in k
+    )
+    now = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+    assert now.keys() == grads.keys()
+    assert all(torch.equal(now[n], g) for n, g in grads.items() if now[n] is not None)
+    banks = [k for k in state if k.startswith("banks.")]
+    assert all(torch.equal(after[k], state[k]) == (name != "official") for k in banks)
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products of a shape."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.shape, self.count = (rows, columns), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.count += tuple(out.shape[-2:]) == self.shape
+        return out
+
+
+def test_all_terms_come_from_one_product() -> None:
+    method = make(replace(BASE, n_views=3))
+    z = [torch.nn.functional.normalize(torch.randn(N, 5, dtype=torch.float64), dim=1) for _ in range(6)]
+    with Products(2 * 3 * N, 3 * N) as products, torch.no_grad():
+        method._objective(batch_of(method.cfg, 0), z[:3], z[3:], ENCODER)
+    assert products.count == 1
+
+
+def test_the_ramp_starts_at_zero_and_margin_in_says_where() -> None:
+    method = make(CONFIGS["three views"])
+    batch = batch_of(method.cfg, 0)
+    z = method.network()(method._views(batch))[1]
+    made = method.generators(z[:3])
+    starts = method._objective(batch, z, made, ENCODER)
+    assert torch.equal(starts.loss, starts.terms[0])
+    method.optimizer_steps = 5
+    full = method._objective(batch, z, made, ENCODER)
+    expected = full.terms[0] + 0.5 * full.terms[1:].sum() + 0.3 * full.regulariser
+    torch.testing.assert_close(full.loss, expected)
+    for where, weights in {"generator": (0, 0.3, 0.3), "none": (0, 0, 0)}.items():
+        method.cfg = replace(method.cfg, margin_in=where)
+        for call, weight in enumerate(weights):
+            got = method._objective(batch, z, made, call)
+            torch.testing.assert_close(got.loss, expected + (weight - 0.3) * full.regulariser)
+
+
+# -- Lightning ----------------------------------------------------------------------------------
+
+SMALL = (
+    "method.proj_hidden=16",
+    "method.proj_dim=8",
+    "method.gen_hidden=16",
+    "views.0.size=8",
+    "logging.checkpoint_every_steps=2",
+    "logging.every_steps=2",
+)
+BANKS = ("method.keys=bank", "method.bank_negatives=8", "method.bank_updates=official")
+JOB = Job(recipe="metaug_fashion_mnist", overrides=SMALL, epochs=2, samples=48, batch=16)
+
+
+@pytest.mark.parametrize("extra", [(), BANKS], ids=["batch", "bank"])
+def test_killed_and_resumed_is_bit_equal(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    """Both optimisers, the generators with their statistics, the banks and the draws from them."""
+    job = replace(JOB, overrides=(*SMALL, *extra))
+    whole = run(job, tmp_path / "whole")
+    killed = run(job, tmp_path / "killed", [Fault("batch", 3)])
+    assert killed.sessions == 2
+    assert killed.digest == whole.digest
+    assert killed.metrics == whole.metrics
+    assert "method/second_order_share" in whole.metrics
+
+
+def test_two_processes_under_lightning(tmp_path: Path) -> None:
+    """DDP sees the encoder alone; a kill and a resume change nothing."""
+    job = replace(JOB, world=2, overrides=(*SMALL, "+trainer.sync_batchnorm=true"[1:]))
+    whole = run(job, tmp_path / "whole")
+    assert run(job, tmp_path / "killed", [Fault("start", 2)]).digest == whole.digest
+
+
+class Batches(torch.utils.data.Dataset[Any]):
+    def __init__(self, cfg: MetAugConfig) -> None:
+        self.cfg = cfg
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> Batch:
+        return batch_of(self.cfg, i, dtype=torch.float32)
+
+
+def fit(cfg: MetAugConfig, folder: Path, precision: str) -> MetAug:
+    method = make(cfg, dtype=torch.float32)
+    loader = torch.utils.data.DataLoader(Batches(cfg), batch_size=None)
+    options = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "precision": precision,
+        "limit_val_batches": 0,
+    }
+    build_trainer(options, run_dir=folder, callbacks=[]).fit(method, loader)
+    assert method.optimizer_steps == 2
+    assert method.trainer.global_step == 2
+    return method
+
+
+@pytest.mark.parametrize("meta_precision", [32, 16])
+def test_bfloat16_is_finite_and_close(tmp_path: Path, meta_precision: int) -> None:
+    cfg = replace(BASE, meta_precision=meta_precision)
+    exact, half = fit(cfg, tmp_path, "32-true"), fit(cfg, tmp_path, "bf16-mixed")
+    for name in ("train/loss", "method/contrast"):
+        assert float(half.recorded[name]) == pytest.approx(float(exact.recorded[name]), rel=1e-2)
+    for name, p in half.named_parameters():
+        assert p.isfinite().all() and p.dtype == torch.float32, name
+    moved = dict(exact.named_parameters())
+    for name, p in half.named_parameters():
+        torch.testing.assert_close(p, moved[name], rtol=0.1, atol=0.02)
+
+
+def test_meta_every_and_frozen_generators(tmp_path: Path) -> None:
+    start = make(BASE, dtype=torch.float32).generators.state_dict()
+    for every, moved in ((0, False), (1, True)):
+        after = fit(replace(BASE, meta_every=every), tmp_path, "32-true").generators.state_dict()
+        assert any(not torch.equal(after[k], v) for k, v in start.items()) is moved
+
+
+def test_generators_stay_out_of_the_encoders_optimiser() -> None:
+    method = make(BASE)
+    names = [n for group in method.parameter_groups() for n, _ in group["named"]]
+    assert names
+    assert not any("generators" in n for n in names)
+    encoder, generators = method.configure_optimizers()
+    assert sum(len(g["params"]) for g in encoder.param_groups) == len(names)
+    assert sum(len(g["params"]) for g in generators.param_groups) == len(list(method.generators.parameters()))
+
+
+def test_what_is_published_and_recorded() -> None:
+    for name, widths in (("second order", (4, 5, 9)), ("official", (12, 15, 27))):
+        method = make(CONFIGS[name])
+        batch = batch_of(method.cfg, 0)
+        method.loss(batch)
+        method.meta_step(batch, method.configure_optimizers()[1])
+        plain = method.eval().features(batch.global_views[0])
+        for features in (method.published, plain):
+            got = [features[k].shape for k in ("backbone", "projector", "backbone+generated")]
+            assert got == [(N, width) for width in widths]
+        assert not any(v.requires_grad for v in method.published.values())
+        assert method.embed(batch.global_views[0]).shape == (N, 5)
+        values = {k: float(v) for k, v in method.recorded.items()}
+        assert -1 <= values["method/generated_cosine"] <= 1
+        assert 0 < values["method/second_order_share"] <= 2
+        assert values["method/sigma_pos"] <= values["method/sigma_neg"]
+        assert 0 < values["method/online_std"] <= 1.01
+
+
+def test_other_data_is_refused() -> None:
+    refuse_other_data({FINGERPRINT: "a"}, "a")
+    with pytest.raises(ValueError, match=r"belong to other data \(fingerprint a, now b\)"):
+        refuse_other_data({FINGERPRINT: "a"}, "b")
+
+
+# -- colours and encoders -----------------------------------------------------------------------
+
+
+def test_known_colours() -> None:
+    colours = torch.tensor(
+        [[1.0, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0.5], [0.02, 0.02, 0.02]]
+    )
+    lab = torch.tensor(
+        [
+            [100.0, 0, 0],
+            [0, 0, 0],
+            [53.2406, 80.0923, 67.2028],
+            [87.7351, -86.1830, 83.1796],
+            [32.2957, 79.1856, -107.8573],
+            [53.3890, 0, 0],
+            [1.3983, 0, 0],
+        ]
+    )
+    got = rgb_to_lab(colours[:, :, None, None].double())[:, :, 0, 0].float()
+    torch.testing.assert_close(got, lab, rtol=0, atol=0.02)
+    ycbcr = rgb_to_ycbcr(colours[:3, :, None, None])[:, :, 0, 0]
+    expected = torch.tensor([[235.0, 128, 128], [16, 128, 128], [81.481, 90.203, 240]])
+    torch.testing.assert_close(ycbcr, expected, rtol=0, atol=1e-3)
+    middle = normalized(torch.full((1, 3, 1, 1), 0.466), "lab")[0, :, 0, 0]
+    assert middle[0].abs() < 0.01
+    torch.testing.assert_close(
+        middle[1:], torch.tensor([-6.025 / 92.208, 6.6895 / 101.1675]), atol=1e-3, rtol=0
+    )
+
+
+def test_three_encoders_see_their_channels() -> None:
+    torch.manual_seed(0)
+    three = ThreeViewBackbone(backbone(), "lab").eval()
+    assert [part[0].in_channels for part in three.parts] == [1, 2, 3]  # type: ignore[index]
+    rgb = torch.rand(2, 3, 4, 4)
+    x = normalized(rgb, "lab")
+    whole = torch.cat([three.parts[0](x[:, :1]), three.parts[1](x[:, 1:]), three.parts[2](x)], dim=1)
+    torch.testing.assert_close(three(rgb), whole)
+    with pytest.raises(ValueError, match="begins with a convolution"):
+        ThreeViewBackbone(nn.Flatten(), "lab")
+
+
+def test_the_official_encoders_have_the_official_size() -> None:
+    r = load_recipe("metaug_official_cifar10").recipe
+    with torch.device("meta"):
+        net, width = build_backbone(r.backbone)
+        assert isinstance(r.method, MetAugConfig)
+        method = MetAug(r.method, net, width)
+    encoder = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    assert round(encoder / 1e6, 1) == 44.5
+    assert round(parameter_count(method.generators) / 3e6, 2) == 4.73
+    with pytest.raises(ValueError, match="one form"):
+        build_backbone(BackboneConfig(name="half_alexnet", stem="small"))
+
+
+# -- config -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gamma": 0.0}, "method.gamma must be positive"),
+        ({"aug_weight": -1.0}, "method.aug_weight must not be negative"),
+        ({"bank_momentum": 1.0}, "method.bank_momentum must lie in"),
+        ({"margin": "huge"}, "method.margin must be one of"),
+        ({"meta_order": 3}, "method.meta_order must be 1 or 2"),
+        ({"meta_every": -1}, "method.meta_every must not be negative"),
+        ({"meta_precision": 64}, "method.meta_precision must be 16 or 32"),
+        ({"n_views": 1}, "method.n_views must be at least 2"),
+        ({"views": "lab"}, "method.views=lab has 3 views, got 2"),
+        ({"margin_pairs": "official"}, "method.margin_pairs=official is defined for"),
+        ({"bank_updates": "official"}, "method.bank_updates=official goes with"),
+        ({"keys": "bank", "contrast_set": "unified"}, "go with method.keys=batch"),
+        ({"keys": "bank", "same_view_negatives": True}, "go with method.keys=batch"),
+        ({"m": 2.0}, "method.m must lie in"),
+    ],
+)
+def test_config_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(BASE, **changes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        ("metaug_cifar10", {"accumulate_grad_batches": 2}, "set trainer.accumulate_grad_batches=1"),
+        ("metaug_cifar10", {"gradient_clip_val": 1.0}, "remove trainer.gradient_clip_val"),
+        ("metaug_cifar10", {"precision": "bf16-true"}, "use bf16-mixed"),
+        ("metaug_cifar10", {"precision": "16-mixed"}, ""),
+    ],
+)
+def test_recipe_must_suit_the_method(recipe: str, changes: dict[str, Any], message: str) -> None:
+    r = load_recipe(recipe).recipe
+    trainer = {**r.trainer, **changes}
+    if not message:
+        replace(r, trainer=trainer)
+        low = replace(r.method, meta_precision=16)
+        message, r = "set method.meta_precision=32", replace(r, method=low)
+        replace(r, trainer=trainer, method=replace(low, generator_loss_scale=1e3))
+    with pytest.raises(ValueError, match=message):
+        replace(r, trainer=trainer)
+
+
+def test_views_must_suit_the_method() -> None:
+    r = load_recipe("metaug_cifar10").recipe
+    (view,) = r.views
+    replace(r, views=(view, replace(view, role="local", size=16)))
+    with pytest.raises(ValueError, match=r"takes 2 global view\(s\), got 3"):
+        replace(r, views=(replace(view, count=3),))
+    lab = load_recipe("metaug_official_cifar10").recipe
+    with pytest.raises(ValueError, match="takes no local views"):
+        replace(lab, views=(*lab.views, replace(view, role="local")))
+    with pytest.raises(ValueError, match=r"set data\.mean to"):
+        replace(lab, data=r.data)
+    with pytest.raises(ValueError, match="wants 2 global views, got 1"):
+        make(BASE).loss(batch_of(CONFIGS["official"], 0))
+
+
+def test_one_sample_without_banks_is_refused() -> None:
+    z = [torch.ones(1, 5)] * 2
+    with pytest.raises(ValueError, match="needs negatives"):
+        make(BASE)._objective(Batch((), (), torch.zeros(1)), z, z, ENCODER)
+
+
+# -- recipes: data, backbone, batch, epochs, peak rate, decay, views, keys --------------------------
+
+ROWS = {
+    "metaug_cifar10": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
+    "metaug_cifar100": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
+    "metaug_stl10": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
+    "metaug_tiny_imagenet": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
+    "metaug_in100": ("resnet50", 512, 200, 0.06, 1e-4, "crops", "batch", 1e-5),
+    "metaug_in1k": ("resnet50", 2048, 200, 2.4, 1e-6, "crops", "batch", 1e-5),
+    "metaug_cifar10_strong": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 0.1),
+    "metaug_cifar10_paper": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
+    "metaug_official_cifar10": ("half_alexnet", 64, 300, 0.03, 1e-4, "lab", "bank", 1e-5),
+    "metaug_fashion_mnist": ("conv4", 256, 25, 3e-3, 1e-4, "crops", "batch", 0.1),
+}
+
+
+def plan_of(r: Recipe) -> TrainingPlan:
+    batch, epochs = r.data.global_batch_size, r.trainer["max_epochs"]
+    return TrainingPlan(dataset_size=10**6, global_batch_size=batch, max_epochs=epochs)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_recipes_hold_the_card_s_numbers(name: str) -> None:
+    r = load_recipe(name).recipe
+    cfg, plan = r.method, plan_of(r)
+    assert isinstance(cfg, MetAugConfig)
+    rate = pytest.approx(plan.scaled_lr(r.optim))
+    row = (r.backbone.name, plan.global_batch_size, plan.max_epochs, rate, r.optim.weight_decay)
+    assert (*row, cfg.views, cfg.keys, cfg.aug_weight) == ROWS[name]
+    assert (cfg.gamma, cfg.scale, cfg.m) == (16, 16, 0.25)
+    assert (cfg.weighting == "circle") == cfg.shift == name.endswith("_paper")
+    assert cfg.detach_sigma == (cfg.margin_weight > 1e-3)
+
+
+def test_every_recipe_of_the_method_is_in_the_table() -> None:
+    assert {name for name in recipes() if name.startswith("metaug_")} == set(ROWS)
+
+
+def test_official_schedule() -> None:
+    """0.03, and a tenth of it after epochs 120, 160 and 200."""
+    r = load_recipe("metaug_official_cifar10").recipe
+    plan = plan_of(r)
+    at = [
+        learning_rate(epoch * plan.steps_per_epoch, r.optim, plan) for epoch in (0, 119, 120, 160, 200, 299)
+    ]
+    assert at == pytest.approx([0.03, 0.03, 3e-3, 3e-4, 3e-5, 3e-5])
