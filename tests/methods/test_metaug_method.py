@@ -160,7 +160,7 @@ def test_a_virtual_step_of_each_rank_is_another_thing() -> None:
 @pytest.mark.parametrize("name", ["second order", "projector", "unified", "same view", "three views", "bank"])
 def test_meta_gradient_by_finite_differences(name: str) -> None:
     """Of the outer loss along a random direction of the generators, the virtual step recomputed each time."""
-    cfg = replace(CONFIGS[name], gen_hidden=4, detach_sigma=False, weighting="none")
+    cfg = replace(CONFIGS[name], gen_hidden=4, detach_sigma=False, weighting="none", ramp_epochs=0.0)
     method = make(cfg)
     for net in method.generators.nets:  # smooth, so that differences converge
         for i, layer in enumerate(net):  # type: ignore[arg-type]
@@ -295,7 +295,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path: Path, extra: tuple[str, ...])
 
 def test_two_processes_under_lightning(tmp_path: Path) -> None:
     """DDP sees the encoder alone; a kill and a resume change nothing."""
-    job = replace(JOB, world=2, overrides=(*SMALL, "+trainer.sync_batchnorm=true"[1:]))
+    job = replace(JOB, world=2, overrides=(*SMALL, "trainer.sync_batchnorm=true"))
     whole = run(job, tmp_path / "whole")
     assert run(job, tmp_path / "killed", [Fault("start", 2)]).digest == whole.digest
 
@@ -371,7 +371,7 @@ def test_what_is_published_and_recorded() -> None:
         assert method.embed(batch.global_views[0]).shape == (N, 5)
         values = {k: float(v) for k, v in method.recorded.items()}
         assert -1 <= values["method/generated_cosine"] <= 1
-        assert 0 < values["method/second_order_share"] <= 2
+        assert values["method/second_order_share"] > 0
         assert values["method/sigma_pos"] <= values["method/sigma_neg"]
         assert 0 < values["method/online_std"] <= 1.01
 
