@@ -247,9 +247,7 @@ class MarginAnalysisConfig:
 
     def __post_init__(self) -> None:
         require(len(self.margins) > 0, "logging.margins.margins must list margins, such as [[10.0, 0.0]]")
-        require(
-            self.every_steps > 0, f"logging.margins.every_steps must be positive, got {self.every_steps}"
-        )
+        require(self.every_steps > 0, f"logging.margins.every_steps must be positive, got {self.every_steps}")
         require(
             self.temperature >= 0,
             f"logging.margins.temperature must not be negative, got {self.temperature}",

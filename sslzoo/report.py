@@ -20,7 +20,12 @@ ROWS = {
     "raw_pixels_": "raw pixels",
     "pca_": "PCA-64 of the pixels",
 }
-COLUMNS = {"linear_top1": "linear top-1", "linear_top5": "linear top-5", "knn_top1": "k-NN top-1"}
+COLUMNS = {
+    "linear_top1": "linear top-1",
+    "linear_top5": "top-5",
+    "logistic_top1": "logistic regression",
+    "knn_top1": "k-NN",
+}
 # Okabe and Ito's colours: apart for every kind of colour vision, and in grey.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 

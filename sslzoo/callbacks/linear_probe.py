@@ -9,7 +9,6 @@ from math import cos, pi
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -17,125 +16,12 @@ from sslzoo.callbacks.features import Shard, eval_sets, labelled, suffix
 from sslzoo.callbacks.meter import log_metrics
 from sslzoo.config import ProbeConfig, require
 from sslzoo.data.randomness import is_holdout
-from sslzoo.distributed import all_reduce_sum, world_size
-from sslzoo.evaluate.linear import linear_probe, standardizer, within_top
+from sslzoo.evaluate.linear import standardizer
+from sslzoo.evaluate.sgd_probe import LinearResult, SGDProbe, choose, linear_evaluation
 from sslzoo.method import Batch, EvalBatch, SSLMethod
 
 if TYPE_CHECKING:
     from sslzoo.data.module import EvalSet
-
-STATISTICS_RATE = 0.1  # of the running feature statistics: about the last ten steps
-EPS = 1e-5  # in the variance, as batch norm has it
-
-
-class OnlineProbe:
-    """L softmax classifiers on the same features, one a learning rate, trained by SGD with momentum.
-
-    The features are standardised by running statistics of the steps before (batch norm without affine
-    parameters), which makes learning rates carry over between encoders; the first step only sets them.
-    The gradient is in closed form, so nothing can flow back. All sums of a step lie in one vector: one
-    all-reduce, in flight while the next batch is computed.
-    """
-
-    def __init__(
-        self,
-        classes: int,
-        width: int,
-        cfg: ProbeConfig,
-        *,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.classes, self.width, self.cfg = classes, width, cfg
-        rates = len(cfg.lrs)
-        self.lrs = torch.tensor(cfg.lrs, device=device, dtype=dtype)[:, None, None]
-        self.weight = torch.zeros(rates, classes, 1 + width, device=device, dtype=dtype)  # bias first
-        self.velocity = torch.zeros_like(self.weight)
-        self.mean = torch.zeros(width, device=device, dtype=dtype)
-        self.variance = torch.zeros_like(self.mean)
-        self.updates = 0  # steps that entered the statistics
-        self._class_index = torch.arange(classes, device=device)
-        self._ones = torch.ones(1, 1, device=device, dtype=dtype)
-        # Sums over the step: gradient, both moments of the features, samples trained on, samples seen.
-        sizes = (self.weight.numel(), width, width, 1, 1)
-        self._sums = torch.zeros(sum(sizes), device=device, dtype=dtype)
-        gradient, self._first, self._second, self._trained, self._seen = self._sums.split(sizes)
-        self._gradient = gradient.view(rates * classes, 1 + width)
-        self._work: Any = None
-        self._factor: float | None = None  # of the step that has started and not finished
-
-    def logits(self, z: Tensor) -> Tensor:
-        """Of standardised features (N, F): (L, N, C)."""
-        return self._with_bias(z.to(self.mean.dtype)) @ self.weight.mT
-
-    def _with_bias(self, z: Tensor) -> Tensor:
-        return torch.cat([self._ones.expand(len(z), 1), z], dim=1)  # (N, 1+F)
-
-    @torch.no_grad()
-    def accumulate(self, x: Tensor, label: Tensor, held_out: Tensor) -> None:
-        """Add a micro-batch: features (N, F), labels (N,), negative where unknown, and whether a sample
-        is held out (N,): such a sample enters the statistics, its label nothing."""
-        self.finish()
-        centred = x.detach().to(self.mean.dtype) - self.mean
-        self._first += centred.sum(0)
-        self._second += (centred * centred).sum(0)
-        self._seen += len(x)
-        if self.updates == 0:
-            return
-        trains = ~held_out & (label >= 0)
-        self._trained += trains.sum()
-        z = self._with_bias(centred * (self.variance + EPS).rsqrt())
-        error = (z @ self.weight.flatten(0, 1).T).view(len(z), -1, self.classes).softmax(2)
-        # One (N, 1, C) comparison serves all rates.
-        error -= (label[:, None] == self._class_index).unsqueeze(1).to(error.dtype)
-        error *= trains[:, None, None]
-        self._gradient.addmm_(error.flatten(1).T, z)
-
-    @torch.no_grad()
-    def start(self, factor: float) -> None:
-        """Begin the step whose learning rates are ``factor`` times the configured ones."""
-        self._factor = factor
-        if world_size() > 1:
-            self._work = dist.all_reduce(self._sums, async_op=True)
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Complete the step in flight, if there is one."""
-        if self._factor is None:
-            return
-        if self._work is not None:
-            self._work.wait()
-        if self.updates > 0:
-            gradient = (self._gradient / self._trained.clamp_min(1)).view_as(self.weight)
-            if self.cfg.weight_decay:
-                gradient[..., 1:].add_(self.weight[..., 1:], alpha=self.cfg.weight_decay)
-            self.velocity.mul_(self.cfg.momentum).add_(gradient)
-            self.weight.addcmul_(self.lrs, self.velocity, value=-self._factor)
-        rate = STATISTICS_RATE if self.updates else 1.0
-        shift = self._first / self._seen
-        self.variance.lerp_((self._second / self._seen - shift * shift).clamp_min_(0), rate)
-        self.mean.add_(shift, alpha=rate)
-        self.updates += 1
-        self._sums.zero_()
-        self._factor = self._work = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and one integer, equal on all ranks."""
-        self.finish()
-        tensors = {"weight": self.weight, "velocity": self.velocity}
-        return tensors | {"mean": self.mean, "variance": self.variance, "updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore; the shapes must be those of this probe."""
-        for name in ("weight", "velocity", "mean", "variance"):
-            own, stored = getattr(self, name), state[name]
-            require(
-                own.shape == stored.shape,
-                f"the checkpoint's probe {name} has shape {tuple(stored.shape)}, this run's "
-                f"{tuple(own.shape)}; keep probe.lrs, backbone and data as they were",
-            )
-            own.copy_(stored)
-        self.updates = state["updates"]
 
 
 class LinearProbe(Callback):
@@ -147,15 +33,14 @@ class LinearProbe(Callback):
     Features of plain images are standardised by the statistics of the plain training images.
 
     Labelled data of ``probe.data``, which no training batch shows, is measured by
-    :func:`sslzoo.evaluate.linear.linear_probe`, fitted anew each time; ``val/linear_l2`` is then the
-    chosen strength. The first data set and layer have the plain keys, the others append
-    ``/<data>/<layer>``. ``results`` holds the latest values.
+    :func:`sslzoo.evaluate.sgd_probe.linear_evaluation`, trained anew each time. The first data set and
+    layer have the plain keys, the others append ``/<data>/<layer>``. ``results`` holds the latest values.
     """
 
     def __init__(self, cfg: ProbeConfig, *, seed: int) -> None:
         self.cfg, self.seed = cfg, seed
         self.results: dict[str, float] = {}
-        self.probes: dict[str, OnlineProbe] = {}
+        self.probes: dict[str, SGDProbe] = {}
         self._sets: list[EvalSet] = []
         self._classes: dict[str, int] = {}
         self._restored: dict[str, dict[str, Any]] = {}
@@ -206,9 +91,9 @@ class LinearProbe(Callback):
         )
         return known[layer]
 
-    def _probe(self, layer: str, x: Tensor) -> OnlineProbe:
+    def _probe(self, layer: str, x: Tensor) -> SGDProbe:
         if layer not in self.probes:
-            probe = OnlineProbe(self._classes[""], x.shape[1], self.cfg, device=x.device)
+            probe = SGDProbe(self._classes[""], x.shape[1], self.cfg, device=x.device)
             if layer in self._restored:
                 probe.load_state_dict(self._restored.pop(layer))
             self.probes[layer] = probe
@@ -258,25 +143,21 @@ class LinearProbe(Callback):
         train_x, train_y, held_out, test_x, test_y = self._collected("", layer, device)
         # Plain images are not distributed like augmented views: they have statistics of their own.
         standardize = standardizer(train_x)
-        probe = self._probe(layer, train_x)
-        chosen = _counts(probe, standardize(train_x[held_out]), train_y[held_out])
-        test = _counts(probe, standardize(test_x), test_y)
-        require(chosen[2][0] > 0, "no training sample is held out to choose the probe; raise probe.holdout")
-        require(test[2][0] > 0, "the test set is empty")
-        best = max(range(len(self.cfg.lrs)), key=lambda i: (chosen[0][i], -self.cfg.lrs[i]))
-        self.results |= {
-            f"val/linear_top1{end}": test[0][best] / test[2][best],
-            f"val/linear_top5{end}": test[1][best] / test[2][best],
-            f"val/linear_lr{end}": self.cfg.lrs[best],
-        }
+        held_out_set = standardize(train_x[held_out]), train_y[held_out]
+        self._report(choose(self._probe(layer, train_x), held_out_set, (standardize(test_x), test_y)), end)
 
     def _measure_other(self, data: str, layer: str, classes: int, end: str, device: torch.device) -> None:
         train_x, train_y, held_out, test_x, test_y = self._collected(data, layer, device)
-        found = linear_probe(train_x, train_y, test_x, test_y, held_out, classes=classes)
+        found = linear_evaluation(
+            (train_x, train_y), (test_x, test_y), held_out, self.cfg, classes=classes, seed=self.seed
+        )
+        self._report(found, end)
+
+    def _report(self, found: LinearResult, end: str) -> None:
         self.results |= {
             f"val/linear_top1{end}": found.top1,
             f"val/linear_top5{end}": found.top5,
-            f"val/linear_l2{end}": found.l2,
+            f"val/linear_lr{end}": found.lr,
         }
 
     def _collected(
@@ -297,10 +178,3 @@ class LinearProbe(Callback):
         """Kept until the first features tell the shapes."""
         self._restored = dict(state_dict)
         self.probes = {}
-
-
-def _counts(probe: OnlineProbe, z: Tensor, label: Tensor) -> list[list[int]]:
-    """Over all ranks, by learning rate: samples right at top-1, at top-5, and samples."""
-    logits = probe.logits(z)
-    top1, top5 = (within_top(logits, label, k).sum(1) for k in (1, 5))
-    return all_reduce_sum(torch.stack([top1, top5, torch.full_like(top1, len(z))])).tolist()

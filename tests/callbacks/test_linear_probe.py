@@ -13,12 +13,14 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from sslzoo.callbacks import linear_probe as module
-from sslzoo.callbacks.linear_probe import EPS, STATISTICS_RATE, LinearProbe, OnlineProbe
+from sslzoo.callbacks.linear_probe import LinearProbe
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.position import Position
 from sslzoo.config import DataConfig, EvalConfig, MethodConfig, OptimConfig, ProbeConfig, ViewConfig
 from sslzoo.data.module import SSLDataModule
 from sslzoo.data.sources import FakeSource
+from sslzoo.evaluate.linear import within_top
+from sslzoo.evaluate.sgd_probe import EPS, STATISTICS_RATE, SGDProbe
 from sslzoo.method import Batch, EvalBatch, SSLMethod
 from sslzoo.plan import TrainingPlan
 from tests.ranks import run_ranks
@@ -46,7 +48,7 @@ def test_all_rates_at_once_equal_separate_probes_trained_by_autograd() -> None:
     x, y = _problem(12 * 32, torch.float64)
     cfg = _cfg(momentum=0.8, weight_decay=0.01)
     held_out = torch.rand(len(x)) < 0.25
-    probe = OnlineProbe(CLASSES, WIDTH, cfg, device=CPU, dtype=torch.float64)
+    probe = SGDProbe(CLASSES, WIDTH, cfg, device=CPU, dtype=torch.float64)
     layers = [nn.Linear(WIDTH, CLASSES).double() for _ in cfg.lrs]
     for layer in layers:
         nn.init.zeros_(layer.weight)
@@ -86,7 +88,7 @@ def _trained(
 ) -> dict[str, Any]:
     """Six steps over ``x``, each in ``parts`` micro-batches; of which rank ``share[0]`` of ``share[1]``
     sees its contiguous part."""
-    probe = OnlineProbe(CLASSES, WIDTH, _cfg(), device=CPU, dtype=x.dtype)
+    probe = SGDProbe(CLASSES, WIDTH, _cfg(), device=CPU, dtype=x.dtype)
     for step, rows in enumerate(torch.arange(len(x)).chunk(6)):
         for micro in rows.chunk(parts):
             own = micro.chunk(share[1])[share[0]]
@@ -117,13 +119,13 @@ def test_held_out_and_unknown_labels_change_nothing() -> None:
 
 def test_a_diverging_rate_harms_no_other_and_is_never_right() -> None:
     x, y = _problem(6 * 24)
-    probe = OnlineProbe(CLASSES, WIDTH, _cfg((0.1, 1e38)), device=CPU)
+    probe = SGDProbe(CLASSES, WIDTH, _cfg((0.1, 1e38)), device=CPU)
     for rows in torch.arange(len(x)).chunk(6):
         probe.accumulate(x[rows], y[rows], torch.zeros(len(rows), dtype=torch.bool))
         probe.start(1.0)
     probe.finish()
     assert probe.weight[0].isfinite().all() and not probe.weight[1].isfinite().all()
-    right = module.within_top(probe.logits(x), y, 1).sum(1)
+    right = within_top(probe.logits(x), y, 1).sum(1)
     assert right[0] > len(x) / CLASSES and right[1] == 0
 
 
@@ -176,14 +178,19 @@ def test_ranks_with_unequal_shards_equal_one_process(world: int) -> None:
     alone, state = _measured(0, 1)
     assert set(alone) == {
         f"val/linear_{metric}{end}"
-        for ends, last in ((("", "/data/double"), "lr"), (("/other/backbone", "/other/double"), "l2"))
-        for metric in ("top1", "top5", last)
-        for end in ends
+        for metric in ("top1", "top5", "lr")
+        for end in ("", "/data/double", "/other/backbone", "/other/double")
     }
     assert alone["val/linear_top1"] > 0.6 and alone["val/linear_top1/other/backbone"] > 0.6
     ranks = run_ranks(world, _measured)
     for results, other in ranks:
-        assert results == alone
+        assert results == ranks[0][0]
+        assert {k: v for k, v in results.items() if "/other/" not in k} == {
+            k: v for k, v in alone.items() if "/other/" not in k
+        }
+        # Linear evaluation of other data composes its batches of the ranks' shares.
+        key = "val/linear_top1/other/backbone"
+        assert results[key] == pytest.approx(alone[key], abs=0.05)
         assert other == ranks[0][1]  # to the bit: rank 0's state is everybody's
         for name, values in state.items():
             torch.testing.assert_close(torch.tensor(other[name]), torch.tensor(values), rtol=1e-4, atol=1e-5)
@@ -267,9 +274,9 @@ def test_state_survives_a_restart(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_other_rates_is_refused() -> None:
-    stored = OnlineProbe(CLASSES, WIDTH, _cfg(), device=CPU).state_dict()
+    stored = SGDProbe(CLASSES, WIDTH, _cfg(), device=CPU).state_dict()
     with pytest.raises(ValueError, match=r"probe\.lrs"):
-        OnlineProbe(CLASSES, WIDTH, _cfg((0.1,)), device=CPU).load_state_dict(stored)
+        SGDProbe(CLASSES, WIDTH, _cfg((0.1,)), device=CPU).load_state_dict(stored)
 
 
 def test_an_unknown_layer_names_those_there_are() -> None:

@@ -30,6 +30,7 @@ from sslzoo.plan import TrainingPlan
 PROMISED = {
     "linear_top1",
     "linear_top5",
+    "logistic_top1",
     "knn_top1",
     "raw_pixels_linear_top1",
     "raw_pixels_knn_top1",

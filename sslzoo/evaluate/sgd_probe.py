@@ -1,0 +1,199 @@
+"""Linear evaluation as the papers do it: softmax classifiers on frozen features, by SGD without regularisation.
+
+N samples of a batch, F features, C classes, L learning rates, trained all at once; the best is chosen on
+held-out training samples.
+"""
+
+from __future__ import annotations
+
+from math import cos, pi
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sslzoo.config import ProbeConfig, require
+from sslzoo.distributed import all_reduce_sum, world_size
+from sslzoo.evaluate.linear import standardizer, within_top
+
+EPOCHS = 50  # of linear evaluation on extracted features,
+STEPS = 1000  # and at least so many steps
+BATCH = 256  # samples a step of it, over all ranks
+STATISTICS_RATE = 0.1  # of the running feature statistics: about the last ten steps
+EPS = 1e-5  # in the variance, as batch norm has it
+
+
+class SGDProbe:
+    """L softmax classifiers on the same features, one a learning rate, trained by SGD with momentum.
+
+    The features are standardised by running statistics of the steps before (batch norm without affine
+    parameters), which makes learning rates carry over between encoders; the first step only sets them.
+    The gradient is in closed form, so nothing can flow back. All sums of a step lie in one vector: one
+    all-reduce, in flight while the next batch is computed.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        width: int,
+        cfg: ProbeConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.classes, self.width, self.cfg = classes, width, cfg
+        rates = len(cfg.lrs)
+        self.lrs = torch.tensor(cfg.lrs, device=device, dtype=dtype)[:, None, None]
+        self.weight = torch.zeros(rates, classes, 1 + width, device=device, dtype=dtype)  # bias first
+        self.velocity = torch.zeros_like(self.weight)
+        self.mean = torch.zeros(width, device=device, dtype=dtype)
+        self.variance = torch.zeros_like(self.mean)
+        self.updates = 0  # steps that entered the statistics
+        self._class_index = torch.arange(classes, device=device)
+        self._ones = torch.ones(1, 1, device=device, dtype=dtype)
+        # Sums over the step: gradient, both moments of the features, samples trained on, samples seen.
+        sizes = (self.weight.numel(), width, width, 1, 1)
+        self._sums = torch.zeros(sum(sizes), device=device, dtype=dtype)
+        gradient, self._first, self._second, self._trained, self._seen = self._sums.split(sizes)
+        self._gradient = gradient.view(rates * classes, 1 + width)
+        self._work: Any = None
+        self._factor: float | None = None  # of the step that has started and not finished
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Of standardised features (N, F): (L, N, C)."""
+        return self._with_bias(z.to(self.mean.dtype)) @ self.weight.mT
+
+    def _with_bias(self, z: Tensor) -> Tensor:
+        return torch.cat([self._ones.expand(len(z), 1), z], dim=1)  # (N, 1+F)
+
+    @torch.no_grad()
+    def accumulate(self, x: Tensor, label: Tensor, held_out: Tensor) -> None:
+        """Add a micro-batch: features (N, F), labels (N,), negative where unknown, and whether a sample
+        is held out (N,): such a sample enters the statistics, its label nothing."""
+        self.finish()
+        centred = x.detach().to(self.mean.dtype) - self.mean
+        self._first += centred.sum(0)
+        self._second += (centred * centred).sum(0)
+        self._seen += len(x)
+        if self.updates == 0:
+            return
+        trains = ~held_out & (label >= 0)
+        self._trained += trains.sum()
+        z = self._with_bias(centred * (self.variance + EPS).rsqrt())
+        error = (z @ self.weight.flatten(0, 1).T).view(len(z), -1, self.classes).softmax(2)
+        # One (N, 1, C) comparison serves all rates.
+        error -= (label[:, None] == self._class_index).unsqueeze(1).to(error.dtype)
+        error *= trains[:, None, None]
+        self._gradient.addmm_(error.flatten(1).T, z)
+
+    @torch.no_grad()
+    def start(self, factor: float) -> None:
+        """Begin the step whose learning rates are ``factor`` times the configured ones."""
+        self._factor = factor
+        if world_size() > 1:
+            self._work = dist.all_reduce(self._sums, async_op=True)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Complete the step in flight, if there is one."""
+        if self._factor is None:
+            return
+        if self._work is not None:
+            self._work.wait()
+        if self.updates > 0:
+            gradient = (self._gradient / self._trained.clamp_min(1)).view_as(self.weight)
+            if self.cfg.weight_decay:
+                gradient[..., 1:].add_(self.weight[..., 1:], alpha=self.cfg.weight_decay)
+            self.velocity.mul_(self.cfg.momentum).add_(gradient)
+            self.weight.addcmul_(self.lrs, self.velocity, value=-self._factor)
+        rate = STATISTICS_RATE if self.updates else 1.0
+        shift = self._first / self._seen
+        self.variance.lerp_((self._second / self._seen - shift * shift).clamp_min_(0), rate)
+        self.mean.add_(shift, alpha=rate)
+        self.updates += 1
+        self._sums.zero_()
+        self._factor = self._work = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and one integer, equal on all ranks."""
+        self.finish()
+        tensors = {"weight": self.weight, "velocity": self.velocity}
+        return tensors | {"mean": self.mean, "variance": self.variance, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore; the shapes must be those of this probe."""
+        for name in ("weight", "velocity", "mean", "variance"):
+            own, stored = getattr(self, name), state[name]
+            require(
+                own.shape == stored.shape,
+                f"the checkpoint's probe {name} has shape {tuple(stored.shape)}, this run's "
+                f"{tuple(own.shape)}; keep probe.lrs, backbone and data as they were",
+            )
+            own.copy_(stored)
+        self.updates = state["updates"]
+
+
+class LinearResult(NamedTuple):
+    """What the chosen classifier reaches; accuracies are fractions."""
+
+    top1: float
+    top5: float
+    lr: float
+    holdout_top1: float
+
+
+def choose(probe: SGDProbe, held_out: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> LinearResult:
+    """Of the learning rates, the one most often right on ``held_out``, the smallest of equal ones, on ``test``.
+
+    Each is a pair of standardised features (N, F) and labels (N,): this rank's share of them. Collective.
+    """
+    chosen, tested = _counts(probe, *held_out), _counts(probe, *test)
+    require(chosen[2][0] > 0, "no training sample is held out to choose the probe; raise probe.holdout")
+    require(tested[2][0] > 0, "the test set is empty")
+    lrs = probe.cfg.lrs
+    best = max(range(len(lrs)), key=lambda i: (chosen[0][i], -lrs[i]))
+    return LinearResult(
+        tested[0][best] / tested[2][best],
+        tested[1][best] / tested[2][best],
+        lrs[best],
+        chosen[0][best] / chosen[2][best],
+    )
+
+
+def _counts(probe: SGDProbe, z: Tensor, label: Tensor) -> list[list[int]]:
+    """Over all ranks, by learning rate: samples right at top-1, at top-5, and samples."""
+    logits = probe.logits(z)
+    top1, top5 = (within_top(logits, label, k).sum(1) for k in (1, 5))
+    return all_reduce_sum(torch.stack([top1, top5, torch.full_like(top1, len(z))])).tolist()
+
+
+@torch.no_grad()
+def linear_evaluation(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    held_out: Tensor,
+    cfg: ProbeConfig,
+    *,
+    classes: int,
+    seed: int,
+) -> LinearResult:
+    """Train on extracted features as the online probe trains on published ones, then test once.
+
+    ``train`` and ``test`` are features (N, F) and labels (N,), ``held_out`` (N,) marks the training samples
+    that only choose the learning rate. Each rank passes its own, possibly unequal, shard.
+    """
+    x, y = train[0].float(), train[1]
+    total = int(all_reduce_sum(torch.tensor(len(x), device=x.device)))
+    steps = -(-total // BATCH)  # an epoch
+    probe = SGDProbe(classes, x.shape[1], cfg, device=x.device)
+    draw = torch.Generator().manual_seed(seed)
+    epochs = max(EPOCHS, -(-STEPS // steps))
+    for epoch in range(epochs):
+        order = torch.randperm(len(x), generator=draw).to(x.device)
+        for i, rows in enumerate(order.tensor_split(steps)):
+            probe.accumulate(x[rows], y[rows], held_out[rows])
+            probe.start(0.5 * (1 + cos(pi * (epoch * steps + i) / (epochs * steps))))
+    probe.finish()
+    standardize = standardizer(x)
+    return choose(probe, (standardize(x[held_out]), y[held_out]), (standardize(test[0].float()), test[1]))
