@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,17 @@ from sslzoo_methods.metaug.objective import ENCODER
 from tests.chaos import Fault, Job, run
 from tests.ranks import run_ranks
 
-OPTIM = OptimConfig(name="sgd", lr=0.1, lr_scaling="none", weight_decay=1e-3, warmup_epochs=0.0)
+# Rates at which a step on tiny batch norms does not blow rounding up: ten times these, a change of the last bit of
+# the images moves the second step by 5e-10.
+OPTIM = OptimConfig(name="sgd", lr=0.01, lr_scaling="none", weight_decay=1e-3, warmup_epochs=0.0)
 BASE = MetAugConfig(
     name="metaug",
     aug_weight=0.5,
     margin_weight=0.3,
     margin_pos_weight=0.5,
-    virtual_lr=0.2,
+    virtual_lr=0.02,
     generator_optim="sgd",
-    generator_lr=0.1,
+    generator_lr=0.01,
     generator_weight_decay=1e-3,
     proj_hidden=7,
     proj_dim=5,
@@ -134,11 +137,11 @@ def test_ranks_equal_one_process(name: str, world: int) -> None:
     single = make(CONFIGS[name])
     expected = train(single, range(2))
     for seen, state in run_ranks(world, _rank, CONFIGS[name]):
-        torch.testing.assert_close(seen, expected, rtol=1e-8, atol=1e-11)
+        torch.testing.assert_close(seen, expected, rtol=1e-9, atol=1e-11)
         assert state.keys() == single.state_dict().keys()
         for key, value in single.state_dict().items():
             torch.testing.assert_close(
-                state[key], value, rtol=1e-8, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}"
+                state[key], value, rtol=1e-9, atol=1e-11, msg=lambda m, k=key: f"{k}: {m}"
             )
 
 
@@ -174,8 +177,8 @@ def test_meta_gradient_by_finite_differences(name: str) -> None:
         trained = {k: p for k, p in trained.items() if k.startswith("projector.")}
     omega = {k: p.detach().clone() for k, p in method.generators.named_parameters()}
 
-    def loss(theta: dict[str, Tensor], w: dict[str, Tensor], call: int) -> Tensor:
-        z = functional_call(method.network(), theta, (method._views(batch),))[1]
+    def loss(theta: Mapping[str, Tensor], w: dict[str, Tensor], call: int) -> Tensor:
+        z = functional_call(method.network(), dict(theta), (method._views(batch),))[1]
         made = functional_call(method.generators, w, (z[: cfg.n_views],))
         return method._objective(batch, z, made, call).loss
 
@@ -301,19 +304,19 @@ def test_two_processes_under_lightning(tmp_path: Path) -> None:
 
 
 class Batches(torch.utils.data.Dataset[Any]):
-    def __init__(self, cfg: MetAugConfig) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: MetAugConfig, steps: int) -> None:
+        self.cfg, self.steps = cfg, steps
 
     def __len__(self) -> int:
-        return 2
+        return self.steps
 
     def __getitem__(self, i: int) -> Batch:
         return batch_of(self.cfg, i, dtype=torch.float32)
 
 
-def fit(cfg: MetAugConfig, folder: Path, precision: str) -> MetAug:
+def fit(cfg: MetAugConfig, folder: Path, precision: str, steps: int = 2) -> MetAug:
     method = make(cfg, dtype=torch.float32)
-    loader = torch.utils.data.DataLoader(Batches(cfg), batch_size=None)
+    loader = torch.utils.data.DataLoader(Batches(cfg, steps), batch_size=None)
     options = {
         "max_epochs": 1,
         "accelerator": "cpu",
@@ -322,22 +325,44 @@ def fit(cfg: MetAugConfig, folder: Path, precision: str) -> MetAug:
         "limit_val_batches": 0,
     }
     build_trainer(options, run_dir=folder, callbacks=[]).fit(method, loader)
-    assert method.optimizer_steps == 2
-    assert method.trainer.global_step == 2
+    assert method.optimizer_steps == steps
+    assert method.trainer.global_step == steps
     return method
+
+
+def difference(got: list[Tensor], expected: list[Tensor]) -> float:
+    """Norm of the difference, relative to the expected norm."""
+    a, b = (torch.cat([x.flatten() for x in tensors]) for tensors in (got, expected))
+    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("meta_precision", [32, 16])
 def test_bfloat16_is_finite_and_close(tmp_path: Path, meta_precision: int) -> None:
+    """The first step's loss, and where it takes the encoder. Later losses are of other weights."""
     cfg = replace(BASE, meta_precision=meta_precision)
-    exact, half = fit(cfg, tmp_path, "32-true"), fit(cfg, tmp_path, "bf16-mixed")
+    exact, half = fit(cfg, tmp_path, "32-true", steps=1), fit(cfg, tmp_path, "bf16-mixed", steps=1)
     for name in ("train/loss", "method/contrast"):
+        assert float(half.recorded[name]) != float(exact.recorded[name])
         assert float(half.recorded[name]) == pytest.approx(float(exact.recorded[name]), rel=1e-2)
-    for name, p in half.named_parameters():
+    start = dict(make(cfg, dtype=torch.float32).network().named_parameters())
+    moves = [[(p - start[n]).detach() for n, p in m.network().named_parameters()] for m in (half, exact)]
+    assert difference(*moves) < 0.1
+    longer = fit(cfg, tmp_path, "bf16-mixed")
+    for name, p in longer.named_parameters():
         assert p.isfinite().all() and p.dtype == torch.float32, name
-    moved = dict(exact.named_parameters())
-    for name, p in half.named_parameters():
-        torch.testing.assert_close(p, moved[name], rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("meta_precision", [32, 16])
+def test_autocast_reaches_the_bilevel_step_only_if_asked(meta_precision: int) -> None:
+    cfg = replace(BASE, meta_precision=meta_precision)
+    after = []
+    for autocast in (False, True):
+        method = make(cfg, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            method.meta_step(batch_of(cfg, 0, dtype=torch.float32), method.configure_optimizers()[1])
+        after.append([p.clone() for p in method.generators.parameters()])
+        assert all(p.isfinite().all() and p.dtype == torch.float32 for p in after[-1])
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True)) is (meta_precision == 32)
 
 
 def test_meta_every_and_frozen_generators(tmp_path: Path) -> None:
@@ -513,7 +538,7 @@ ROWS = {
     "metaug_cifar100": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
     "metaug_stl10": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
     "metaug_tiny_imagenet": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
-    "metaug_in100": ("resnet50", 512, 200, 0.06, 1e-4, "crops", "batch", 1e-5),
+    "metaug_in100": ("resnet50", 256, 200, 0.03, 1e-4, "crops", "batch", 1e-5),
     "metaug_in1k": ("resnet50", 2048, 200, 2.4, 1e-6, "crops", "batch", 1e-5),
     "metaug_cifar10_strong": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 0.1),
     "metaug_cifar10_paper": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
