@@ -13,27 +13,27 @@ from sslzoo.config import BackboneConfig, require
 
 
 class Conv4(nn.Sequential):
-    """Four 3x3 convolutions (32-64-128-128), each with batch norm and ReLU, max-pool in the first three,
-    global average: 0.24 M parameters, 128 features.
+    """Four 3x3 convolutions (32-64-128-192), each with batch norm and ReLU, max-pool after the first three,
+    then the global average: 0.31 M parameters, 192 features."""
 
-    Pooling comes before batch norm and ReLU, which then see a quarter of the values.
-    """
-
-    num_features = 128
+    num_features = 192
 
     def __init__(self, in_channels: int = 1) -> None:
         widths = (in_channels, 32, 64, 128, self.num_features)
         layers: list[nn.Module] = []
         for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            layers.append(nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False))
+            layers += [
+                nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(fan_out),
+                nn.ReLU(inplace=True),
+            ]
             if i < 3:
                 layers.append(nn.MaxPool2d(2, ceil_mode=True))
-            layers += [nn.BatchNorm2d(fan_out), nn.ReLU(inplace=True)]
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.to(memory_format=torch.channels_last)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, 128). Channels last: a third faster on the CPU."""
+        """(N, C, H, W) to (N, 192). Channels last: a third faster on the CPU."""
         return super().forward(input.contiguous(memory_format=torch.channels_last))
 
 
