@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 ROWS = {
     "": "trained encoder",
-    "random_init_": "random initialisation",
+    "random_init_": "random init",
     "raw_pixels_": "raw pixels",
-    "pca_": "PCA-64 of the pixels",
+    "pca_": "PCA-64",
 }
 COLUMNS = {
     "linear_top1": "linear top-1",
     "linear_top5": "top-5",
-    "logistic_top1": "logistic regression",
+    "logistic_top1": "logistic",
     "knn_top1": "k-NN",
 }
 # Okabe and Ito's colours: apart for every kind of colour vision, and in grey.
