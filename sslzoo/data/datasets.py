@@ -41,7 +41,8 @@ def open_source(cfg: SourceConfig, channels: int = 0) -> ImageSource:
         channels = len(cfg.mean) if isinstance(cfg, DataConfig) else info.channels
     if info.splits and cfg.split not in info.splits:
         raise ValueError(f"{cfg.dataset} has the splits {', '.join(info.splits)}; got split {cfg.split!r}")
-    if info.layout and not (cfg.root and Path(cfg.root).is_dir()):  # an empty root is not the working directory
+    # An empty root would be the working directory.
+    if info.layout and not (cfg.root and Path(cfg.root).is_dir()):
         _wrong_layout(cfg, f"{cfg.root!r} is not a folder")
     source = _READERS[cfg.dataset](cfg, channels)
     if source.channels != channels:
