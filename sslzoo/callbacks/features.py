@@ -1,18 +1,18 @@
-"""What the evaluating callbacks share: which sets are labelled, this rank's shards, how results are named."""
+"""What the evaluating callbacks share: the collection of features at validation, and how results are named."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from sslzoo.callbacks.meter import log_metrics
 from sslzoo.config import require
 from sslzoo.distributed import world_size
-from sslzoo.method import EvalBatch
+from sslzoo.method import EvalBatch, SSLMethod
 
 if TYPE_CHECKING:
     from sslzoo.data.module import EvalSet
@@ -44,21 +44,77 @@ class Shard:
         return torch.cat(self._x).float(), torch.cat(self._label), torch.cat(self._sample_id)
 
 
-def eval_sets(trainer: Trainer) -> list[EvalSet]:
-    """The DataModule's eval sets, in the order of the validation loaders; ``ValueError`` if two share a name."""
-    sets: list[EvalSet] = trainer.datamodule.eval_sets()  # type: ignore[attr-defined]
-    names = [s.name for s in sets if s.split == "train"]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    require(not twice, f"probe.data names {', '.join(twice)} twice; results are reported by data set")
-    return sets
+class FeatureEvaluation(Callback):
+    """Collects the published features of every labelled eval set, and reports what a subclass measures.
+
+    ``results`` holds the latest values. Of the first data set and layer they have the plain metric's name;
+    the others append ``/<data>/<layer>``, where ``data`` stands for the training data.
+    """
+
+    def __init__(self, layers: tuple[str, ...]) -> None:
+        self.layers = layers
+        self.results: dict[str, float] = {}
+        self.classes: dict[str, int] = {}  # by labelled data set; the training data is named ''
+        self._sets: list[EvalSet] = []
+        self._shards: dict[tuple[str, str, str], Shard] = {}
+
+    def measure(self, pl_module: LightningModule, data: str, layer: str) -> dict[str, float]:
+        """Values by plain metric name; empty where there is nothing to measure yet."""
+        raise NotImplementedError
+
+    def collected(
+        self, data: str, split: str, layer: str, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's features (M, F), labels (M,) and sample ids (M,). Collective."""
+        return self._shards.get((data, split, layer), Shard()).tensors(device)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn from the DataModule which sets there are; ``ValueError`` if two share a name."""
+        self._sets = trainer.datamodule.eval_sets()  # type: ignore[attr-defined]
+        names = [s.name for s in self._sets if s.split == "train"]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"probe.data names {', '.join(twice)} twice; results are reported by data set")
+        self.classes = {s.name: s.num_classes for s in self._sets if s.num_classes > 0}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last measurement."""
+        self._shards = {}
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: EvalBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect this rank's features."""
+        of = self._sets[dataloader_idx]
+        if of.num_classes > 0:
+            for layer in self.layers:
+                shard = self._shards.setdefault((of.name, of.split, layer), Shard())
+                shard.add(published(pl_module, layer), batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure every data set and layer and log; the features are let go."""
+        self.results = {}
+        first = (next(iter(self.classes), ""), self.layers[0])
+        for data in self.classes:
+            for layer in self.layers:
+                end = "" if (data, layer) == first else f"/{data or 'data'}/{layer}"
+                found = self.measure(pl_module, data, layer)
+                self.results |= {name + end: value for name, value in found.items()}
+        self._shards = {}
+        log_metrics(trainer, self.results)
 
 
-def labelled(sets: Iterable[EvalSet]) -> dict[str, int]:
-    """Number of classes of each labelled data set; the training data, if among them, is named ''."""
-    return {s.name: s.num_classes for s in sets if s.num_classes > 0}
-
-
-def suffix(data: str, layer: str, *, first: tuple[str, str]) -> str:
-    """What follows the metric's name: nothing for the ``first`` (data, layer), else ``/<data>/<layer>``,
-    where ``data`` stands for the training data."""
-    return "" if (data, layer) == first else f"/{data or 'data'}/{layer}"
+def published(pl_module: LightningModule, layer: str) -> Tensor:
+    """The features of ``layer`` that the step just made public; ``ValueError`` names those there are."""
+    assert isinstance(pl_module, SSLMethod)
+    known = pl_module.published
+    require(
+        layer in known,
+        f"probe.layers names {layer!r}, but the method publishes {', '.join(known) or 'nothing'}",
+    )
+    return known[layer]

@@ -17,7 +17,7 @@ from sslzoo.distributed import rank
 from sslzoo.evaluate.extract import Encoder, Extracted, extract
 from sslzoo.evaluate.knn import knn_accuracy
 from sslzoo.evaluate.linear import linear_probe, principal_components
-from sslzoo.evaluate.sgd_probe import linear_evaluation
+from sslzoo.evaluate.sgd_probe import EPOCHS, STEPS, linear_evaluation
 
 if TYPE_CHECKING:
     from sslzoo.data.module import SSLDataModule
@@ -27,9 +27,10 @@ PCA_WIDTH = 64
 PIXEL_LIMIT = 4096  # values an image; a probe on raw pixels holds the square of it
 
 FROZEN = (
-    "frozen features of the plain images, standardised. Linear: SGD with momentum at probe.lrs for 50 epochs, "
-    "the rate chosen on held-out training samples. Logistic regression: converged, the L2 strength chosen on "
-    "the same samples. Both tested once. k-NN: weighted cosine over the training set"
+    "frozen features of the plain images, standardised by the training set. Linear: SGD with momentum at "
+    f"probe.lrs for {EPOCHS} epochs (at least {STEPS} steps), the rate chosen on held-out training samples. "
+    "Logistic regression: converged, the L2 strength chosen on the same samples. Both tested once. k-NN: "
+    "weighted cosine over the training set"
 )
 ONLINE = (
     "online: linear probe trained beside the method on augmented views, its learning rate chosen on held-out "

@@ -27,9 +27,10 @@ EPS = 1e-5  # in the variance, as batch norm has it
 class SGDProbe:
     """L softmax classifiers on the same features, one a learning rate, trained by SGD with momentum.
 
-    The features are standardised by running statistics of the steps before (batch norm without affine
-    parameters), which makes learning rates carry over between encoders; the first step only sets them.
-    The gradient is in closed form, so nothing can flow back. All sums of a step lie in one vector: one
+    Standardised features make learning rates carry over between encoders. Of an encoder that still learns
+    they are standardised here, by running statistics of the steps before (batch norm without affine
+    parameters; the first step only sets them). With ``running=False`` they must come standardised. The
+    gradient is in closed form, so nothing can flow back. All sums of a step lie in one vector: one
     all-reduce, in flight while the next batch is computed.
     """
 
@@ -41,7 +42,9 @@ class SGDProbe:
         *,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        running: bool = True,
     ) -> None:
+        self.running = running
         self.classes, self.width, self.cfg = classes, width, cfg
         rates = len(cfg.lrs)
         self.lrs = torch.tensor(cfg.lrs, device=device, dtype=dtype)[:, None, None]
@@ -49,7 +52,7 @@ class SGDProbe:
         self.velocity = torch.zeros_like(self.weight)
         self.mean = torch.zeros(width, device=device, dtype=dtype)
         self.variance = torch.zeros_like(self.mean)
-        self.updates = 0  # steps that entered the statistics
+        self.updates = 0  # steps taken
         self._class_index = torch.arange(classes, device=device)
         self._ones = torch.ones(1, 1, device=device, dtype=dtype)
         # Sums over the step: gradient, both moments of the features, samples trained on, samples seen.
@@ -72,15 +75,18 @@ class SGDProbe:
         """Add a micro-batch: features (N, F), labels (N,), negative where unknown, and whether a sample
         is held out (N,): such a sample enters the statistics, its label nothing."""
         self.finish()
-        centred = x.detach().to(self.mean.dtype) - self.mean
-        self._first += centred.sum(0)
-        self._second += (centred * centred).sum(0)
-        self._seen += len(x)
-        if self.updates == 0:
-            return
+        z = x.detach().to(self.mean.dtype)
+        self._seen += len(z)
+        if self.running:
+            z = z - self.mean
+            self._first += z.sum(0)
+            self._second += (z * z).sum(0)
+            if self.updates == 0:
+                return
+            z *= (self.variance + EPS).rsqrt()
         trains = ~held_out & (label >= 0)
         self._trained += trains.sum()
-        z = self._with_bias(centred * (self.variance + EPS).rsqrt())
+        z = self._with_bias(z)
         error = (z @ self.weight.flatten(0, 1).T).view(len(z), -1, self.classes).softmax(2)
         # One (N, 1, C) comparison serves all rates.
         error -= (label[:, None] == self._class_index).unsqueeze(1).to(error.dtype)
@@ -101,16 +107,17 @@ class SGDProbe:
             return
         if self._work is not None:
             self._work.wait()
-        if self.updates > 0:
+        if self.updates > 0 or not self.running:
             gradient = (self._gradient / self._trained.clamp_min(1)).view_as(self.weight)
             if self.cfg.weight_decay:
                 gradient[..., 1:].add_(self.weight[..., 1:], alpha=self.cfg.weight_decay)
             self.velocity.mul_(self.cfg.momentum).add_(gradient)
             self.weight.addcmul_(self.lrs, self.velocity, value=-self._factor)
-        rate = STATISTICS_RATE if self.updates else 1.0
-        shift = self._first / self._seen
-        self.variance.lerp_((self._second / self._seen - shift * shift).clamp_min_(0), rate)
-        self.mean.add_(shift, alpha=rate)
+        if self.running:
+            rate = STATISTICS_RATE if self.updates else 1.0
+            shift = self._first / self._seen
+            self.variance.lerp_((self._second / self._seen - shift * shift).clamp_min_(0), rate)
+            self.mean.add_(shift, alpha=rate)
         self.updates += 1
         self._sums.zero_()
         self._factor = self._work = None
@@ -178,22 +185,23 @@ def linear_evaluation(
     classes: int,
     seed: int,
 ) -> LinearResult:
-    """Train on extracted features as the online probe trains on published ones, then test once.
+    """Train on extracted features, standardised by the exact statistics of the training set; test once.
 
     ``train`` and ``test`` are features (N, F) and labels (N,), ``held_out`` (N,) marks the training samples
     that only choose the learning rate. Each rank passes its own, possibly unequal, shard.
     """
-    x, y = train[0].float(), train[1]
-    total = int(all_reduce_sum(torch.tensor(len(x), device=x.device)))
-    steps = -(-total // BATCH)  # an epoch
-    probe = SGDProbe(classes, x.shape[1], cfg, device=x.device)
-    draw = torch.Generator().manual_seed(seed)
+    standardize = standardizer(train[0].float())
+    x, y = standardize(train[0].float()), train[1]
+    fits_x, fits_y, chooses = x[~held_out], y[~held_out], held_out.new_zeros(())
+    total = int(all_reduce_sum(torch.tensor(len(fits_x), device=x.device)))
+    steps = max(1, -(-total // BATCH))  # an epoch
     epochs = max(EPOCHS, -(-STEPS // steps))
+    probe = SGDProbe(classes, x.shape[1], cfg, device=x.device, running=False)
+    draw = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
-        order = torch.randperm(len(x), generator=draw).to(x.device)
+        order = torch.randperm(len(fits_x), generator=draw).to(x.device)
         for i, rows in enumerate(order.tensor_split(steps)):
-            probe.accumulate(x[rows], y[rows], held_out[rows])
+            probe.accumulate(fits_x[rows], fits_y[rows], chooses)
             probe.start(0.5 * (1 + cos(pi * (epoch * steps + i) / (epochs * steps))))
     probe.finish()
-    standardize = standardizer(x)
-    return choose(probe, (standardize(x[held_out]), y[held_out]), (standardize(test[0].float()), test[1]))
+    return choose(probe, (x[held_out], y[held_out]), (standardize(test[0].float()), test[1]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sslzoo.callbacks import knn as module
+from sslzoo.callbacks import features as module
 from sslzoo.callbacks.knn import KNN
 from sslzoo.config import EvalConfig, MethodConfig
 from sslzoo.method import Batch, EvalBatch, SSLMethod

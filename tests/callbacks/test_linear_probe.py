@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from sslzoo.callbacks import linear_probe as module
+from sslzoo.callbacks import features as module
 from sslzoo.callbacks.linear_probe import LinearProbe
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.position import Position
@@ -44,11 +44,12 @@ def _problem(n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
 # -- the numbers ------------------------------------------------------------------------------
 
 
-def test_all_rates_at_once_equal_separate_probes_trained_by_autograd() -> None:
+@pytest.mark.parametrize("running", [True, False])
+def test_all_rates_at_once_equal_separate_probes_trained_by_autograd(running: bool) -> None:
     x, y = _problem(12 * 32, torch.float64)
     cfg = _cfg(momentum=0.8, weight_decay=0.01)
     held_out = torch.rand(len(x)) < 0.25
-    probe = SGDProbe(CLASSES, WIDTH, cfg, device=CPU, dtype=torch.float64)
+    probe = SGDProbe(CLASSES, WIDTH, cfg, device=CPU, dtype=torch.float64, running=running)
     layers = [nn.Linear(WIDTH, CLASSES).double() for _ in cfg.lrs]
     for layer in layers:
         nn.init.zeros_(layer.weight)
@@ -57,25 +58,26 @@ def test_all_rates_at_once_equal_separate_probes_trained_by_autograd() -> None:
         torch.optim.SGD([{"params": [m.weight], "weight_decay": 0.01}, {"params": [m.bias]}], lr, 0.8)
         for m, lr in zip(layers, cfg.lrs, strict=True)
     ]
-    mean = variance = torch.zeros(0)
+    mean = variance = torch.zeros(WIDTH, dtype=torch.float64)
     for step, rows in enumerate(torch.arange(len(x)).split(32)):
         factor = 0.5 * (1 + cos(pi * step / 12))
         probe.accumulate(x[rows], y[rows], held_out[rows])
         probe.start(factor)
         batch_mean, batch_variance = x[rows].mean(0), x[rows].var(0, unbiased=False)
-        if step == 0:
+        if step == 0 and running:
             mean, variance = batch_mean, batch_variance
             continue
         used = rows[~held_out[rows]]
-        z = (x[used] - mean) / (variance + EPS).sqrt()
+        z = (x[used] - mean) / (variance + EPS).sqrt() if running else x[used]
         for layer, optimizer, lr in zip(layers, sgd, cfg.lrs, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
             optimizer.zero_grad()
             nn.functional.cross_entropy(layer(z), y[used]).backward()
             optimizer.step()
-        mean = mean + STATISTICS_RATE * (batch_mean - mean)
-        variance = variance + STATISTICS_RATE * (batch_variance - variance)
+        if running:
+            mean = mean + STATISTICS_RATE * (batch_mean - mean)
+            variance = variance + STATISTICS_RATE * (batch_variance - variance)
     state = probe.state_dict()
     expected = torch.stack([torch.cat([m.bias[:, None], m.weight], 1) for m in layers]).detach()
     torch.testing.assert_close(state["weight"], expected, rtol=1e-10, atol=1e-10)
@@ -283,7 +285,7 @@ def test_an_unknown_layer_names_those_there_are() -> None:
     method = Tiny(MethodConfig(name="tiny"), nn.Identity(), WIDTH)
     method.publish(backbone=torch.zeros(1, WIDTH))
     with pytest.raises(ValueError, match="publishes backbone"):
-        LinearProbe(_cfg(), seed=0)._features(method, "projector")
+        module.published(method, "projector")
 
 
 def test_unlabelled_data_is_left_alone(tmp_path: Path) -> None:
