@@ -567,9 +567,10 @@ def _derive(recipe: Recipe) -> dict[str, int | float]:
     if isinstance(devices, list):
         devices = len(devices)
     known = isinstance(devices, int) and devices > 0
+    size = None if recipe.data.classes else dataset_info(recipe.data.dataset).sizes.get(recipe.data.split)
     try:
         plan = TrainingPlan(
-            dataset_size=recipe.data.global_batch_size,
+            dataset_size=size or recipe.data.global_batch_size,
             global_batch_size=recipe.data.global_batch_size,
             max_epochs=recipe.trainer["max_epochs"],
             world_size=devices * nodes if known else 1,
@@ -580,4 +581,6 @@ def _derive(recipe: Recipe) -> dict[str, int | float]:
     derived: dict[str, int | float] = {"peak_lr": plan.scaled_lr(recipe.optim)}
     if known:
         derived["micro_batch_size"] = plan.micro_batch_size
+    if size:
+        derived |= {"steps_per_epoch": plan.steps_per_epoch, "total_steps": plan.total_steps}
     return derived

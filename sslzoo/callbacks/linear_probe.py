@@ -8,6 +8,7 @@ from __future__ import annotations
 from math import cos, pi
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -37,13 +38,16 @@ class LinearProbe(FeatureEvaluation):
         self.probes: dict[str, SGDProbe] = {}
         self._restored: dict[str, dict[str, Any]] = {}
         self._steps = 0
+        self._held_out = torch.zeros(0, dtype=torch.bool)  # by sample id
 
     # -- training -----------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the count of optimiser steps where it stands."""
+        """Take up the count of optimiser steps where it stands; decide once which samples are held out."""
         assert isinstance(pl_module, SSLMethod)
         self._steps = pl_module.optimizer_steps
+        ids = torch.arange(pl_module.plan.dataset_size, device=pl_module.device)
+        self._held_out = is_holdout(ids, self.cfg.holdout, self.seed)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -52,7 +56,7 @@ class LinearProbe(FeatureEvaluation):
         if batch.label is None or "" not in self.classes:
             return
         assert isinstance(pl_module, SSLMethod)
-        held_out = is_holdout(batch.sample_id, self.cfg.holdout, self.seed)
+        held_out = self._held_out[batch.sample_id]
         stepped = pl_module.optimizer_steps > self._steps
         # The step that these features belong to, from 0.
         factor = 0.5 * (1 + cos(pi * self._steps / pl_module.plan.total_steps))
