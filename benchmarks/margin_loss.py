@@ -6,16 +6,12 @@ One thread, the forms alternating in one run, medians of the ratios. Memory of e
 from __future__ import annotations
 
 import argparse
-import multiprocessing as mp
-import resource
 import sys
-from collections.abc import Callable
 from functools import partial
-from statistics import median
-from time import process_time
 from typing import Any
 
 import torch
+from measure import alternating, extra_mebibytes, ratio
 from torch import Tensor
 
 from sslzoo.backbones import build_backbone
@@ -37,18 +33,6 @@ def gradient(embeddings: Tensor, margin: Margin, chunk: int) -> Tensor:
     margin_loss(pairs, margin, temperature=0.2, beta=1.0, slope="full").mean().backward()
     assert z.grad is not None
     return z.grad
-
-
-def extra_bytes(run: Callable[[], Any]) -> int:
-    """How far ``run`` raises the resident memory of a fresh process above what stood before."""
-    with mp.get_context("fork").Pool(1) as pool:
-        return pool.apply(_high_water, (run,))
-
-
-def _high_water(run: Callable[[], Any]) -> int:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 def products(embeddings: Tensor) -> None:
@@ -89,21 +73,6 @@ def method_with(**changes: Any) -> MarginContrast:
     return method
 
 
-def ratios(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> float:
-    """Median over rounds of CPU time of ``second`` over that of ``first``; each runs once before."""
-    first()
-    second()
-    values = []
-    for _ in range(rounds):
-        seconds = []
-        for run in (first, second):
-            start = process_time()
-            run()
-            seconds.append(process_time() - start)
-        values.append(seconds[1] / seconds[0])
-    return median(values)
-
-
 def main() -> int:
     """Print the table; 1 if a promise is broken."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -116,19 +85,25 @@ def main() -> int:
     z = torch.randn(2 * args.batch, args.dim)
     margin = Margin(angular=0.1745, subtractive=0.1)
     dense, chunked = partial(gradient, z, margin, 0), partial(gradient, z, margin, 256)
-    memory = [extra_bytes(run) / 2**20 for run in (dense, chunked)]
+    memory = [extra_mebibytes(run) for run in (dense, chunked)]
     worst = float((dense() - chunked()).abs().max() / dense().abs().max())
-    loss = ratios(partial(gradient, z, NO_MARGIN, 0), dense, args.rounds)
-    speed = 1 / ratios(dense, chunked, args.rounds)
-    over = ratios(partial(products, z), chunked, args.rounds)
+    bare = partial(gradient, z, NO_MARGIN, 0)
+    losses = {"bare": bare, "dense": dense, "chunked": chunked, "products": partial(products, z)}
+    loss_times = alternating(losses, args.rounds)
     views = tuple(torch.randn(2, 256, 1, 20, 20))
     batch = Batch((views[0], views[1]), (), torch.arange(256))
-    none = method_with(family="none", effects=(), angular_margin=0.0)
-    whole = ratios(partial(step, none, batch), partial(step, method_with(), batch), 4 * args.rounds)
-    alone = method_with(effects=("emphasis",))
-    isolated = ratios(partial(step, none, batch), partial(step, alone, batch), 4 * args.rounds)
+    methods = {
+        "none": method_with(family="none", effects=(), angular_margin=0.0),
+        "all": method_with(),
+        "one": method_with(effects=("emphasis",)),
+    }
+    steps = {name: partial(step, method, batch) for name, method in methods.items()}
+    step_times = alternating(steps, 4 * args.rounds)
+    whole, isolated = (ratio(step_times, name, "none") for name in ("all", "one"))
+    speed = 1 / ratio(loss_times, "chunked", "dense")
+    over = ratio(loss_times, "chunked", "products")
     print(f"margin loss, forward and backward, two views, N={args.batch}, D={args.dim}, one thread")
-    print(f"  over the same loss without margin: {loss:.3f}x")
+    print(f"  over the same loss without margin: {ratio(loss_times, 'dense', 'bare'):.3f}x")
     print(
         f"  whole step, small encoder, batch 256: {whole:.3f}x (at most 1.03); one effect alone {isolated:.3f}x"
     )

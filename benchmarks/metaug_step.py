@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from statistics import median
-from time import process_time
 
 import torch
+from measure import alternating, ratio
 
 from sslzoo.backbones import build_backbone
 from sslzoo.config import BackboneConfig, OptimConfig
@@ -65,26 +66,20 @@ def main() -> int:
         method.loss(batch).backward()
         encoder.step()
 
-    seconds: dict[str, list[float]] = {name: [] for name in ("plain", *FORMS)}
-    for turn in range(args.rounds + 1):
-        for name, times in seconds.items():
-            start = process_time()
-            if name == "plain":
-                plain()
-            else:
-                method.cfg = FORMS[name][0]
-                method.meta_step(batch, generators)
-            if turn:  # the first warms up
-                times.append(process_time() - start)
+    def meta(cfg: MetAugConfig) -> None:
+        method.cfg = cfg
+        method.meta_step(batch, generators)
 
+    contenders = {"plain": plain} | {name: partial(meta, cfg) for name, (cfg, _) in FORMS.items()}
+    seconds = alternating(contenders, args.rounds)
     print(f"MetAug's steps, ResNet-18, {args.size} px, batch {args.batch}, two crops, one thread")
     print(f"  {'plain':12} {median(seconds['plain']):6.2f} s CPU")
     kept = True
     for name, (_, most) in FORMS.items():
-        ratio = median(t / p for t, p in zip(seconds[name], seconds["plain"], strict=True))
+        over = ratio(seconds, name, "plain")
         promise = f" (at most {most})" if most else ""
-        print(f"  {name:12} {median(seconds[name]):6.2f} s CPU, {ratio:.2f}x the plain step on top{promise}")
-        kept = kept and (most is None or ratio <= most)
+        print(f"  {name:12} {median(seconds[name]):6.2f} s CPU, {over:.2f}x the plain step on top{promise}")
+        kept = kept and (most is None or over <= most)
     return 0 if kept else 1
 
 

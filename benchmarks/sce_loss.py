@@ -12,13 +12,12 @@ samples (its memory and time are proportional to them) beside the lean form on t
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from statistics import median
-from time import process_time
 
 import torch
+from measure import alternating, extra_mebibytes
 from torch import Tensor
 
 from sslzoo.numerics import normalize
@@ -87,42 +86,18 @@ FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
 
 
 def times(forms: list[str], rounds: int, *sizes: int) -> dict[str, float]:
-    """Median CPU seconds of each form, run in turn; the first round warms up."""
+    """Median CPU seconds of each form, run in turn."""
     data = inputs(*sizes)
-    seconds: dict[str, list[float]] = {form: [] for form in forms}
-    for _ in range(rounds + 1):
-        for form in forms:
-            start = process_time()
-            FORMS[form](*data)
-            seconds[form].append(process_time() - start)
-    return {form: median(values[1:]) for form, values in seconds.items()}
-
-
-def _high_water() -> float:
-    """Peak resident MiB of this process so far. Linux: getrusage would report the parent's peak too."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def _peak(form: str, sizes: tuple[int, ...], results: multiprocessing.Queue[float]) -> None:
-    torch.set_num_threads(1)
-    data = inputs(*sizes)
-    FORMS[form](*inputs(16, 256, sizes[2]))  # one-time allocations of the libraries
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before = _high_water()
-    FORMS[form](*data)
-    results.put(_high_water() - before)
+    seconds = alternating({form: partial(FORMS[form], *data) for form in forms}, rounds)
+    return {form: median(values) for form, values in seconds.items()}
 
 
 def peak_mebibytes(form: str, *sizes: int) -> float:
     """Peak memory of one forward and backward pass above its inputs."""
-    context = multiprocessing.get_context("spawn")
-    results: multiprocessing.Queue[float] = context.Queue()
-    process = context.Process(target=_peak, args=(form, sizes, results))
-    process.start()
-    value = results.get()
-    process.join()
-    return value
+    # The small call is for what the libraries allocate once.
+    return extra_mebibytes(
+        partial(FORMS[form], *inputs(*sizes)), partial(FORMS[form], *inputs(16, 256, sizes[2]))
+    )
 
 
 def main() -> int:

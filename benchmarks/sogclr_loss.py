@@ -7,16 +7,14 @@ run, each form in a process of its own.
 from __future__ import annotations
 
 import argparse
-import multiprocessing as mp
-import resource
 import sys
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from time import process_time
 from typing import Any
 
 import torch
+from measure import alternating, extra_mebibytes, ratio
 from torch import Tensor
 
 from sslzoo.numerics import normalize
@@ -44,18 +42,6 @@ def gradient(form: Callable[..., Any], embeddings: Tensor, log_u: Tensor) -> Ten
     return z.grad
 
 
-def extra_bytes(run: Callable[[], Any]) -> int:
-    """How far ``run`` raises the resident memory of a fresh process above what stood before."""
-    with mp.get_context("fork").Pool(1) as pool:
-        return pool.apply(_high_water, (run,))
-
-
-def _high_water(run: Callable[[], Any]) -> int:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-
-
 def products(embeddings: Tensor) -> None:
     """The bare matrix products that any implementation needs, in the lean form's blocks."""
     flat = embeddings.flatten(0, 1)
@@ -81,22 +67,17 @@ def main() -> int:
     runs: dict[str, Callable[[], Any]] = {
         name: partial(gradient, form, embeddings, log_u) for name, form in FORMS.items()
     }
-    memory = {name: extra_bytes(run) for name, run in runs.items()}
-    grads = {name: run() for name, run in runs.items()}  # also warms up
-    seconds: dict[str, list[float]] = {name: [] for name in [*runs, "products"]}
-    for _ in range(args.rounds):
-        for name, run in (runs | {"products": lambda: products(embeddings)}).items():
-            start = process_time()
-            run()
-            seconds[name].append(process_time() - start)
+    memory = {name: extra_mebibytes(run) for name, run in runs.items()}
+    grads = {name: run() for name, run in runs.items()}
+    seconds = alternating(runs | {"products": partial(products, embeddings)}, args.rounds)
     difference = float((grads["dense"] - grads["lean"]).abs().max() / grads["dense"].abs().max())
 
     print(f"SogCLR loss, forward and backward, N={args.batch}, D={args.dim}, one thread")
     for name in FORMS:
-        print(f"  {name:5} {median(seconds[name]):7.2f} s CPU  {memory[name] / 2**20:8.1f} MiB extra")
-    speed = median(d / l for d, l in zip(seconds["dense"], seconds["lean"], strict=True))
+        print(f"  {name:5} {median(seconds[name]):7.2f} s CPU  {memory[name]:8.1f} MiB extra")
+    speed = ratio(seconds, "dense", "lean")
     share = memory["lean"] / memory["dense"]
-    over = median(l / p for l, p in zip(seconds["lean"], seconds["products"], strict=True))
+    over = ratio(seconds, "lean", "products")
     print(f"  lean: {speed:.1f}x faster (at least 2.5), {share:.3f} of the memory (at most 0.1),")
     print(
         f"  {over:.2f}x the bare products, gradients differ by {difference:.1e} of the largest (at most 1e-6)"

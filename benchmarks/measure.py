@@ -1,0 +1,51 @@
+"""How the benchmarks measure: CPU time of contenders in turn, and the memory that a call needs on top."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from time import process_time
+
+
+def alternating(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each contender, a value a round; one round more before them warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for k in range(rounds + 1):
+        for name, run in contenders.items():
+            start = process_time()
+            run()
+            if k:
+                seconds[name].append(process_time() - start)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, over: str) -> float:
+    """Median over the rounds of the time of ``name`` in units of ``over``."""
+    return median(a / b for a, b in zip(seconds[name], seconds[over], strict=True))
+
+
+def extra_mebibytes(run: Callable[[], object], warm_up: Callable[[], object] = lambda: None) -> float:
+    """How far ``run`` raises the resident memory of a process of its own above what ``warm_up`` left."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    process = context.Process(target=lambda: results.put(_raised(run, warm_up)))
+    process.start()
+    value: float = results.get()
+    process.join()
+    return value
+
+
+def _raised(run: Callable[[], object], warm_up: Callable[[], object]) -> float:
+    warm_up()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before = _high_water()
+    run()
+    return _high_water() - before
+
+
+def _high_water() -> float:
+    """Peak resident MiB of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
