@@ -67,7 +67,7 @@ def method_with(**changes: Any) -> MarginContrast:
         **(options | changes),
     )
     torch.manual_seed(0)
-    method = MarginContrast(cfg, *build_backbone(BackboneConfig(name="conv4", in_channels=1)))
+    method = MarginContrast(cfg, *build_backbone(BackboneConfig(name="conv5", in_channels=1)))
     optim = OptimConfig(name="sgd", lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0)
     method.prepare(TrainingPlan(dataset_size=256, global_batch_size=256, max_epochs=1), optim, 0)
     return method

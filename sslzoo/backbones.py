@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,28 +11,23 @@ from torch import Tensor, nn
 from sslzoo.config import BackboneConfig, require
 
 
-class Conv4(nn.Sequential):
-    """Four 3x3 convolutions (32-64-128-192), each with batch norm and ReLU, max-pool after the first three,
-    then the global average: 0.31 M parameters, 192 features."""
+class Conv5(nn.Sequential):
+    """Five 3x3 convolutions (32-64-128-128-256, strides 1-2-2-1-2), each with batch norm and ReLU, then the
+    global average: 0.54 M parameters, 256 features."""
 
-    num_features = 192
+    num_features = 256
 
     def __init__(self, in_channels: int = 1) -> None:
-        widths = (in_channels, 32, 64, 128, self.num_features)
         layers: list[nn.Module] = []
-        for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            layers += [
-                nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False),
-                nn.BatchNorm2d(fan_out),
-                nn.ReLU(inplace=True),
-            ]
-            if i < 3:
-                layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        for width, stride in ((32, 1), (64, 2), (128, 2), (128, 1), (self.num_features, 2)):
+            layers.append(nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            in_channels = width
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.to(memory_format=torch.channels_last)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, 192). Channels last: a third faster on the CPU."""
+        """(N, C, H, W) to (N, 256). Channels last: a third faster on the CPU."""
         return super().forward(input.contiguous(memory_format=torch.channels_last))
 
 
@@ -60,7 +54,7 @@ class HalfAlexNet(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), fc6, nn.BatchNorm1d(self.num_features), nn.ReLU(inplace=True))
 
 
-OWN = {"conv4": Conv4, "half_alexnet": HalfAlexNet}
+OWN = {"conv5": Conv5, "half_alexnet": HalfAlexNet}
 
 
 def build_backbone(cfg: BackboneConfig) -> tuple[nn.Module, int]:

@@ -37,7 +37,7 @@ STEMS = ("imagenet", "small", "cifar")
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Which encoder: ``resnet18`` (torchvision), ``timm/vit_small_patch16_224``, ``conv4`` (ours)."""
+    """Which encoder: ``resnet18`` (torchvision), ``timm/vit_small_patch16_224``, ``conv5`` (ours)."""
 
     name: str
     stem: str = "imagenet"  # small: 3x3 stride 1, max-pool kept; cifar: and max-pool removed

@@ -140,7 +140,7 @@ def _recipe(job: Job) -> Recipe:
         return load_recipe(job.recipe, [*changes, batch, *job.overrides]).recipe
     return Recipe(
         seed=3,
-        backbone=BackboneConfig(name="conv4", in_channels=1),
+        backbone=BackboneConfig(name="conv5", in_channels=1),
         method=TinyConfig(name="tests.chaos:Tiny"),
         data=DataConfig(dataset="fake", global_batch_size=job.batch, mean=(0.5,), std=(0.25,)),
         views=(ViewConfig(size=8, scale=(0.3, 1.0), count=2, flip_p=0.5),),

@@ -76,7 +76,7 @@ class Seeing(Blind):
 def _recipe(baselines: bool) -> Recipe:
     return Recipe(
         seed=3,
-        backbone=BackboneConfig(name="conv4", in_channels=1),
+        backbone=BackboneConfig(name="conv5", in_channels=1),
         method=MethodConfig(name="tiny"),
         data=DataConfig(dataset="fashion_mnist", global_batch_size=8, mean=(0.5,), std=(0.25,)),
         views=(ViewConfig(size=8, scale=(0.5, 1.0), count=2),),

@@ -773,7 +773,7 @@ def test_recipes_load_and_train_the_margin_itself(name: str, monkeypatch: pytest
 
 
 CHAOS = (
-    "backbone={name: conv4, in_channels: 1}",
+    "backbone={name: conv5, in_channels: 1}",
     "views=[{size: 8, scale: [0.3, 1.0], count: 2}]",
     "eval={every_epochs: 2, size: 8, knn_k: 5, knn_temperature: 0.1}",
     "logging={every_steps: 4, checkpoint_every_steps: 3}",

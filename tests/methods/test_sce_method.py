@@ -412,7 +412,7 @@ def test_weights_of_the_terms() -> None:
 def recipe(cfg: SCEConfig, views: tuple[ViewConfig, ...], **trainer: Any) -> Recipe:
     return Recipe(
         seed=0,
-        backbone=BackboneConfig(name="conv4"),
+        backbone=BackboneConfig(name="conv5"),
         method=cfg,
         data=DataConfig(dataset="cifar10", global_batch_size=8, mean=(0.5,), std=(0.5,)),
         views=views,
