@@ -543,7 +543,7 @@ ROWS = {
     "metaug_cifar10_strong": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 0.1),
     "metaug_cifar10_paper": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
     "metaug_official_cifar10": ("half_alexnet", 64, 300, 0.03, 1e-4, "lab", "bank", 1e-5),
-    "metaug_fashion_mnist": ("conv5", 256, 25, 3e-3, 1e-4, "crops", "batch", 0.1),
+    "metaug_fashion_mnist": ("conv5", 128, 12, 2e-3, 1e-4, "crops", "batch", 0.1),
 }
 
 
