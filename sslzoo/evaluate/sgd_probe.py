@@ -192,16 +192,17 @@ def linear_evaluation(
     """
     standardize = standardizer(train[0].float())
     x, y = standardize(train[0].float()), train[1]
-    fits_x, fits_y, chooses = x[~held_out], y[~held_out], held_out.new_zeros(())
-    total = int(all_reduce_sum(torch.tensor(len(fits_x), device=x.device)))
+    fit_x, fit_y = x[~held_out], y[~held_out]
+    none = held_out.new_zeros(())  # of these
+    total = int(all_reduce_sum(torch.tensor(len(fit_x), device=x.device)))
     steps = max(1, -(-total // BATCH))  # an epoch
     epochs = max(EPOCHS, -(-STEPS // steps))
     probe = SGDProbe(classes, x.shape[1], cfg, device=x.device, running=False)
     draw = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
-        order = torch.randperm(len(fits_x), generator=draw).to(x.device)
+        order = torch.randperm(len(fit_x), generator=draw).to(x.device)
         for i, rows in enumerate(order.tensor_split(steps)):
-            probe.accumulate(fits_x[rows], fits_y[rows], chooses)
+            probe.accumulate(fit_x[rows], fit_y[rows], none)
             probe.start(0.5 * (1 + cos(pi * (epoch * steps + i) / (epochs * steps))))
     probe.finish()
     return choose(probe, (x[held_out], y[held_out]), (standardize(test[0].float()), test[1]))

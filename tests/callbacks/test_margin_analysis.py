@@ -226,7 +226,9 @@ def save_checkpoint(path: Path, history: list[dict[str, Any]], step: int) -> Non
 
 
 def test_analyze_writes_scalars_table_pictures_and_page(tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "recipe.yaml").write_text(load_recipe("margin_fashion_mnist").to_yaml())
+    (tmp_path / "recipe.yaml").write_text(
+        load_recipe("margin_fashion_mnist", ["data.global_batch_size=256"]).to_yaml()
+    )
     for step in (46, 92):
         save_checkpoint(tmp_path / "checkpoints" / f"step={step:09d}.ckpt", [], step)
     command = ["analyze", "margins", "--checkpoint", str(tmp_path), "--samples", "300"]
