@@ -193,7 +193,7 @@ def linear_evaluation(
     standardize = standardizer(train[0].float())
     x, y = standardize(train[0].float()), train[1]
     fit_x, fit_y = x[~held_out], y[~held_out]
-    none = held_out.new_zeros(())  # of these
+    none = held_out.new_zeros(())  # held out among them
     total = int(all_reduce_sum(torch.tensor(len(fit_x), device=x.device)))
     steps = max(1, -(-total // BATCH))  # an epoch
     epochs = max(EPOCHS, -(-STEPS // steps))
