@@ -1,4 +1,4 @@
-"""How the benchmarks measure: CPU time of contenders in turn, and the memory that a call needs on top."""
+"""CPU time of contenders in turn, and the memory that a call needs on top."""
 
 from __future__ import annotations
 
@@ -26,13 +26,18 @@ def ratio(seconds: Mapping[str, list[float]], name: str, over: str) -> float:
     return median(a / b for a, b in zip(seconds[name], seconds[over], strict=True))
 
 
-def extra_mebibytes(run: Callable[[], object], warm_up: Callable[[], object] = lambda: None) -> float:
-    """How far ``run`` raises the resident memory of a process of its own above what ``warm_up`` left."""
+def extra_mebibytes(run: Callable[[], object], warm_up: Callable[[], object]) -> float:
+    """How far ``run`` raises the resident memory of a process of its own above what ``warm_up`` left.
+
+    ``warm_up``, the same on a small scale, is for what libraries allocate once. Measure memory before time:
+    the process begins as a copy of this one, whose freed memory would hide what ``run`` needs.
+    """
     context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
-    process = context.Process(target=lambda: results.put(_raised(run, warm_up)))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(_raised(run, warm_up)))
     process.start()
-    value: float = results.get()
+    sender.close()
+    value: float = receiver.recv()  # EOFError if the process has died
     process.join()
     return value
 

@@ -112,18 +112,19 @@ def main() -> int:
     full = (args.samples, args.queue, args.width)
     eighth = (max(args.samples // 8, 1), args.queue, args.width)
 
+    memory = peak_mebibytes("lean", *full)
+    less = {form: peak_mebibytes(form, *eighth) for form in ("lean", "dense")}
     big = times(["products", "lean"], args.rounds, *full)
     small = times(["lean", "dense"], args.rounds, *eighth)
-    memory = peak_mebibytes("lean", *full)
     ratio = big["lean"] / big["products"]
     print(f"SCE loss, forward and backward: N={full[0]}, K={full[1]}, D={full[2]}, one thread, float32")
     print(f"  bare products   {big['products']:7.3f} s")
     print(f"  lean form       {big['lean']:7.3f} s   {ratio:.2f} x the products (limit {TIME_LIMIT})")
     print(f"  lean form       {memory:7.1f} MiB extra (limit {MEMORY_LIMIT:.0f})")
     print(f"N={eighth[0]}:")
-    print(f"  lean form       {small['lean']:7.3f} s   {peak_mebibytes('lean', *eighth):7.1f} MiB extra")
+    print(f"  lean form       {small['lean']:7.3f} s   {less['lean']:7.1f} MiB extra")
     print(
-        f"  dense form      {small['dense']:7.3f} s   {peak_mebibytes('dense', *eighth):7.1f} MiB extra, "
+        f"  dense form      {small['dense']:7.3f} s   {less['dense']:7.1f} MiB extra, "
         f"{small['dense'] / small['lean']:.1f} x the lean form's time"
     )
     return int(ratio > TIME_LIMIT or memory > MEMORY_LIMIT)

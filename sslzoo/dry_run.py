@@ -38,15 +38,15 @@ def dry_run(recipe: Recipe, console: Console) -> None:
 
 def dataset_size(recipe: Recipe) -> int:
     """Images of the training split by the catalogue, or by the folder itself where that has no entry."""
-    known = dataset_info(recipe.data.dataset).sizes.get(recipe.data.split)
-    if known is not None and not recipe.data.classes:
+    known = dataset_info(recipe.data.dataset).nominal_size(recipe.data.split, recipe.data.classes)
+    if known is not None:
         return known
     from sslzoo.data.datasets import open_source
 
     try:
         return len(open_source(recipe.data))
     except ValueError:
-        return known or recipe.data.global_batch_size
+        return recipe.data.global_batch_size
 
 
 def one_step(recipe: Recipe, method: SSLMethod[Any]) -> int:

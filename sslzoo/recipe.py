@@ -39,7 +39,7 @@ class LoadedRecipe:
 
     recipe: Recipe
     origins: dict[str, str]  # dotted key of a leaf -> default | recipe | override | derived
-    derived: dict[str, int | float]  # what follows from the values; empty where the data's size is not known
+    derived: dict[str, int | float]  # what follows from the values; lengths by the data's nominal size
     source: Path
 
     def to_yaml(self, *, origins: bool = False) -> str:
@@ -55,7 +55,8 @@ class LoadedRecipe:
         for key, line in marks.items():
             if key in self.origins:
                 lines[line - 1] = f"{lines[line - 1]:{width}}# {self.origins[key]}"
-        lines += [f"# derived: {name} = {value:g}" for name, value in self.derived.items()]
+        for name, value in self.derived.items():
+            lines.append(f"# derived: {name} = {value if isinstance(value, int) else f'{value:g}'}")
         return "\n".join(lines) + "\n"
 
 
@@ -567,7 +568,7 @@ def _derive(recipe: Recipe) -> dict[str, int | float]:
     if isinstance(devices, list):
         devices = len(devices)
     known = isinstance(devices, int) and devices > 0
-    size = None if recipe.data.classes else dataset_info(recipe.data.dataset).sizes.get(recipe.data.split)
+    size = dataset_info(recipe.data.dataset).nominal_size(recipe.data.split, recipe.data.classes)
     try:
         plan = TrainingPlan(
             dataset_size=size or recipe.data.global_batch_size,
@@ -582,5 +583,5 @@ def _derive(recipe: Recipe) -> dict[str, int | float]:
     if known:
         derived["micro_batch_size"] = plan.micro_batch_size
     if size:
-        derived |= {"steps_per_epoch": plan.steps_per_epoch, "total_steps": plan.total_steps}
+        derived |= {"nominal_steps_per_epoch": plan.steps_per_epoch, "nominal_total_steps": plan.total_steps}
     return derived

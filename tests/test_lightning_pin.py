@@ -6,9 +6,12 @@ import inspect
 
 import lightning
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+from sslzoo.launch import Unprofiled, build_trainer
 
 
 def test_the_version_is_the_one_that_the_kill_tests_were_written_for():
@@ -39,3 +42,13 @@ def test_the_position_is_restored_before_the_loaders_are_made():
 def test_callbacks_hear_of_an_exit_code():
     source = inspect.getsource(call._call_and_handle_interrupt)
     assert "except BaseException" in source and "raise" in source
+
+
+def test_actions_are_profiled_only_if_the_recipe_asks(tmp_path):
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1}
+    for asked, kind in (({}, Unprofiled), ({"profiler": "simple"}, SimpleProfiler)):
+        trainer = build_trainer(options | asked, run_dir=tmp_path, callbacks=[])
+        assert isinstance(vars(trainer)["profiler"], kind)
+    # Lightning uses the context as a context, and the profiler for nothing else in a step.
+    assert "with trainer.profiler.profile(" in inspect.getsource(call._call_lightning_module_hook)
+    assert "with trainer.profiler.profile(" in inspect.getsource(call._call_callback_hooks)

@@ -128,10 +128,12 @@ def test_every_written_value_carries_its_origin(write) -> None:
 
 def test_derived_values(write) -> None:
     loaded = load_recipe(write(), ["trainer.devices=2", "trainer.accumulate_grad_batches=4"])
-    lengths = {"steps_per_epoch": 50_000 // 64, "total_steps": 3 * (50_000 // 64)}
+    lengths = {"nominal_steps_per_epoch": 50_000 // 64, "nominal_total_steps": 3 * (50_000 // 64)}
     assert loaded.derived == {"peak_lr": 0.1 * 64 / 256, "micro_batch_size": 8} | lengths
     folder = load_recipe(write(), ["data.dataset=folder", "data.root=photos", "data.split=train"]).derived
     assert not lengths.keys() & folder.keys()
+    long = load_recipe(write(), ["trainer.max_epochs=10000", "trainer.devices=2"])
+    assert "# derived: nominal_total_steps = 7810000\n" in long.to_yaml(origins=True)
     assert "micro_batch_size" not in load_recipe(write(), ["trainer.devices=auto"]).derived
 
 

@@ -115,6 +115,6 @@ def published(pl_module: LightningModule, layer: str) -> Tensor:
     known = pl_module.published
     require(
         layer in known,
-        f"probe.layers names {layer!r}, but the method publishes {', '.join(known) or 'nothing'}",
+        f"layer {layer!r} (see probe.layers) is not there: the method publishes {', '.join(known) or 'nothing'}",
     )
     return known[layer]

@@ -43,11 +43,12 @@ class LinearProbe(FeatureEvaluation):
     # -- training -----------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the count of optimiser steps where it stands; decide once which samples are held out."""
+        """Take up the count of optimiser steps where it stands; look up held-out samples from now on."""
         assert isinstance(pl_module, SSLMethod)
         self._steps = pl_module.optimizer_steps
-        ids = torch.arange(pl_module.plan.dataset_size, device=pl_module.device)
-        self._held_out = is_holdout(ids, self.cfg.holdout, self.seed)
+        if "" in self.classes:
+            ids = torch.arange(pl_module.plan.dataset_size, device=pl_module.device)
+            self._held_out = is_holdout(ids, self.cfg.holdout, self.seed)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -17,6 +17,10 @@ class DatasetInfo:
     channels: int = 3
     num_classes: int = 0  # 0: from the folders, or none
     sizes: Mapping[str, int] = field(default_factory=dict)  # images a split; empty: depends on the folder
+
+    def nominal_size(self, split: str, classes: Sequence[str]) -> int | None:
+        """Images of ``split``; None where the folder, or a choice of ``classes``, decides."""
+        return None if classes else self.sizes.get(split)
 
 
 _CLASS_FOLDERS = "{train,val}/<class>/<image>"

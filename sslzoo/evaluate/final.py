@@ -27,10 +27,10 @@ PCA_WIDTH = 64
 PIXEL_LIMIT = 4096  # values an image; a probe on raw pixels holds the square of it
 
 FROZEN = (
-    "frozen features of the plain images, standardised by the training set. Linear: SGD with momentum at "
-    f"probe.lrs for {EPOCHS} epochs (at least {STEPS} steps), the rate chosen on held-out training samples. "
-    "Logistic regression: converged, the L2 strength chosen on the same samples. Both tested once. k-NN: "
-    "weighted cosine over the training set"
+    "frozen features of the plain images. Linear, on features standardised by the training set: SGD with "
+    f"momentum at probe.lrs for {EPOCHS} epochs (at least {STEPS} steps), the rate chosen on held-out training "
+    "samples. Logistic regression: converged, the L2 strength chosen on the same samples. Both tested once. "
+    "k-NN: weighted cosine over the training set"
 )
 ONLINE = (
     "online: linear probe trained beside the method on augmented views, its learning rate chosen on held-out "

@@ -29,9 +29,9 @@ class SGDProbe:
 
     Standardised features make learning rates carry over between encoders. Of an encoder that still learns
     they are standardised here, by running statistics of the steps before (batch norm without affine
-    parameters; the first step only sets them). With ``running=False`` they must come standardised. The
-    gradient is in closed form, so nothing can flow back. All sums of a step lie in one vector: one
-    all-reduce, in flight while the next batch is computed.
+    parameters; the first step only sets them). With ``running=False`` they must come standardised, and
+    mean and variance stay 0. The gradient is in closed form, so nothing can flow back. All sums of a step
+    lie in one vector: one all-reduce, in flight while the next batch is computed.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class SGDProbe:
         trains = ~held_out & (label >= 0)
         self._trained += trains.sum()
         z = self._with_bias(z)
-        error = (z @ self.weight.flatten(0, 1).T).view(len(z), -1, self.classes).softmax(2)
+        error = (z @ self.weight.flatten(0, 1).T).view(len(z), len(self.weight), self.classes).softmax(2)
         # One (N, 1, C) comparison serves all rates.
         error -= (label[:, None] == self._class_index).unsqueeze(1).to(error.dtype)
         error *= trains[:, None, None]
@@ -190,19 +190,23 @@ def linear_evaluation(
     ``train`` and ``test`` are features (N, F) and labels (N,), ``held_out`` (N,) marks the training samples
     that only choose the learning rate. Each rank passes its own, possibly unequal, shard.
     """
-    standardize = standardizer(train[0].float())
-    x, y = standardize(train[0].float()), train[1]
-    fit_x, fit_y = x[~held_out], y[~held_out]
-    none = held_out.new_zeros(())  # held out among them
-    total = int(all_reduce_sum(torch.tensor(len(fit_x), device=x.device)))
-    steps = max(1, -(-total // BATCH))  # an epoch
+    x, y = train[0].float(), train[1]
+    standardize = standardizer(x)
+    fit = (~held_out).nonzero().squeeze(1)
+    total = int(all_reduce_sum(torch.tensor(len(fit), device=x.device)))
+    require(total > 0, "every training sample is held out to choose the probe; lower probe.holdout")
+    steps = -(-total // BATCH)  # an epoch
     epochs = max(EPOCHS, -(-STEPS // steps))
     probe = SGDProbe(classes, x.shape[1], cfg, device=x.device, running=False)
     draw = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
-        order = torch.randperm(len(fit_x), generator=draw).to(x.device)
+        order = fit[torch.randperm(len(fit), generator=draw).to(x.device)]
         for i, rows in enumerate(order.tensor_split(steps)):
-            probe.accumulate(fit_x[rows], fit_y[rows], none)
+            probe.accumulate(standardize(x[rows]), y[rows], held_out[rows])
             probe.start(0.5 * (1 + cos(pi * (epoch * steps + i) / (epochs * steps))))
     probe.finish()
-    return choose(probe, (x[held_out], y[held_out]), (standardize(test[0].float()), test[1]))
+    return choose(
+        probe,
+        (standardize(x[held_out]), y[held_out]),
+        (standardize(test[0].float()), test[1]),
+    )

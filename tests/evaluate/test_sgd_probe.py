@@ -72,6 +72,34 @@ def test_ranks_agree_and_stay_close_to_one_process(world):
     assert parts[0].top1 == pytest.approx(whole.top1, abs=0.02)
 
 
+def _uneven(rank: int, world: int, parts: list[list[int]]) -> LinearResult:
+    """Rank r has ``parts[r]`` = [held out, not held out] of the training samples, the last one the rest."""
+    (x, y), test = _data(900), _data(500, seed=1)
+    held_out = torch.arange(900) % 10 == 0
+    rows = [held_out.nonzero().squeeze(1).tolist(), (~held_out).nonzero().squeeze(1).tolist()]
+    mine: list[int] = []
+    for pool, column in zip(rows, zip(*parts, strict=True), strict=True):
+        before = sum(column[:rank])
+        mine += pool[before : before + column[rank]] if rank < world - 1 else pool[before:]
+    cut = torch.tensor(mine, dtype=torch.int64)
+    tested = torch.arange(500).tensor_split(world)[rank]
+    train, share = (x[cut], y[cut]), (test[0][tested], test[1][tested])
+    return linear_evaluation(train, share, held_out[cut], CFG, classes=CLASSES, seed=3)
+
+
+def test_a_rank_without_samples_or_with_held_out_ones_alone_keeps_step():
+    whole = _evaluate(0, 1)
+    parts = run_ranks(3, _uneven, [[0, 0], [30, 0], [0, 0]])
+    assert all(part == parts[0] for part in parts)
+    assert parts[0].top1 == pytest.approx(whole.top1, abs=0.02)
+
+
+def test_all_held_out_is_refused():
+    x, y = _data(50)
+    with pytest.raises(ValueError, match=r"lower probe\.holdout"):
+        linear_evaluation((x, y), (x, y), torch.ones(50, dtype=torch.bool), CFG, classes=CLASSES, seed=0)
+
+
 def test_nothing_held_out_is_refused():
     x, y = _data(50)
     with pytest.raises(ValueError, match=r"probe\.holdout"):
