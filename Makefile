@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .PHONY: quickstart test test-all check format bench wheel clean
 
-quickstart: $(READY)  ## train SCE on embedded real images on the CPU, in about four minutes
+quickstart: $(READY)  ## train SCE on embedded real images on the CPU, in under four minutes
 	$(BIN)/sslzoo fit --recipe quickstart.yaml
 
 test: $(READY)  ## the tests that every change must pass
