@@ -58,7 +58,8 @@ def test_a_directory_with_another_run_is_refused(tmp_path):
 def test_resuming_checks_recipe_and_world_size(tmp_path):
     out = tmp_path / "out"
     first = _open(tmp_path, out=out)
-    with pytest.raises(RunError, match=r"optim\.lr was 0\.003, is 0\.1"):
+    lr = load_recipe(RECIPE).recipe.optim.lr
+    with pytest.raises(RunError, match=rf"optim\.lr was {lr}, is 0\.1"):
         _open(tmp_path, "optim.lr=0.1", out=out, resume=True)
     with pytest.raises(RunError, match="1 processes, not 2"):
         _open(tmp_path, out=out, resume=True, world_size=2)
