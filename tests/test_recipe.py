@@ -12,7 +12,8 @@ import pytest
 
 from sslzoo import registry
 from sslzoo.config import MethodConfig, ViewConfig
-from sslzoo.recipe import OWNED, RecipeError, leaves, load_recipe, trainer_arguments
+from sslzoo.recipe import RecipeError, leaves, load_recipe
+from sslzoo.trainer_keys import OWNED, trainer_arguments
 
 BASE = """\
 seed: 1

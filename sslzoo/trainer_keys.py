@@ -1,0 +1,77 @@
+"""Keys of a recipe's ``trainer`` section: what the installed Lightning takes, and what is not a recipe's to set.
+
+Costs no import of Lightning.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import cache, reduce
+from importlib.util import find_spec
+from operator import or_
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+_LENGTH = "the length of a run is trainer.max_epochs, from which all schedules follow"
+_MEASURED = "eval.every_epochs says when features are measured, always on the whole of eval.test_split"
+_FIT = "fit brings its own"
+OWNED = {
+    "barebones": "sslzoo needs its callbacks; logging.every_steps says how much is recorded",
+    "callbacks": "nothing in a recipe names code; the sections probe, eval and logging switch the callbacks on",
+    "check_val_every_n_epoch": _MEASURED,
+    "default_root_dir": "the run directory is given by fit --out",
+    "enable_autolog_hparams": "the run's recipe.yaml and manifest.json hold them",
+    "enable_checkpointing": f"{_FIT}; logging.checkpoint_every_steps says how often",
+    "enable_model_summary": f"{_FIT}; fit --dry-run shows it",
+    "enable_progress_bar": _FIT,
+    "fast_dev_run": "fit --dry-run runs one step",
+    "limit_predict_batches": _MEASURED,
+    "limit_test_batches": _MEASURED,
+    "limit_train_batches": _LENGTH,
+    "limit_val_batches": _MEASURED,
+    "log_every_n_steps": "use logging.every_steps",
+    "logger": "metrics.csv is always written; logging.tensorboard and logging.wandb add the others",
+    "max_steps": _LENGTH,
+    "max_time": _LENGTH,
+    "min_epochs": _LENGTH,
+    "min_steps": _LENGTH,
+    "model_registry": "logging.wandb is where runs go",
+    "num_sanity_val_steps": _MEASURED,
+    "overfit_batches": _LENGTH,
+    "plugins": "nothing in a recipe names code; use trainer.precision and trainer.strategy",
+    "reload_dataloaders_every_n_epochs": "the order of the data is a function of seed and epoch",
+    "use_distributed_sampler": "the order of the data depends on no rank, and sslzoo shares it out itself",
+    "val_check_interval": _MEASURED,
+}
+
+
+@cache
+def trainer_arguments() -> dict[str, Any]:
+    """Arguments of the installed ``lightning.Trainer`` and their types, read without importing it."""
+    spec = find_spec("lightning")
+    assert spec is not None and spec.submodule_search_locations, "lightning is a dependency"
+    source = Path(spec.submodule_search_locations[0], "pytorch", "trainer", "trainer.py")
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and node.name == "Trainer":
+            init = next(f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__")
+            return {argument.arg: _annotation(argument.annotation) for argument in init.args.kwonlyargs}
+    raise AssertionError(f"no class Trainer in {source}")
+
+
+def _annotation(node: ast.expr | None) -> Any:
+    """The type that an annotation spells, ``Any`` where it is more than plain values."""
+    if isinstance(node, ast.Constant) and node.value is None:
+        return NoneType
+    if isinstance(node, ast.Name):
+        return {"int": int, "float": float, "str": str, "bool": bool}.get(node.id, Any)
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        kinds = [_annotation(item) for item in inner]
+        if node.value.id == "Optional":
+            kinds.append(NoneType)
+        if node.value.id in ("Optional", "Union") and Any not in kinds:
+            return reduce(or_, kinds)
+        if node.value.id == "list":
+            return list[kinds[0]]
+    return Any
