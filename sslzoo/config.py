@@ -198,6 +198,9 @@ class ProbeConfig:
         require(len(self.layers) > 0, "probe.layers must name at least one layer, such as backbone")
 
 
+PCA_WIDTH = 64  # principal components of the pixels that the final evaluation measures
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """When and how frozen features are measured while training and at its end."""
@@ -210,7 +213,7 @@ class EvalConfig:
     batch_size: int = 256  # per device
     bank_size: int = 0  # training samples in the k-NN bank and the probe's held-out part; 0: all
     test_split: str = "test"
-    baselines: bool = False  # the final table also shows raw pixels, PCA-64 and random initialisation
+    baselines: bool = False  # the final table also shows raw pixels, their PCA and random initialisation
 
     def __post_init__(self) -> None:
         require(self.every_epochs > 0, f"eval.every_epochs must be positive, got {self.every_epochs}")

@@ -38,7 +38,8 @@ def dry_run(recipe: Recipe, console: Console) -> None:
 
 def dataset_size(recipe: Recipe) -> int:
     """Images of the training split by the catalogue, or by the folder itself where that has no entry."""
-    known = dataset_info(recipe.data.dataset).nominal_size(recipe.data.split, recipe.data.classes)
+    info = dataset_info(recipe.data.dataset)
+    known = info.nominal_size(recipe.data.split, recipe.data.classes)
     if known is not None:
         return known
     from sslzoo.data.datasets import open_source
@@ -46,7 +47,7 @@ def dataset_size(recipe: Recipe) -> int:
     try:
         return len(open_source(recipe.data))
     except ValueError:
-        return recipe.data.global_batch_size
+        return info.sizes.get(recipe.data.split, recipe.data.global_batch_size)
 
 
 def one_step(recipe: Recipe, method: SSLMethod[Any]) -> int:

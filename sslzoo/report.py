@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from sslzoo.config import PCA_WIDTH
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -18,7 +20,7 @@ ROWS = {
     "": "trained encoder",
     "random_init_": "random init",
     "raw_pixels_": "raw pixels",
-    "pca_": "PCA-64",
+    "pca_": f"PCA-{PCA_WIDTH}",
 }
 COLUMNS = {
     "linear_top1": "linear top-1",

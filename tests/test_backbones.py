@@ -46,7 +46,7 @@ def test_resnet50_is_torchvisions_without_its_classifier() -> None:
     assert isinstance(model.fc, nn.Identity)
 
 
-def test_conv5_is_small() -> None:
+def test_conv5_has_half_a_million_parameters() -> None:
     assert parameter_count(build("conv5", in_channels=1)[0]) == 536_032
 
 

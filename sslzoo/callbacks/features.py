@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +45,7 @@ class Shard:
         return torch.cat(self._x).float(), torch.cat(self._label), torch.cat(self._sample_id)
 
 
-class FeatureEvaluation(Callback):
+class FeatureEvaluation(Callback, ABC):
     """Collects the published features of every labelled eval set, and reports what a subclass measures.
 
     ``results`` holds the latest values. Of the first data set and layer they have the plain metric's name;
@@ -58,9 +59,9 @@ class FeatureEvaluation(Callback):
         self._sets: list[EvalSet] = []
         self._shards: dict[tuple[str, str, str], Shard] = {}
 
+    @abstractmethod
     def measure(self, pl_module: LightningModule, data: str, layer: str) -> dict[str, float]:
         """Values by plain metric name; empty where there is nothing to measure yet."""
-        raise NotImplementedError
 
     def collected(
         self, data: str, split: str, layer: str, device: torch.device
@@ -68,9 +69,9 @@ class FeatureEvaluation(Callback):
         """This rank's features (M, F), labels (M,) and sample ids (M,). Collective."""
         return self._shards.get((data, split, layer), Shard()).tensors(device)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Learn from the DataModule which sets there are; ``ValueError`` if two share a name."""
-        self._sets = trainer.datamodule.eval_sets()  # type: ignore[attr-defined]
+        self._sets = trainer.datamodule.eval_sets()
         names = [s.name for s in self._sets if s.split == "train"]
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"probe.data names {', '.join(twice)} twice; results are reported by data set")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sslzoo.config import Recipe
+from sslzoo.config import PCA_WIDTH, Recipe
 from sslzoo.data.randomness import is_holdout
 from sslzoo.distributed import rank
 from sslzoo.evaluate.extract import Encoder, Extracted, extract
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from sslzoo.data.module import SSLDataModule
     from sslzoo.method import SSLMethod
 
-PCA_WIDTH = 64
 PIXEL_LIMIT = 4096  # values an image; a probe on raw pixels holds the square of it
 
 FROZEN = (

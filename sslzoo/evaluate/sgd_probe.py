@@ -76,8 +76,8 @@ class SGDProbe:
         is held out (N,): such a sample enters the statistics, its label nothing."""
         self.finish()
         z = x.detach().to(self.mean.dtype)
-        self._seen += len(z)
         if self.running:
+            self._seen += len(z)
             z = z - self.mean
             self._first += z.sum(0)
             self._second += (z * z).sum(0)
@@ -202,6 +202,7 @@ def linear_evaluation(
     for epoch in range(epochs):
         order = fit[torch.randperm(len(fit), generator=draw).to(x.device)]
         for i, rows in enumerate(order.tensor_split(steps)):
+            # By the batch: a standardised copy of all would double the memory of the features.
             probe.accumulate(standardize(x[rows]), y[rows], held_out[rows])
             probe.start(0.5 * (1 + cos(pi * (epoch * steps + i) / (epochs * steps))))
     probe.finish()

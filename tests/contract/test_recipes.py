@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +30,12 @@ def test_builds_and_steps(name):
     changed = sum(bool((p != before[n]).any()) for n, p in method.backbone.named_parameters())
     assert moved + changed > 0
     assert all(math.isfinite(p.abs().sum().item()) for p in method.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("sce_in1k", 1_281_167), ("sce_in100", 126_689), ("quickstart", 12_000)]
+)
+def test_a_dry_run_without_the_data_plans_with_its_nominal_size(name: str, size: int, tmp_path: Path) -> None:
+    """Of a choice of classes, with that of the usual list: no better number is known without the folder."""
+    overrides = [] if name == "quickstart" else [f"data.root={tmp_path / 'missing'}"]
+    assert dataset_size(load_recipe(name, overrides).recipe) == size
