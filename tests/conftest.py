@@ -21,7 +21,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``golden_case`` and ``precision`` run over every case of the method that the test file names.
 
     A test file ``test_<method>.py`` with a test that takes both gets each case in each precision that
-    states a tolerance.
+    states a tolerance. The file's ``SPEC`` holds the hyper-parameters that a case may leave out.
     """
     if "golden_case" not in metafunc.fixturenames:
         return
@@ -29,7 +29,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     assert metafunc.module is not None
     method = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
-    cases = load_cases(metafunc.config.getoption("--golden-dir") / method)
+    cases = load_cases(metafunc.config.getoption("--golden-dir") / method, metafunc.module.SPEC)
     runs = [(case, precision) for case in cases for precision in case.tolerance]
     ids = [f"{case.name}-{precision}" for case, precision in runs]
     metafunc.parametrize(("golden_case", "precision"), runs, ids=ids)

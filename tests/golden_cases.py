@@ -82,15 +82,15 @@ def _step(name: str) -> Any:
     return int(head[1:]) if head[:1] == "s" and head[1:].isdigit() else None
 
 
-def load_cases(folder: Path) -> list[GoldenCase]:
-    """Every case of ``folder/cases.json``."""
+def load_cases(folder: Path, defaults: dict[str, Any]) -> list[GoldenCase]:
+    """Every case of ``folder/cases.json``; ``defaults`` are the hyper-parameters that a case may leave out."""
     described = json.loads((folder / "cases.json").read_text())
     assert described["format"] == 1, f"{folder}: unknown format {described['format']}"
     return [
         GoldenCase(
             name=case["name"],
             kind=case["kind"],
-            hyper=case.get("hyper", {}),
+            hyper=defaults | case.get("hyper", {}),
             expect=tuple(case["expect"]),
             tolerance=case["tolerance"],
             file=folder / case["file"],

@@ -49,30 +49,41 @@ Outputs = dict[str, Tensor | float | int]
 
 # -- reference numbers ------------------------------------------------------------------------
 
+SPEC = {
+    "tau": 0.2,
+    "m1": 0.0,
+    "m2": 0.0,
+    "beta": 1.0,
+    "wide_angle": "exact",
+    "loss_scale": "2*tau",
+    "tau0": 0.1,
+    "alpha": 0.5,
+    "A0": 0.0,
+    "eps": 1e-8,
+}
+
 
 def leaf(x: Tensor) -> Tensor:
     return x.clone().requires_grad_()
 
 
 def margin_of(hyper: dict[str, Any]) -> Margin:
-    return Margin(angular=hyper["m1"], subtractive=hyper["m2"], wide_angle=hyper.get("wide_angle", "exact"))
+    return Margin(angular=hyper["m1"], subtractive=hyper["m2"], wide_angle=hyper["wide_angle"])
 
 
 def per_anchor(pairs: Pairs, hyper: dict[str, Any]) -> Tensor:
     return margin_loss(
         pairs,
         margin_of(hyper),
-        temperature=hyper.get("tau", 0.5),
-        beta=hyper.get("beta", 1.0),
+        temperature=hyper["tau"],
+        beta=hyper["beta"],
         slope="full",
     )
 
 
 def factors_of(pairs: Pairs, hyper: dict[str, Any]) -> Factors:
     margin = margin_of(hyper)
-    return gradient_factors(
-        pairs, margin, temperature=hyper.get("tau", 0.5), sums=pull_sums(pairs.theta, margin)
-    )
+    return gradient_factors(pairs, margin, temperature=hyper["tau"], sums=pull_sums(pairs.theta, margin))
 
 
 def outputs(pairs: Pairs, loss: Tensor, hyper: dict[str, Any]) -> Outputs:
@@ -116,7 +127,8 @@ def byol(case: GoldenCase, precision: str) -> Outputs:
     t, h = case.tensors(precision), case.hyper
     p = leaf(t["in_p"])
     pairs = attract(p, t["in_z"])
-    loss = 2 + per_anchor(pairs, h)  # tau = 0.5
+    h = h | {"tau": 0.5, "beta": 0.0}
+    loss = 2 + per_anchor(pairs, h)
     return {
         "out_loss": loss.mean(),
         "out_loss_i": loss,
@@ -150,7 +162,7 @@ def isolated(pairs: Pairs, hyper: dict[str, Any], effects: tuple[str, ...], **ch
         pairs,
         margin,
         temperature=hyper["tau"],
-        beta=hyper.get("beta", 1.0),
+        beta=hyper["beta"],
         effects=effects,
         sums=pull_sums(pairs.theta, margin),
         **(options | changes),

@@ -41,6 +41,20 @@ COLUMNS = [(1, 0), (0, 1), (2, 0), (0, 2), (1, 2), (2, 1)]
 
 # -- reference numbers ------------------------------------------------------------------------
 
+SPEC = {
+    "gamma": 16.0,
+    "aug_weight": 1e-5,
+    "margin_weight": 1e-11,
+    "margin_pos_weight": 1e-4,
+    "virtual_lr": 1e-3,
+    "lr": 0.03,
+    "generator_lr": 0.03,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "bank_momentum": 0.5,
+    "K": 1024,
+}
+
 
 def _contrast(hyper: Mapping[str, Any]) -> Contrast:
     return Contrast(

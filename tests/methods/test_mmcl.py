@@ -39,10 +39,25 @@ from tests.ranks import run_ranks
 
 # -- reference numbers ---------------------------------------------------------------------------------
 
+SPEC = {
+    "kernel": "rbf",
+    "sigma": 1.0,
+    "self_kernel": "one",
+    "C": -1,
+    "reg": 0.1,
+    "pgd_variant": "nesterov",
+    "step": "fixed",
+    "eta": 1e-3,
+    "max_iterations": 1000,
+    "stop_condition": 0.01,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+}
+
 
 def _problem(pool: Tensor, hyper: dict[str, Any], **changes: Any) -> tuple[DualProblem, dict[str, Any]]:
     """The problem of a case, and the kernel arguments of its loss. ``sigma: auto`` is a rule of ours."""
-    hyper = {"self_kernel": "one", "sigma": 1.0} | hyper | changes
+    hyper = hyper | changes
     auto = hyper["sigma"] == "auto"
     problem, sigma = dual_problem(
         pool,
@@ -91,7 +106,7 @@ def _golden_kernels(case: GoldenCase, precision: str) -> dict[str, Any]:
         if not isinstance(own, dict):
             continue
         hyper = case.hyper | own
-        for infix, self_kernel in (("", hyper.get("self_kernel", "one")), ("true_self_", "true")):
+        for infix, self_kernel in (("", hyper["self_kernel"]), ("true_self_", "true")):
             problem, kernel = _problem(view1, hyper, self_kernel=self_kernel)
             got[f"alpha_raw_{infix}{label}"] = inverse_duals(problem)
             loss, grad = _loss_and_grad(z, solve_inv(problem).duals, kernel)

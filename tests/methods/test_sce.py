@@ -35,6 +35,20 @@ Arrays = dict[str, Any]
 
 # -- parity with the authors' code --------------------------------------------------------------
 
+SPEC = {
+    "lambda": 0.5,
+    "tau": 0.1,
+    "tau_m": 0.07,
+    "use_keys": False,
+    "num_global_crops": 2,
+    "num_local_crops": 0,
+    "symmetric": True,
+    "momentum_schedule": "cosine",
+    "sgd_momentum": 0.9,
+    "eps": 1e-5,
+    "momentum": 0.1,
+}
+
 
 def lean(online: Tensor, target: Tensor, weight: float, **options: Any) -> SCEOutput:
     """The multi-crop form on a single pair."""

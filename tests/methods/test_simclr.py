@@ -16,7 +16,7 @@ from tests.conftest import GOLDEN
 from tests.golden_cases import load_cases
 from tests.ranks import run_ranks
 
-NTXENT = [case for case in load_cases(GOLDEN / "sogclr") if case.kind == "ntxent"]
+NTXENT = [case for case in load_cases(GOLDEN / "sogclr", {}) if case.kind == "ntxent"]
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])

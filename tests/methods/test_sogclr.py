@@ -53,6 +53,8 @@ BIMODAL = Descent(rho=6.0, eta=0.01, beta=0.9, tau_min=0.005, tau_max=0.05)
 
 # -- reference numbers ------------------------------------------------------------------------
 
+SPEC = {"temperature": 0.1, "weight_decay": 0.0}
+
 
 def _gammas(hyper: dict[str, Any], steps: int) -> list[float]:
     schedule = hyper.get("gamma_schedule", "constant")
