@@ -52,21 +52,22 @@ def key_views(base: str, views: int, symmetric: bool) -> range:
 
 
 def pair_views(
-    base: str,
+    cfg: MarginConfig,
     queries: Sequence[Tensor],
     keys: Mapping[int, Tensor],
     queue: Tensor | None,
     *,
+    views: int,
     offset: int,
     temperature: float | Tensor,
-    chunk: int,
 ) -> list[Term]:
-    """A term for every query view (N, D) and key view other than it.
+    """A term for every query view (N, D) and key view other than it. The first ``views`` queries are global.
 
     ``keys`` by view: (M, D) with this rank's rows at ``offset`` for simclr and mocov3, which contrast
     within the batch; (N, D) for the others, which do not. Nothing is normalised but the ``queue`` (K, D).
     SimCLR with two views is NT-Xent, whose candidates are both views.
     """
+    base, chunk = cfg.base, cfg.chunk_size
     rows = torch.arange(len(queries[0]), device=queries[0].device)
     if base == "simclr" and len(queries) == 2:
         m = len(keys[0])
@@ -90,5 +91,5 @@ def pair_views(
             else:
                 pairs = contrast(query, key, rows + offset, own=None, temperature=temperature, chunk=chunk)
                 negatives = len(key) - 1
-            terms.append(Term(pairs, negatives, local=a > max(keys)))
+            terms.append(Term(pairs, negatives, local=a >= views))
     return terms

@@ -43,21 +43,19 @@ class MarginContrast(SSLMethod[MarginConfig]):
     def loss(self, batch: Batch) -> Tensor:
         """Mean over every (query view, other global key view), scaled as the base framework does."""
         cfg = self.cfg
-        if len(batch.global_views) < 2:
+        if (views := len(batch.global_views)) < 2:
             raise ValueError("margin needs two global views; set views to count: 2 with role: global")
         features = [self.backbone(view) for view in (*batch.global_views, *batch.local_views)]
         self.publish(backbone=features[0])
         projected = [self.projector(h) for h in features]
         queries = [self.predictor(z) for z in projected]
         keys = self._keys(batch, projected)
-        temperature = self._temperature(projected, len(batch.global_views))
+        temperature = self._temperature(projected, views)
         # after_step writes the queue in place
         queue = None if self.queue is None else self.queue.features.clone()
         offset = rank() * len(batch.sample_id)
         with ieee_matmul():
-            terms = pair_views(
-                cfg.base, queries, keys, queue, offset=offset, temperature=temperature, chunk=cfg.chunk_size
-            )
+            terms = pair_views(cfg, queries, keys, queue, views=views, offset=offset, temperature=temperature)
         margin = margin_of(cfg, terms[0].negatives, self.margin_ramp())
         sums = all_reduce_sum(torch.stack([pull_sums(term.pairs.theta, margin) for term in terms]))
         losses = [self._term_loss(t, margin, s, temperature) for t, s in zip(terms, sums, strict=True)]
