@@ -8,6 +8,7 @@ messages name the dotted key.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from typing import Any
 
 
@@ -27,6 +28,15 @@ class MethodConfig:
     """Base of every method's config. ``name`` is the method's registered name, or ``module:Class``."""
 
     name: str
+
+    @property
+    def contrast_temperature(self) -> float | None:
+        """What divides the cosines in the method's loss, which a margin analysis takes: the field
+        ``temperature`` or ``tau`` where that is a number. None: the method has no such number."""
+        for name in ("temperature", "tau"):
+            if isinstance(value := getattr(self, name, None), (int, float)):
+                return float(value)
+        return None
 
     def check(self, recipe: Recipe) -> None:
         """Raise ``ValueError`` where this method cannot do what the rest of ``recipe`` asks."""
@@ -250,9 +260,15 @@ class MarginAnalysisConfig:
 
     def __post_init__(self) -> None:
         require(len(self.margins) > 0, "logging.margins.margins must list margins, such as [[10.0, 0.0]]")
+        for m1, m2 in self.margins:
+            require(
+                abs(m1) < 180 and isfinite(m2),
+                "logging.margins.margins lists pairs of an angle within (-180, 180) degrees and a finite number, "
+                f"got [{m1}, {m2}]",
+            )
         require(self.every_steps > 0, f"logging.margins.every_steps must be positive, got {self.every_steps}")
         require(
-            self.temperature >= 0,
+            0 <= self.temperature < inf,
             f"logging.margins.temperature must not be negative, got {self.temperature}",
         )
 
@@ -294,3 +310,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.method.check(self)
+        margins = self.logging.margins
+        require(
+            margins is None or margins.temperature > 0 or self.method.contrast_temperature is not None,
+            f"logging.margins.temperature must be given, such as 0.2: {self.method.name} has none of its own",
+        )

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from sslzoo.config import MethodConfig, OptimConfig
+from sslzoo.config import MethodConfig, OptimConfig, require
 from sslzoo.optim import build_optimizer, set_learning_rate
 from sslzoo.plan import TrainingPlan
 from sslzoo.schedules import learning_rate
@@ -89,15 +89,30 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         return {"backbone": self.backbone(x)}
 
     def embed(self, x: Tensor) -> Tensor:
-        """Embeddings (N, D) of a view, as the loss compares them but for their length: ``projector`` after
-        the backbone where there is one. Margin analysis calls it, in training mode and without gradient.
-
-        A method with other heads overrides it. It may change nothing but buffers and random numbers, which
-        are put back.
-        """
+        """Embeddings (N, D) of a view as the loss's anchors are embedded, but for their length: ``projector``
+        after the backbone where there is one. A method with other heads overrides it."""
         h = self.backbone(x)
         projector = getattr(self, "projector", None)
         return projector(h) if isinstance(projector, nn.Module) else h
+
+    def embed_key(self, x: Tensor) -> Tensor:
+        """The same for the view that anchors are compared with; a method whose keys come from another network
+        overrides it."""
+        return self.embed(x)
+
+    def contrasted(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Anchors and their positives, (N, D) each, by kind of pair: ``global``, the first two global views,
+        and where there are local ones ``local``, the first of them against the first global one.
+
+        Margin analysis calls it, in training mode and without gradient. It may change nothing but buffers
+        and random numbers, which are put back.
+        """
+        views = batch.global_views
+        require(len(views) >= 2, "margin analysis compares two global views; set views to count: 2")
+        pairs = {"global": (self.embed(views[0]), self.embed_key(views[1]))}
+        if batch.local_views:
+            pairs["local"] = (self.embed(batch.local_views[0]), self.embed_key(views[0]))
+        return pairs
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups of ``(name, parameter)`` pairs under ``named``; ``lr_factor`` scales a group's rate."""

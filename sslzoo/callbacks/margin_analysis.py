@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import radians
 from typing import Any
 
@@ -10,21 +10,30 @@ from lightning.pytorch import Callback, Trainer
 
 from sslzoo.callbacks.meter import find_meter, log_metrics
 from sslzoo.config import require
-from sslzoo.evaluate.margins import grid_statistics, margin_name, observe_views, temperature_of
-from sslzoo.margins import Margin, angle_histogram
+from sslzoo.evaluate.margins import describe, margin_name, observe_batch, temperature_of
+from sslzoo.margins import Margin
 from sslzoo.method import Batch
+
+
+def _metrics(prefix: str, scalars: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The first margin's scalars under ``prefix``, the others' under their names."""
+    first, *others = scalars
+    values = {f"{prefix}/{key}": value for key, value in scalars[first].items()}
+    return values | {f"{prefix}/{name}/{key}": v for name in others for key, v in scalars[name].items()}
 
 
 class MarginAnalysis(Callback):
     """Asks every ``every_steps`` optimiser steps what margins would do to the embeddings of the batch.
 
-    ``margins``: pairs (m1 in degrees, m2). ``temperature`` of 0 takes the method's own. The first two global
-    views go once more through :meth:`SSLMethod.embed` before the step, without gradient; random numbers,
-    batch-norm statistics and all other buffers are put back, so training is bit-identical with and without.
+    ``margins``: pairs (m1 in degrees, m2). ``temperature`` of 0 takes the method's own. Before the step two
+    views go once more through the network, as :meth:`SSLMethod.contrasted` says, without gradient; random
+    numbers, batch-norm statistics and all other buffers are put back, so training is bit-identical with and
+    without. An anchor's negatives are the other samples' positives, whatever the loss itself has.
 
-    Metrics ``margins/theta_mean`` and so on for the first margin, ``margins/m1=..,m2=../...`` for the others.
-    ``history``, which is in checkpoints, holds a record a time: step, epoch, the histogram of the angles in
-    36 bins of 5 degrees, and the scalars of every margin.
+    Metrics ``margins/theta_mean`` and so on for the first margin, ``margins/m1=..,m2=../...`` for the others,
+    ``margins/local/theta_mean`` for local crops. ``history``, which is in checkpoints, holds a record a time:
+    step, epoch, temperature, the histogram of the angles in 36 bins of 5 degrees, the scalars of every margin,
+    and those two of local crops under ``local``.
     """
 
     def __init__(
@@ -51,22 +60,15 @@ class MarginAnalysis(Callback):
         self._last_step = step
         temperature = temperature_of(pl_module, self.temperature)
         with trainer.precision_plugin.forward_context():
-            seen = observe_views(pl_module, batch.global_views, temperature=temperature)
-        scalars = grid_statistics(seen, self.margins, temperature=temperature)
-        self.history.append(
-            {
-                "step": step,
-                "epoch": trainer.current_epoch,
-                "histogram": angle_histogram(seen.theta).tolist(),
-                "margins": scalars,
-            }
-        )
+            seen = observe_batch(pl_module, batch, temperature=temperature)
+        found = describe(seen, self.margins, temperature=temperature)
+        when = {"step": step, "epoch": trainer.current_epoch, "temperature": temperature}
+        self.history.append(when | found)
         meter = find_meter(trainer)
         if meter is not None:
-            first, *others = scalars
-            values = {f"margins/{key}": value for key, value in scalars[first].items()}
-            for name in others:
-                values |= {f"margins/{name}/{key}": value for key, value in scalars[name].items()}
+            values = _metrics("margins", found["margins"])
+            if "local" in found:
+                values |= _metrics("margins/local", found["local"]["margins"])
             log_metrics(trainer, values)
             meter.restart_clock()  # what this cost is no training time
 

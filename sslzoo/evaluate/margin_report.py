@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +21,25 @@ from sslzoo.config import require
 from sslzoo.data.datasets import open_source
 from sslzoo.evaluate.margins import (
     Observation,
-    grid_statistics,
+    describe,
     join,
-    observe_views,
+    observe_batch,
     per_sample,
     temperature_of,
 )
-from sslzoo.margins import NO_MARGIN, Margin, angle_histogram
+from sslzoo.margins import NO_MARGIN, Margin
 from sslzoo.recipe import LoadedRecipe, plain
 
 if TYPE_CHECKING:
     from sslzoo.config import Recipe
     from sslzoo.evaluate.margin_plots import Snapshot
     from sslzoo.method import Batch, SSLMethod
+
+
+PAIRS = (
+    "anchors and positives as the loss embeds them, predictor and momentum encoder included; an anchor's negatives "
+    "are the other samples' positives in its batch, also where the loss has more, a queue, or none"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,7 @@ class Look:
     path: Path
     step: int
     epoch: int
-    seen: Observation
+    seen: dict[str, Observation]  # by kind of pair
     history: list[dict[str, Any]]  # of a MarginAnalysis callback in that run
 
 
@@ -84,6 +91,12 @@ def analyse(
     Writes ``margins.json``, ``samples.parquet``, the pictures and ``index.html``; returns what the JSON
     holds. ``samples`` is rounded up to whole batches of the recipe's size, each with its own negatives.
     """
+    require(samples > 0, f"--samples must be positive, got {samples}")
+    folders = {str(path.resolve().parent) for path in paths}
+    require(
+        len(folders) == 1,
+        f"--checkpoint names checkpoints of {len(folders)} runs, whose steps would mix; analyse them one by one",
+    )
     recipe = loaded.recipe
     batches = _batches(recipe, samples)
     method = _method(recipe, sum(len(b.sample_id) for b in batches))
@@ -92,29 +105,38 @@ def analyse(
     unique = list({look.step: look for look in looks}.values())
     last = unique[-1]
     ids = torch.cat([b.sample_id for b in batches])
-    tables = {name: per_sample(last.seen, margin, temperature=tau) for name, margin in margins.items()}
+    tables = {
+        kind: {name: per_sample(seen, margin, temperature=tau) for name, margin in margins.items()}
+        for kind, seen in last.seen.items()
+    }
     summary: dict[str, Any] = {
         "checkpoints": [
-            {
-                "path": str(look.path),
-                "step": look.step,
-                "epoch": look.epoch,
-                "histogram": angle_histogram(look.seen.theta).tolist(),
-                "margins": grid_statistics(look.seen, margins, temperature=tau),
-            }
+            {"path": str(look.path), "step": look.step, "epoch": look.epoch}
+            | describe(look.seen, margins, temperature=tau)
             for look in unique
         ],
         "history": last.history,
+        "pairs": PAIRS,
         "samples": len(ids),
         "temperature": tau,
         "seed": recipe.seed,
         "recipe": plain(recipe),
     }
+    summary = _finite(summary)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "margins.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (out / "margins.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     _write_table(out / "samples.parquet", ids, tables, summary)
-    _write_pictures(out, summary, margins, last.seen, tables)
+    _write_pictures(out, summary, margins, last.seen["global"], tables["global"])
     return summary
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for every number that is infinite or NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _batches(recipe: Recipe, samples: int) -> list[Batch]:
@@ -150,7 +172,8 @@ def _look(method: SSLMethod[Any], path: Path, batches: Sequence[Batch], temperat
     )
     method.load_state_dict({name: stored[name] for name in own})
     torch.manual_seed(0)  # dropout, where a method has it
-    seen = join([observe_views(method, batch.global_views, temperature=temperature) for batch in batches])
+    observed = [observe_batch(method, batch, temperature=temperature) for batch in batches]
+    seen = {kind: join([by_kind[kind] for by_kind in observed]) for kind in observed[0]}
     states = content.get("callbacks", {})
     history = [state["history"] for key, state in states.items() if key.startswith("MarginAnalysis")]
     return Look(
@@ -163,18 +186,23 @@ def _look(method: SSLMethod[Any], path: Path, batches: Sequence[Batch], temperat
 
 
 def _write_table(
-    path: Path, ids: Tensor, tables: Mapping[str, Mapping[str, Tensor]], summary: Mapping[str, Any]
+    path: Path,
+    ids: Tensor,
+    tables: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
+    summary: Mapping[str, Any],
 ) -> None:
-    """A row for every sample and margin; recipe and seed in the file's metadata."""
+    """A row for every kind of pair, margin and sample; recipe and seed in the file's metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    rows = [(kind, name, table) for kind, of in tables.items() for name, table in of.items()]
     columns: dict[str, Any] = {
-        "sample_id": torch.cat([ids] * len(tables)).numpy(),
-        "margin": [name for name in tables for _ in range(len(ids))],
+        "sample_id": torch.cat([ids] * len(rows)).numpy(),
+        "pair": [kind for kind, _, _ in rows for _ in range(len(ids))],
+        "margin": [name for _, name, _ in rows for _ in range(len(ids))],
     }
-    for key in next(iter(tables.values())):
-        columns[key] = torch.cat([table[key] for table in tables.values()]).numpy()
+    for key in rows[0][2]:
+        columns[key] = torch.cat([table[key] for _, _, table in rows]).numpy()
     kept = ("temperature", "seed", "recipe")
     metadata = {f"sslzoo.{key}": json.dumps(summary[key]) for key in kept}
     metadata["sslzoo.checkpoint"] = summary["checkpoints"][-1]["path"]
@@ -195,7 +223,7 @@ def _write_pictures(
     tau = summary["temperature"]
     base = per_sample(seen, NO_MARGIN, temperature=tau)
     figures = all_plots(
-        _moments(summary, list(margins)),
+        _moments(summary, next(iter(margins))),
         margins,
         {k: v.double().numpy() for k, v in base.items()},
         {name: {k: v.double().numpy() for k, v in t.items()} for name, t in tables.items()},
@@ -219,11 +247,13 @@ def _write_pictures(
     (out / "index.html").write_text(_page(summary, sections), encoding="utf-8")
 
 
-def _moments(summary: Mapping[str, Any], names: Sequence[str]) -> list[Snapshot]:
-    """The looks of the callback's history where it knows these margins, then the checkpoints'."""
+def _moments(summary: Mapping[str, Any], shown: str) -> list[Snapshot]:
+    """The looks of the callback's history where it knows the margin ``shown`` in detail, at the same
+    temperature; then the checkpoints'."""
     from sslzoo.evaluate.margin_plots import Snapshot
 
-    looks = [r for r in summary["history"] if all(name in r["margins"] for name in names)]
+    tau = summary["temperature"]
+    looks = [r for r in summary["history"] if shown in r["margins"] and r["temperature"] == tau]
     first = summary["checkpoints"][0]["step"] if not looks else looks[-1]["step"] + 1
     looks = [
         *looks,
@@ -245,7 +275,7 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .8rem }}
 </style>
 <h1>Margin analysis: {name}</h1>
 <p>{samples:,} samples of the training data at optimiser step {step:,}; τ = {temperature:g}; seed {seed}.
-Angles in degrees. Each margin is asked at the same embeddings.</p>
+Angles in degrees. Each margin is asked at the same embeddings: {pairs}.</p>
 <table>{rows}</table>
 <main>{figures}</main>
 <h2>Recipe</h2><pre>{recipe}</pre>
@@ -267,6 +297,7 @@ def _page(summary: Mapping[str, Any], sections: Sequence[str]) -> str:
         step=last["step"],
         temperature=summary["temperature"],
         seed=summary["seed"],
+        pairs=html.escape(summary["pairs"]),
         rows="\n".join(rows),
         figures="\n".join(sections),
         recipe=html.escape(json.dumps(summary["recipe"], indent=1)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from math import exp, pi
+from math import inf, pi
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,13 +16,21 @@ from torch import Tensor
 
 from sslzoo.config import require
 from sslzoo.distributed import gather_detached, rank
-from sslzoo.margins import Factors, Margin, Pairs, chord_angle, gradient_factors, pull_sums
+from sslzoo.margins import (
+    Factors,
+    Margin,
+    Pairs,
+    angle_histogram,
+    chord_angle,
+    gradient_factors,
+    pull_sums,
+)
 from sslzoo.numerics import autocast_off, ieee_matmul, normalize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sslzoo.method import SSLMethod
+    from sslzoo.method import Batch, SSLMethod
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CHUNK = 1024  # anchors whose similarities are held at a time
@@ -127,6 +135,7 @@ def margin_statistics(seen: Observation, margin: Margin, *, temperature: float) 
         "p": f.p.mean(),
         "p0": f.p0.mean(),
         "delta": f.delta.mean(),
+        "negative_multiplier": f.delta.mean().exp(),
         "saturated_90": (f.p0 > 0.9).double().mean(),
         "saturated_99": (f.p0 > 0.99).double().mean(),
         "emphasis": f.emphasis,
@@ -148,7 +157,6 @@ def margin_statistics(seen: Observation, margin: Margin, *, temperature: float) 
         stats["log_angle"] = f.angle[usable].log().mean()
         stats["log_logit"] = f.logit[usable].log().mean()
     result = dict(zip(stats, torch.stack([v.double() for v in stats.values()]).tolist(), strict=True))
-    result["negative_multiplier"] = exp(result["delta"])
     result["without_log"] = float((~usable).sum())
     return result
 
@@ -175,16 +183,18 @@ def per_sample(seen: Observation, margin: Margin, *, temperature: float) -> dict
 
 
 def temperature_of(method: SSLMethod[Any], given: float = 0.0) -> float:
-    """``given``, or where it is 0 the method's own ``cfg.temperature`` or ``cfg.tau``.
+    """``given``, or where it is 0 the method's own (``MethodConfig.contrast_temperature``).
 
-    Raises ``ValueError`` for a method that has none.
+    Raises ``ValueError`` for a method that has none, and for a temperature that is not positive.
     """
-    own = getattr(method.cfg, "temperature", getattr(method.cfg, "tau", 0.0))
-    value = given or (float(own) if isinstance(own, (int, float)) else 0.0)
+    value = given or method.cfg.contrast_temperature
     require(
-        value > 0,
-        f"{method.cfg.name} has no method.temperature: margin analysis needs one to be given, such as 0.2",
+        value is not None,
+        f"{method.cfg.name} has no temperature of its own: margin analysis needs one, such as 0.2; give "
+        "--temperature, in training logging.margins.temperature",
     )
+    assert value is not None
+    require(0 < value < inf, f"the temperature of a margin analysis must be positive and finite, got {value}")
     return value
 
 
@@ -201,12 +211,27 @@ def untouched(method: SSLMethod[Any]) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def observe_views(method: SSLMethod[Any], views: Sequence[Tensor], *, temperature: float) -> Observation:
-    """The first two ``views`` of a batch as the method embeds them: the first queries, the second holds the
-    candidates. In the mode (training or evaluation) that the method is in; leaves no trace in it."""
-    require(len(views) >= 2, "margin analysis compares two global views; set views to count: 2")
+def observe_batch(method: SSLMethod[Any], batch: Batch, *, temperature: float) -> dict[str, Observation]:
+    """What ``method.contrasted`` compares in ``batch``, by kind of pair. In the mode (training or evaluation)
+    that the method is in; leaves no trace in it."""
     with untouched(method):
-        return observe(method.embed(views[0]), method.embed(views[1]), temperature=temperature)
+        pairs = method.contrasted(batch)
+        return {kind: observe(*pair, temperature=temperature) for kind, pair in pairs.items()}
+
+
+def describe(
+    seen: Mapping[str, Observation], margins: Mapping[str, Margin], *, temperature: float
+) -> dict[str, Any]:
+    """The histogram of the angles, 36 bins of 5 degrees, and the scalars of every margin, for the pairs of
+    global views; those of other pairs under the name of their kind."""
+    found = {
+        kind: {
+            "histogram": angle_histogram(s.theta).tolist(),
+            "margins": grid_statistics(s, margins, temperature=temperature),
+        }
+        for kind, s in seen.items()
+    }
+    return found.pop("global") | found
 
 
 def grid_statistics(

@@ -22,13 +22,22 @@ from sslzoo.callbacks.position import Position
 from sslzoo.cli.main import main
 from sslzoo.config import MethodConfig
 from sslzoo.data.sources import FakeSource
-from sslzoo.evaluate.margins import margin_statistics, observe, per_sample, temperature_of
+from sslzoo.evaluate.margin_report import _moments
+from sslzoo.evaluate.margins import (
+    describe,
+    margin_statistics,
+    observe,
+    observe_batch,
+    per_sample,
+    temperature_of,
+)
 from sslzoo.launch import build_trainer
 from sslzoo.margins import Margin
 from sslzoo.method import Batch, SSLMethod
 from sslzoo.numerics import normalize
-from sslzoo.recipe import load_recipe
+from sslzoo.recipe import RecipeError, load_recipe
 from sslzoo.registry import recipes
+from sslzoo_methods.margin.method import MarginContrast
 from tests.chaos import digest
 from tests.ranks import run_ranks
 
@@ -156,7 +165,10 @@ def train(name: str, folder: Path, watching: bool, epochs: int = 2) -> tuple[str
         method = build_method(recipe, plan)
     torch.manual_seed(1)
     data = build_data(recipe, plan, FakeSource(64, 1, 8, 4))
-    analysis = MarginAnalysis([(10.0, 0.0), (0.0, 0.1)], every_steps=3, temperature=0.3) if watching else None
+    given = 0.3 if name == STRANGE else 0.0
+    analysis = (
+        MarginAnalysis([(10.0, 0.0), (0.0, 0.1)], every_steps=3, temperature=given) if watching else None
+    )
     callbacks: list[Callback] = [Position()]
     callbacks += [] if analysis is None else [analysis]
     options = {**recipe.trainer, "limit_val_batches": 0, "max_epochs": epochs}
@@ -186,8 +198,86 @@ def test_training_is_bit_identical_with_and_without(name: str, tmp_path: Path) -
 def test_the_methods_temperature_unless_one_is_given() -> None:
     method = Strange(StrangeConfig(name="strange"), nn.Identity(), 4)
     assert temperature_of(method, 0.3) == 0.3
-    with pytest.raises(ValueError, match=r"strange has no method\.temperature"):
+    with pytest.raises(ValueError, match=r"strange has no temperature .* give --temperature"):
         temperature_of(method)
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        temperature_of(method, -0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature"),
+    [("sce", 0.1), ("mmcl", 1.0), ("sogclr", 0.2), ("metaug", 0.125), ("simclr", 0.2)],
+)
+def test_every_method_of_the_zoo_has_a_temperature(name: str, temperature: float) -> None:
+    config = load_recipe(f"{name}_fashion_mnist", ["logging.margins={margins: [[10.0, 0.0]]}"]).recipe.method
+    assert config.contrast_temperature == pytest.approx(temperature)
+
+
+def test_a_recipe_whose_method_has_none_must_give_one() -> None:
+    overrides = ["method.kernel=linear", "logging.margins={margins: [[10.0, 0.0]]}"]
+    with pytest.raises(RecipeError, match=r"logging\.margins\.temperature must be given"):
+        load_recipe("mmcl_fashion_mnist", overrides)
+    given = ["method.kernel=linear", "logging.margins={margins: [[10.0, 0.0]], temperature: 0.2}"]
+    assert load_recipe("mmcl_fashion_mnist", given)
+
+
+@pytest.mark.parametrize("margin", ["[.nan, 0.0]", "[200.0, 0.0]", "[10.0, .inf]"])
+def test_a_recipe_refuses_margins_that_are_none(margin: str) -> None:
+    with pytest.raises(RecipeError, match=r"logging\.margins\.margins lists pairs"):
+        load_recipe("simclr_fashion_mnist", [f"logging.margins={{margins: [{margin}]}}"])
+
+
+# -- what is compared -----------------------------------------------------------------------------
+
+
+def built(name: str, *overrides: str) -> tuple[SSLMethod[Any], Batch]:
+    """A method in training mode, and a batch of eight images with two local crops."""
+    recipe = load_recipe(name, ["data.global_batch_size=8", *overrides]).recipe
+    method = build_method(recipe, build_plan(recipe, 64, 1)).train()
+    channels, size = len(recipe.data.mean), recipe.views[0].size
+    draw = torch.Generator().manual_seed(0)
+    crops = tuple(torch.rand(8, channels, size, size, generator=draw) for _ in range(4))
+    count = sum(view.count for view in recipe.views)
+    return method, Batch(crops[:count], crops[2:] if count == 2 else (), torch.arange(8))
+
+
+@pytest.mark.parametrize("base", ["mocov3", "byol"])
+def test_anchors_are_predictions_and_positives_the_momentum_encoders(base: str) -> None:
+    method, batch = built(f"margin_{base}_cifar10", "views=[{size: 16, scale: [0.3, 1.0], count: 2}]")
+    assert isinstance(method, MarginContrast) and method.target is not None
+    with torch.no_grad():
+        anchors, positives = method.contrasted(batch)["global"]
+        wanted = method.predictor(method.projector(method.backbone(batch.global_views[0])))
+        torch.testing.assert_close(anchors, wanted)
+        torch.testing.assert_close(positives, method.target(batch.global_views[1]))
+    before = {name: buffer.clone() for name, buffer in method.named_buffers()}
+    seen = observe_batch(method, batch, temperature=0.2)
+    torch.testing.assert_close(
+        seen["global"].cosine, (normalize(anchors) * normalize(positives)).sum(1), atol=1e-5, rtol=1e-5
+    )
+    for name, buffer in method.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_local_crops_are_reported_apart() -> None:
+    method, batch = built("simclr_fashion_mnist")
+    found = describe(
+        observe_batch(method, batch, temperature=0.2),
+        {"m": Margin(angular=0.1, subtractive=0.0)},
+        temperature=0.2,
+    )
+    with torch.no_grad():
+        a, b = normalize(method.embed(batch.local_views[0])), normalize(method.embed(batch.global_views[0]))
+    angle = torch.rad2deg(torch.arccos((a * b).sum(1))).mean()
+    assert found["local"]["margins"]["m"]["theta_mean"] == pytest.approx(float(angle), rel=1e-3)
+    assert found["margins"]["m"]["theta_mean"] != found["local"]["margins"]["m"]["theta_mean"]
+    assert sum(found["local"]["histogram"]) == 8
+
+
+def test_three_encoders_of_one_crop_are_compared_with_one_another() -> None:
+    method, batch = built("metaug_official_cifar10")
+    found = observe_batch(method, batch, temperature=0.125)
+    assert list(found) == ["global"] and len(found["global"].theta) == 8
 
 
 def test_the_history_is_in_checkpoints(tmp_path: Path) -> None:
@@ -212,11 +302,12 @@ PICTURES = (
 )
 
 
-def save_checkpoint(path: Path, history: list[dict[str, Any]], step: int) -> None:
+def save_checkpoint(path: Path, history: list[dict[str, Any]], step: int, scale: float = 1.0) -> None:
     recipe = load_recipe("margin_fashion_mnist").recipe
     method = build_method(recipe, build_plan(recipe, 12000, 1))
     content = {
-        "state_dict": dict(method.state_dict()) | {"probe.weight": torch.zeros(2)},
+        "state_dict": {k: scale * v for k, v in method.state_dict().items()}
+        | {"probe.weight": torch.zeros(2)},
         "optimizer_steps": step,
         "epoch": step // 46,
         "callbacks": {"MarginAnalysis": {"history": history, "last_step": 0}},
@@ -241,7 +332,7 @@ def test_analyze_writes_scalars_table_pictures_and_page(tmp_path: Path, capsys: 
     assert summary["recipe"]["method"]["base"] == "simclr"
     table = pq.read_table(out / "samples.parquet")
     assert table.num_rows == 1024 and set(table["margin"].to_pylist()) == {"m1=10deg,m2=0", "m1=-5deg,m2=0.1"}
-    assert len(set(table["sample_id"].to_pylist())) == 512
+    assert len(set(table["sample_id"].to_pylist())) == 512 and set(table["pair"].to_pylist()) == {"global"}
     assert json.loads(table.schema.metadata[b"sslzoo.seed"]) == 42
     mean = summary["checkpoints"][-1]["margins"]["m1=10deg,m2=0"]["theta_mean"]
     assert sum(table["theta"].to_pylist()) / 1024 == pytest.approx(mean, rel=1e-5)
@@ -258,10 +349,31 @@ def test_analyze_shows_the_history_of_the_run(tmp_path: Path) -> None:
     assert analysis is not None
     save_checkpoint(tmp_path / "x.ckpt", analysis.history, 8)
     command = ["analyze", "margins", "--checkpoint", str(tmp_path / "x.ckpt"), "--samples", "256"]
-    out = ["--recipe", "margin_fashion_mnist", "--out", str(tmp_path / "out"), "--margin", "10,0"]
+    out = ["--recipe", "margin_fashion_mnist", "--out", str(tmp_path / "out")]
     assert main([*command, *out]) == 0
     summary = json.loads((tmp_path / "out" / "margins.json").read_text())
     assert [record["step"] for record in summary["history"]] == [0, 3, 6]
+    # The margin shown in detail, the first of the default, is in the history; the others need not be.
+    assert [moment.step for moment in _moments(summary, "m1=10deg,m2=0")] == [0, 3, 6, 8]
+    assert [moment.step for moment in _moments(summary, "m1=20deg,m2=0")] == [8]
+    assert [moment.step for moment in _moments(summary | {"temperature": 0.5}, "m1=10deg,m2=0")] == [8]
+
+
+def test_collapsed_embeddings_make_valid_json(tmp_path: Path) -> None:
+    recipe = load_recipe("margin_fashion_mnist").recipe
+    save_checkpoint(tmp_path / "checkpoints" / "x.ckpt", [], 8, scale=0.0)
+    (tmp_path / "recipe.yaml").write_text(load_recipe("margin_fashion_mnist").to_yaml())
+    command = ["analyze", "margins", "--checkpoint", str(tmp_path / "checkpoints" / "x.ckpt")]
+    assert main([*command, "--samples", "64", "--temperature", "0.001", "--margin", "90,1"]) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (tmp_path / "margins" / "margins.json").read_text()
+    summary = json.loads(text, parse_constant=refuse)
+    scalars = summary["checkpoints"][-1]["margins"]["m1=90deg,m2=1"]
+    assert scalars["emphasis"] is None and scalars["negative_multiplier"] is None
+    assert summary["samples"] == recipe.data.global_batch_size
 
 
 @pytest.mark.parametrize(
@@ -269,6 +381,19 @@ def test_analyze_shows_the_history_of_the_run(tmp_path: Path) -> None:
     [
         (["--checkpoint", "nowhere.ckpt", "--recipe", "margin_fashion_mnist"], "there is no checkpoint"),
         (["--checkpoint", "x.ckpt"], "name its recipe with --recipe"),
+        (
+            ["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--samples", "0"],
+            "--samples must be positive",
+        ),
+        (
+            ["--checkpoint", "x.ckpt", "y/x.ckpt", "--recipe", "margin_fashion_mnist"],
+            "names checkpoints of 2 runs",
+        ),
+        (
+            ["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--temperature=-0.2"],
+            "must be positive and finite, got -0.2",
+        ),
+        (["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--margin", "nan,0"], "nan"),
         (["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--margin", "10"], "--margin '10'"),
         (["--checkpoint", "x.ckpt", "--recipe", "simclr_fashion_mnist"], "give the recipe of its run"),
         (

@@ -50,6 +50,11 @@ class MetAugConfig(MethodConfig):
     virtual_step_sync: bool = True  # false: each rank steps on its own gradient; not world-size invariant
     ramp_epochs: float = 0.0  # aug_weight and margin_weight grow from 0 over so many
 
+    @property
+    def contrast_temperature(self) -> float:
+        """2 / gamma: gamma multiplies (1 + cos) / 2."""
+        return 2 / self.gamma
+
     def __post_init__(self) -> None:
         for name, allowed in {
             "generator_optim": ("sgd", "adam"),

@@ -114,6 +114,13 @@ class MetAug(SSLMethod[MetAugConfig]):
         """Of a plain view; with three encoders, that of the one that sees all channels."""
         return self.network()([x])[1][-1]
 
+    def contrasted(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """With three encoders of one crop: that of the first channel against that of the other two."""
+        if self.cfg.views == "crops":
+            return super().contrasted(batch)
+        first, others, _ = self.network()(batch.global_views)[1]
+        return {"global": (first, others)}
+
     def _named(
         self, passed: Sequence[Tensor], z: Sequence[Tensor], generated: Sequence[Tensor], n: int
     ) -> dict[str, Tensor]:

@@ -79,6 +79,11 @@ class MMCLConfig(MethodConfig):
     pgd: PGDConfig = field(default_factory=PGDConfig)
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
 
+    @property
+    def contrast_temperature(self) -> float | None:
+        """sigma / 2 of the rbf kernel, which on unit vectors is exp(cos / (sigma / 2)) but for a constant."""
+        return self.sigma / 2 if self.kernel == "rbf" and self.sigma_rule == "fixed" else None
+
     def __post_init__(self) -> None:
         one_of("method.solver", self.solver, SOLVERS)
         one_of("method.kernel", self.kernel, KERNELS)

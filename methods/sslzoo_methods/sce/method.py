@@ -131,6 +131,14 @@ class SCE(SSLMethod[SCEConfig]):
             self.queue.push(torch.cat(self.pending))
             self.pending = []
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Of the online branch, predictor included."""
+        return self.predictor(self.projector(self.backbone(x)))
+
+    def embed_key(self, x: Tensor) -> Tensor:
+        """Of the momentum branch."""
+        return self.momentum_encoder(x)
+
     def features(self, x: Tensor) -> dict[str, Tensor]:
         """``backbone`` and ``projector``."""
         h = self.backbone(x)
