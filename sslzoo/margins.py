@@ -12,7 +12,7 @@ With the margin, the gradient of an anchor is the one without it times A, its po
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import pi, sin
+from math import isfinite, pi, sin
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sslzoo.config import one_of, require
+from sslzoo.numerics import autocast_off, ieee_matmul
 
 WIDE_ANGLES = ("exact", "arcface", "clamp", "easy")
 
@@ -71,6 +72,12 @@ class Margin:
 
     def __post_init__(self) -> None:
         one_of("wide_angle", self.wide_angle, WIDE_ANGLES)
+        require(
+            -pi < self.angular < pi,
+            f"an angular margin m1 must lie within (-pi, pi), got {self.angular}: here it is in radians, "
+            "at the command line and in logging.margins in degrees, within (-180, 180)",
+        )
+        require(isfinite(self.subtractive), f"a subtractive margin m2 must be finite, got {self.subtractive}")
         require(self.multiplier >= 1, f"the angle's multiplier must be at least 1, got {self.multiplier}")
         require(
             self.multiplier == 1 or self.angular == 0, "a multiplied angle takes no additive angular margin"
@@ -227,7 +234,7 @@ def negative_logsumexp(
 
 class _ChunkedLogSumExp(torch.autograd.Function):
     """The barycentre of the negatives, which is the gradient at an anchor, is gathered on the way forward;
-    the candidates' gradient needs a second pass."""
+    the candidates' gradient needs a second pass, which keeps the precision that callers give the first."""
 
     @staticmethod
     def forward(
@@ -250,10 +257,11 @@ class _ChunkedLogSumExp(torch.autograd.Function):
         to_candidates = None
         if ctx.needs_input_grad[1]:
             to_candidates = torch.zeros_like(candidates)
-            for rows in torch.arange(len(anchors), device=anchors.device).split(ctx.chunk):
-                logits = ((anchors[rows] * scale) @ candidates.T).scatter_(1, excluded[rows], -torch.inf)
-                share = logits.sub_(out[rows, None]).exp_()
-                to_candidates.addmm_(share.T, anchors[rows] * weight[rows])
+            with autocast_off(anchors), ieee_matmul():
+                for rows in torch.arange(len(anchors), device=anchors.device).split(ctx.chunk):
+                    logits = ((anchors[rows] * scale) @ candidates.T).scatter_(1, excluded[rows], -torch.inf)
+                    share = logits.sub_(out[rows, None]).exp_()
+                    to_candidates.addmm_(share.T, anchors[rows] * weight[rows])
         return centre * weight, to_candidates, None, None, None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from math import cos, pi
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslzoo.batchnorm import to_sync
 from sslzoo.config import OptimConfig
@@ -68,6 +71,7 @@ def leaf(x: Tensor) -> Tensor:
 
 
 def margin_of(hyper: dict[str, Any]) -> Margin:
+    hyper = SPEC | hyper
     return Margin(angular=hyper["m1"], subtractive=hyper["m2"], wide_angle=hyper["wide_angle"])
 
 
@@ -76,7 +80,7 @@ def per_anchor(pairs: Pairs, hyper: dict[str, Any]) -> Tensor:
         pairs,
         margin_of(hyper),
         temperature=hyper["tau"],
-        beta=hyper["beta"],
+        beta=hyper.get("beta", SPEC["beta"]),
         slope="full",
     )
 
@@ -162,7 +166,7 @@ def isolated(pairs: Pairs, hyper: dict[str, Any], effects: tuple[str, ...], **ch
         pairs,
         margin,
         temperature=hyper["tau"],
-        beta=hyper["beta"],
+        beta=hyper.get("beta", SPEC["beta"]),
         effects=effects,
         sums=pull_sums(pairs.theta, margin),
         **(options | changes),
@@ -376,6 +380,36 @@ def test_chunks_change_nothing() -> None:
         results.append((loss.detach(), a.grad, b.grad))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_chunks_are_recomputed_in_full_float32(autocast: bool) -> None:
+    """Whatever precision of products is in force when backward runs, outside the loss."""
+    u, v = leaf(torch.randn(11, 6)), leaf(torch.randn(17, 6))
+    pairs = contrast(u, v, torch.arange(11), own=None, temperature=0.1, chunk=4)
+    assert pairs.negatives is not None
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Products() as products, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            pairs.negatives.sum().backward()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(products.seen) == 6 and set(products.seen) == {("highest", torch.float32)}
+
+
+class Products(TorchDispatchMode):
+    """Notes the precision in force at every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_}:
+            self.seen.append((torch.get_float32_matmul_precision(), args[-1].dtype))
+        return func(*args, **(kwargs or {}))
 
 
 # -- identities -------------------------------------------------------------------------------
@@ -738,6 +772,21 @@ def test_local_crops_only_query_and_are_reported_apart() -> None:
     assert method.recorded["method/theta_degrees"] != method.recorded["method/theta_degrees_local"]
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("locals_", [0, 1])
+def test_a_third_global_view_is_no_local_crop(symmetric: bool, locals_: int) -> None:
+    """MoCo v2 with the second view alone as key: views one and three are global queries."""
+    method, batch = tiny("mocov2", symmetric=symmetric), tiny_batch(locals_=1 + locals_)
+    method.loss(Batch((*batch.global_views, batch.local_views[0]), batch.local_views[1:], batch.sample_id))
+    assert ("method/theta_degrees_local" in method.recorded) == bool(locals_)
+
+
+MACL: dict[str, Any] = {"family": "macl", "angular_margin": 0.0, "subtractive_margin": 0.0, "effects": ()}
+COSFACE: dict[str, Any] = {"family": "cosface", "angular_margin": 0.0, "subtractive_margin": 0.1}
+EQCO: dict[str, Any] = {"family": "eqco", "angular_margin": 0.0, "subtractive_margin": 0.0}
+SPHERE = EQCO | {"family": "sphereface"}
+
+
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
@@ -761,6 +810,13 @@ def test_local_crops_only_query_and_are_reported_apart() -> None:
         ("simclr", {"logit_on": "positive", "effects": ("angle",)}, "method.logit_on needs logit"),
         ("simclr", {"value_preserving": False}, "method.value_preserving"),
         ("simclr", {"schedule": "linear"}, "method.schedule_epochs"),
+        ("simclr", {"angular_margin": "1..5deg"}, "method.angular_margin must be radians or text"),
+        ("simclr", {"angular_margin": float("nan")}, "method.angular_margin must lie"),
+        ("simclr", {"temperature": float("inf")}, "method.temperature must be positive and finite"),
+        ("simclr", MACL | {"macl_alpha": 1.0}, "method.macl_alpha 1.0 lets the temperature reach 0"),
+        ("simclr", MACL | {"macl_alpha": 0.5, "macl_alignment": 1.0}, "method.macl_alpha"),
+        ("simclr", MACL | {"macl_alpha": float("nan")}, "method.macl_alpha"),
+        ("simclr", MACL | {"macl_alignment": -1.5}, "method.macl_alignment"),
     ],
 )
 def test_impossible_settings_name_the_key(base: str, changes: dict[str, Any], message: str) -> None:
@@ -768,11 +824,172 @@ def test_impossible_settings_name_the_key(base: str, changes: dict[str, Any], me
         config(**({"base": base} | changes))
 
 
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        ("byol", {"effects": ("logit",)}, r"method.effects \['logit'\] would train base byol"),
+        ("simsiam", {"effects": ("logit",)}, "logit needs a margin and method.beta above 0"),
+        ("mocov3", {"beta": 0.0, "effects": ("logit",)}, "method.beta above 0"),
+        ("byol", {"slope": "logit_only"}, "method.slope needs .*method.beta above 0; set it to full"),
+        (
+            "byol",
+            {"effects": ("angle", "logit"), "logit_on": "positive"},
+            "method.logit_on needs method.beta",
+        ),
+        ("byol", COSFACE, "method.family cosface has no gradient without negatives"),
+        ("mocov2", EQCO | {"beta": 0.0}, "method.family eqco has no gradient without negatives"),
+        ("simclr", COSFACE | {"effects": ("angle",)}, "emphasis and angle need a method.angular_margin"),
+        ("simclr", COSFACE | {"effects": ("emphasis",), "family": "am_softmax"}, "would train base simclr"),
+        ("mocov2", EQCO | {"effects": ("emphasis", "angle")}, "method.effects"),
+        ("mocov3", {"angular_margin": 0.0, "effects": ("emphasis", "angle")}, "method.effects"),
+        (
+            "mocov3",
+            {"angular_margin": 0.0, "subtractive_margin": 0.0, "effects": ("logit",)},
+            "needs a margin",
+        ),
+        ("simclr", {"symmetric": False}, "method.symmetric needs base mocov2; set it to True"),
+        ("mocov3", {"momentum_batchnorm": "shuffle"}, "method.momentum_batchnorm needs base mocov2"),
+        ("simsiam", {"momentum_end": 0.9}, "method.momentum_end needs bases mocov2"),
+        ("byol", {"chunk_size": 8}, "method.chunk_size needs bases with negatives; set it to 0"),
+        (
+            "simclr",
+            COSFACE | {"wide_angle": "clamp"},
+            "method.wide_angle needs families arcface and combined",
+        ),
+        ("mocov2", EQCO | {"wide_angle": "easy"}, "method.wide_angle"),
+        ("simclr", SPHERE | {"wide_angle": "arcface"}, "method.wide_angle"),
+        ("simclr", COSFACE | {"slope": "logit_only"}, "method.slope needs an angular margin"),
+        ("simclr", {"effects": (), "schedule": "linear", "schedule_epochs": 1.0}, "method.schedule needs"),
+        ("simclr", {"eqco_alpha": 10.0}, "method.eqco_alpha needs family eqco; set it to 65536.0, got 10.0"),
+        ("simclr", {"macl_alpha": 0.4}, "method.macl_alpha needs family macl"),
+        ("simclr", {"macl_alignment": 0.1}, "method.macl_alignment needs family macl"),
+        ("simclr", {"sphere_multiplier": 3}, "method.sphere_multiplier needs family sphereface"),
+    ],
+)
+def test_settings_without_effect_are_refused(base: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(base, **changes)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        ("simclr", {"angular_margin": 0.0, "subtractive_margin": 0.1}),
+        ("byol", {"angular_margin": 0.0, "subtractive_margin": 0.1}),
+        ("simclr", {"angular_margin": 0.0, "subtractive_margin": 0.0, "wide_angle": "clamp"}),
+        ("simclr", {"angular_margin": 0.0, "effects": ("angle", "logit")}),
+        ("simclr", {"angular_margin": 0.0, "effects": ("emphasis",), "emphasis_scale": 2.0}),
+        ("simclr", {"angular_margin": -0.1, "effects": ("angle",)}),
+        ("simclr", {"beta": 0.0}),
+        ("simclr", {"effects": ()}),
+        ("simclr", COSFACE | {"subtractive_margin": 0.0}),
+        ("simclr", COSFACE | {"effects": ("logit",)}),
+        ("mocov2", EQCO | {"eqco_alpha": 10.0, "effects": ("logit",)}),
+        ("byol", SPHERE | {"effects": ("angle",), "sphere_multiplier": 2}),
+        ("simclr", SPHERE | {"slope": "logit_only"}),
+        ("byol", {"effects": ("emphasis", "logit")}),
+        ("simclr", MACL | {"macl_alpha": 0.99}),
+        ("simclr", MACL | {"macl_alpha": -0.5, "macl_alignment": 0.5}),
+        ("mocov2", {"angular_margin": ".5e1deg", "symmetric": False, "chunk_size": 4}),
+    ],
+)
+def test_points_of_a_sweep_stay_legal(base: str, changes: dict[str, Any]) -> None:
+    cfg = config(base, **changes)
+    coldest = macl_temperature(  # over the alignments that there are
+        torch.tensor([-1.0, 1.0]), temperature=0.2, alpha=cfg.macl_alpha, initial=cfg.macl_alignment
+    )
+    assert coldest.min() > 0
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        ("byol", {"effects": ("logit",)}),
+        ("byol", {"slope": "logit_only"}),
+        ("byol", COSFACE),
+        ("mocov2", EQCO | {"beta": 0.0}),
+        ("simclr", COSFACE | {"effects": ("emphasis", "angle")}),
+        ("simclr", COSFACE | {"slope": "logit_only"}),
+        ("mocov3", {"angular_margin": 0.0, "subtractive_margin": 0.0, "effects": ("logit",)}),
+    ],
+)
+def test_what_is_refused_trains_the_base(base: str, changes: dict[str, Any]) -> None:
+    """Refused, these would have had the gradient of a setting that says so itself."""
+    with pytest.raises(ValueError, match=r"method\."):
+        config(base, **changes)
+    same: dict[str, Any] = {"family": "none", "angular_margin": 0.0, "subtractive_margin": 0.0, "effects": ()}
+    if "slope" in changes and base == "simclr":
+        same = COSFACE
+    gradients = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MarginConfig, "_check_idle", lambda _: None)
+        for options in (changes, {"beta": changes.get("beta", TINY[base]["beta"])} | same):
+            method = tiny(base, **options)
+            method.loss(tiny_batch()).backward()
+            gradients.append([p.grad for p in method.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"angular": 10.0}, "got 10.0: here it is in radians, at the command line .* in degrees"),
+        ({"angular": -pi}, "radians"),
+        ({"angular": float("nan")}, "got nan"),
+        ({"subtractive": float("nan")}, "subtractive margin m2 must be finite, got nan"),
+        ({"subtractive": float("-inf")}, "got -inf"),
+    ],
+)
+def test_no_margin_of_impossible_size(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(NO_MARGIN, **changes)
+
+
 RECIPES = [name for name in recipes() if name.startswith("margin_")]
+BASES_ON_CIFAR = {f"margin_{base}_cifar{n}" for base in TINY for n in (10, 100)}
+ON_OTHERS = {f"margin_{base}_{data}" for base in ("simclr", "mocov3") for data in ("stl10", "tiny_imagenet")}
+ON_IN100 = {f"margin_{base}_in100" for base in ("simclr", "mocov3", "byol")}
 
 
 def test_all_recipes_are_there() -> None:
-    assert len(RECIPES) == 15
+    others = {"margin_cosface_simclr_cifar10", "margin_fashion_mnist"}
+    assert set(RECIPES) == BASES_ON_CIFAR | ON_OTHERS | ON_IN100 | others
+
+
+@pytest.mark.parametrize("base", ["mocov2", "simsiam"])
+@pytest.mark.parametrize("classes", [10, 100])
+def test_weak_colour_jitter_where_the_base_has_it(base: str, classes: int) -> None:
+    (view,) = load_recipe(f"margin_{base}_cifar{classes}").recipe.views
+    assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.4, 0.1)
+    assert (view.jitter_p, view.grayscale_p, view.blur_p, view.solarize_p) == (0.8, 0.2, 0.5, 0.0)
+
+
+CARD = Path(__file__).parents[2] / "methods/sslzoo_methods/margin/README.md"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_override_of_the_card_takes_any_margin_away(name: str) -> None:
+    (command,) = re.findall(r"`(method\.family=none [^`]*)`", CARD.read_text().replace("\n", " "))
+    method = load_recipe(name, command.split()).recipe.method
+    assert isinstance(method, MarginConfig)
+    assert (method.radians, method.subtractive_margin, method.effects) == (0, 0, ())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *([f"method.angular_margin={m1}"] for m1 in ("0", "5deg", "20deg")),
+        *([f"method.subtractive_margin={m2}"] for m2 in (0, 0.05, 0.2)),
+        *(["method.subtractive_margin=0.1", f"method.effects=[{','.join(e)}]"] for e in ISOLATED.values()),
+        *(["method.effects=[emphasis]", f"method.emphasis_scale={s}"] for s in (0.5, 1, 4)),
+        *([f"method.wide_angle={rule}"] for rule in ("exact", "arcface", "clamp", "easy")),
+        *([f"method.beta={beta}"] for beta in (0, 0.5, 1)),
+        ["method.family=eqco", "method.angular_margin=0", "method.eqco_alpha=1024"],
+        ["method.slope=logit_only"],
+    ],
+)
+def test_sweeps_load(overrides: list[str]) -> None:
+    load_recipe("margin_simclr_cifar10", overrides)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -780,7 +997,8 @@ def test_recipes_load_and_train_the_margin_itself(name: str, monkeypatch: pytest
     monkeypatch.setenv("SSLZOO_DATA_DIR", "/data")
     recipe = load_recipe(name).recipe
     assert isinstance(recipe.method, MarginConfig)
-    assert recipe.method.radians > 0 and not recipe.method.isolated
+    assert recipe.method.radians > 0 or recipe.method.subtractive_margin > 0
+    assert not recipe.method.isolated
     MarginContrast(recipe.method, torch.nn.Linear(2, 2), 2)
 
 

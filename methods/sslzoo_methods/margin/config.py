@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import isfinite, log, pi, radians
+from math import inf, isfinite, log, pi, radians
 
 from sslzoo.config import MethodConfig, one_of, require
 
@@ -12,6 +12,7 @@ BASES = ("simclr", "mocov2", "mocov3", "byol", "simsiam")
 NEGATIVE_FREE = ("byol", "simsiam")
 WITH_TARGET = ("mocov2", "mocov3", "byol")  # a momentum encoder makes the keys
 WITH_PREDICTOR = ("mocov3", "byol", "simsiam")
+SUBTRACTIVE = ("cosface", "am_softmax", "eqco")  # no angular margin
 FAMILIES = ("none", "cosface", "am_softmax", "arcface", "combined", "sphereface", "eqco", "macl")
 EFFECTS = ("emphasis", "angle", "logit")
 WIDE_ANGLES = ("exact", "arcface", "clamp", "easy")
@@ -21,7 +22,7 @@ def angle(value: float | str) -> float:
     """Radians of ``0.1745`` or ``10deg``."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*deg\s*", value)
+    match = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*deg\s*", value)
     require(match is not None, f"method.angular_margin must be radians or text such as 10deg; got {value!r}")
     return radians(float(match[1])) if match else 0.0
 
@@ -57,7 +58,7 @@ class MarginConfig(MethodConfig):
     chunk_size: int = 0  # anchors whose similarities are held at a time; 0 holds all
     sphere_multiplier: int = 4  # sphereface
     eqco_alpha: float = 65536.0  # eqco: m2 = tau ln(alpha / negatives), in place of subtractive_margin
-    macl_alpha: float = 0.5  # macl: tau (1 + alpha (A - A0))
+    macl_alpha: float = 0.5  # macl: tau (1 + alpha (A - A0)), A the mean cosine of the positives
     macl_alignment: float = 0.0  # macl: A0
 
     def __post_init__(self) -> None:
@@ -70,6 +71,7 @@ class MarginConfig(MethodConfig):
         self._check_margin()
         self._check_base()
         self._check_effects()
+        self._check_idle()
 
     @property
     def radians(self) -> float:
@@ -112,9 +114,18 @@ class MarginConfig(MethodConfig):
             "method.wide_angle must be arcface for family arcface; for the others set method.family=combined",
         )
         require(self.sphere_multiplier >= 2, "method.sphere_multiplier must be at least 2")
-        require(self.eqco_alpha > 0, f"method.eqco_alpha must be positive, got {self.eqco_alpha}")
         require(
-            (self.schedule == "constant") == (self.schedule_epochs == 0) and self.schedule_epochs >= 0,
+            0 < self.eqco_alpha < inf, f"method.eqco_alpha must be positive and finite, got {self.eqco_alpha}"
+        )
+        alpha, initial = self.macl_alpha, self.macl_alignment
+        require(-1 <= initial <= 1, f"method.macl_alignment is a cosine, in [-1, 1]; got {initial}")
+        require(
+            abs(alpha) + alpha * initial < 1,  # the least of 1 + alpha (A - A0) over A in [-1, 1] is positive
+            f"method.macl_alpha {alpha} lets the temperature reach 0: |macl_alpha| + macl_alpha * "
+            "macl_alignment must be below 1",
+        )
+        require(
+            (self.schedule == "constant") == (self.schedule_epochs == 0) and 0 <= self.schedule_epochs < inf,
             "method.schedule_epochs must be positive with a linear or cosine method.schedule, and 0 without",
         )
         require(
@@ -124,7 +135,10 @@ class MarginConfig(MethodConfig):
 
     def _check_base(self) -> None:
         base, free = self.base, self.base in NEGATIVE_FREE
-        require(self.temperature > 0, f"method.temperature must be positive, got {self.temperature}")
+        require(
+            0 < self.temperature < inf,
+            f"method.temperature must be positive and finite, got {self.temperature}",
+        )
         fixed = {"byol": 0.5, "simsiam": 1.0}.get(base, self.temperature)
         require(
             self.temperature == fixed,
@@ -163,10 +177,9 @@ class MarginConfig(MethodConfig):
         )
         one_of("method.momentum_batchnorm", self.momentum_batchnorm, ("same", "shuffle"))
         require(
-            self.momentum_batchnorm == "same" or base == "mocov2",
-            f"method.momentum_batchnorm must be same for base {base}: shuffling is MoCo v2's",
+            0 <= self.loss_scale < inf,
+            f"method.loss_scale must be finite and not negative, got {self.loss_scale}",
         )
-        require(self.loss_scale >= 0, f"method.loss_scale must not be negative, got {self.loss_scale}")
         require(self.chunk_size >= 0, f"method.chunk_size must not be negative, got {self.chunk_size}")
 
     def _check_effects(self) -> None:
@@ -189,8 +202,8 @@ class MarginConfig(MethodConfig):
             "method.logit_on needs logit in method.effects",
         )
         require(
-            self.emphasis_scale == 0 or (self.emphasis_scale > 0 and "emphasis" in self.effects),
-            "method.emphasis_scale must be positive and needs emphasis in method.effects",
+            self.emphasis_scale == 0 or (0 < self.emphasis_scale < inf and "emphasis" in self.effects),
+            "method.emphasis_scale must be positive and finite, and needs emphasis in method.effects",
         )
         require(
             self.value_preserving
@@ -200,4 +213,39 @@ class MarginConfig(MethodConfig):
         require(
             self.factor_range[0] <= 1 <= self.factor_range[1],
             f"method.factor_range must contain 1, got {self.factor_range}",
+        )
+
+    def _check_idle(self) -> None:
+        """Refuse what would change nothing: the run would bear the name of a setting that it does not have."""
+        base, family, beta = self.base, self.family, self.beta
+        heeded = {
+            "symmetric": (base == "mocov2", "base mocov2"),
+            "momentum_batchnorm": (base == "mocov2", "base mocov2"),
+            "momentum_end": (base in WITH_TARGET, f"bases {', '.join(WITH_TARGET)}"),
+            "chunk_size": (base not in NEGATIVE_FREE, "bases with negatives"),
+            "wide_angle": (family in ("arcface", "combined"), "families arcface and combined"),
+            "slope": (family not in SUBTRACTIVE and beta > 0, "an angular margin and method.beta above 0"),
+            "logit_on": (beta > 0, "method.beta above 0"),
+            "schedule": (bool(self.effects), "method.effects that are not []"),
+            "sphere_multiplier": (family == "sphereface", "family sphereface"),
+            "eqco_alpha": (family == "eqco", "family eqco"),
+            "macl_alpha": (family == "macl", "family macl"),
+            "macl_alignment": (family == "macl", "family macl"),
+        }
+        for key, (acts, needs) in heeded.items():
+            value, default = getattr(self, key), getattr(MarginConfig, key)
+            require(acts or value == default, f"method.{key} needs {needs}; set it to {default}, got {value}")
+        require(
+            beta > 0 or family not in SUBTRACTIVE or (family != "eqco" and self.subtractive_margin == 0),
+            f"method.family {family} has no gradient without negatives (method.beta=0); set "
+            "method.family=combined with a method.angular_margin",
+        )
+        turns = self.radians != 0 or family == "sphereface"  # else the slope factor B is 1
+        shifts = turns or self.subtractive_margin != 0 or family == "eqco"
+        logit = "logit" in self.effects and beta > 0 and shifts
+        pull = self.emphasis_scale > 0 or (turns and set(self.effects) != {"logit"})
+        require(
+            not self.isolated or logit or pull,
+            f"method.effects {list(self.effects)} would train base {base} without a margin: logit needs a margin "
+            "and method.beta above 0, emphasis and angle need a method.angular_margin other than 0",
         )
