@@ -13,9 +13,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sslzoo.config import require
 from sslzoo.distributed import all_reduce_sum, world_size
 
+FUSED = ["drop", "act"]  # layers inside timm's batch norms, in the order in which they act
+
+
+def _then(norm: nn.Module, y: Tensor) -> Tensor:
+    """What the layers inside ``norm`` make of the normalised ``y``."""
+    for layer in norm.children():
+        y = layer(y)
+    return y
+
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm over the rows of all ranks, from two differentiable sums.
+    """Batch norm over the rows of all ranks, from two differentiable sums, then the layers inside it.
 
     torch's own raises on CPU and has no second derivative; this one equals single-process batch norm
     on the concatenated batch, to any order. Any input (N, C, ...); every rank must hold equally many rows.
@@ -28,7 +37,7 @@ class SyncBatchNorm(_BatchNorm):
         """Normalise with the global batch's statistics in training, the running ones in evaluation."""
         self._check_input_dim(input)
         if not self.training:
-            return super().forward(input)
+            return _then(self, super().forward(input))
         dims = [d for d in range(input.ndim) if d != 1]
         shape = [1, -1] + [1] * (input.ndim - 2)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
@@ -42,7 +51,7 @@ class SyncBatchNorm(_BatchNorm):
             y = y * self.weight.view(shape) + self.bias.view(shape)
         if self.track_running_stats:
             self._update_running(mean.detach(), var.detach() * (count / (count - 1)))
-        return y.to(input.dtype)
+        return _then(self, y.to(input.dtype))
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, unbiased_var: Tensor) -> None:
@@ -75,7 +84,7 @@ class SplitBatchNorm(_BatchNorm):
         """Input and output (N, C, ...)."""
         self._check_input_dim(input)
         if not self.training:
-            return super().forward(input)
+            return _then(self, super().forward(input))
         n, c, *rest = input.shape
         s = self.splits
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
@@ -95,13 +104,22 @@ class SplitBatchNorm(_BatchNorm):
         self.running_mean.copy_(mean.view(s, c).mean(0))
         self.running_var.copy_(var.view(s, c).mean(0))
         self.num_batches_tracked.add_(1)
-        return y.reshape(input.shape)
+        return _then(self, y.reshape(input.shape))
 
 
 def _replace(module: nn.Module, old: type, build: Any) -> nn.Module:
-    """``module`` with every ``old`` batch norm replaced by ``build(it)``, parameters and buffers shared."""
+    """``module`` with every ``old`` batch norm replaced by ``build(it)``; parameters, buffers and the layers
+    inside it shared. Raises ``ValueError`` for a batch norm that is more than that."""
     if isinstance(module, old) and isinstance(module, _BatchNorm):
+        inside = dict(module.named_children())
+        require(
+            list(inside) == FUSED or (not inside and _is_plain(module)),
+            f"{type(module).__module__}.{type(module).__name__} computes more than a batch norm and cannot be "
+            "synchronised or split; set trainer.sync_batchnorm=false or take another backbone",
+        )
         new = build(module)
+        for name, layer in inside.items():
+            new.add_module(name, layer)
         new.weight, new.bias = module.weight, module.bias
         new.running_mean, new.running_var = module.running_mean, module.running_var
         new.num_batches_tracked, new.training = module.num_batches_tracked, module.training
@@ -109,6 +127,11 @@ def _replace(module: nn.Module, old: type, build: Any) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, _replace(child, old, build))
     return module
+
+
+def _is_plain(norm: _BatchNorm) -> bool:
+    forward = type(norm).forward
+    return forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
 
 
 def _options(m: _BatchNorm) -> dict[str, Any]:
@@ -138,6 +161,8 @@ class LayerSync(TorchSyncBatchNorm):
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Convert ``model`` in place."""
-        if torch.cuda.is_available() and not getattr(model, "needs_double_backward", False):
+        # torch's conversion would drop what is inside a batch norm.
+        plain = all(_is_plain(m) for m in model.modules() if isinstance(m, _BatchNorm))
+        if torch.cuda.is_available() and plain and not getattr(model, "needs_double_backward", False):
             return super().apply(model)
         return to_sync(model)

@@ -58,11 +58,8 @@ def one_step(recipe: Recipe, method: SSLMethod[Any]) -> int:
     plan = TrainingPlan(dataset_size=samples, global_batch_size=samples, max_epochs=1, accumulate=accumulate)
     classes = dataset_info(recipe.data.dataset).num_classes
     source = fake_source(samples, len(recipe.data.mean), max(view.size for view in recipe.views), classes)
-    precision = (
-        str(recipe.trainer.get("precision", "32-true"))
-        .replace("16-mixed", "bf16-mixed")
-        .replace("bfbf", "bf")
-    )
+    precision = str(recipe.trainer.get("precision", "32-true"))
+    precision = "bf16-mixed" if precision in ("16-mixed", "16") else precision  # fp16 is for GPUs
     options = {
         "max_epochs": 1,
         "accelerator": "cpu",

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from sslzoo.batchnorm import LayerSync, SplitBatchNorm, SyncBatchNorm, to_split, to_sync
@@ -123,3 +125,29 @@ def test_conversion_keeps_parameters_names_and_mode() -> None:
 def test_layer_sync_uses_the_frameworks_own_on_cpu() -> None:
     model = LayerSync().apply(nn.Sequential(nn.BatchNorm2d(3)))
     assert isinstance(model[0], SyncBatchNorm)  # type: ignore[index]
+
+
+class Scaled(nn.BatchNorm2d):
+    """Somebody's batch norm with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("convert", [to_sync, lambda m: to_split(m, 2)], ids=["sync", "split"])
+def test_layers_inside_a_batch_norm_stay(convert: Any) -> None:
+    bn = BatchNormAct2d(3, act_layer=nn.SiLU)
+    new, x = convert(nn.Sequential(copy.deepcopy(bn))), images().float()
+    old = nn.Sequential(bn)
+    if convert is to_sync:
+        torch.testing.assert_close(new(x), old(x))
+    else:
+        plain = to_split(nn.Sequential(nn.BatchNorm2d(3)), 2)
+        torch.testing.assert_close(new(x), F.silu(plain(x)))
+    mean, var = new[0].running_mean.view(1, 3, 1, 1), new[0].running_var.view(1, 3, 1, 1)
+    torch.testing.assert_close(new.eval()(x), F.silu((x - mean) / (var + new[0].eps).sqrt()))
+
+
+def test_a_batch_norm_that_does_more_is_refused() -> None:
+    with pytest.raises(ValueError, match="Scaled computes more than a batch norm"):
+        to_sync(nn.Sequential(Scaled(3)))

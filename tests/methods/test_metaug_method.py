@@ -18,6 +18,7 @@ from sslzoo.backbones import build_backbone, parameter_count
 from sslzoo.batchnorm import to_sync
 from sslzoo.config import BackboneConfig, OptimConfig, Recipe
 from sslzoo.distributed import all_reduce_mean
+from sslzoo.fit import load_weights
 from sslzoo.launch import build_trainer
 from sslzoo.method import Batch
 from sslzoo.plan import TrainingPlan
@@ -54,7 +55,9 @@ CONFIGS = {
     "second order": BASE,
     "first order": replace(BASE, meta_order=1, generator_optim="adam", margin="small"),
     "projector": replace(BASE, virtual_params="projector", share_generator=True, margin="mean"),
-    "unified": replace(BASE, contrast_set="unified", weighting="circle", shift=True, detach_sigma=True),
+    "unified": replace(
+        BASE, aug_weight=0.0, contrast_set="unified", weighting="circle", shift=True, detach_sigma=True
+    ),
     "same view": replace(BASE, same_view_negatives=True, margin_in="generator"),
     "three views": replace(BASE, n_views=3, ramp_epochs=1.0),
     "bank": BANK,
@@ -365,6 +368,34 @@ def test_autocast_reaches_the_bilevel_step_only_if_asked(meta_precision: int) ->
     assert all(torch.equal(a, b) for a, b in zip(*after, strict=True)) is (meta_precision == 32)
 
 
+def test_weights_alone_start_with_their_own_banks(tmp_path: Path) -> None:
+    trained, fresh = make(BANK), make(BANK)
+    train(trained, range(2))
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "a.ckpt")
+    own = fresh.state_dict()["banks.rows"].clone()
+    load_weights(fresh, tmp_path / "a.ckpt")
+    taken = fresh.state_dict()
+    assert torch.equal(taken["banks.rows"], own)
+    for name in ("projector.0.weight", next(n for n in taken if n.startswith("generators."))):
+        assert torch.equal(taken[name], trained.state_dict()[name]), name
+
+
+def test_the_share_through_the_virtual_step_is_of_all_ranks() -> None:
+    single = make(BASE)
+    train(single, range(1))
+    for share, norm in run_ranks(2, _meta_scalars):
+        assert share == pytest.approx(float(single.recorded["method/second_order_share"]), rel=1e-8)
+        assert norm == pytest.approx(float(single.recorded["method/generator_gradient"]), rel=1e-8)
+
+
+def _meta_scalars(rank: int, world: int) -> tuple[float, float]:
+    method = to_sync(make(BASE, world=world))
+    assert isinstance(method, MetAug)
+    train(method, range(1), rank, world)
+    seen = method.recorded
+    return float(seen["method/second_order_share"]), float(seen["method/generator_gradient"])
+
+
 def test_meta_every_and_frozen_generators(tmp_path: Path) -> None:
     start = make(BASE, dtype=torch.float32).generators.state_dict()
     for every, moved in ((0, False), (1, True)):
@@ -482,6 +513,11 @@ def test_the_official_encoders_have_the_official_size() -> None:
         ({"keys": "bank", "contrast_set": "unified"}, "go with method.keys=batch"),
         ({"keys": "bank", "same_view_negatives": True}, "go with method.keys=batch"),
         ({"m": 2.0}, "method.m must lie in"),
+        ({"contrast_set": "unified"}, "set method.aug_weight=0"),
+        ({"bank_negatives": 7}, "method.bank_negatives has no effect without method.keys=bank"),
+        ({"color_space": "ycbcr"}, "has no effect without method.views=lab"),
+        ({"generator_optim": "adam", "generator_momentum": 0.5}, "without method.generator_optim=sgd"),
+        ({"m": 0.5}, "without method.weighting=circle"),
     ],
 )
 def test_config_refuses(changes: dict[str, Any], message: str) -> None:
@@ -495,19 +531,20 @@ def test_config_refuses(changes: dict[str, Any], message: str) -> None:
         ("metaug_cifar10", {"accumulate_grad_batches": 2}, "set trainer.accumulate_grad_batches=1"),
         ("metaug_cifar10", {"gradient_clip_val": 1.0}, "remove trainer.gradient_clip_val"),
         ("metaug_cifar10", {"precision": "bf16-true"}, "use bf16-mixed"),
-        ("metaug_cifar10", {"precision": "16-mixed"}, ""),
     ],
 )
 def test_recipe_must_suit_the_method(recipe: str, changes: dict[str, Any], message: str) -> None:
     r = load_recipe(recipe).recipe
-    trainer = {**r.trainer, **changes}
-    if not message:
-        replace(r, trainer=trainer)
-        low = replace(r.method, meta_precision=16)
-        message, r = "set method.meta_precision=32", replace(r, method=low)
-        replace(r, trainer=trainer, method=replace(low, generator_loss_scale=1e3))
     with pytest.raises(ValueError, match=message):
-        replace(r, trainer=trainer)
+        replace(r, trainer={**r.trainer, **changes})
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "16", 16])
+def test_fp16_is_not_for_the_bilevel_step(precision: str | int) -> None:
+    r = load_recipe("metaug_cifar10").recipe
+    r = replace(r, trainer={**r.trainer, "precision": precision})
+    with pytest.raises(ValueError, match=r"set method\.meta_precision=32"):
+        replace(r, method=replace(r.method, meta_precision=16))
 
 
 def test_views_must_suit_the_method() -> None:
@@ -543,6 +580,9 @@ ROWS = {
     "metaug_cifar10_strong": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 0.1),
     "metaug_cifar10_paper": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
     "metaug_official_cifar10": ("half_alexnet", 64, 300, 0.03, 1e-4, "lab", "bank", 1e-5),
+    "metaug_official_cifar100": ("half_alexnet", 64, 300, 0.03, 1e-4, "lab", "bank", 1e-5),
+    "metaug_official_stl10": ("half_alexnet", 64, 300, 0.03, 1e-4, "lab", "bank", 1e-5),
+    "metaug_official_tiny_imagenet": ("half_alexnet", 64, 300, 0.03, 1e-4, "lab", "bank", 1e-5),
     "metaug_fashion_mnist": ("conv5", 128, 12, 2e-3, 1e-4, "crops", "batch", 0.1),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from sslzoo.config import MethodConfig, Recipe, one_of, require
 
@@ -110,6 +110,23 @@ class MetAugConfig(MethodConfig):
             "method.contrast_set=unified and method.same_view_negatives go with method.keys=batch",
         )
 
+        require(
+            self.contrast_set == "terms" or self.aug_weight == 0,
+            "method.contrast_set=unified has one term, which nothing weighs: set method.aug_weight=0",
+        )
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, needs, acts in (
+            ("bank_negatives", "method.keys=bank", bank),
+            ("bank_momentum", "method.keys=bank", bank),
+            ("color_space", "method.views=lab", self.views == "lab"),
+            ("generator_momentum", "method.generator_optim=sgd", self.generator_optim == "sgd"),
+            ("m", "method.weighting=circle or method.shift=true", self.weighting == "circle" or self.shift),
+        ):
+            require(
+                acts or getattr(self, name) == defaults[name],
+                f"method.{name} has no effect without {needs}; remove it",
+            )
+
     def check(self, recipe: Recipe) -> None:
         """Refuse what manual optimisation, half precision or the views cannot do."""
         trainer, data = recipe.trainer, recipe.data
@@ -122,14 +139,14 @@ class MetAugConfig(MethodConfig):
             "MetAug steps its optimisers itself and does not clip: remove trainer.gradient_clip_val",
         )
         precision = str(trainer.get("precision", "32-true"))
+        precision = {"16": "16-mixed", "bf16": "bf16-mixed"}.get(precision, precision)  # Lightning's aliases
         require(
             precision not in ("16-true", "bf16-true"),
             f"a virtual step is lost in half-precision weights: trainer.precision={precision}; use bf16-mixed",
         )
         require(
-            precision != "16-mixed" or self.meta_precision == 32 or self.generator_loss_scale >= 1e3,
-            "the generators' gradients underflow in 16-mixed: set method.meta_precision=32, or "
-            "method.generator_loss_scale to at least 1e3",
+            precision != "16-mixed" or self.meta_precision == 32,
+            "the generators' gradients underflow or overflow in 16-mixed: set method.meta_precision=32",
         )
         crops = sum(view.count for view in recipe.views if view.role == "global")
         wanted = 1 if self.views == "lab" else self.n_views

@@ -15,7 +15,7 @@ from sslzoo.numerics import normalize
 from sslzoo_methods.metaug.color import normalized
 
 
-def narrowed(backbone: nn.Module, channels: int) -> nn.Module:
+def reinitialised(backbone: nn.Module, channels: int) -> nn.Module:
     """A copy of ``backbone`` for ``channels`` input channels, initialised afresh by torch's defaults."""
     new = copy.deepcopy(backbone)
     first = next((m for m in new.modules() if isinstance(m, nn.Conv2d)), None)
@@ -39,7 +39,7 @@ class ThreeViewBackbone(nn.Module):
     def __init__(self, backbone: nn.Module, color_space: str) -> None:
         super().__init__()
         self.color_space = color_space
-        self.parts = nn.ModuleList([narrowed(backbone, 1), narrowed(backbone, 2), backbone])
+        self.parts = nn.ModuleList(reinitialised(backbone, channels) for channels in (1, 2, 3))
 
     def each(self, rgb: Tensor) -> list[Tensor]:
         """The three features (N, F)."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sslzoo_methods.metaug.loss import Objective
-from sslzoo_methods.metaug.meta import MetaGradient
 
 
 @torch.no_grad()
@@ -32,10 +31,11 @@ def health(out: Objective, z: Sequence[Tensor], generated: Sequence[Tensor]) -> 
 
 
 @torch.no_grad()
-def meta_health(found: MetaGradient, gradient: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Norm of the generators' gradient, and what share of it came through the virtual step."""
-    norm, total, indirect = (
+def meta_health(direct: Sequence[Tensor], indirect: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Norm of the generators' gradient, the sum of both parts, and the share of it that came through the
+    virtual step, ``indirect``."""
+    total, through = (
         torch.stack(torch._foreach_norm(list(part))).norm()
-        for part in (gradient, found.total, found.indirect)
+        for part in (torch._foreach_add(list(direct), list(indirect)), indirect)
     )
-    return {"generator_gradient": norm, "second_order_share": indirect / total.clamp_min(1e-30)}
+    return {"generator_gradient": total, "second_order_share": through / total.clamp_min(1e-30)}

@@ -56,31 +56,29 @@ def meta_gradient(
     virtual_lr: float,
     order: int,
     sync: bool,
-    loss_scale: float = 1.0,
 ) -> MetaGradient:
     """d/d omega of outer(theta - virtual_lr * d inner / d theta), by the chain rule at theta-hat.
 
     ``inner`` and ``outer`` map theta to the objective; omega reaches them by closure. Tensors of ``theta``
     and ``omega`` are leaves that require gradients; no ``.grad`` is touched and no hook of DDP runs.
     ``order`` 1 leaves out the second derivatives. ``sync`` averages the inner gradient over the ranks inside
-    the graph, without which several ranks are not one process. ``loss_scale`` multiplies losses before they
-    are differentiated and divides the gradients, for half precision.
+    the graph, without which several ranks are not one process.
     """
     names, leaves = list(theta), list(theta.values())
     value = inner(theta)
     with autocast_off(value):
-        h = _gradient(value, leaves, loss_scale, create_graph=order == 2)
+        h = _gradient(value, leaves, create_graph=order == 2)
         h = mean_over_ranks(h) if sync else h
         virtual = [t - virtual_lr * g for t, g in zip(leaves, h, strict=True)]
     held = [t.detach().requires_grad_() for t in virtual]
     after = outer(dict(zip(names, held, strict=True)))
     with autocast_off(after):
         if order == 1:
-            direct = _gradient(after, omega, loss_scale)
+            direct = _gradient(after, omega)
             indirect = [torch.zeros_like(w) for w in omega]
         else:
             # One backward pass through the outer graph gives both factors of the chain rule.
-            grads = _gradient(after, [*omega, *held], loss_scale)
+            grads = _gradient(after, [*omega, *held])
             direct, at_virtual = grads[: len(omega)], grads[len(omega) :]
             indirect = list(
                 torch.autograd.grad(virtual, omega, at_virtual, allow_unused=True, materialize_grads=True)
@@ -89,13 +87,11 @@ def meta_gradient(
     return MetaGradient(value.detach(), after.detach(), detached, direct, indirect)
 
 
-def _gradient(
-    loss: Tensor, inputs: Sequence[Tensor], loss_scale: float, *, create_graph: bool = False
-) -> list[Tensor]:
+def _gradient(loss: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
     grads = torch.autograd.grad(
-        loss * loss_scale, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
-    return [g / loss_scale for g in grads] if loss_scale != 1 else list(grads)
+    return list(grads)
 
 
 def copied_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -109,8 +105,6 @@ def bilevel(
     views: Sequence[Tensor],
     objective: Callable[[list[Tensor], list[Tensor], int], Objective],
     cfg: MetAugConfig,
-    *,
-    loss_scale: float,
 ) -> MetaGradient:
     """Equations 6 to 9 for the modules as they stand.
 
@@ -142,5 +136,4 @@ def bilevel(
             virtual_lr=cfg.virtual_lr,
             order=cfg.meta_order,
             sync=cfg.virtual_step_sync,
-            loss_scale=1.0 if cfg.meta_precision == 32 else loss_scale,
         )

@@ -31,6 +31,7 @@ class MetAug(SSLMethod[MetAugConfig]):
 
     Config = MetAugConfig
     needs_double_backward = True
+    per_sample_state = ("banks",)
 
     def __init__(self, cfg: MetAugConfig, backbone: nn.Module, feature_dim: int) -> None:
         lab = cfg.views == "lab"
@@ -68,7 +69,7 @@ class MetAug(SSLMethod[MetAugConfig]):
         skipped = self._loss_scale() < scale  # fp16: the scaler met an overflow
         if not skipped and self.cfg.meta_every and self.step % self.cfg.meta_every == 0:
             # Not Lightning's wrapper: its scaler and its count of steps are the encoder's.
-            self.meta_step(batch, generators.optimizer, loss_scale=self._loss_scale())
+            self.meta_step(batch, generators.optimizer)
         self.record("train/loss", loss)
         self.record("opt/lr", lr)
         self.finish_step(skipped=skipped)
@@ -86,20 +87,18 @@ class MetAug(SSLMethod[MetAugConfig]):
             self.record(f"method/{name}", value)
         return out.loss
 
-    def meta_step(self, batch: Batch, optimizer: torch.optim.Optimizer, *, loss_scale: float = 1.0) -> None:
-        """One step of the generators, at the encoder as it stands. A gradient that overflows is dropped."""
+    def meta_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+        """One step of the generators, at the encoder as it stands."""
         evaluate = partial(self._objective, batch)
-        found = bilevel(
-            self.network(), self.generators, self._views(batch), evaluate, self.cfg, loss_scale=loss_scale
-        )
-        gradient = mean_over_ranks(found.total)
-        for name, value in meta_health(found, gradient).items():
+        found = bilevel(self.network(), self.generators, self._views(batch), evaluate, self.cfg)
+        parts = mean_over_ranks([*found.direct, *found.indirect])
+        direct, indirect = parts[: len(found.direct)], parts[len(found.direct) :]
+        for p, a, b in zip(self.generators.parameters(), direct, indirect, strict=True):
+            p.grad = a + b
+        for name, value in meta_health(direct, indirect).items():
             self.record(f"method/{name}", value)
-        if loss_scale == 1 or all(bool(g.isfinite().all()) for g in gradient):
-            for p, g in zip(self.generators.parameters(), gradient, strict=True):
-                p.grad = g
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     def network(self) -> Network:
         """Backbone and projector as one function."""
