@@ -118,10 +118,10 @@ class MarginConfig(MethodConfig):
             0 < self.eqco_alpha < inf, f"method.eqco_alpha must be positive and finite, got {self.eqco_alpha}"
         )
         alpha, initial = self.macl_alpha, self.macl_alignment
-        require(-1 <= initial <= 1, f"method.macl_alignment is a cosine, in [-1, 1]; got {initial}")
+        require(-1 <= initial <= 1, f"method.macl_alignment must be a cosine, in [-1, 1]; got {initial}")
         require(
             abs(alpha) + alpha * initial < 1,  # the least of 1 + alpha (A - A0) over A in [-1, 1] is positive
-            f"method.macl_alpha {alpha} lets the temperature reach 0: |macl_alpha| + macl_alpha * "
+            f"method.macl_alpha must keep the temperature above 0, got {alpha}: |macl_alpha| + macl_alpha * "
             "macl_alignment must be below 1",
         )
         require(
@@ -232,13 +232,16 @@ class MarginConfig(MethodConfig):
             "macl_alpha": (family == "macl", "family macl"),
             "macl_alignment": (family == "macl", "family macl"),
         }
-        for key, (acts, needs) in heeded.items():
+        for key, (acts, where) in heeded.items():
             value, default = getattr(self, key), getattr(MarginConfig, key)
-            require(acts or value == default, f"method.{key} needs {needs}; set it to {default}, got {value}")
+            require(
+                acts or value == default,
+                f"method.{key} must be {default}, got {value}: it acts only with {where}",
+            )
         require(
             beta > 0 or family not in SUBTRACTIVE or (family != "eqco" and self.subtractive_margin == 0),
-            f"method.family {family} has no gradient without negatives (method.beta=0); set "
-            "method.family=combined with a method.angular_margin",
+            f"method.family must not be {family} with method.beta=0: a subtractive margin has no gradient without "
+            "negatives; set method.family=combined and method.angular_margin",
         )
         turns = self.radians != 0 or family == "sphereface"  # else the slope factor B is 1
         shifts = turns or self.subtractive_margin != 0 or family == "eqco"
@@ -246,6 +249,6 @@ class MarginConfig(MethodConfig):
         pull = self.emphasis_scale > 0 or (turns and set(self.effects) != {"logit"})
         require(
             not self.isolated or logit or pull,
-            f"method.effects {list(self.effects)} would train base {base} without a margin: logit needs a margin "
-            "and method.beta above 0, emphasis and angle need a method.angular_margin other than 0",
+            f"method.effects must hold one that acts, got {list(self.effects)}: logit needs a margin and "
+            "method.beta above 0, emphasis and angle need method.angular_margin other than 0",
         )
