@@ -396,11 +396,21 @@ def _meta_scalars(rank: int, world: int) -> tuple[float, float]:
     return float(seen["method/second_order_share"]), float(seen["method/generator_gradient"])
 
 
-def test_meta_every_and_frozen_generators(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("every", "due"), [(0, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])
+def test_the_generators_step_when_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, due: list[int]
+) -> None:
+    taken, meta_step = [], MetAug.meta_step
+
+    def noted(method: MetAug, *args: Any) -> None:
+        taken.append(method.step)
+        meta_step(method, *args)
+
+    monkeypatch.setattr(MetAug, "meta_step", noted)
     start = make(BASE, dtype=torch.float32).generators.state_dict()
-    for every, moved in ((0, False), (1, True)):
-        after = fit(replace(BASE, meta_every=every), tmp_path, "32-true").generators.state_dict()
-        assert any(not torch.equal(after[k], v) for k, v in start.items()) is moved
+    after = fit(replace(BASE, meta_every=every), tmp_path, "32-true", steps=5).generators.state_dict()
+    assert taken == due
+    assert any(not torch.equal(after[k], v) for k, v in start.items()) is bool(due)
 
 
 def test_generators_stay_out_of_the_encoders_optimiser() -> None:
