@@ -1,15 +1,17 @@
 """Pictures of a margin analysis, for the screen and for print: labelled axes, colours apart for every kind of
-colour vision and in grey."""
+colour vision and in grey. Statistics that are missing, None or infinite leave a gap."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from sslzoo.margins import Margin
 from sslzoo.report import BLUE, GREEN, ORANGE
@@ -19,11 +21,15 @@ if TYPE_CHECKING:
 
 PURPLE, YELLOW, SKY = "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY)
-LINES = ("-", "--", "-.", ":")
+LINES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)))  # with the colours: 30 strokes
 GREY = "0.78"
+REPELLED: dict[str, Any] = {"edgecolor": "0.6", "hatch": "////"}
 PAIR_ANGLE = "angle of the positive pair θ (degrees)"
 BIN_WIDTH = 5.0
-STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "savefig.dpi": 200}
+B_AXIS = (-4.0, 6.0)  # at most: B is unbounded at the poles
+STYLE: dict[Any, Any] = {
+    "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "savefig.dpi": 200, "hatch.linewidth": 0.6
+}  # fmt: skip
 
 
 class Snapshot(NamedTuple):
@@ -32,13 +38,38 @@ class Snapshot(NamedTuple):
     step: int
     epoch: float
     histogram: Sequence[int]  # 36 bins of 5 degrees
-    statistics: Mapping[str, Mapping[str, float]]  # by margin
+    statistics: Mapping[str, Mapping[str, float | None]]  # by margin
 
 
 def label_of(name: str) -> str:
     """``m1=10deg,m2=0.1`` as a legend writes it."""
-    m1, m2 = (part.partition("=")[2] for part in name.split(","))
-    return f"$m_1$ = {m1.removesuffix('deg')}°, $m_2$ = {m2}"
+    m1, m2 = (float(part.partition("=")[2].removesuffix("deg")) for part in name.split(",")[:2])
+    return f"$m_1$ = {_signed(m1)}°, $m_2$ = {_signed(m2)}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _number(value: float | None) -> float:
+    """NaN for what is missing or not finite."""
+    return value if value is not None and np.isfinite(value) else np.nan
+
+
+def _angle(snapshot: Snapshot, key: str) -> float:
+    """A statistic of the angles, which no margin changes, from the first margin that has it."""
+    return _number(next((s[key] for s in snapshot.statistics.values() if key in s), None))
+
+
+def _finite(table: Mapping[str, np.ndarray], *keys: str) -> list[np.ndarray]:
+    """Columns, without the rows where one of them is not finite."""
+    columns = np.stack([table[key] for key in keys])
+    return list(columns[:, np.isfinite(columns).all(axis=0)])
+
+
+def _stroke(i: int) -> dict[str, Any]:
+    """Colour and dash of the i-th curve."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
 
 
 def _figure(width: float = 5.2, height: float = 3.5) -> tuple[Figure, Axes]:
@@ -53,35 +84,46 @@ def _tidy(axes: Axes, xlabel: str, ylabel: str) -> None:
     axes.set_axisbelow(True)
 
 
+def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:
+    """The legend under the picture, which grows by it."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.set_figheight(figure.get_figheight() + 0.18 * ceil(len(labels) / columns) + 0.1)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1)
+
+
 def _shares(histogram: Sequence[int]) -> np.ndarray:
     counts = np.asarray(histogram, dtype=float)
     return 100 * counts / max(counts.sum(), 1)
 
 
-def _angle_limit(histogram: Sequence[int]) -> float:
-    """The upper end of an angle axis: the last bin that holds a pair, and two more."""
-    used = np.flatnonzero(np.asarray(histogram))
-    return min(180.0, BIN_WIDTH * (int(used[-1]) + 3)) if len(used) else 180.0
+def _limit(angles: np.ndarray, least: float = 0.0) -> float:
+    """The upper end of an axis that holds these angles: full bins with room, and ``least``."""
+    widest = np.max(angles, initial=0.0, where=np.isfinite(angles))
+    return min(180.0, max(least, BIN_WIDTH * ceil(widest / BIN_WIDTH + 0.2)))
+
+
+def _used(histogram: Sequence[int], share: float = 0.0) -> np.ndarray:
+    """The upper edges of the bins that hold more than ``share`` per cent of the pairs."""
+    return BIN_WIDTH * (np.flatnonzero(_shares(histogram) > share) + 1)
 
 
 def _bars(axes: Axes, histogram: Sequence[int], **style: Any) -> None:
-    axes.bar(
-        BIN_WIDTH * np.arange(len(histogram)), _shares(histogram), width=BIN_WIDTH, align="edge", **style
-    )
+    left = BIN_WIDTH * np.arange(len(histogram))
+    axes.bar(left, _shares(histogram), width=BIN_WIDTH, align="edge", **style)
 
 
 def angle_histogram(snapshot: Snapshot) -> Figure:
     """How wide the positives' angles are."""
     figure, axes = _figure()
     _bars(axes, snapshot.histogram, color=SKY, edgecolor="white", linewidth=0.6)
-    stats = next(iter(snapshot.statistics.values()))
-    axes.axvline(stats["theta_q50"], color="black", linewidth=1.4)
-    low, middle, high = (stats[f"theta_q{q}"] for q in ("05", "50", "95"))
-    text = f"median {middle:.1f}°\n5 % to 95 %: {low:.1f}° to {high:.1f}°"
-    axes.text(0.97, 0.95, text, ha="right", va="top", transform=axes.transAxes)
-    axes.axvspan(low, high, color="0.5", alpha=0.12, linewidth=0)
+    low, middle, high = (_angle(snapshot, f"theta_q{q}") for q in ("05", "50", "95"))
+    if np.isfinite([low, middle, high]).all():
+        axes.axvline(middle, color="black", linewidth=1.4)
+        axes.axvspan(low, high, color="0.5", alpha=0.12, linewidth=0)
+        text = f"median {middle:.1f}°\n5 % to 95 %: {low:.1f}° to {high:.1f}°"
+        axes.text(0.97, 0.95, text, ha="right", va="top", transform=axes.transAxes)
     _tidy(axes, PAIR_ANGLE, "share of pairs (%)")
-    axes.set_xlim(0, _angle_limit(snapshot.histogram))
+    axes.set_xlim(0, _limit(_used(snapshot.histogram)))
     return figure
 
 
@@ -89,19 +131,16 @@ def angle_evolution(snapshots: Sequence[Snapshot]) -> Figure:
     """The angles' histogram over training: columns are moments, not to scale where they are uneven."""
     figure, axes = _figure(5.6, 3.5)
     shares = np.stack([_shares(s.histogram) for s in snapshots], axis=1)  # (bins, moments)
-    limit = max(_angle_limit(s.histogram) for s in snapshots)
+    limit = _limit(np.concatenate([_used(s.histogram) for s in snapshots]))
     edges = np.arange(len(snapshots) + 1) - 0.5
     mesh = axes.pcolormesh(edges, BIN_WIDTH * np.arange(37), shares, cmap="cividis", vmin=0, rasterized=True)
-    medians = [next(iter(s.statistics.values()))["theta_q50"] for s in snapshots]
-    axes.plot(range(len(snapshots)), medians, color="white", linewidth=1.6, marker="o", markersize=3)
-    axes.annotate(
-        "median",
-        (len(snapshots) - 1, medians[-1]),
-        (-4, 7),
-        textcoords="offset points",
-        color="white",
-        ha="right",
-    )
+    medians = [_angle(s, "theta_q50") for s in snapshots]
+    outline = [withStroke(linewidth=3.6, foreground="black")]  # white on black reads on every cell
+    axes.plot(
+        range(len(snapshots)), medians, "o-" if len(snapshots) < 16 else "-", color="white", linewidth=1.6,
+        markersize=3, path_effects=outline, clip_on=False, label="median",
+    )  # fmt: skip
+    figure.legend(loc="outside upper right", frameon=False)
     marks = np.unique(np.linspace(0, len(snapshots) - 1, min(8, len(snapshots))).round().astype(int))
     axes.set_xticks(marks, [f"{snapshots[i].step:,}" for i in marks])
     axes.set(xlabel="optimiser step", ylabel=PAIR_ANGLE.replace("positive pair ", "positive pair\n"))
@@ -113,82 +152,91 @@ def angle_evolution(snapshots: Sequence[Snapshot]) -> Figure:
 def slope_factors(snapshot: Snapshot, margins: Mapping[str, Margin]) -> Figure:
     """B over the angle, with its neutral angle, over the histogram."""
     figure, axes = _figure()
-    limit = max(120.0, _angle_limit(snapshot.histogram))
-    degrees = torch.linspace(1.0, min(limit, 179.0), 600, dtype=torch.float64)
+    shown = _distinct(margins)
+    neutral = [float(np.degrees(margin.neutral_angle)) for margin in shown.values()]
+    limit = _limit(np.array([*_used(snapshot.histogram), *neutral]), 120.0)
+    degrees = np.linspace(0.5, min(limit, 179.5), 720)
     share = axes.twinx()
     _bars(share, snapshot.histogram, color=GREY, alpha=0.7, linewidth=0)
     share.set_ylabel("share of pairs (%, grey bars)")
     share.set_zorder(0)
     axes.set_zorder(1)
     axes.patch.set_visible(False)
-    shown = {name: margin for name, margin in margins.items() if not margin.keeps_angle}
-    for i, (name, margin) in enumerate(_distinct(shown).items()):
-        factor = margin.slope_factor(torch.deg2rad(degrees))
-        colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
-        axes.plot(degrees, factor, color=colour, linestyle=line, linewidth=1.7, label=name)
-        neutral = np.degrees(margin.neutral_angle)
-        axes.plot(
-            [neutral],
-            [1.0],
-            marker="o",
-            markersize=6,
-            markerfacecolor="white",
-            color=colour,
-            label=f"neutral θ* = {neutral:.1f}°",
-            linestyle="",
-        )
-    axes.axhline(1.0, color="black", linewidth=0.8)
+    used = _used(snapshot.histogram, 1.0)
+    first, last = (max(used[0] - BIN_WIDTH, 2.5), used[-1]) if len(used) else (10.0, limit)
+    where_pairs_are = (degrees >= first) & (degrees <= last)
+    low, high = 0.0, 2.0
+    for i, (name, margin) in enumerate(shown.items()):
+        factor = margin.slope_factor(torch.deg2rad(torch.from_numpy(degrees))).numpy()
+        low = min(low, factor[where_pairs_are].min(), -1.0 if factor.min() < 0 else 0.0)
+        high = max(high, factor[where_pairs_are].max())
+        axes.plot(degrees, factor, **_stroke(i), linewidth=1.7, label=f"{name}, θ* = {neutral[i]:g}°")
+    axes.plot(
+        neutral, np.ones(len(neutral)), "o", markersize=6, color="black", markerfacecolor="white",
+        label="neutral angle θ*" if neutral else None,
+    )  # fmt: skip
+    low, high = max(low, B_AXIS[0]), min(high, B_AXIS[1])
+    axes.set_ylim(1.05 * low, 1.05 * high)
+    axes.axhline(1.0, color="black", linewidth=0.8, label=None if shown else "B = 1, without angular margin")
+    if low < 0:
+        axes.axhline(0.0, color="black", linewidth=1.4)
+        axes.axhspan(1.05 * low, 0, facecolor="none", linewidth=0, label="B < 0: pushed apart", **REPELLED)
     _tidy(axes, PAIR_ANGLE, "factor on the positive's pull, B(θ)")
     share.spines["top"].set_visible(False)
     axes.set_xlim(0, limit)
-    axes.set_ylim(0, 4)
-    if shown:
-        axes.legend(frameon=False, loc="upper right")
+    _legend_below(figure, axes, 3)
     return figure
 
 
 def _distinct(margins: Mapping[str, Margin]) -> dict[str, Margin]:
-    """Margins by angular part alone: m2 never enters B."""
-    seen: dict[float, tuple[str, Margin]] = {}
-    for margin in margins.values():
-        label = f"$m_1$ = {np.degrees(margin.angular):g}°"
-        seen.setdefault(margin.angular, (label, margin))
-    return dict(seen.values())
+    """One margin for every angular part, m2 never enters B; none for margins without one."""
+    return {
+        f"$m_1$ = {_signed(np.degrees(margin.angular))}°": margin
+        for margin in margins.values()
+        if not margin.keeps_angle
+    }
 
 
-def probability_factor(samples: Mapping[str, np.ndarray], name: str) -> Figure:
+def probability_factor(samples: Mapping[str, np.ndarray], name: str, temperature: float) -> Figure:
     """P without margin against A, sample by sample, with the curves that bound A; right, where the samples are."""
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    p0, a, delta = samples["p0"], samples["logit_factor"], samples["delta"]
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    p0, a, delta = _finite(samples, "p0", "logit_factor", "delta")
+    drops = {"largest": np.max, "median": np.median, "smallest": np.min} if len(delta) else {}
+    drops = {f"the {which} δ": float(f(delta)) for which, f in drops.items()}
+    if len(delta) and np.ptp(delta) < 1e-5:
+        drops = {"every sample's δ": drops["the median δ"]}
     whole, near = figure.subplots(1, 2)
-    grid = np.linspace(0, 1, 800)
-    for axes in (whole, near):
-        axes.plot(p0, a, ".", color=BLUE, markersize=2.5, alpha=0.4, rasterized=True, label="samples")
-        for value, style, text in (
-            (delta.max(), "-", "largest δ"),
-            (np.median(delta), "--", "median δ"),
-        ):
-            axes.plot(
-                grid,
-                1 / (1 - grid * (1 - np.exp(-value))),
-                color=ORANGE,
-                linestyle=style,
-                label=f"A at the {text}",
-            )
-            bound = f"bound exp(δ) = {np.exp(value):.2f}"
-            axes.axhline(np.exp(value), color="black", linestyle=style, linewidth=1.0, label=bound)
+    right = min(1.02, 1.1 * p0.max(initial=0.01))
+    for axes, end in ((whole, 1.02), (near, right)):
+        axes.plot(p0, a, ".", color=BLUE, markersize=3, alpha=0.6, rasterized=True, zorder=3, label="samples")
+        grid = np.linspace(0, min(end, 1), 800)
+        inside = [np.ones(1), a]
+        for (which, value), style in zip(drops.items(), ("-", "--", "-."), strict=False):
+            bound = np.exp(np.clip(value, -300, 300))
+            curve = 1 / (1 - grid + grid / bound)
+            text = f"A at {which} = {_signed(round(value, 3))}"
+            axes.plot(grid, curve, color=ORANGE, linestyle=style, label=text)
+            text = f"its bound exp(δ) = {bound:.3g}"
+            axes.axhline(bound, color="black", linestyle=style, linewidth=1.0, label=text)
+            inside += [curve] if axes is near else [curve, bound[None]]
+        _factor_axis(axes, np.concatenate(inside))
         _tidy(axes, "probability without margin, P⁰", "logit factor A = (1 − P) / (1 − P⁰)")
-    whole.set_title(label_of(name))
-    whole.legend(frameon=False, loc="upper left")
-    top = np.exp(delta.max())
-    whole.set_ylim(1 - 0.04 * (top - 1), 1 + 1.7 * (top - 1))
-    whole.set_xlim(0, 1.02)
-    whole.get_legend().legend_handles[0].set_alpha(1.0)
-    right = min(1.02, 1.1 * p0.max())
-    near.set_xlim(0, right)
-    near.set_ylim(1 - 0.04 * (a.max() - 1), 1 + 1.3 * (a.max() - 1))
+        axes.set_xlim(0, end)
+    whole.set_title(f"{label_of(name)}, τ = {temperature:g}")
     near.set_title("the samples' own range")
+    _legend_below(figure, whole, 3)
     return figure
+
+
+def _factor_axis(axes: Axes, values: np.ndarray) -> None:
+    """A vertical axis that holds positive factors, in octaves where they spread widely."""
+    values = values[values > 0]
+    low, high = float(values.min()), float(values.max())
+    room = max((high / low) ** 0.05, 1.005)
+    if high > 8 * low:
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.set_ylim(low / room, high * room)
 
 
 def factor_surface(
@@ -196,50 +244,62 @@ def factor_surface(
 ) -> Figure:
     """A times B over angle and probability, and where the samples are."""
     figure, axes = _figure(5.6, 3.7)
-    degrees = torch.linspace(1.0, 120.0, 240, dtype=torch.float64)
+    angles, probabilities = _finite(samples, "theta", "p0")
+    end = _limit(angles, 120.0)
+    degrees = torch.linspace(0.1, min(end, 179.9), 300, dtype=torch.float64)
     theta = torch.deg2rad(degrees)
     p0 = torch.linspace(0.0, 1.0, 200, dtype=torch.float64)[:, None]
-    a = 1 / (1 - p0 * (1 - torch.exp(-margin.drop(theta) / temperature)))
-    factor = np.log2((a * margin.slope_factor(theta)).clamp_min(2**-4).numpy())
-    limit = max(1.0, min(4.0, float(np.ceil(np.quantile(np.abs(factor), 0.98)))))
-    levels = np.linspace(-limit, limit, 25)
+    a = 1 / (1 - p0 + p0 * torch.exp(-margin.drop(theta) / temperature).clamp(1e-99, 1e99))
+    factor = (a * margin.slope_factor(theta)).numpy()
+    octaves = np.log2(factor.clip(min=2.0**-99))
+    pulled = np.append(np.abs(octaves[factor > 0]), 1.0)  # 1: there may be none
+    limit = max(1.0, min(4.0, float(np.ceil(np.quantile(pulled, 0.98)))))
+    levels = np.linspace(-limit, limit, 26)  # 25 bands, 1 in the middle of one
     norm = TwoSlopeNorm(0.0, -limit, limit)
-    filled = axes.contourf(degrees, p0[:, 0], factor, levels=levels, cmap="PuOr", norm=norm, extend="both")
-    lines = axes.contour(
-        degrees, p0[:, 0], factor, levels=[0.0], colors="black", linewidths=1.2, linestyles="--"
-    )
-    axes.clabel(lines, fmt={0.0: "A·B = 1"}, fontsize=8)
+    filled = axes.contourf(degrees, p0[:, 0], octaves, levels=levels, cmap="PuOr", norm=norm, extend="both")
+    marks = "dots: samples"
+    if octaves.min() < 0 < octaves.max():
+        axes.contour(
+            degrees, p0[:, 0], octaves, levels=[0.0], colors="black", linewidths=1.2, linestyles="--"
+        )
+        marks += "; dashed: A·B = 1"
+    if factor.min() < 0:
+        repelled = axes.contourf(
+            degrees, p0[:, 0], factor, levels=[factor.min() - 1, 0], colors=["0.88"], hatches=[REPELLED["hatch"]]
+        )  # fmt: skip
+        repelled.set_edgecolor(REPELLED["edgecolor"])
+        marks += "; hatched: A·B < 0, pushed apart"
     axes.plot(
-        samples["theta"], samples["p0"], ".", color="black", markersize=1.6, alpha=0.35, rasterized=True
-    )
+        angles, probabilities, "o", color="black", markersize=2.2, markeredgecolor="white", markeredgewidth=0.3,
+        alpha=0.6, rasterized=True, clip_on=False, zorder=3,
+    )  # fmt: skip
     ticks = np.arange(-limit, limit + 1)
     bar = figure.colorbar(filled, ax=axes, ticks=ticks, label="factor on the positive's gradient, A·B")
     bar.ax.set_yticklabels([f"{2.0**t:g}" for t in ticks])
     axes.set(xlabel=PAIR_ANGLE, ylabel="probability of the positive\nwithout margin, P⁰")
-    axes.set_title(f"{label_of(name)}, τ = {temperature:g}; dots: samples")
-    axes.set_xlim(1, 120)
+    axes.set_title(f"{label_of(name)}, τ = {temperature:g}\n{marks}")
+    axes.set_xlim(0, end)
     return figure
 
 
 def positive_gradients(
-    plain: Mapping[str, np.ndarray], samples: Mapping[str, Mapping[str, np.ndarray]]
+    plain: Mapping[str, np.ndarray], samples: Mapping[str, Mapping[str, np.ndarray]], temperature: float
 ) -> Figure:
     """Length of the positive part of the gradient over the angle, without and with margins: medians of
     5-degree bins, and the middle half of the samples for the first two."""
     figure, axes = _figure()
-    curves = {"no margin": plain} | {label_of(name): table for name, table in samples.items()}
-    for i, (name, table) in enumerate(curves.items()):
-        centres, low, middle, high = _binned(table["theta"], table["positive_gradient"])
-        colour = "black" if i == 0 else COLOURS[(i - 1) % len(COLOURS)]
-        line, marker = LINES[i % len(LINES)], "os^Dvx"[i % 6]
-        axes.plot(
-            centres, middle, color=colour, linestyle=line, marker=marker, markersize=4, label=name, linewidth=1.5
-        )  # fmt: skip
+    curves = [("no margin", plain), *((label_of(name), table) for name, table in samples.items())]
+    for i, (name, table) in enumerate(curves):
+        centres, low, middle, high = _binned(*_finite(table, "theta", "positive_gradient"))
+        stroke: dict[str, Any] = _stroke(i - 1) if i else {"color": "black", "linestyle": "-"}
+        axes.plot(centres, middle, **stroke, marker="os^Dvx"[i % 6], markersize=4, label=name, linewidth=1.5)
         if i < 2:
-            axes.fill_between(centres, low, high, color=colour, alpha=0.15, linewidth=0)
-    _tidy(axes, PAIR_ANGLE, "pull on the positive, |∂L/∂θ| (per radian)")
+            axes.fill_between(centres, low, high, color=stroke["color"], alpha=0.15, linewidth=0)
+    _tidy(axes, PAIR_ANGLE, "length of the positive part\nof the gradient, |∂L/∂θ| (per radian)")
+    axes.set_xlim(0, _limit(plain["theta"], 30.0))
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    axes.set_title(f"τ = {temperature:g}")
+    _legend_below(figure, axes, 3)
     return figure
 
 
@@ -252,38 +312,40 @@ def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
     return table[:, 0], table[:, 1], table[:, 2], table[:, 3]
 
 
-def effects_by_epoch(snapshots: Sequence[Snapshot], name: str) -> Figure:
+def effects_by_epoch(snapshots: Sequence[Snapshot], name: str, temperature: float) -> Figure:
     """Mean logarithms of the three factors on the positives' gradient at each moment; they add up to the dot."""
     by_epoch = {int(s.epoch): s for s in snapshots}  # the last look of each epoch
     chosen = np.unique(np.linspace(0, len(by_epoch) - 1, min(10, len(by_epoch))).round().astype(int))
     shown = [list(by_epoch.values())[i] for i in chosen]
     figure, axes = _figure()
     names = {"log_emphasis": "emphasis, log E₁", "log_angle": "angle, log E₂", "log_logit": "logit, log E₃"}
-    values = np.array([[s.statistics[name].get(k, np.nan) for s in shown] for k in names])
-    hatches = ("", "//", "..")
+    values = np.array([[_number(s.statistics.get(name, {}).get(key)) for s in shown] for key in names])
+    places, total = np.arange(len(shown)), values.sum(axis=0)
     for i, label in enumerate(names.values()):
         axes.bar(
-            np.arange(len(shown)) + (i - 1) * 0.26,
-            values[i],
-            width=0.24,
-            color=(BLUE, YELLOW, GREEN)[i],
-            label=label,
-            hatch=hatches[i],
-            edgecolor="white",
-            linewidth=0.5,
-        )
-    axes.plot(
-        range(len(shown)), values.sum(axis=0), "D", color="black", markersize=4.5, label="sum of the three"
-    )
+            places + (i - 1) * 0.26, values[i], width=0.24, color=(BLUE, YELLOW, GREEN)[i], label=label,
+            hatch=("", "//", "..")[i], edgecolor="white", linewidth=0.5,
+        )  # fmt: skip
+    axes.plot(places, total, "D", color="black", markersize=4.5, label="sum of the three")
+    for place in places[np.isnan(total)]:
+        axes.annotate("not finite", (place, 0), (0, 4), textcoords="offset points", ha="center", rotation=90)
     axes.axhline(0, color="black", linewidth=0.8)
     middle, half = (len(shown) - 1) / 2, max(len(shown) / 2, 1.5)
     axes.set_xlim(middle - half, middle + half)
-    axes.set_xticks(range(len(shown)), [str(int(s.epoch)) for s in shown])
+    axes.set_xticks(places, [str(int(s.epoch)) for s in shown])
     _tidy(axes, "epoch", "mean log factor on positives")
-    axes.margins(y=0.25)
-    axes.set_title(label_of(name))
-    axes.legend(frameon=False, ncols=2, loc="upper center")
+    axes.set_title(f"{label_of(name)}, τ = {temperature:g}")
+    _legend_below(figure, axes, 2)
     return figure
+
+
+def _slope_caption(margins: Mapping[str, Margin]) -> str:
+    text = "The factor B(θ) of angular margins on the pull of a positive; grey: where the pairs are."
+    if any(margin.angular > 0 for margin in margins.values()):
+        text += " A positive m₁ pulls pairs nearer than its neutral angle θ* harder."
+    if any(margin.angular < 0 for margin in margins.values()):
+        text += " A negative m₁ pulls pairs nearer than its θ* less and pushes the nearest apart."
+    return text + " B has no bound at 0° and 180°. A subtractive margin alone leaves B = 1."
 
 
 def all_plots(
@@ -304,29 +366,26 @@ def all_plots(
             "angles": (angle_histogram(now), "Angles of the positive pairs in bins of 5°; shaded: 5 % to 95 %."),
             "angles_over_training": (
                 angle_evolution(snapshots),
-                "The same over training, a column for each look; white: the median.",
+                "The same over training, a column for each look; the line is the median.",
             ),
-            "slope_factor": (
-                slope_factors(now, margins),
-                "The factor B(θ) of angular margins on the pull of a positive: above 1 left of the neutral angle "
-                "θ*, below 1 right of it. Grey: where the pairs are. A subtractive margin has B = 1.",
-            ),
+            "slope_factor": (slope_factors(now, margins), _slope_caption(margins)),
             "probability_and_logit_factor": (
-                probability_factor(samples[first], first),
-                "The logit factor A of every sample over its probability without margin. A grows with the "
-                "probability and never passes exp(δ).",
+                probability_factor(samples[first], first, temperature),
+                "The logit factor A of every sample over its probability without margin: from 1 at P⁰ = 0 to "
+                "exp(δ) at P⁰ = 1, where δ is the drop of the sample's logit.",
             ),
             "factor_surface": (
                 factor_surface(samples[first], margins[first], first, temperature),
                 "What the margin makes of a positive's gradient, A·B, over angle and probability.",
             ),
             "positive_gradient": (
-                positive_gradients(plain, samples),
-                "Length of the positive part of the gradient: medians in bins of 5°; shaded: the middle half of "
-                "the samples, without margin and with the first.",
+                positive_gradients(plain, samples, temperature),
+                "Length of the positive part of the gradient, be it a pull or a push: medians in bins of 5° "
+                "with at least 5 samples; shaded: the middle half, without margin and with the first.",
             ),
             "effects_by_epoch": (
-                effects_by_epoch(snapshots, first),
-                "Mean logarithm of each effect on the positives' gradient, at the last look of each epoch.",
+                effects_by_epoch(snapshots, first, temperature),
+                "Mean logarithm of each effect on the positives' gradient, over the positives that stay pulled, "
+                "at the last look of each epoch.",
             ),
         }  # fmt: skip
