@@ -113,9 +113,10 @@ def _replace(module: nn.Module, old: type, build: Any) -> nn.Module:
     if isinstance(module, old) and isinstance(module, _BatchNorm):
         inside = dict(module.named_children())
         require(
-            list(inside) == FUSED or (not inside and _is_plain(module)),
-            f"{type(module).__module__}.{type(module).__name__} computes more than a batch norm and cannot be "
-            "synchronised or split; set trainer.sync_batchnorm=false or take another backbone",
+            (list(inside) == FUSED or (not inside and _is_plain(module)))
+            and not isinstance(module, SplitBatchNorm),
+            f"{type(module).__module__}.{type(module).__name__} computes more than a batch norm and can be neither "
+            "synchronised (set trainer.sync_batchnorm=false) nor split (set method.momentum_batchnorm=same)",
         )
         new = build(module)
         for name, layer in inside.items():

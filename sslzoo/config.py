@@ -7,6 +7,7 @@ messages name the dotted key.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Any
@@ -21,6 +22,17 @@ def require(condition: bool, message: str) -> None:
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     """Refuse a ``value`` of ``key`` that is not among ``allowed``."""
     require(value in allowed, f"{key} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def refuse_idle(config: MethodConfig, heeded: Mapping[str, tuple[bool, str]]) -> None:
+    """Refuse a field that was changed where it changes nothing: the run would bear the name of a setting that
+    it does not have. ``heeded`` holds, by field, whether it acts, and with what it would."""
+    for name, (acts, where) in heeded.items():
+        value, default = getattr(config, name), getattr(type(config), name)
+        require(
+            acts or value == default,
+            f"method.{name} must be {default}, got {value}: it acts only with {where}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

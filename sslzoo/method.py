@@ -42,8 +42,8 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
 
     A subclass sets ``Config``, builds heads and state in ``__init__`` and implements :meth:`loss`.
     It may override :meth:`prepare` (state whose size depends on the data), :meth:`after_step` (EMA,
-    queue) with :meth:`after_skipped_step`, and :meth:`features` (more layers for probes). Everything
-    else is the framework's.
+    queue) with :meth:`after_skipped_step`, :meth:`features` (more layers for probes), and what margin
+    analysis asks: :meth:`embed`, :meth:`embed_key`, :meth:`contrasted`. Everything else is the framework's.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -101,18 +101,21 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         return self.embed(x)
 
     def contrasted(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Anchors and their positives, (N, D) each, by kind of pair: ``global``, the first two global views,
-        and where there are local ones ``local``, the first of them against the first global one.
+        """Anchors and their positives, (N, D) each, by kind of pair: ``global``, which must be there, and any
+        other. The first global view, and under ``local`` the first local one, against the second global view.
 
         Margin analysis calls it, in training mode and without gradient. It may change nothing but buffers
         and random numbers, which are put back.
         """
-        views = batch.global_views
-        require(len(views) >= 2, "margin analysis compares two global views; set views to count: 2")
-        pairs = {"global": (self.embed(views[0]), self.embed_key(views[1]))}
+        require(
+            len(batch.global_views) >= 2,
+            "margin analysis compares two global views; set views to count: 2",
+        )
+        anchors = {"global": batch.global_views[0]}
         if batch.local_views:
-            pairs["local"] = (self.embed(batch.local_views[0]), self.embed_key(views[0]))
-        return pairs
+            anchors["local"] = batch.local_views[0]
+        key = self.embed_key(batch.global_views[1])
+        return {kind: (self.embed(view), key) for kind, view in anchors.items()}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups of ``(name, parameter)`` pairs under ``named``; ``lr_factor`` scales a group's rate."""

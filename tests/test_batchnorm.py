@@ -151,3 +151,23 @@ def test_layers_inside_a_batch_norm_stay(convert: Any) -> None:
 def test_a_batch_norm_that_does_more_is_refused() -> None:
     with pytest.raises(ValueError, match="Scaled computes more than a batch norm"):
         to_sync(nn.Sequential(Scaled(3)))
+
+
+@pytest.mark.parametrize("norm", [SplitBatchNorm(4, splits=2), to_split(BatchNormAct2d(4), 2)])
+def test_a_split_batch_norm_is_not_synchronised(norm: nn.Module) -> None:
+    with pytest.raises(ValueError, match="SplitBatchNorm computes more than a batch norm"):
+        to_sync(nn.Sequential(norm))
+
+
+def test_on_cuda_torchs_layer_takes_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def kind(norm: nn.Module, **changes: Any) -> type:
+        model = nn.Sequential(norm)
+        for name, value in changes.items():
+            setattr(model, name, value)
+        return type(LayerSync().apply(model)[0])  # type: ignore[index]
+
+    assert kind(nn.BatchNorm2d(3)) is nn.SyncBatchNorm
+    assert kind(nn.BatchNorm2d(3), needs_double_backward=True) is SyncBatchNorm
+    assert kind(BatchNormAct2d(3)) is SyncBatchNorm

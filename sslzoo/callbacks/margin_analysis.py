@@ -25,15 +25,15 @@ def _metrics(prefix: str, scalars: Mapping[str, Mapping[str, float]]) -> dict[st
 class MarginAnalysis(Callback):
     """Asks every ``every_steps`` optimiser steps what margins would do to the embeddings of the batch.
 
-    ``margins``: pairs (m1 in degrees, m2). ``temperature`` of 0 takes the method's own. Before the step two
-    views go once more through the network, as :meth:`SSLMethod.contrasted` says, without gradient; random
-    numbers, batch-norm statistics and all other buffers are put back, so training is bit-identical with and
-    without. An anchor's negatives are the other samples' positives, whatever the loss itself has.
+    ``margins``: pairs (m1 in degrees, m2). ``temperature`` of 0 takes the method's own. Before the step the views
+    that :meth:`SSLMethod.contrasted` names go once more through the network, without gradient; random numbers,
+    batch-norm statistics and all other buffers are put back, so training is bit-identical with and without.
+    An anchor's negatives are the other samples' positives, whatever the loss itself has.
 
     Metrics ``margins/theta_mean`` and so on for the first margin, ``margins/m1=..,m2=../...`` for the others,
     ``margins/local/theta_mean`` for local crops. ``history``, which is in checkpoints, holds a record a time:
     step, epoch, temperature, the histogram of the angles in 36 bins of 5 degrees, the scalars of every margin,
-    and those two of local crops under ``local``.
+    and those two of other pairs under the name of their kind.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class MarginAnalysis(Callback):
         meter = find_meter(trainer)
         if meter is not None:
             values = _metrics("margins", found["margins"])
-            if "local" in found:
-                values |= _metrics("margins/local", found["local"]["margins"])
+            for kind in seen.keys() - {"global"}:
+                values |= _metrics(f"margins/{kind}", found[kind]["margins"])
             log_metrics(trainer, values)
             meter.restart_clock()  # what this cost is no training time
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="checkpoint files, or run directories for all of theirs; several show the course of training",
+        help="checkpoint files of one run, or its directory for all of them: several show the course of training",
     )
     parser.add_argument("--recipe", help="bundled name or path; default: the recipe of the run")
     parser.add_argument(
@@ -61,12 +61,15 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError(str(error)) from error
     last = summary["checkpoints"][-1]
     for name, values in last["margins"].items():
-        shares = ", ".join(
-            f"{k.removeprefix('log_')} {values[k]:+.3f}" for k in values if k.startswith("log_")
-        )
-        print(f"{name}: angle {values['theta_q50']:.1f} degrees, log effects {shares}")
+        logs = [key for key in values if key.startswith("log_")]
+        shares = ", ".join(f"{key.removeprefix('log_')} {_text(values[key], '+.3f')}" for key in logs)
+        print(f"{name}: angle {_text(values['theta_q50'], '.1f')} degrees, log effects {shares or 'none'}")
     print(f"written to {out}: index.html, margins.json, samples.parquet and the pictures")
     return 0
+
+
+def _text(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
 
 
 def _margin(text: str) -> tuple[float, float]:

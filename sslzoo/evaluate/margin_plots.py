@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
@@ -57,8 +56,8 @@ def _number(value: float | None) -> float:
 
 
 def _angle(snapshot: Snapshot, key: str) -> float:
-    """A statistic of the angles, which no margin changes, from the first margin that has it."""
-    return _number(next((s[key] for s in snapshot.statistics.values() if key in s), None))
+    """A statistic of the angles, which no margin changes."""
+    return _number(next(iter(snapshot.statistics.values())).get(key))
 
 
 def _finite(table: Mapping[str, np.ndarray], *keys: str) -> list[np.ndarray]:
@@ -255,8 +254,7 @@ def factor_surface(
     pulled = np.append(np.abs(octaves[factor > 0]), 1.0)  # 1: there may be none
     limit = max(1.0, min(4.0, float(np.ceil(np.quantile(pulled, 0.98)))))
     levels = np.linspace(-limit, limit, 26)  # 25 bands, 1 in the middle of one
-    norm = TwoSlopeNorm(0.0, -limit, limit)
-    filled = axes.contourf(degrees, p0[:, 0], octaves, levels=levels, cmap="PuOr", norm=norm, extend="both")
+    filled = axes.contourf(degrees, p0[:, 0], octaves, levels=levels, cmap="PuOr", extend="both")
     marks = "dots: samples"
     if octaves.min() < 0 < octaves.max():
         axes.contour(
@@ -303,13 +301,13 @@ def positive_gradients(
     return figure
 
 
-def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Centres and quartiles of ``y`` in the 5-degree bins that hold at least five samples."""
+def _binned(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Centres and quartiles, a row each, of ``y`` in the 5-degree bins that hold at least five samples."""
     index = np.clip((x // BIN_WIDTH).astype(int), 0, 35)
     rows = [(BIN_WIDTH * (b + 0.5), *np.quantile(y[index == b], [0.25, 0.5, 0.75]))
             for b in range(36) if (index == b).sum() >= 5]  # fmt: skip
     table = np.array(rows or [(90.0, np.nan, np.nan, np.nan)])
-    return table[:, 0], table[:, 1], table[:, 2], table[:, 3]
+    return table.T
 
 
 def effects_by_epoch(snapshots: Sequence[Snapshot], name: str, temperature: float) -> Figure:
@@ -319,7 +317,7 @@ def effects_by_epoch(snapshots: Sequence[Snapshot], name: str, temperature: floa
     shown = [list(by_epoch.values())[i] for i in chosen]
     figure, axes = _figure()
     names = {"log_emphasis": "emphasis, log E₁", "log_angle": "angle, log E₂", "log_logit": "logit, log E₃"}
-    values = np.array([[_number(s.statistics.get(name, {}).get(key)) for s in shown] for key in names])
+    values = np.array([[_number(s.statistics[name].get(key)) for s in shown] for key in names])
     places, total = np.arange(len(shown)), values.sum(axis=0)
     for i, label in enumerate(names.values()):
         axes.bar(

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 
 PAIRS = (
-    "anchors and positives as the loss embeds them, predictor and momentum encoder included; an anchor's negatives "
-    "are the other samples' positives in its batch, also where the loss has more, a queue, or none"
+    "anchors and positives of the views that the loss pairs, through predictor and momentum encoder where it has "
+    "them, each view in a pass of its own; an anchor's negatives are the other samples' positives in its batch, "
+    "also where the loss has more, a queue, a bank or none"
 )
 
 
@@ -253,7 +254,7 @@ def _moments(summary: Mapping[str, Any], shown: str) -> list[Snapshot]:
     from sslzoo.evaluate.margin_plots import Snapshot
 
     tau = summary["temperature"]
-    looks = [r for r in summary["history"] if shown in r["margins"] and r["temperature"] == tau]
+    looks = [r for r in summary["history"] if shown in r["margins"] and r.get("temperature") == tau]
     first = summary["checkpoints"][0]["step"] if not looks else looks[-1]["step"] + 1
     looks = [
         *looks,

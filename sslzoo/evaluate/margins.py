@@ -188,12 +188,11 @@ def temperature_of(method: SSLMethod[Any], given: float = 0.0) -> float:
     Raises ``ValueError`` for a method that has none, and for a temperature that is not positive.
     """
     value = given or method.cfg.contrast_temperature
-    require(
-        value is not None,
-        f"{method.cfg.name} has no temperature of its own: margin analysis needs one, such as 0.2; give "
-        "--temperature, in training logging.margins.temperature",
-    )
-    assert value is not None
+    if value is None:
+        raise ValueError(
+            f"{method.cfg.name} has no temperature of its own: margin analysis needs one, such as 0.2; give "
+            "--temperature, in training logging.margins.temperature"
+        )
     require(0 < value < inf, f"the temperature of a margin analysis must be positive and finite, got {value}")
     return value
 
@@ -216,6 +215,10 @@ def observe_batch(method: SSLMethod[Any], batch: Batch, *, temperature: float) -
     that the method is in; leaves no trace in it."""
     with untouched(method):
         pairs = method.contrasted(batch)
+        require(
+            "global" in pairs,
+            f"{method.cfg.name}: contrasted() must have the pairs of global views, 'global'",
+        )
         return {kind: observe(*pair, temperature=temperature) for kind, pair in pairs.items()}
 
 

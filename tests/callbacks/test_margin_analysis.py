@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from sslzoo.numerics import normalize
 from sslzoo.recipe import RecipeError, load_recipe
 from sslzoo.registry import recipes
 from sslzoo_methods.margin.method import MarginContrast
+from sslzoo_methods.sce.method import SCE
 from tests.chaos import digest
 from tests.ranks import run_ranks
 
@@ -214,9 +216,9 @@ def test_every_method_of_the_zoo_has_a_temperature(name: str, temperature: float
 
 
 def test_a_recipe_whose_method_has_none_must_give_one() -> None:
-    overrides = ["method.kernel=linear", "logging.margins={margins: [[10.0, 0.0]]}"]
-    with pytest.raises(RecipeError, match=r"logging\.margins\.temperature must be given"):
-        load_recipe("mmcl_fashion_mnist", overrides)
+    for without in ("method.kernel=linear", "method.sigma_milestones=[5]"):
+        with pytest.raises(RecipeError, match=r"logging\.margins\.temperature must be given"):
+            load_recipe("mmcl_fashion_mnist", [without, "logging.margins={margins: [[10.0, 0.0]]}"])
     given = ["method.kernel=linear", "logging.margins={margins: [[10.0, 0.0]], temperature: 0.2}"]
     assert load_recipe("mmcl_fashion_mnist", given)
 
@@ -259,6 +261,32 @@ def test_anchors_are_predictions_and_positives_the_momentum_encoders(base: str) 
         assert torch.equal(buffer, before[name]), name
 
 
+def note(seen: list[Tensor], _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    seen.append(inputs[0])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_sce_anchors_are_the_online_branchs_views(symmetric: bool) -> None:
+    overrides = ["backbone={name: conv5}", f"method.symmetric={str(symmetric).lower()}"]
+    method, batch = built("sce_cifar10", *overrides)
+    assert isinstance(method, SCE)
+    online: list[Tensor] = []
+    momentum: list[Tensor] = []
+    for module, seen in ((method.backbone, online), (method.momentum_encoder.layers[0], momentum)):
+        module.register_forward_pre_hook(partial(note, seen))
+    batch = batch._replace(local_views=())
+    method.loss(batch)
+    trained = [views.copy() for views in (online, momentum)]
+    online.clear()
+    momentum.clear()
+    with torch.no_grad():
+        assert set(method.contrasted(batch)) == {"global"}
+    for looked, used in zip((online, momentum), trained, strict=True):
+        assert any(looked[0].equal(view) for view in used)
+    assert not symmetric or len(trained[0]) == 2
+    assert not online[0].equal(momentum[0])
+
+
 def test_local_crops_are_reported_apart() -> None:
     method, batch = built("simclr_fashion_mnist")
     found = describe(
@@ -267,7 +295,7 @@ def test_local_crops_are_reported_apart() -> None:
         temperature=0.2,
     )
     with torch.no_grad():
-        a, b = normalize(method.embed(batch.local_views[0])), normalize(method.embed(batch.global_views[0]))
+        a, b = normalize(method.embed(batch.local_views[0])), normalize(method.embed(batch.global_views[1]))
     angle = torch.rad2deg(torch.arccos((a * b).sum(1))).mean()
     assert found["local"]["margins"]["m"]["theta_mean"] == pytest.approx(float(angle), rel=1e-3)
     assert found["margins"]["m"]["theta_mean"] != found["local"]["margins"]["m"]["theta_mean"]
@@ -357,22 +385,32 @@ def test_analyze_shows_the_history_of_the_run(tmp_path: Path) -> None:
     assert [moment.step for moment in _moments(summary, "m1=10deg,m2=0")] == [0, 3, 6, 8]
     assert [moment.step for moment in _moments(summary, "m1=20deg,m2=0")] == [8]
     assert [moment.step for moment in _moments(summary | {"temperature": 0.5}, "m1=10deg,m2=0")] == [8]
+    for record in summary["history"]:
+        del record["temperature"]  # as a run of an earlier version left it
+    assert [moment.step for moment in _moments(summary, "m1=10deg,m2=0")] == [8]
 
 
-def test_collapsed_embeddings_make_valid_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scale", "margin", "temperature", "infinite"),
+    [(0.0, "90,1", "0.001", ["emphasis", "negative_multiplier"]), (1.0, "0,-5", "0.03", ["log_logit"])],
+)
+def test_what_is_not_finite_makes_valid_json(
+    tmp_path: Path, capsys: Any, scale: float, margin: str, temperature: str, infinite: list[str]
+) -> None:
     recipe = load_recipe("margin_fashion_mnist").recipe
-    save_checkpoint(tmp_path / "checkpoints" / "x.ckpt", [], 8, scale=0.0)
+    save_checkpoint(tmp_path / "checkpoints" / "x.ckpt", [], 8, scale=scale)
     (tmp_path / "recipe.yaml").write_text(load_recipe("margin_fashion_mnist").to_yaml())
     command = ["analyze", "margins", "--checkpoint", str(tmp_path / "checkpoints" / "x.ckpt")]
-    assert main([*command, "--samples", "64", "--temperature", "0.001", "--margin", "90,1"]) == 0
+    assert main([*command, "--samples", "64", "--temperature", temperature, "--margin", margin]) == 0
+    assert ("not finite" in capsys.readouterr().out) == ("log_logit" in infinite)
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
     text = (tmp_path / "margins" / "margins.json").read_text()
     summary = json.loads(text, parse_constant=refuse)
-    scalars = summary["checkpoints"][-1]["margins"]["m1=90deg,m2=1"]
-    assert scalars["emphasis"] is None and scalars["negative_multiplier"] is None
+    (scalars,) = summary["checkpoints"][-1]["margins"].values()
+    assert all(scalars[key] is None for key in infinite)
     assert summary["samples"] == recipe.data.global_batch_size
 
 
@@ -393,7 +431,10 @@ def test_collapsed_embeddings_make_valid_json(tmp_path: Path) -> None:
             ["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--temperature=-0.2"],
             "must be positive and finite, got -0.2",
         ),
-        (["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--margin", "nan,0"], "nan"),
+        (
+            ["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--margin", "nan,0"],
+            "must lie within (-pi, pi), got nan",
+        ),
         (["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--margin", "10"], "--margin '10'"),
         (["--checkpoint", "x.ckpt", "--recipe", "simclr_fashion_mnist"], "give the recipe of its run"),
         (

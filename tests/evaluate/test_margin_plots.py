@@ -180,13 +180,3 @@ def test_what_is_not_finite_leaves_a_gap() -> None:
     name, margin = "m1=10deg,m2=0", Margin(angular=0.2, subtractive=0)
     table = {key: np.full(9, np.nan) for key in columns(ANGLES["near"], NO_MARGIN)}
     render(all_plots([Snapshot(0, 0, [0] * 36, {name: {}})], {name: margin}, table, {name: table}, TAU))
-
-
-def test_an_earlier_look_may_know_one_margin_only() -> None:
-    known, other = margin_name(10, 0), margin_name(0, 0.1)
-    margins = {other: Margin(angular=0, subtractive=0.1), known: Margin(angular=0.2, subtractive=0)}
-    stats = {other: LOGS, known: {"theta_q50": 30.0, **LOGS}}
-    looks = [Snapshot(i, i, angle_histogram(ANGLES["near"]).tolist(), stats) for i in range(3)]
-    table = columns(ANGLES["near"], NO_MARGIN)
-    figure, _ = all_plots(looks, margins, table, dict.fromkeys(margins, table), TAU)["angles_over_training"]
-    assert xy(figure.axes[0].get_lines()[0])[:, 1].tolist() == [30, 30, 30]

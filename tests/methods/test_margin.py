@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from math import cos, pi
@@ -998,6 +999,16 @@ def test_the_override_of_the_card_takes_any_margin_away(name: str) -> None:
 )
 def test_sweeps_load(overrides: list[str]) -> None:
     load_recipe("margin_simclr_cifar10", overrides)
+
+
+def test_the_cards_questions_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSLZOO_DATA_DIR", "/data")
+    table = CARD.read_text().partition("Questions, as overrides")[2].partition("## On")[0]
+    commands = re.findall(r"`((?:method|data|'probe)\.[^`]*)`", table)
+    assert len(commands) == 10
+    for recipe in ("margin_simclr_cifar10", "margin_mocov2_cifar10", "margin_mocov3_cifar100"):
+        for command in commands:
+            load_recipe(recipe, shlex.split(command))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -524,10 +524,16 @@ def test_the_official_encoders_have_the_official_size() -> None:
         ({"keys": "bank", "same_view_negatives": True}, "go with method.keys=batch"),
         ({"m": 2.0}, "method.m must lie in"),
         ({"contrast_set": "unified"}, "set method.aug_weight=0"),
-        ({"bank_negatives": 7}, "method.bank_negatives has no effect without method.keys=bank"),
-        ({"color_space": "ycbcr"}, "has no effect without method.views=lab"),
-        ({"generator_optim": "adam", "generator_momentum": 0.5}, "without method.generator_optim=sgd"),
-        ({"m": 0.5}, "without method.weighting=circle"),
+        (
+            {"bank_negatives": 7},
+            "method.bank_negatives must be 1024, got 7: it acts only with method.keys=bank",
+        ),
+        ({"color_space": "ycbcr"}, "it acts only with method.views=lab"),
+        (
+            {"generator_optim": "adam", "generator_momentum": 0.5},
+            "it acts only with method.generator_optim=sgd",
+        ),
+        ({"m": 0.5}, "it acts only with method.weighting=circle"),
     ],
 )
 def test_config_refuses(changes: dict[str, Any], message: str) -> None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from math import inf, isfinite, log, pi, radians
 
-from sslzoo.config import MethodConfig, one_of, require
+from sslzoo.config import MethodConfig, one_of, refuse_idle, require
 
 BASES = ("simclr", "mocov2", "mocov3", "byol", "simsiam")
 NEGATIVE_FREE = ("byol", "simsiam")
@@ -216,7 +216,8 @@ class MarginConfig(MethodConfig):
         )
 
     def _check_idle(self) -> None:
-        """Refuse what would change nothing: the run would bear the name of a setting that it does not have."""
+        """Refuse what would change nothing, but for points of a sweep over effects or margins: ``factor_range``
+        with the whole margin, a margin of 0, and m2 without negatives."""
         base, family, beta = self.base, self.family, self.beta
         heeded = {
             "symmetric": (base == "mocov2", "base mocov2"),
@@ -232,12 +233,7 @@ class MarginConfig(MethodConfig):
             "macl_alpha": (family == "macl", "family macl"),
             "macl_alignment": (family == "macl", "family macl"),
         }
-        for key, (acts, where) in heeded.items():
-            value, default = getattr(self, key), getattr(MarginConfig, key)
-            require(
-                acts or value == default,
-                f"method.{key} must be {default}, got {value}: it acts only with {where}",
-            )
+        refuse_idle(self, heeded)
         require(
             beta > 0 or family not in SUBTRACTIVE or (family != "eqco" and self.subtractive_margin == 0),
             f"method.family must not be {family} with method.beta=0: a subtractive margin has no gradient without "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from sslzoo.config import MethodConfig, Recipe, one_of, require
+from sslzoo.config import MethodConfig, Recipe, one_of, refuse_idle, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +114,14 @@ class MetAugConfig(MethodConfig):
             self.contrast_set == "terms" or self.aug_weight == 0,
             "method.contrast_set=unified has one term, which nothing weighs: set method.aug_weight=0",
         )
-        defaults = {f.name: f.default for f in fields(self)}
-        for name, needs, acts in (
-            ("bank_negatives", "method.keys=bank", bank),
-            ("bank_momentum", "method.keys=bank", bank),
-            ("color_space", "method.views=lab", self.views == "lab"),
-            ("generator_momentum", "method.generator_optim=sgd", self.generator_optim == "sgd"),
-            ("m", "method.weighting=circle or method.shift=true", self.weighting == "circle" or self.shift),
-        ):
-            require(
-                acts or getattr(self, name) == defaults[name],
-                f"method.{name} has no effect without {needs}; remove it",
-            )
+        heeded = {
+            "bank_negatives": (bank, "method.keys=bank"),
+            "bank_momentum": (bank, "method.keys=bank"),
+            "color_space": (self.views == "lab", "method.views=lab"),
+            "generator_momentum": (self.generator_optim == "sgd", "method.generator_optim=sgd"),
+            "m": (self.weighting == "circle" or self.shift, "method.weighting=circle or method.shift=true"),
+        }
+        refuse_idle(self, heeded)
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what manual optimisation, half precision or the views cannot do."""

@@ -31,11 +31,7 @@ def health(out: Objective, z: Sequence[Tensor], generated: Sequence[Tensor]) -> 
 
 
 @torch.no_grad()
-def meta_health(direct: Sequence[Tensor], indirect: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Norm of the generators' gradient, the sum of both parts, and the share of it that came through the
-    virtual step, ``indirect``."""
-    total, through = (
-        torch.stack(torch._foreach_norm(list(part))).norm()
-        for part in (torch._foreach_add(list(direct), list(indirect)), indirect)
-    )
+def meta_health(gradient: Sequence[Tensor], indirect: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Norm of the generators' gradient, and the share of it that came through the virtual step, ``indirect``."""
+    total, through = (torch.stack(torch._foreach_norm(list(part))).norm() for part in (gradient, indirect))
     return {"generator_gradient": total, "second_order_share": through / total.clamp_min(1e-30)}

@@ -91,11 +91,12 @@ class MetAug(SSLMethod[MetAugConfig]):
         """One step of the generators, at the encoder as it stands."""
         evaluate = partial(self._objective, batch)
         found = bilevel(self.network(), self.generators, self._views(batch), evaluate, self.cfg)
-        parts = mean_over_ranks([*found.direct, *found.indirect])
-        direct, indirect = parts[: len(found.direct)], parts[len(found.direct) :]
-        for p, a, b in zip(self.generators.parameters(), direct, indirect, strict=True):
-            p.grad = a + b
-        for name, value in meta_health(direct, indirect).items():
+        gradient, indirect = mean_over_ranks(found.total), found.indirect
+        if self.cfg.meta_order == 2:
+            indirect = mean_over_ranks(indirect)
+        for p, g in zip(self.generators.parameters(), gradient, strict=True):
+            p.grad = g
+        for name, value in meta_health(gradient, indirect).items():
             self.record(f"method/{name}", value)
         optimizer.step()
         optimizer.zero_grad()

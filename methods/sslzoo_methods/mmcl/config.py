@@ -81,8 +81,10 @@ class MMCLConfig(MethodConfig):
 
     @property
     def contrast_temperature(self) -> float | None:
-        """sigma / 2 of the rbf kernel, which on unit vectors is exp(cos / (sigma / 2)) but for a constant."""
-        return self.sigma / 2 if self.kernel == "rbf" and self.sigma_rule == "fixed" else None
+        """sigma / 2 of the rbf kernel, which on unit vectors is exp(cos / (sigma / 2)) but for a constant; none
+        where sigma changes or the kernel is another."""
+        constant = self.sigma_rule == "fixed" and not self.sigma_milestones
+        return self.sigma / 2 if self.kernel == "rbf" and constant else None
 
     def __post_init__(self) -> None:
         one_of("method.solver", self.solver, SOLVERS)

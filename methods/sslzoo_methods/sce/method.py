@@ -139,6 +139,13 @@ class SCE(SSLMethod[SCEConfig]):
         """Of the momentum branch."""
         return self.momentum_encoder(x)
 
+    def contrasted(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Asymmetric, the first view is the momentum branch's and the second the online branch's."""
+        if not self.cfg.symmetric:
+            first, second, *rest = batch.global_views
+            batch = batch._replace(global_views=(second, first, *rest))
+        return super().contrasted(batch)
+
     def features(self, x: Tensor) -> dict[str, Tensor]:
         """``backbone`` and ``projector``."""
         h = self.backbone(x)

@@ -34,11 +34,6 @@ class SogCLRConfig(MethodConfig):
     histogram_every_epochs: int = 0  # of the tables, to TensorBoard and W&B; 0: never
     on_data_change: str = "refuse"  # reset: a checkpoint of other data is resumed with an empty table
 
-    @property
-    def contrast_temperature(self) -> float:
-        """tau; where temperatures are learnt, the one that they start at."""
-        return self.tau
-
     def __post_init__(self) -> None:
         one_of("method.loss", self.loss, ("gcl", "gcl_bimodal", "ntxent"))
         one_of("method.temperature", self.temperature, ("constant", "individual", "global_learnable"))
