@@ -57,7 +57,7 @@ SPEC = {
 
 def _problem(pool: Tensor, hyper: dict[str, Any], **changes: Any) -> tuple[DualProblem, dict[str, Any]]:
     """The problem of a case, and the kernel arguments of its loss. ``sigma: auto`` is a rule of ours."""
-    hyper = hyper | changes
+    hyper = SPEC | hyper | changes
     auto = hyper["sigma"] == "auto"
     problem, sigma = dual_problem(
         pool,
