@@ -67,8 +67,9 @@ class MarginAnalysis(Callback):
         meter = find_meter(trainer)
         if meter is not None:
             values = _metrics("margins", found["margins"])
-            for kind in seen.keys() - {"global"}:
-                values |= _metrics(f"margins/{kind}", found[kind]["margins"])
+            for kind in seen:
+                if kind != "global":
+                    values |= _metrics(f"margins/{kind}", found[kind]["margins"])
             log_metrics(trainer, values)
             meter.restart_clock()  # what this cost is no training time
 
