@@ -90,10 +90,11 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
 
     def embed(self, x: Tensor) -> Tensor:
         """Embeddings (N, D) of a view as the loss's anchors are embedded, but for their length: ``projector``
-        after the backbone where there is one. A method with other heads overrides it."""
-        h = self.backbone(x)
-        projector = getattr(self, "projector", None)
-        return projector(h) if isinstance(projector, nn.Module) else h
+        and then ``predictor`` after the backbone, where there are such. A method with other heads overrides it."""
+        z = self.backbone(x)
+        for head in (getattr(self, name, None) for name in ("projector", "predictor")):
+            z = head(z) if isinstance(head, nn.Module) else z
+        return z
 
     def embed_key(self, x: Tensor) -> Tensor:
         """The same for the view that anchors are compared with; a method whose keys come from another network

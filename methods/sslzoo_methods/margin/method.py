@@ -134,10 +134,6 @@ class MarginContrast(SSLMethod[MarginConfig]):
         acting = margin if cfg.effects else NO_MARGIN
         return margin_loss(term.pairs, acting, temperature=temperature, beta=cfg.beta, slope=cfg.slope).mean()
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Of the online network, predictor included."""
-        return self.predictor(self.projector(self.backbone(x)))
-
     def embed_key(self, x: Tensor) -> Tensor:
         """Of the momentum encoder, where the base has one; else the projection."""
         return self.projector(self.backbone(x)) if self.target is None else self.target(x)

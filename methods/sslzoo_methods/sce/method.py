@@ -131,10 +131,6 @@ class SCE(SSLMethod[SCEConfig]):
             self.queue.push(torch.cat(self.pending))
             self.pending = []
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Of the online branch, predictor included."""
-        return self.predictor(self.projector(self.backbone(x)))
-
     def embed_key(self, x: Tensor) -> Tensor:
         """Of the momentum branch."""
         return self.momentum_encoder(x)
