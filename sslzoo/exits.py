@@ -1,4 +1,4 @@
-"""Exit codes of ``sslzoo`` and of ``fit`` in particular."""
+"""Exit codes of ``sslzoo`` and of ``fit`` in particular, and the ways in which a run leaves in order."""
 
 from __future__ import annotations
 
@@ -6,12 +6,39 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What a scheduler's script can act on: requeue on 75, look at the run on 76 and 77."""
+    """What a scheduler's script can act on: requeue on 75, look at the run on 76."""
 
     DONE = 0
     FAILURE = 1  # at run time
-    USAGE = 2  # wrong command line or recipe; nothing was started
-    PREEMPTED = 75  # SIGTERM or SIGUSR1: saved, `--resume auto` continues
+    USAGE = 2  # wrong command line, recipe, data or directory; nothing was started
+    PREEMPTED = 75  # a signal asked the run to leave; `--resume auto` continues
     NAN = 76  # the loss is not finite; the checkpoints are from before
-    COLLAPSE = 77  # the representation collapsed
     INTERRUPT = 130  # Ctrl-C
+
+
+class Leave(SystemExit):
+    """A run that leaves in order. No ``Exception``, so that nothing on the way takes it for an error.
+
+    ``message`` says in one sentence what happened.
+    """
+
+    exit_code: ExitCode
+
+    def __init__(self, message: str) -> None:
+        super().__init__(int(self.exit_code))
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Preempted(Leave):
+    """A signal asked the run to leave."""
+
+    exit_code = ExitCode.PREEMPTED
+
+
+class Diverged(Leave):
+    """The loss is not finite."""
+
+    exit_code = ExitCode.NAN
