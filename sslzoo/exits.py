@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from enum import IntEnum
+
+# What schedulers send to ask a run to leave: SLURM's scancel and its warning before the time limit, torchrun and
+# timeout (TERM), submitit (USR2), a closed terminal (HUP).
+LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class ExitCode(IntEnum):
@@ -14,6 +19,10 @@ class ExitCode(IntEnum):
     PREEMPTED = 75  # a signal asked the run to leave; `--resume auto` continues
     NAN = 76  # the loss is not finite; the checkpoints are from before
     INTERRUPT = 130  # Ctrl-C
+
+
+class RunError(ValueError):
+    """A run cannot be started as asked, or its directory not be used; the message says what to change."""
 
 
 class Leave(SystemExit):

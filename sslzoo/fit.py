@@ -1,19 +1,28 @@
-"""The life of a run: build, summarise, train, evaluate, report."""
+"""The life of a run: build, agree, train, evaluate, report, and end with a word and an exit code."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import multiprocessing
+import os
+import shlex
+import sys
 import time
-from dataclasses import dataclass
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
-from rich.console import Console
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import OutOfMemoryError
 
 from sslzoo.build import build_data, build_method, build_plan
 from sslzoo.callbacks.cadence import EvaluationCadence
-from sslzoo.callbacks.checkpoint import ExactCheckpoint, latest, load_checkpoint
+from sslzoo.callbacks.checkpoint import ExactCheckpoint, checkpoints, load_checkpoint, set_aside
 from sslzoo.callbacks.knn import KNN
 from sslzoo.callbacks.linear_probe import LinearProbe
 from sslzoo.callbacks.margin_analysis import MarginAnalysis
@@ -25,14 +34,21 @@ from sslzoo.config import Recipe, require
 from sslzoo.data.datasets import open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.evaluate.final import final_evaluation
-from sslzoo.exits import ExitCode
-from sslzoo.launch import build_trainer, world_size_of
+from sslzoo.exits import ExitCode, Leave, RunError
+from sslzoo.launch import build_trainer
 from sslzoo.loggers import build_loggers
 from sslzoo.plan import TrainingPlan
 from sslzoo.recipe import LoadedRecipe, plain
 from sslzoo.report import plot_curves, plot_views, results_table
-from sslzoo.run import Run, is_leader, log_to, open_run
+from sslzoo.run.departure import Departure
+from sslzoo.run.directory import Choice, Run, begin, choose
+from sslzoo.run.ending import Ending, tell_launcher
+from sslzoo.run.lock import RunLock
+from sslzoo.run.messages import Messages
+from sslzoo.run.placement import Placement, check_world_size, place
+from sslzoo.run.rendezvous import Rendezvous
 from sslzoo.summary import run_summary
+from sslzoo.terminal import OUT
 
 if TYPE_CHECKING:
     from sslzoo.method import SSLMethod
@@ -44,66 +60,394 @@ EXAMPLES = 6  # images in views.png
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """A run that is ready to start: everything is built, checked and on disk."""
+    """A run that is ready to start: everything is built and checked, nothing is written."""
 
     loaded: LoadedRecipe
-    run: Run
+    choice: Choice
     plan: TrainingPlan
     data: SSLDataModule
     method: SSLMethod[Any]
     trainer: Trainer
     callbacks: dict[str, Callback]
-    checkpoint: Path | None  # to resume from
-    console: Console
+
+    @property
+    def run(self) -> Run:
+        """Its directory."""
+        return self.choice.run
 
 
-def prepare(
+@dataclass
+class Stopwatch:
+    """Seconds that this start spends by phase, readable while one goes on."""
+
+    spent: dict[str, float] = field(default_factory=dict)
+    _phase: str = ""
+    _since: float = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure what happens inside as ``name``."""
+        self._phase, self._since = name, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent = self.seconds()
+            self._phase = ""
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, the one in progress included."""
+        now = dict(self.spent)
+        if self._phase:
+            now[self._phase] = now.get(self._phase, 0.0) + time.perf_counter() - self._since
+        return {phase: round(value, 1) for phase, value in now.items()}
+
+
+def fit(
     loaded: LoadedRecipe, *, out: Path | None = None, resume: str | None = None, init_from: Path | None = None
-) -> Session:
-    """Build the run that ``loaded`` describes; nothing is trained yet.
+) -> int:
+    """Train by ``loaded``, as one of the run's processes. Returns the exit code, which the manifest has too.
 
     ``resume`` is ``auto`` (the newest checkpoint of ``out``, or of the recipe's newest run; a new run where
     there is none) or the path of a checkpoint or run directory. ``init_from`` takes weights only.
-
-    Raises:
-        ValueError: whatever is wrong with recipe, data, checkpoint or directory, before training starts.
     """
-    recipe = loaded.recipe
-    require(
-        not (resume and init_from), "--resume restores everything, --init-from weights only: give one of them"
-    )
-    source = open_source(recipe.data)
-    plan = build_plan(recipe, len(source), world_size_of(recipe.trainer))
-    data = build_data(recipe, plan, source)
-    method = build_method(recipe, plan)
-    if init_from is not None:
-        load_weights(method, init_from)
-    checkpoint, out = _checkpoint_to_resume(resume, out)
-    run = open_run(loaded, world_size=plan.world_size, out=out, resume=resume is not None)
-    if resume == "auto":
-        checkpoint = latest(run.checkpoints)
-    if is_leader():
-        log_to(run.log)
-        run.update_manifest(data_fingerprint=data.fingerprint)
-    console = Console(stderr=False, quiet=not is_leader())
-    callbacks = build_callbacks(recipe, run, data)
-    loggers = build_loggers(recipe.logging, run.path, run.run_id, recipe=plain(recipe)) if is_leader() else []
-    return Session(
-        loaded=loaded,
-        run=run,
-        plan=plan,
-        data=data,
-        method=method,
-        trainer=build_trainer(
-            recipe.trainer, run_dir=run.path, callbacks=list(callbacks.values()), loggers=loggers
-        ),
-        callbacks=callbacks,
-        checkpoint=checkpoint,
-        console=console,
-    )
+    return _Life(loaded, place()).live(out=out, resume=resume, init_from=init_from)
 
 
-def build_callbacks(recipe: Recipe, run: Run, data: SSLDataModule) -> dict[str, Callback]:
+class _Life:
+    """One start of a run in one process, from the first check to the last word."""
+
+    def __init__(self, loaded: LoadedRecipe, placement: Placement) -> None:
+        self.loaded, self.placement = loaded, placement
+        self.messages = Messages(placement)
+        self.departure = Departure(placement, describe=self._ending_of, abandon=self._abandon)
+        self.stopwatch = Stopwatch()
+        self.session: Session | None = None
+        self.lock: RunLock | None = None
+        self.begun = False  # the directory is ours, the manifest written
+
+    def live(self, *, out: Path | None, resume: str | None, init_from: Path | None) -> int:
+        """Prepare, train, evaluate; whatever happens, end in order."""
+        self.messages.start()
+        self.messages.silence_lightning()
+        try:
+            self.departure.install()
+            self.session = self._prepare(out=out, resume=resume, init_from=init_from)
+            if self.session.choice.finished:
+                ending = Ending(code=ExitCode.DONE, message=self._already_finished())
+            else:
+                self._begin()
+                self._train()
+                ending = Ending(code=ExitCode.DONE, message=f"run directory: {self.session.run.path}")
+        except BaseException as error:
+            ending = self._ending_of(error)
+        first = self.departure.close(ending)
+        if not ending.is_failure:
+            first = ending
+        self._conclude(ending, first)
+        return int(first.code)
+
+    # -- before training ----------------------------------------------------------------------------
+
+    def _prepare(self, *, out: Path | None, resume: str | None, init_from: Path | None) -> Session:
+        """Build everything and agree with the other ranks on what to do; nothing is written yet.
+
+        ``ValueError``, on all ranks, for whatever is wrong with recipe, data, checkpoint or directory.
+        """
+        recipe = self.loaded.recipe
+        require(
+            not (resume and init_from),
+            "--resume restores everything, --init-from weights only: give one of them",
+        )
+        check_world_size(self.placement, recipe.trainer)
+        meeting = Rendezvous(self.placement)
+        self.departure.join(meeting.store)
+        with _together(meeting, "built"):
+            source = open_source(recipe.data)
+            plan = build_plan(recipe, len(source), self.placement.world_size)
+            data = build_data(recipe, plan, source)
+            method = build_method(recipe, plan)
+            if init_from is not None:
+                load_weights(method, init_from)
+
+        def decide() -> dict[str, Any]:
+            choice = choose(self.loaded, plan, fingerprint=data.fingerprint, out=out, resume=resume)
+            return {
+                "path": str(choice.run.path),
+                "run_id": choice.run.run_id,
+                "checkpoint": str(choice.checkpoint) if choice.checkpoint else None,
+                "finished": choice.finished,
+            }
+
+        chosen = meeting.lead("choice", decide)
+        checkpoint = Path(chosen["checkpoint"]) if chosen["checkpoint"] else None
+        choice = Choice(Run(Path(chosen["path"]), chosen["run_id"]), checkpoint, chosen["finished"])
+        with _together(meeting, "readable"):
+            if checkpoint is not None and not os.access(checkpoint, os.R_OK):
+                raise RunError(
+                    f"cannot read {checkpoint}, from which rank 0 continues; the run directory must lie on a file "
+                    "system that all machines share"
+                )
+            callbacks = build_callbacks(recipe, choice.run, data, self.departure)
+            trainer = build_trainer(
+                recipe.trainer,
+                run_dir=choice.run.path,
+                callbacks=list(callbacks.values()),
+                placement=self.placement,
+            )
+        session = Session(
+            loaded=self.loaded,
+            choice=choice,
+            plan=plan,
+            data=data,
+            method=method,
+            trainer=trainer,
+            callbacks=callbacks,
+        )
+        if not choice.finished:
+            with _together(meeting, "owned"):
+                if self.placement.is_leader:
+                    self._own(session)
+        return session
+
+    def _own(self, session: Session) -> None:
+        """Take the directory and write what is going to be run. Rank 0."""
+        run, choice = session.run, session.choice
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(run.path, seconds=self.stopwatch.seconds, on_lost=self._lost)
+        lock.acquire()
+        self.lock = lock
+        begin(choice, self.loaded, session.plan, fingerprint=session.data.fingerprint)
+        self.begun = True
+        tell_launcher("run", str(run.path))
+        tell_launcher("command", self._command(run))
+        if choice.checkpoint is not None and choice.checkpoint.parent == run.checkpoints:
+            for path in checkpoints(run.checkpoints):
+                if path.name > choice.checkpoint.name and choice.checkpoint.name.startswith("step="):
+                    set_aside(path)  # damaged, and passed over for the one chosen
+
+    def _begin(self) -> None:
+        """Open the logs, show what is about to run."""
+        session = self.session
+        assert session is not None
+        run, recipe = session.run, self.loaded.recipe
+        self.messages.open(run)
+        if not self.placement.is_leader:
+            return
+        session.trainer.loggers = build_loggers(recipe.logging, run.path, run.run_id, recipe=plain(recipe))
+        OUT.print(f"recipe {self.loaded.source}", soft_wrap=True)
+        OUT.print(run_summary(recipe, session.plan, session.method, str(run.path)))
+        if session.choice.checkpoint is not None:
+            OUT.print(f"continuing from {session.choice.checkpoint}", soft_wrap=True)
+        example = session.data.example_batch(EXAMPLES)
+        plot_views(
+            example, run.path / "views.png", mean=recipe.data.mean, std=recipe.data.std, images=EXAMPLES
+        )
+
+    # -- training and after ---------------------------------------------------------------------------
+
+    def _train(self) -> None:
+        session = self.session
+        assert session is not None
+        with self.stopwatch.phase("training"):
+            session.trainer.fit(session.method, datamodule=session.data, ckpt_path=session.choice.checkpoint)
+        self.departure.enter("evaluating")
+        with self.stopwatch.phase("evaluation"):
+            self._report(session)
+
+    def _report(self, session: Session) -> None:
+        """The final evaluation, its table and the pictures. Collective; rank 0 writes and prints."""
+        recipe, run, trainer = self.loaded.recipe, session.run, session.trainer
+        session.method.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when it is done
+        meter = session.callbacks["meter"]
+        assert isinstance(meter, Meter)
+        leader = self.placement.is_leader
+        before = {phase: run.seconds_before(phase) if leader else 0.0 for phase in ("training", "evaluation")}
+        summary = final_evaluation(
+            session.method,
+            session.data,
+            recipe,
+            online=meter.latest,
+            initial=lambda: build_method(recipe, session.plan).backbone,
+            folder=run.evaluation,
+            seconds=before["training"] + self.stopwatch.seconds()["training"],
+            evaluated_before=before["evaluation"],
+        )
+        if leader:
+            plot_curves(run.metrics, run.path / "curves.png")
+            OUT.print(results_table(summary))
+
+    def _already_finished(self) -> str:
+        assert self.session is not None
+        plan, run = self.session.plan, self.session.run
+        return (
+            f"{run.path} is finished: {plan.max_epochs} epochs, {plan.total_steps:,} steps; its figures are in "
+            f"{run.evaluation / 'summary.json'}. A larger trainer.max_epochs trains on"
+        )
+
+    # -- the end ----------------------------------------------------------------------------------------
+
+    def _ending_of(self, error: BaseException) -> Ending:
+        """Exit code and one sentence for what ended this process."""
+        where = {"rank": self.placement.rank}
+        text = "".join(traceback.format_exception(error))
+        if isinstance(error, Leave):
+            return Ending(code=error.exit_code, message=error.message, **where)
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            return Ending(
+                code=ExitCode.INTERRUPT, message=f"interrupted while {self.departure.phase}", **where
+            )
+        kind = {"kind": type(error).__name__, "traceback": text} | where
+        if isinstance(error, _REFUSED) and not self.begun and self.departure.phase == "starting":
+            return Ending(code=ExitCode.USAGE, message=_one_line(error), **kind)
+        if isinstance(error, OutOfMemoryError):
+            return Ending(code=ExitCode.FAILURE, message=self._out_of_memory(error), **kind)
+        if isinstance(error, RunError) or (isinstance(error, OSError) and error.errno in _DISK):
+            return Ending(code=ExitCode.FAILURE, message=_one_line(error), **kind)
+        message = f"{type(error).__name__}: {_one_line(error)}"
+        return Ending(code=ExitCode.FAILURE, message=message, expected=False, **kind)
+
+    def _out_of_memory(self, error: OutOfMemoryError) -> str:
+        assert self.session is not None
+        plan, device = self.session.plan, self.session.trainer.strategy.root_device
+        return (
+            f"out of memory on {device} with {plan.micro_batch_size} samples in a forward pass "
+            f"(data.global_batch_size={plan.global_batch_size} over {plan.world_size} process(es) and "
+            f"{plan.accumulate} micro-batch(es)); set trainer.accumulate_grad_batches={2 * plan.accumulate}, "
+            "trainer.precision=bf16-mixed, more devices or a smaller data.global_batch_size"
+        )
+
+    def _conclude(self, own: Ending, ending: Ending) -> None:
+        """Record the end in log and manifest, give the directory back, and have the last word.
+
+        ``own`` is how this rank ended, ``ending`` how the first one did, which is what the others died of.
+        """
+        leader = self.placement.is_leader
+        if own.traceback:
+            self.messages.record(own.traceback)
+        if ending.code != ExitCode.DONE:
+            level = logging.ERROR if ending.is_failure else logging.WARNING
+            _to_files_only(level, ending.described(self.placement.world_size))
+        trouble = ""
+        if leader and self.begun:
+            assert self.session is not None
+            try:
+                self.session.run.conclude(ending, self.stopwatch.seconds())
+            except (OSError, RunError) as error:
+                trouble = f"the manifest lacks this end: {_one_line(error)}"
+        if self.lock is not None:
+            try:
+                self.lock.release()
+            except OSError:
+                pass  # the directory is what is wrong
+        self._last_word(ending, trouble)
+        self.messages.close()
+        _end_workers()
+
+    def _last_word(self, ending: Ending, trouble: str) -> None:
+        """What happened and what to do next, as the last lines on the terminal."""
+        if ending.code == ExitCode.DONE:
+            if self.placement.is_leader:
+                OUT.print(ending.message, soft_wrap=True)
+            return
+        words = [
+            f"sslzoo fit: {ending.described(self.placement.world_size)}",
+            *([trouble] if trouble else []),
+        ]
+        if not ending.expected:
+            words.insert(0, ending.traceback.rstrip())
+        words += self._what_next(ending)
+        text = "\n".join(words)
+        if ending.is_failure and tell_launcher("ending", ending.to_json()):
+            if self.placement.is_leader or ending.rank == self.placement.rank:
+                tell_launcher("words", text)
+        elif self.placement.is_leader or (
+            ending.rank == self.placement.rank and (self.placement.node_rank > 0 or self.departure.leader_gone)
+        ):
+            # Rank 0 tells what happened to any rank. On another machine, or without rank 0, one tells it oneself.
+            self.messages.print_error(text)
+
+    def _what_next(self, ending: Ending) -> Iterator[str]:
+        if not self.begun and not (self.session is not None and not self.placement.is_leader):
+            return
+        assert self.session is not None
+        run = self.session.run
+        saved = checkpoints(run.checkpoints)
+        state = f"the newest checkpoint is {saved[-1].name}" if saved else "no checkpoint was written yet"
+        change = {
+            ExitCode.NAN: "lower optim.lr or raise optim.warmup_epochs",
+            ExitCode.FAILURE: "make this change" if ending.kind == OutOfMemoryError.__name__ else "",
+        }.get(ExitCode(ending.code), "")
+        if change:  # to the recipe, which a run that continues keeps
+            start = f" with --init-from {saved[-1]}" if saved else ""
+            yield f"{state}; {change} and start another run{start}"
+            return
+        if ending.is_failure and not ending.expected:
+            yield f"the traceback is in {run.rank_log(ending.rank)}"
+        yield f"{state}; continue with: {self._command(run)}"
+
+    def _command(self, run: Run) -> str:
+        """The command that continues ``run``."""
+        given = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+        words = ["sslzoo", "fit", "--recipe", str(self.loaded.source), "--out", str(run.path)]
+        started = {"torchrun": "torchrun ... -m ", "srun": "srun "}.get(self.placement.starter, "")
+        return started + shlex.join([*words, "--resume", "auto", *given])
+
+    def _abandon(self, ending: Ending) -> None:
+        """The main thread waits for a rank that is gone: write what has to be written, from another thread."""
+        self._conclude(ending, ending)
+
+    def _lost(self, owner: str) -> None:
+        """Another process owns the directory: whatever this one wrote now would damage its run."""
+        self.messages.print_error(
+            f"sslzoo fit: this run was silent for so long that {owner} has taken its directory over; it ends here"
+        )
+        os._exit(ExitCode.FAILURE)
+
+
+# Before the start: something is wrong with what the user gave, not with this program.
+_REFUSED = (ValueError, OSError, MisconfigurationException)
+# What the file system refuses: full, over quota, too large, read-only, forbidden, gone.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _to_files_only(level: int, text: str) -> None:
+    """Into the logs; the terminal gets its own last word."""
+    logger = logging.getLogger("sslzoo")
+    record = logger.makeRecord("sslzoo.fit", level, __file__, 0, text, (), None)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
+
+
+def _end_workers() -> None:
+    """Data workers leave signals to this process, so the polite end at exit would not reach them."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+@contextmanager
+def _together(meeting: Rendezvous, stage: str) -> Iterator[None]:
+    """What goes wrong inside on one rank is raised on all."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            meeting.agree(stage, _one_line(error))
+        except RunError:
+            if isinstance(error, _REFUSED):
+                raise
+        raise
+    meeting.agree(stage, None)
+
+
+def build_callbacks(
+    recipe: Recipe, run: Run, data: SSLDataModule, departure: Departure | None = None
+) -> dict[str, Callback]:
     """The run's callbacks in the order in which they must stand."""
     checkpoint = ExactCheckpoint(
         run.checkpoints,
@@ -114,7 +458,7 @@ def build_callbacks(recipe: Recipe, run: Run, data: SSLDataModule) -> dict[str, 
         "position": Position(),
         "same_encoder": SameEncoder(),
         "checkpoint": checkpoint,
-        "preemption": Preemption(checkpoint),
+        "preemption": Preemption(checkpoint, departure or Departure()),
         "cadence": EvaluationCadence(recipe.eval.every_epochs),
     }
     if data.eval_sets():
@@ -125,54 +469,6 @@ def build_callbacks(recipe: Recipe, run: Run, data: SSLDataModule) -> dict[str, 
         )
     meter = Meter(run.path, every_steps=recipe.logging.every_steps)
     return callbacks | {"meter": meter, "progress": ProgressDisplay()}
-
-
-def train(session: Session) -> int:
-    """Train, evaluate and report. Returns the exit code; what went wrong at run time is raised."""
-    run, console = session.run, session.console
-    if is_leader():
-        console.print(run_summary(session.loaded.recipe, session.plan, session.method, str(run.path)))
-        if session.checkpoint is not None:
-            console.print(f"continuing from {session.checkpoint}")
-        example = session.data.example_batch(EXAMPLES)
-        data = session.loaded.recipe.data
-        plot_views(example, run.path / "views.png", mean=data.mean, std=data.std, images=EXAMPLES)
-    started = time.perf_counter()
-    code = ExitCode.FAILURE
-    try:
-        session.trainer.fit(session.method, datamodule=session.data, ckpt_path=session.checkpoint)
-        _report(session, time.perf_counter() - started)
-        code = ExitCode.DONE
-    except SystemExit as leaving:
-        if session.trainer.interrupted:
-            code = ExitCode.INTERRUPT
-        else:
-            code = ExitCode(leaving.code) if isinstance(leaving.code, int) else ExitCode.FAILURE
-    finally:
-        if is_leader():
-            run.finish(code)
-    return code
-
-
-def _report(session: Session, seconds: float) -> None:
-    """The final evaluation, its table and the pictures. Collective; rank 0 writes and prints."""
-    recipe, run, trainer = session.loaded.recipe, session.run, session.trainer
-    session.method.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when it is done
-    meter = session.callbacks["meter"]
-    assert isinstance(meter, Meter)
-    summary = final_evaluation(
-        session.method,
-        session.data,
-        recipe,
-        online=meter.latest,
-        initial=lambda: build_method(recipe, session.plan).backbone,
-        folder=run.evaluation,
-        seconds=seconds,
-    )
-    if is_leader():
-        plot_curves(run.metrics, run.path / "curves.png")
-        session.console.print(results_table(summary))
-        session.console.print(f"run directory: {run.path}", soft_wrap=True)
 
 
 def load_weights(method: SSLMethod[Any], path: Path) -> None:
@@ -201,16 +497,3 @@ def load_weights(method: SSLMethod[Any], path: Path) -> None:
 
 def _same_shapes(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return {k: tuple(v.shape) for k, v in a.items()} == {k: tuple(v.shape) for k, v in b.items()}
-
-
-def _checkpoint_to_resume(resume: str | None, out: Path | None) -> tuple[Path | None, Path | None]:
-    """The checkpoint that ``--resume PATH`` names and the run directory it belongs to."""
-    if resume is None or resume == "auto":
-        return None, out
-    path = Path(resume)
-    if path.is_dir():
-        checkpoint = latest(path / "checkpoints")
-        require(checkpoint is not None, f"--resume {path}: no checkpoint in {path / 'checkpoints'}")
-        return checkpoint, out or path
-    load_checkpoint(path)  # a damaged file is refused here, with the one to take instead
-    return path.resolve(), out or path.resolve().parent.parent

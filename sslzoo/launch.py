@@ -11,10 +11,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sslzoo.batchnorm import LayerSync
 from sslzoo.callbacks.checkpoint import AtomicCheckpointIO
 from sslzoo.config import require
+from sslzoo.run.placement import ALONE, Placement, world_size_of
 
 # A rank that hangs ends the run after this, not after torch's 30 minutes; long enough for one rank to
 # evaluate or to write a checkpoint while the others wait.
@@ -50,22 +49,55 @@ class Unprofiled(PassThroughProfiler):
         return self._nothing
 
 
-def devices_per_node(trainer: Mapping[str, Any]) -> int:
-    """Processes on this machine, from ``trainer.devices`` and ``trainer.accelerator``."""
-    devices = trainer.get("devices", "auto")
-    if isinstance(devices, (list, tuple)):
-        return len(devices)
-    if isinstance(devices, str) and "," in devices:
-        return len([d for d in devices.split(",") if d.strip()])
-    if devices in ("auto", -1, "-1"):
-        cpu = trainer.get("accelerator", "auto") == "cpu"
-        return max(torch.cuda.device_count(), 1) if not cpu and torch.cuda.is_available() else 1
-    return int(devices)
+class PlacedEnvironment(ClusterEnvironment):
+    """Tells Lightning what :mod:`sslzoo.run.placement` has found, so that it does not guess by itself."""
 
+    def __init__(self, placement: Placement) -> None:
+        super().__init__()
+        self._placement = placement
 
-def world_size_of(trainer: Mapping[str, Any]) -> int:
-    """Processes of the whole run."""
-    return devices_per_node(trainer) * int(trainer.get("num_nodes", 1))
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Every rank was started before this one asked."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """Where rank 0 runs."""
+        return self._placement.address
+
+    @property
+    def main_port(self) -> int:
+        """Where the ranks meet."""
+        return self._placement.port
+
+    @staticmethod
+    def detect() -> bool:
+        """Given explicitly, never detected."""
+        return False
+
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self._placement.world_size
+
+    def set_world_size(self, size: int) -> None:
+        """The recipe's number was compared with the real one before."""
+        assert size == self._placement.world_size
+
+    def global_rank(self) -> int:
+        """This process among all."""
+        return self._placement.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Lightning derives it once more, from node and local rank."""
+
+    def local_rank(self) -> int:
+        """This process on its machine."""
+        return self._placement.local_rank
+
+    def node_rank(self) -> int:
+        """This machine."""
+        return self._placement.node_rank
 
 
 def build_strategy(trainer: Mapping[str, Any]) -> DDPStrategy | str:
@@ -94,26 +126,23 @@ def build_trainer(
     *,
     run_dir: Path,
     callbacks: Sequence[Callback],
-    loggers: Sequence[Logger] = (),
+    placement: Placement = ALONE,
 ) -> Trainer:
     """The Trainer of the recipe's ``trainer`` section, with everything of Lightning's off that would break
     exact resume or that the framework does itself."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its greetings and tips
     for message in _BESIDE_THE_POINT:
         warnings.filterwarnings("ignore", message=f".*{message}")
-    plugins: list[Any] = [AtomicCheckpointIO()]
+    plugins: list[Any] = [AtomicCheckpointIO(), PlacedEnvironment(placement)]
     if trainer.get("sync_batchnorm", False):
         plugins.append(LayerSync())
-    if SLURMEnvironment.detect():
-        # Requeueing is the job script's, on exit code 75; Lightning's saves inside the signal handler.
-        plugins.append(SLURMEnvironment(auto_requeue=False))
     options = {
         "profiler": Unprofiled(),
         **trainer,
         "strategy": build_strategy(trainer),
         "plugins": plugins,
         "callbacks": list(callbacks),
-        "logger": list(loggers) or False,
+        "logger": False,  # set once the run directory is there
         "default_root_dir": str(run_dir),
         "use_distributed_sampler": False,
         "num_sanity_val_steps": 0,

@@ -45,7 +45,8 @@ from sslzoo.method import Batch, SSLMethod
 from sslzoo.momentum import MomentumEncoder
 from sslzoo.queue import FeatureQueue
 from sslzoo.recipe import load_recipe
-from sslzoo.run import Run
+from sslzoo.run.directory import Run
+from sslzoo.run.placement import place
 from tests.ranks import free_port
 
 LIMIT = 30.0  # seconds; no run here takes a third of it
@@ -167,7 +168,7 @@ def fit(job: Job, folder: Path, fault: Fault | None) -> None:
     data = build_data(recipe, plan, FakeSource(job.samples, recipe.backbone.in_channels, size, 4))
     callbacks = build_callbacks(recipe, Run(folder, "chaos"), data)
     disturbed = [*callbacks.values(), _Disturbance(fault, job.pause)]
-    trainer = build_trainer(recipe.trainer, run_dir=folder, callbacks=disturbed)
+    trainer = build_trainer(recipe.trainer, run_dir=folder, callbacks=disturbed, placement=place())
     trainer.fit(method, datamodule=data, ckpt_path=latest(folder / "checkpoints"))
 
 
@@ -221,7 +222,7 @@ def _die_while_writing(number: int) -> None:
 
 
 def _entry(job: Job, folder: Path, fault: Fault | None, rank: int, port: int) -> None:
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(job.world)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 

@@ -170,3 +170,4 @@ class ExactCheckpoint(Callback):
     @staticmethod
     def _name(step: int) -> str:
         return f"step={step:09d}.ckpt"
+

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from sslzoo.distributed import all_reduce_mean, gather_detached, rank, world_size
-from sslzoo.exits import ExitCode
+from sslzoo.exits import Diverged
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Meter(Callback):
     writes the same bytes. The same numbers go to the trainer's loggers.
 
     Stands after every callback that records. A ``train/loss`` that is not finite raises
-    ``SystemExit(ExitCode.NAN)`` on all ranks, at the row that would report it.
+    :class:`Diverged` on all ranks, at the row that would report it.
     """
 
     def __init__(self, folder: Path, *, every_steps: int) -> None:
@@ -231,7 +231,7 @@ class Meter(Callback):
                     log.warning("%s stopped taking values: %s", type(logger).__name__, error)
 
     def check_finite(self, trainer: Trainer) -> None:
-        """Raise ``SystemExit(ExitCode.NAN)`` on all ranks if ``train/loss`` has diverged since the last row."""
+        """Raise :class:`Diverged` on all ranks if ``train/loss`` has diverged since the last row."""
         _stop_if_diverged(self._reduced(), _step(trainer))
 
     # -- the clock -----------------------------------------------------------------------------
@@ -270,8 +270,9 @@ class Meter(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the device is known."""
+        """Keep the state until the device is known. A finished run that only evaluates never gets so far."""
         self._restored = state_dict
+        self.latest = dict(state_dict["latest"])
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the files, cut back to the checkpoint or empty."""
@@ -284,7 +285,7 @@ class Meter(Callback):
             return
         self._file.rewind(state["rows"], state["columns"])
         self._settings, self._epoch = dict(state["settings"]), dict(state["epoch"])
-        self._row_step, self.latest = state["row_step"], dict(state["latest"])
+        self._row_step = state["row_step"]
         sums = state["sums"][rank()]
         for keys, count in zip(state["keys"], state["counts"], strict=True):
             part, sums = sums[: len(keys)], sums[len(keys) :]
@@ -318,13 +319,7 @@ def _add(a: tuple[float, int] | None, b: tuple[float, int]) -> tuple[float, int]
 def _stop_if_diverged(reduced: Mapping[str, tuple[float, int]], step: int) -> None:
     total = reduced.get("train/loss", (0.0, 1))[0]
     if not math.isfinite(total):
-        log.error(
-            "train/loss is %s shortly before step %d: lower optim.lr or raise optim.warmup_epochs, "
-            "then resume from an earlier checkpoint",
-            total,
-            step,
-        )
-        raise SystemExit(ExitCode.NAN)
+        raise Diverged(f"train/loss is {total} shortly before step {step}")
 
 
 def _step(trainer: Any) -> int:

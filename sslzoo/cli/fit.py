@@ -1,13 +1,16 @@
 """Train by a recipe.
 
-exit codes: 0 done; 1 failure at run time; 2 recipe, data or directory wrong, nothing started;
-75 pre-empted (SIGTERM, SIGUSR1) after saving, --resume auto continues; 76 the loss is not finite;
-130 interrupt.
+With trainer.devices above 1 it starts a process for each device itself; under torchrun or srun it is one of them.
+
+exit codes, which manifest.json holds too: 0 done, or finished before; 1 failure at run time; 2 recipe, data or
+directory wrong, nothing started; 75 pre-empted by SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP, --resume auto continues;
+76 the loss is not finite; 130 interrupt. torchrun's own exit code is 1 for all but 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; the exit code."""
     from sslzoo.recipe import load_recipe
+    from sslzoo.run.launcher import end_with_parent, launch
+    from sslzoo.run.placement import place, world_size_of
 
     loaded = load_recipe(args.recipe, args.overrides)  # before torch: a typo answers at once
     try:
@@ -43,12 +48,14 @@ def run(args: argparse.Namespace) -> int:
 
             dry_run(loaded.recipe, Console())
             return 0
-        from sslzoo.fit import prepare
-
-        session = prepare(loaded, out=args.out, resume=args.resume, init_from=args.init_from)
+        if place().starter == "alone" and world_size_of(loaded.recipe.trainer) > 1:
+            return launch(args.arguments, loaded.recipe.trainer)
     except ValueError as error:
         print(f"sslzoo fit: {error}", file=sys.stderr)
         return 2
-    from sslzoo.fit import train
+    end_with_parent()
+    # The libraries under us say on their own that a neighbour is gone: once is enough.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from sslzoo.fit import fit
 
-    return train(session)
+    return fit(loaded, out=args.out, resume=args.resume, init_from=args.init_from)

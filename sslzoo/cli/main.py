@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs():
         parser.error(f"no verb {arguments[0]!r}{closest(arguments[0], list(verbs()))}")
     args = parser.parse_args(arguments)
+    args.arguments = arguments  # for a verb that starts itself once more
     try:
         return args.run(args)
     except KeyboardInterrupt:

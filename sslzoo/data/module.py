@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from sslzoo.data.sampler import GlobalBatchSampler
 from sslzoo.data.sources import ArraySource, FakeSource, ImageSource
 from sslzoo.data.views import ViewDraws, apply_view, draw_boxes, draw_uniforms, draw_view, expand_views
 from sslzoo.distributed import rank, world_size
+from sslzoo.exits import LEAVE_SIGNALS
 from sslzoo.method import Batch, EvalBatch
 from sslzoo.plan import TrainingPlan
 
@@ -109,8 +111,8 @@ class SSLDataModule(LightningDataModule):
         return int(self._bad.seen.sum())
 
     def state_dict(self) -> dict[str, Any]:
-        """The position; the order of samples and all random numbers follow from it."""
-        return {"position": self.position}
+        """The position, from which the order of samples and all random numbers follow, and whose images they were."""
+        return {"position": self.position, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved position."""
@@ -151,6 +153,7 @@ class SSLDataModule(LightningDataModule):
             collate_fn=_as_it_is,
             num_workers=workers,
             persistent_workers=persistent and workers > 0,
+            worker_init_fn=leave_signals_to_parent,
             pin_memory=torch.cuda.is_available(),
             # Its own: the base seed of workers would otherwise be drawn from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
@@ -274,6 +277,13 @@ class SSLDataModule(LightningDataModule):
         """The first ``n`` samples of the training data as epoch 0 shows them."""
         items = [(0, i) for i in range(n)]
         return self.finish(ViewDataset(self.train_source, self.views, self.seed).__getitems__(items))
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """A scheduler signals the whole group of processes: a worker that died of it would take its run along before
+    the run could save. Workers end when their parent tells them to, or is gone."""
+    for number in (*LEAVE_SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -53,6 +53,7 @@ def final_evaluation(
     initial: Callable[[], nn.Module],
     folder: Path,
     seconds: float,
+    evaluated_before: float = 0.0,
 ) -> dict[str, Any]:
     """Evaluate, write ``folder/summary.json`` on rank 0 and return it on all ranks. Collective.
 
@@ -77,7 +78,7 @@ def final_evaluation(
     summary: dict[str, Any] = results | {
         "protocol": protocol,
         "seconds": round(seconds, 1),
-        "evaluation_seconds": round(time.perf_counter() - start, 1),
+        "evaluation_seconds": round(evaluated_before + time.perf_counter() - start, 1),
         "seed": recipe.seed,
     }
     if rank() == 0:

@@ -1,0 +1,174 @@
+"""One run at a time in a run directory. Importable without torch.
+
+``run.lock`` names the owner: host, process and job. A run that was killed leaves it behind; the next one takes it
+over when the owner is certainly gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sslzoo.exits import RunError
+from sslzoo.files import write_json
+
+HEARTBEAT = 10.0  # seconds between signs of life
+STALE = 120.0  # seconds without one after which an owner that cannot be asked counts as dead
+
+
+class RunLock:
+    """Ownership of one run directory, with a thread that gives a sign of life every ten seconds.
+
+    ``seconds`` is called at each of them; what it returns stays readable after a kill. ``on_lost`` is called
+    from that thread when another process has taken the directory over, which can only happen to a run that
+    was silent for two minutes.
+    """
+
+    def __init__(
+        self, folder: Path, *, seconds: Callable[[], dict[str, float]], on_lost: Callable[[str], None]
+    ) -> None:
+        self.path = Path(folder) / "run.lock"
+        self._seconds, self._on_lost = seconds, on_lost
+        self._owner = {
+            "id": uuid.uuid4().hex,
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "pid_started": _started(os.getpid()),
+            "pid_namespace": _pid_namespace(),
+            "job": os.environ.get("SLURM_JOB_ID", ""),
+        }
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
+
+    def acquire(self) -> None:
+        """Take the directory. ``RunError`` names the owner where another run has it."""
+        refuse_if_owned(self.path.parent)
+        part = self.path.with_name(f"run.lock.{self._owner['id']}.part")
+        part.write_text(json.dumps(self._content()))
+        try:
+            if self.path.exists():  # left behind by a dead run
+                part.replace(self.path)
+            else:
+                try:
+                    os.link(part, self.path)  # fails where somebody was faster
+                except FileExistsError:
+                    refuse_if_owned(self.path.parent)
+                    part.replace(self.path)
+                except OSError:  # a file system without hard links
+                    part.replace(self.path)
+        finally:
+            part.unlink(missing_ok=True)
+        if (read_lock(self.path.parent) or {}).get("id") != self._owner["id"]:
+            refuse_if_owned(self.path.parent)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the directory back."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+        if (read_lock(self.path.parent) or {}).get("id") == self._owner["id"]:
+            self.path.unlink(missing_ok=True)
+
+    def beat(self) -> None:
+        """Give a sign of life now."""
+        now = read_lock(self.path.parent)
+        if now is not None and now.get("id") != self._owner["id"]:
+            self._ended.set()
+            self._on_lost(_named(now))
+        elif now is not None:
+            write_json(self.path, self._content())
+
+    def _content(self) -> dict[str, Any]:
+        return self._owner | {"seconds": self._seconds()}
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT):
+            try:
+                self.beat()
+            except OSError:
+                pass  # a full disk or a deleted directory ends the run where it is written to
+
+
+def read_lock(folder: Path) -> dict[str, Any] | None:
+    """The content of the directory's lock; None without one, empty where it cannot be read."""
+    try:
+        return json.loads((Path(folder) / "run.lock").read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+
+
+def refuse_if_owned(folder: Path) -> None:
+    """``RunError`` where a run that may be alive owns ``folder``.
+
+    Dead is an owner whose process is gone from this machine, one of this very job (a job that starts again
+    has no other process left), and one without a sign of life for two minutes.
+    """
+    owner = read_lock(folder)
+    if owner is None or _is_dead(Path(folder) / "run.lock", owner):
+        return
+    raise RunError(
+        f"{folder} is in use by {_named(owner)}; wait for it or stop it, or give --out another directory"
+    )
+
+
+def _is_dead(path: Path, owner: dict[str, Any]) -> bool:
+    here = (platform.node(), _pid_namespace())  # of another container, no process can be seen
+    if (owner.get("host"), owner.get("pid_namespace")) == here:
+        return (
+            _started(int(owner.get("pid", 0))) != owner.get("pid_started") or owner.get("pid") == os.getpid()
+        )
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return bool(job and owner.get("job") == job) or _age(path) > STALE
+
+
+def _age(path: Path) -> float:
+    """Seconds since ``path`` was written, by the clock of its file system: hosts' clocks differ."""
+    probe = path.with_name(f"run.lock.{uuid.uuid4().hex}.part")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:
+        return STALE + 1
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _started(pid: int) -> str:
+    """When process ``pid`` of this machine started, which tells it from a later one of the same number; ``''``
+    without such a process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    if Path("/proc/self/stat").exists():
+        return ""
+    try:  # no /proc: the number must do
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "running"
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _named(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "an owner that run.lock does not name"
+    job = f", job {owner['job']}" if owner.get("job") else ""
+    return f"process {owner.get('pid')} on {owner.get('host')}{job}"

@@ -1,0 +1,145 @@
+"""Where the words of a run go: everything to files, warnings and errors to the terminal of rank 0 as well.
+
+The run directory is known only after a while. What was logged until then reaches its files too.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import re
+import sys
+from typing import IO
+
+from rich.text import Text
+
+from sslzoo.run.directory import Run
+from sslzoo.run.placement import Placement
+from sslzoo.terminal import ERR
+
+LOGGERS = ("sslzoo", "sslzoo_methods", "lightning.pytorch", "py.warnings")
+_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+_STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
+# `path:line: Category: text`, then the line of source: what Python makes of warnings.warn(text).
+_PYTHON_WARNING = re.compile(r"\A.*?:\d+: \w+: (?P<text>.*?)(?:\n  .*)?\s*\Z", re.DOTALL)
+
+
+class Messages:
+    """The logging of one process of a run, from the start of the command to its end.
+
+    Ranks other than 0 have no terminal: from :meth:`open` on, all that they or the libraries under them print
+    goes to their own log.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self._early = _Early()
+        self._handlers: list[logging.Handler] = [self._early]
+        if placement.is_leader:
+            self._handlers.append(_Terminal(level=logging.WARNING))
+        self._quiet: list[tuple[logging.Logger, logging.Handler]] = []
+        self._own_log: IO[str] | None = None
+        self._terminal: int | None = None  # stderr as it was
+
+    def start(self) -> None:
+        """Listen to the framework, to Lightning and to Python's warnings."""
+        logging.captureWarnings(True)
+        for name in ("sslzoo", "sslzoo_methods"):
+            logging.getLogger(name).setLevel(logging.INFO)
+        for name in LOGGERS:
+            for handler in self._handlers:
+                logging.getLogger(name).addHandler(handler)
+
+    def silence_lightning(self) -> None:
+        """Take away Lightning's own line on stderr, which would be a second one. After its import."""
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+            logger = logging.getLogger(name)
+            for handler in list(logger.handlers):
+                if type(handler) is logging.StreamHandler:
+                    logger.removeHandler(handler)
+                    self._quiet.append((logger, handler))
+
+    def open(self, run: Run) -> None:
+        """Write to the files of ``run``, first what was logged before. ``OSError`` on rank 0 if that is refused;
+        another rank, whose machine may not have the directory, does without."""
+        own = run.rank_log(self.placement.rank)
+        try:
+            own.parent.mkdir(parents=True, exist_ok=True)
+            self._own_log = own.open("a", buffering=1)
+        except OSError:
+            if self.placement.is_leader:
+                raise
+            return
+        paths = [own, run.log] if self.placement.is_leader else [own]
+        files: list[logging.Handler] = [logging.FileHandler(path) for path in paths]
+        for handler in files:
+            handler.setFormatter(_FORMAT)
+            for record in self._early.records:
+                handler.handle(record)
+        for name in LOGGERS:
+            logger = logging.getLogger(name)
+            logger.removeHandler(self._early)
+            for handler in files:
+                logger.addHandler(handler)
+        self._handlers += files
+        faulthandler.enable(self._own_log)
+        if not self.placement.is_leader:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self._terminal = os.dup(2)
+            os.dup2(self._own_log.fileno(), 1)
+            os.dup2(self._own_log.fileno(), 2)
+
+    def record(self, text: str) -> None:
+        """Write ``text``, such as a traceback, to this rank's own log."""
+        if self._own_log is not None:
+            self._own_log.write(text.rstrip() + "\n")
+
+    def print_error(self, text: str) -> None:
+        """Write ``text`` to the terminal, also on a rank that has given its own away."""
+        if self._terminal is not None:
+            os.write(self._terminal, f"{text.rstrip()}\n".encode())
+        else:
+            ERR.print(Text(text.rstrip()), soft_wrap=True)
+
+    def close(self) -> None:
+        """Stop listening, close the files."""
+        logging.captureWarnings(False)
+        for name in LOGGERS:
+            for handler in self._handlers:
+                logging.getLogger(name).removeHandler(handler)
+        for handler in self._handlers:
+            handler.close()
+        for logger, handler in self._quiet:
+            logger.addHandler(handler)
+        if self._own_log is not None:
+            faulthandler.disable()
+            if self._terminal is None:  # else stdout and stderr go there until the process ends
+                self._own_log.close()
+
+
+class _Early(logging.Handler):
+    """Keeps what is logged before there is a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+class _Terminal(logging.Handler):
+    """One line on stderr, above a live display where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = record.getMessage().strip()
+            if record.name == "py.warnings" and (match := _PYTHON_WARNING.match(text)):
+                text = match["text"]
+            level = record.levelname.lower()
+            line = Text(f"{level}: ", style=_STYLES.get(record.levelno, "")) + Text(text)
+            ERR.print(line, soft_wrap=True)
+        except Exception:
+            self.handleError(record)

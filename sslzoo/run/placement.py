@@ -1,0 +1,130 @@
+"""Which of a run's processes this one is, read from the environment before any process group exists.
+
+Importable without torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sslzoo.config import require
+
+LAUNCHER_FOLDER = "SSLZOO_LAUNCHER_FOLDER"  # set by sslzoo's own launcher for the ranks that it starts
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SPECIAL_STEPS = 0xFFFFFFF0  # SLURM numbers its batch and interactive steps from here on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """This process among those of the run."""
+
+    starter: str = "alone"  # or sslzoo (its own launcher), torchrun, srun
+    rank: int = 0
+    local_rank: int = 0
+    node_rank: int = 0
+    world_size: int = 1
+    per_node: int = 1  # processes on this machine
+    address: str = "127.0.0.1"  # where rank 0 runs
+    port: int = 0
+    attempt: int = 0  # of torchrun, which restarts a group that failed
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is global rank 0."""
+        return self.rank == 0
+
+
+ALONE = Placement()
+
+
+def place(environ: Mapping[str, str] = os.environ) -> Placement:
+    """This process's place by the variables of torchrun, else of srun, else alone.
+
+    torchrun inside a SLURM job wins over SLURM's own variables, which then describe the agent. A batch
+    script has SLURM's variables too, but only a step that srun started has several tasks.
+    """
+    if all(name in environ for name in _TORCHRUN):
+        return Placement(
+            starter="sslzoo" if LAUNCHER_FOLDER in environ else "torchrun",
+            rank=int(environ["RANK"]),
+            local_rank=int(environ.get("LOCAL_RANK", environ["RANK"])),
+            node_rank=int(environ.get("GROUP_RANK", environ.get("NODE_RANK", "0"))),
+            world_size=int(environ["WORLD_SIZE"]),
+            per_node=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
+            address=environ["MASTER_ADDR"],
+            port=int(environ["MASTER_PORT"]),
+            attempt=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        )
+    tasks = _srun_tasks(environ)
+    if tasks == 1:
+        return ALONE
+    nodes = (
+        environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or environ["SLURM_JOB_NODELIST"]
+    )
+    # Two steps of one job must not meet at the same port.
+    port = 15000 + (int(environ["SLURM_JOB_ID"]) + 101 * int(environ["SLURM_STEP_ID"])) % 10000
+    count = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES") or "1")
+    return Placement(
+        starter="srun",
+        rank=int(environ["SLURM_PROCID"]),
+        local_rank=int(environ["SLURM_LOCALID"]),
+        node_rank=int(environ.get("SLURM_NODEID", "0")),
+        world_size=tasks,
+        per_node=tasks // count,
+        address=environ.get("MASTER_ADDR") or first_node(nodes),
+        port=int(environ.get("MASTER_PORT") or port),
+    )
+
+
+def _srun_tasks(environ: Mapping[str, str]) -> int:
+    if not 0 <= int(environ.get("SLURM_STEP_ID", "-1")) < _SPECIAL_STEPS:
+        return 1
+    return int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1")
+
+
+def first_node(nodes: str) -> str:
+    """``gpu[003-007,12],login`` -> ``gpu003``."""
+    return re.split(r"[,\s]", re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes))[0]
+
+
+def devices_per_node(trainer: Mapping[str, Any]) -> int:
+    """Processes on one machine, from ``trainer.devices`` and ``trainer.accelerator``.
+
+    Imports torch only where the number of GPUs decides.
+    """
+    devices = trainer.get("devices", "auto")
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len([d for d in devices.split(",") if d.strip()])
+    if devices in ("auto", -1, "-1"):
+        if trainer.get("accelerator", "auto") == "cpu":
+            return 1
+        import torch
+
+        return max(torch.cuda.device_count(), 1) if torch.cuda.is_available() else 1
+    return int(devices)
+
+
+def world_size_of(trainer: Mapping[str, Any]) -> int:
+    """Processes of the whole run."""
+    return devices_per_node(trainer) * int(trainer.get("num_nodes", 1))
+
+
+def check_world_size(placement: Placement, trainer: Mapping[str, Any]) -> None:
+    """Refuse a run whose number of processes is not the one that its recipe plans with.
+
+    Each process would take its share of a global batch that the others never complete.
+    """
+    planned = world_size_of(trainer)
+    nodes = max(placement.world_size // max(placement.per_node, 1), 1)
+    require(
+        planned == placement.world_size,
+        f"{placement.starter} started {placement.world_size} process(es), but trainer.devices x trainer.num_nodes "
+        f"of the recipe makes {planned}; set trainer.devices={placement.per_node} trainer.num_nodes={nodes}, or "
+        f"start {planned}",
+    )

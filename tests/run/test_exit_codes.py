@@ -1,0 +1,137 @@
+"""The exit code of a real process, the same code in its manifest, and the word at its end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sslzoo.exits import ExitCode
+from tests.command import Command, manifest, saved, shell, until, write_recipe
+
+AT_ONCE = 2  # runs that go on at the same time, one for each core
+LIMIT = 180.0  # seconds; most of a run is its imports
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run that is started, what happens to it once it has saved something, and its end."""
+
+    code: ExitCode
+    says: str  # its last words
+    faults: dict[str, Any] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+    then: Callable[[Command], None] | None = None
+
+
+def _rank(number: int, sent: int) -> Callable[[Command], None]:
+    def send(command: Command) -> None:
+        children = subprocess.run(["pgrep", "-P", str(command.pid)], capture_output=True, check=True).stdout
+        os.kill(int(children.split()[number]), sent)
+
+    return send
+
+
+SLOW, TWO = {"pause": 0.1}, ("trainer.devices=2",)
+SAVED, CONTINUE = r"SIGTERM: saved at step \d+", r"continue with: sslzoo fit .*--resume auto"
+CASES = {
+    "done": Case(ExitCode.DONE, "run directory: "),
+    "failure": Case(ExitCode.FAILURE, "RuntimeError: this rank cannot train", {"raise_at": [0, 5]}),
+    "usage": Case(ExitCode.USAGE, r"override: optim\.lrr: unknown key; did you mean optim\.lr\?", {}, ("optim.lrr=3",)),
+    "term": Case(ExitCode.PREEMPTED, SAVED, SLOW, (), lambda c: c.signal(signal.SIGTERM)),
+    "nan": Case(ExitCode.NAN, r"train/loss is nan shortly before step \d", {"nan_at": 5}),
+    "interrupt": Case(ExitCode.INTERRUPT, "interrupted while training", SLOW, (), lambda c: c.signal(signal.SIGINT)),
+    "two": Case(ExitCode.DONE, "run directory: ", {}, TWO),
+    "leader": Case(ExitCode.PREEMPTED, SAVED, SLOW, TWO, _rank(0, signal.SIGTERM)),
+    "other": Case(ExitCode.PREEMPTED, SAVED, SLOW, TWO, _rank(1, signal.SIGTERM)),
+    "group": Case(ExitCode.PREEMPTED, SAVED, SLOW, TWO, lambda c: os.killpg(c.pid, signal.SIGTERM)),
+    "second": Case(
+        ExitCode.FAILURE, r"rank 1 on \S+ failed first: RuntimeError: this rank", {"raise_at": [1, 5]}, TWO
+    ),
+    "killed": Case(ExitCode.FAILURE, "rank 1 was killed by SIGKILL", SLOW, TWO, _rank(1, signal.SIGKILL)),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory):
+    """``ended(name)``: the run directory, the exit code and the process of that case. All run side by side."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_recipe(folder)
+
+    def go_through(name: str, case: Case) -> tuple[Path, int, Command]:
+        run = folder / name
+        command = shell(
+            folder, "fit", "--recipe", "tiny.yaml", "--out", name, *case.overrides, faults=case.faults, name=name
+        )
+        if case.then is not None:
+            assert until(lambda: command.ended or (run.exists() and saved(run)), LIMIT), command.said
+            case.then(command)
+        return run, command.wait(LIMIT), command
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        runs: dict[str, Future[tuple[Path, int, Command]]] = {
+            name: pool.submit(go_through, name, case) for name, case in CASES.items()
+        }
+        yield lambda name: runs[name].result()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exit_code_manifest_and_last_words(name: str, ended) -> None:
+    case = CASES[name]
+    run, code, command = ended(name)
+    assert code == case.code, command.said
+    last = command.err if case.code else command.out
+    assert re.search(case.says, last), command.said
+    if case.code == ExitCode.USAGE:
+        assert not run.exists()
+        assert len(command.err.splitlines()) == 1
+        return
+    kept = manifest(run)
+    assert kept["exit_code"] == kept["sessions"][-1]["exit_code"] == case.code
+    assert (kept["error"] is None) == (case.code == ExitCode.DONE)
+    assert not list(run.rglob("*.part")) and not (run / "run.lock").exists()
+    if case.code != ExitCode.DONE:
+        assert re.search(case.says.removeprefix(r"rank 1 on \S+ failed first: "), kept["error"]["message"])
+        # What happened and what to do stand at the very end, after any traceback.
+        *_, happened, what_next = [line for line in command.err.splitlines() if "the traceback is in" not in line]
+        assert happened.startswith("sslzoo fit: ") and re.search(case.says, happened), command.err
+        expected = "start another run with --init-from" if case.code == ExitCode.NAN else CONTINUE
+        assert re.search(expected, what_next), command.err
+        assert re.search(kept["error"]["message"][:40], (run / "train.log").read_text()) or name == "killed"
+
+
+def test_the_rank_that_failed_first_is_named_and_alone_on_the_terminal(ended) -> None:
+    run, _, command = ended("second")
+    assert manifest(run)["error"] | {"host": ""} == {
+        "rank": 1,
+        "host": "",
+        "kind": "RuntimeError",
+        "message": "RuntimeError: this rank cannot train",
+        "log": "logs/rank-1.log",
+    }
+    assert command.err.count("Traceback (most recent call last)") == 1
+    assert "this rank cannot train" in (run / "logs" / "rank-1.log").read_text()
+    # What rank 0 died of is in its own log, not on the screen.
+    assert "Traceback" in (run / "logs" / "rank-0.log").read_text()
+
+
+def test_a_rank_that_the_kernel_kills_is_the_cause_and_not_its_neighbours_connection(ended) -> None:
+    run, _, command = ended("killed")
+    assert manifest(run)["error"]["kind"] == "SIGKILL"
+    assert "Traceback" not in command.err
+
+
+def test_a_continued_run_says_where_from(ended) -> None:
+    run, _, _ = ended("term")
+    again = shell(run.parent, "fit", "--recipe", "tiny.yaml", "--out", run.name, "--resume", "auto", name="again")
+    assert again.wait(LIMIT) == 0, again.said
+    assert "continuing from " in again.out
+    assert [start["exit_code"] for start in manifest(run)["sessions"]] == [ExitCode.PREEMPTED, ExitCode.DONE]

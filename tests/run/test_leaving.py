@@ -1,0 +1,165 @@
+"""A run that is asked to leave, wherever it stands: it leaves within about a second, with 75, and loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sslzoo.exits import LEAVE_SIGNALS, ExitCode
+from tests.chaos import digest_of
+from tests.command import STEPS, Command, codes, fork, group, manifest, saved, until, write_recipe
+
+TWO = ("trainer.devices=2",)
+PROMPT = 3.0  # seconds to leave in; one is meant, two cores may be busy
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where ``tiny.yaml`` lies, with a finished run ``one`` and another ``two`` of two ranks, never disturbed."""
+    folder = tmp_path_factory.mktemp("leaving")
+    write_recipe(folder)
+    assert _start(folder, "one", 1)[0].wait() == 0
+    assert codes(_start(folder, "two", 2)) == [0, 0]
+    return folder
+
+
+def _start(folder: Path, name: str, world: int, *more: str, **options) -> list[Command]:
+    arguments = ("fit", "--recipe", "tiny.yaml", "--out", name, *more)
+    if world == 1:
+        return [fork(folder, *arguments, **options)]
+    return group(folder, *arguments, *TWO, world=world, **options)
+
+
+def _ends_like(folder: Path, name: str, world: int) -> None:
+    """Continued, the run ends as the one never disturbed."""
+    assert codes(_start(folder, name, world, "--resume", "auto")) == [0] * world
+    whole = folder / {1: "one", 2: "two"}[world]
+    assert digest_of(folder / name) == digest_of(whole)
+    assert (folder / name / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+
+
+@pytest.mark.parametrize("number", LEAVE_SIGNALS, ids=lambda n: n.name)
+def test_every_signal_of_schedulers_saves_and_leaves(number: signal.Signals, folder: Path) -> None:
+    name = f"by-{number.name}"
+    (run,) = _start(folder, name, 1, faults={"pause": 0.15})
+    assert until(lambda: run.ended or saved(folder / name)), run.said
+    run.signal(number)
+    assert run.wait() == ExitCode.PREEMPTED, run.said
+    assert manifest(folder / name)["error"]["message"] == f"{number.name}: saved at step {saved(folder / name)[-1]}"
+    _ends_like(folder, name, 1)
+
+
+@pytest.mark.parametrize("signalled", [[0], [1], [0, 1]], ids=["leader", "other", "both"])
+def test_two_ranks_save_at_one_step(signalled: list[int], folder: Path) -> None:
+    name = f"two-{len(signalled)}-{signalled[0]}"
+    ranks = _start(folder, name, 2, faults={"pause": 0.05})
+    assert until(lambda: ranks[0].ended or saved(folder / name)), ranks[0].said
+    for r in signalled:
+        ranks[r].signal(signal.SIGTERM)
+    start = time.monotonic()
+    assert codes(ranks) == [ExitCode.PREEMPTED] * 2, [r.said for r in ranks]
+    assert time.monotonic() - start < PROMPT
+    assert manifest(folder / name)["exit_code"] == ExitCode.PREEMPTED
+    _ends_like(folder, name, 2)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_in_a_validation_it_leaves_at_once_and_loses_one_step(world: int, folder: Path) -> None:
+    name = f"validation-{world}"
+    ranks = _start(folder, name, world, faults={"evaluation_pause": 1.0})
+    assert until(lambda: ranks[0].ended or STEPS - 1 in saved(folder / name)), ranks[0].said
+    time.sleep(0.8)  # the last step of the epoch takes a few milliseconds
+    ranks[-1].signal(signal.SIGTERM)
+    start = time.monotonic()
+    assert codes(ranks) == [ExitCode.PREEMPTED] * world, [r.said for r in ranks]
+    assert time.monotonic() - start < PROMPT
+    assert manifest(folder / name)["error"]["message"] == "SIGTERM while evaluating"
+    assert saved(folder / name)[-1] == STEPS - 1
+    _ends_like(folder, name, world)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_in_the_final_evaluation_it_leaves_at_once(world: int, folder: Path) -> None:
+    """What it finds when it continues is what the undisturbed run found."""
+    name, baselines = f"final-{world}", "eval.baselines=true"
+    last = 3 * STEPS
+    ranks = _start(folder, name, world, baselines, "eval.every_epochs=3", faults={"evaluation_pause": 0.4})
+    assert until(lambda: ranks[0].ended or last in saved(folder / name)), ranks[0].said
+    time.sleep(0.3)
+    ranks[-1].signal(signal.SIGUSR2)
+    start = time.monotonic()
+    assert codes(ranks) == [ExitCode.PREEMPTED] * world, [r.said for r in ranks]
+    assert time.monotonic() - start < PROMPT
+    assert not (folder / name / "eval" / "summary.json").exists()
+    assert codes(_start(folder, name, world, baselines, "eval.every_epochs=3", "--resume", "auto")) == [0] * world
+    assert manifest(folder / name)["exit_code"] == 0
+    assert (folder / name / "eval" / "summary.json").exists()
+
+
+def test_while_it_starts_it_leaves_at_once_and_leaves_nothing(folder: Path) -> None:
+    """Rank 1 waits for rank 0, which never comes."""
+    ranks = _start(folder, "early", 2, delays=[60, 0])
+    time.sleep(1.0)
+    ranks[1].signal(signal.SIGTERM)
+    assert ranks[1].wait(10) == ExitCode.PREEMPTED, ranks[1].said
+    ranks[0].signal(signal.SIGKILL)
+    ranks[0].wait()
+    assert not (folder / "early").exists()
+
+
+def test_what_is_ignored_on_purpose_stays_ignored(folder: Path) -> None:
+    """``nohup`` ignores SIGHUP for what it starts."""
+
+    def nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    run = fork(folder, "fit", "--recipe", "tiny.yaml", "--out", "nohup", before=nohup, faults={"pause": 0.05})
+    assert until(lambda: run.ended or saved(folder / "nohup")), run.said
+    run.signal(signal.SIGHUP)
+    assert run.wait() == 0, run.said
+
+
+# -- data workers -----------------------------------------------------------------------------------
+
+
+def _image_folder(folder: Path) -> Path:
+    draw = np.random.default_rng(0)
+    for split, n in (("train", 16), ("test", 4)):
+        for c in range(4):
+            place = folder / split / f"c{c}"
+            place.mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(draw.integers(0, 255, (20, 20), dtype=np.uint8)).save(place / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_signal_to_the_whole_group_leaves_data_workers_alone(world: int, folder: Path, tmp_path: Path) -> None:
+    """As ``scancel`` and ``timeout`` send it: the workers used to die of it, and the run with them."""
+    images = _image_folder(tmp_path / "files")
+    files = ("data.dataset=imagefolder", f"data.root={images}", "data.workers=2")
+    name = f"workers-{world}"
+    ranks = _start(folder, name, world, *files, faults={"pause": 0.15})
+    assert until(lambda: ranks[0].ended or saved(folder / name)), ranks[0].said
+    for rank in ranks:
+        os.killpg(rank.pid, signal.SIGTERM)
+    assert codes(ranks) == [ExitCode.PREEMPTED] * world, [r.said for r in ranks]
+    assert saved(folder / name)[-1] < 12
+    # None of a rank's group is left, workers included.
+    assert until(lambda: not any(_group_alive(rank.pid) for rank in ranks), 10)
+    again = _start(folder, name, world, *files, "--resume", "auto")
+    assert codes(again) == [0] * world, [r.said for r in again]
+
+
+def _group_alive(group_id: int) -> bool:
+    try:
+        os.killpg(group_id, 0)
+    except ProcessLookupError:
+        return False
+    return True
