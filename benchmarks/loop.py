@@ -135,7 +135,9 @@ def framework(steps: int, *, companions: bool, probe: bool) -> float:
         folder = Path(name)
         callbacks: list[Callback] = []
         if companions:
-            checkpoint = ExactCheckpoint(folder / "checkpoints", every_steps=10 * steps)
+            checkpoint = ExactCheckpoint(
+                folder / "checkpoints", every_steps=10 * steps, evaluate_every_epochs=1
+            )
             callbacks = [Position(), SameEncoder(), checkpoint, Preemption(checkpoint)]
             if probe:
                 callbacks.append(LinearProbe(ProbeConfig(lrs=(0.1, 0.3, 1.0)), seed=0))

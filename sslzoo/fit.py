@@ -452,6 +452,7 @@ def build_callbacks(
     checkpoint = ExactCheckpoint(
         run.checkpoints,
         every_steps=recipe.logging.checkpoint_every_steps,
+        evaluate_every_epochs=recipe.eval.every_epochs,
         keep_epochs=recipe.logging.keep_epochs,
     )
     callbacks: dict[str, Callback] = {

@@ -134,7 +134,7 @@ def test_a_signal_saves_leaves_and_resumes_exactly(number, name, ranks, tmp_path
 
 
 def test_one_process_saves_at_the_step_of_the_signal(tmp_path):
-    # Checkpoints come at 3 and 6; the signal between them makes one of its own.
+    # Checkpoints come at 3, at 5 before the evaluation, and at 6; the signal makes one of its own at once.
     processes = start(Job(pause=0.15), tmp_path)
     _wait_for_a_save(processes, tmp_path)
     time.sleep(0.2)

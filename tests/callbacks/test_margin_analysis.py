@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sslzoo.build import build_data, build_method, build_plan
-from sslzoo.callbacks.checkpoint import load_checkpoint
 from sslzoo.callbacks.margin_analysis import MarginAnalysis
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.position import Position
@@ -313,7 +312,7 @@ def test_the_history_is_in_checkpoints(tmp_path: Path) -> None:
     assert analysis is not None
     torch.save(analysis.state_dict(), tmp_path / "x.ckpt")
     other = MarginAnalysis([(10.0, 0.0)], every_steps=3)
-    other.load_state_dict(load_checkpoint(tmp_path / "x.ckpt"))
+    other.load_state_dict(torch.load(tmp_path / "x.ckpt", weights_only=True))
     assert other.history == analysis.history
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,6 +144,23 @@ def test_new_columns_widen_the_file_and_rewind_narrows_it(tmp_path):
     file.rewind(1, ["step", "epoch", "a"])
     assert (tmp_path / "m.csv").read_bytes() == before
     file.close()
+
+
+def test_a_failed_rewrite_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
+    file = MetricsFile(tmp_path / "m.csv")
+    file.rewind(0, ["step", "epoch"])
+    file.append(1, 0, {"a": 1.0})
+    file.sync()
+    before = file.path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        file.append(2, 0, {"a": 1.0, "b": 2.0})
+    assert file.path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file.path]
 
 
 def test_metrics_need_a_meter():

@@ -371,7 +371,7 @@ def test_autocast_reaches_the_bilevel_step_only_if_asked(meta_precision: int) ->
 def test_weights_alone_start_with_their_own_banks(tmp_path: Path) -> None:
     trained, fresh = make(BANK), make(BANK)
     train(trained, range(2))
-    torch.save({"state_dict": trained.state_dict()}, tmp_path / "a.ckpt")
+    torch.save({"state_dict": trained.state_dict(), "optimizer_steps": 2}, tmp_path / "a.ckpt")
     own = fresh.state_dict()["banks.rows"].clone()
     load_weights(fresh, tmp_path / "a.ckpt")
     taken = fresh.state_dict()

@@ -709,7 +709,7 @@ def test_a_table_of_other_data_is_not_used(policy):
 def test_weights_alone_start_with_an_empty_table(tmp_path):
     trained = _method("individual")
     _train(trained, range(2), 1, slice(0, BATCH))
-    torch.save({"state_dict": trained.state_dict()}, tmp_path / "a.ckpt")
+    torch.save({"state_dict": trained.state_dict(), "optimizer_steps": 2}, tmp_path / "a.ckpt")
     method = _method("individual")
     load_weights(method, tmp_path / "a.ckpt")
     name = "projector.0.weight"
