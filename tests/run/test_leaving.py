@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -15,7 +16,6 @@ from sslzoo.exits import LEAVE_SIGNALS, ExitCode
 from tests.chaos import digest_of
 from tests.command import STEPS, Command, codes, fork, group, manifest, saved, until, write_recipe
 
-TWO = ("trainer.devices=2",)
 PROMPT = 3.0  # seconds to leave in; one is meant, two cores may be busy
 
 
@@ -33,7 +33,7 @@ def _start(folder: Path, name: str, world: int, *more: str, **options) -> list[C
     arguments = ("fit", "--recipe", "tiny.yaml", "--out", name, *more)
     if world == 1:
         return [fork(folder, *arguments, **options)]
-    return group(folder, *arguments, *TWO, world=world, **options)
+    return group(folder, *arguments, "trainer.devices=2", world=world, **options)
 
 
 def _ends_like(folder: Path, name: str, world: int) -> None:
@@ -87,19 +87,22 @@ def test_in_a_validation_it_leaves_at_once_and_loses_one_step(world: int, folder
 @pytest.mark.parametrize("world", [1, 2])
 def test_in_the_final_evaluation_it_leaves_at_once(world: int, folder: Path) -> None:
     """What it finds when it continues is what the undisturbed run found."""
-    name, baselines = f"final-{world}", "eval.baselines=true"
-    last = 3 * STEPS
-    ranks = _start(folder, name, world, baselines, "eval.every_epochs=3", faults={"evaluation_pause": 0.4})
-    assert until(lambda: ranks[0].ended or last in saved(folder / name)), ranks[0].said
+    name, changes = f"final-{world}", ("eval.baselines=true", "eval.every_epochs=3")
+    ranks = _start(folder, name, world, *changes, faults={"evaluation_pause": 0.4})
+    assert until(lambda: ranks[0].ended or 3 * STEPS in saved(folder / name)), ranks[0].said
     time.sleep(0.3)
     ranks[-1].signal(signal.SIGUSR2)
     start = time.monotonic()
     assert codes(ranks) == [ExitCode.PREEMPTED] * world, [r.said for r in ranks]
     assert time.monotonic() - start < PROMPT
     assert not (folder / name / "eval" / "summary.json").exists()
-    assert codes(_start(folder, name, world, baselines, "eval.every_epochs=3", "--resume", "auto")) == [0] * world
-    assert manifest(folder / name)["exit_code"] == 0
-    assert (folder / name / "eval" / "summary.json").exists()
+    assert codes(_start(folder, name, world, "--resume", "auto", *changes)) == [0] * world
+    whole = f"final-whole-{world}"
+    assert codes(_start(folder, whole, world, *changes)) == [0] * world
+    found, expected = (json.loads((folder / n / "eval" / "summary.json").read_text()) for n in (name, whole))
+    assert len(found) > 15
+    for key in found.keys() - {"seconds", "evaluation_seconds"}:
+        assert found[key] == expected[key], key
 
 
 def test_while_it_starts_it_leaves_at_once_and_leaves_nothing(folder: Path) -> None:
@@ -153,7 +156,7 @@ def test_a_signal_to_the_whole_group_leaves_data_workers_alone(world: int, folde
     assert saved(folder / name)[-1] < 12
     # None of a rank's group is left, workers included.
     assert until(lambda: not any(_group_alive(rank.pid) for rank in ranks), 10)
-    again = _start(folder, name, world, *files, "--resume", "auto")
+    again = _start(folder, name, world, "--resume", "auto", *files)
     assert codes(again) == [0] * world, [r.said for r in again]
 
 
