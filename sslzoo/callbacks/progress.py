@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live display in a terminal, one line an epoch elsewhere."""
+"""What a person sees while a run goes on: bars in a terminal, lines in a log file."""
 
 from __future__ import annotations
 
@@ -8,97 +8,187 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import MofNCompleteColumn, TaskID
+from rich.table import Column
 
+from sslzoo.bars import REFRESH, Bars, redraws
 from sslzoo.callbacks.meter import find_meter
+from sslzoo.plan import TrainingPlan
+from sslzoo.terminal import ERR, OUT
 
 log = logging.getLogger(__name__)
 
-REFRESH = 0.5  # seconds between updates of the bars
+LINE_EVERY = 60.0  # seconds between lines inside an epoch
 
 
 class ProgressDisplay(Callback):
-    """Epoch and step bars with loss, images/s, online probe accuracy and time left, on rank 0.
+    """Loss, images/s, online probe, k-NN and time left, on rank 0.
 
-    Reads only what the meter reported, so it costs no synchronisation. Stands after the meter. The
-    line of each epoch goes to the log, hence to ``train.log``, in every case.
+    Where stderr is a terminal, bars: epochs, and below them the steps of the epoch or the batches of the
+    evaluation. Where stdout is none, lines: one at each epoch's end, and one a minute inside long epochs.
+    The line of each epoch also goes to the log, hence to ``train.log``, in every case. A probe that was
+    measured some steps ago is shown with the epoch after which it was.
+
+    Reads only what the meter reported, so it costs no synchronisation. Stands after the meter.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
-        self._live: Progress | None = None
+    def __init__(self, *, out: Console = OUT, err: Console = ERR) -> None:
+        self._out, self._err = out, err
+        self._bars: Bars | None = None
         self._epochs = self._steps = TaskID(0)
-        self._shown = self._started = 0.0
+        self._lines = False  # whether this process prints them
+        self._shown = self._printed = self._started = 0.0
         self._started_step = 0
+        self._evaluated_step = 0  # optimiser steps finished at the last evaluation
+        self._batches = self._all_batches = 0  # of the evaluation in progress
+
+    # -- training -----------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Open the display, in a terminal."""
+        """Open the bars, in a terminal."""
         self._started, self._started_step = time.perf_counter(), pl_module.optimizer_steps
-        if not trainer.is_global_zero or not self._console.is_terminal:
-            return
-        plan = pl_module.plan
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        self._live = Progress(*columns, console=self._console, refresh_per_second=2)
-        self._epochs = self._live.add_task("epoch", total=plan.max_epochs, text="")
-        self._steps = self._live.add_task("step", total=plan.steps_per_epoch, text="")
-        self._live.start()
+        self._printed = self._started
+        self._lines = trainer.is_global_zero and not redraws(self._out)
+        if trainer.is_global_zero and redraws(self._err):
+            plan = pl_module.plan
+            # Wide enough for steps and epochs, and for most evaluations.
+            width = 2 * len(str(max(plan.max_epochs, plan.steps_per_epoch))) + 1
+            count = MofNCompleteColumn(table_column=Column(no_wrap=True, justify="right", min_width=width))
+            self._bars = Bars(count, console=self._err, out=self._out)
+            self._epochs = self._bars.add_task("epoch", total=plan.max_epochs, text="")
+            self._steps = self._bars.add_task("step", total=plan.steps_per_epoch, text="")
+            self._show_steps(trainer, pl_module)
+            self._bars.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bars, at most every half second."""
-        if self._live is None or time.perf_counter() - self._shown < REFRESH:
-            return
-        self._shown = time.perf_counter()
-        step = pl_module.optimizer_steps
-        epoch, within = divmod(step, pl_module.plan.steps_per_epoch)
-        self._live.update(self._epochs, completed=epoch, text=self._time_left(pl_module))
-        self._live.update(self._steps, completed=within, text=self._numbers(trainer))
+        """Move the bars, at most every half second; print a line when a minute has passed without one."""
+        now = time.perf_counter()
+        if self._bars is not None and now - self._shown >= REFRESH:
+            self._show_steps(trainer, pl_module)
+        if self._lines and now - self._printed >= LINE_EVERY:
+            closes_epoch = pl_module.optimizer_steps % pl_module.plan.steps_per_epoch == 0
+            if not closes_epoch:  # the epoch's own line comes next
+                self._print(self._line(trainer, pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """One line for the log."""
+        """The line of the epoch."""
         if trainer.is_global_zero:
-            plan = pl_module.plan
-            parts = (
-                f"epoch {trainer.current_epoch + 1}/{plan.max_epochs}",
-                f"step {pl_module.optimizer_steps}",
-                self._numbers(trainer),
-                self._time_left(pl_module),
-            )
-            log.info("  ".join(part for part in parts if part))
+            line = self._line(trainer, pl_module)
+            log.info(line)
+            if self._lines:
+                self._print(line)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Close the display."""
-        if self._live is not None:
-            plan = pl_module.plan
-            self._live.update(self._epochs, completed=plan.max_epochs, text="")
-            self._live.update(self._steps, completed=plan.steps_per_epoch, text=self._numbers(trainer))
+        """Close the bars."""
+        self._show_steps(trainer, pl_module)
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Close the display, so that the error is readable."""
+        """Close the bars, so that the error is readable below them."""
         self._close()
 
     def _close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        bars, self._bars = self._bars, None
+        if bars is not None:
+            bars.stop()
 
-    def _numbers(self, trainer: Trainer) -> str:
-        meter = find_meter(trainer)
-        latest = meter.latest if meter is not None else {}
-        shown = (
-            ("train/loss", "loss {:.4f}"),
-            ("sys/images_per_s", "{:.0f} images/s"),
-            ("val/linear_top1", "probe {:.1%}"),
-            ("val/knn_top1", "k-NN {:.1%}"),
+    # -- evaluation ---------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """The lower bar counts batches."""
+        self._batches, self._all_batches = 0, int(sum(trainer.num_val_batches))
+        self._show_steps(trainer, pl_module)  # the upper bar stands still from here
+        self._show_evaluation()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Move it. After the last batch the other callbacks measure, before this one is asked again."""
+        self._batches += 1
+        if self._batches == self._all_batches or time.perf_counter() - self._shown >= REFRESH:
+            self._show_evaluation()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """The figures are of this step; the lower bar goes back to steps."""
+        self._evaluated_step = pl_module.optimizer_steps
+        self._show_steps(trainer, pl_module)
+
+    # -- state --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """When the figures were measured that the meter's state holds; equal on all ranks."""
+        return {"evaluated_step": self._evaluated_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self._evaluated_step = state_dict["evaluated_step"]
+
+    # -- what is shown ------------------------------------------------------------------------
+
+    def _show_steps(self, trainer: Trainer, pl_module: Any) -> None:
+        if self._bars is None:
+            return
+        self._shown = time.perf_counter()
+        plan, step = pl_module.plan, pl_module.optimizer_steps
+        top = _joined(self._time_left(pl_module), self._figures(trainer, pl_module))
+        self._bars.show(self._epochs, completed=step / plan.steps_per_epoch, text=top)
+        self._bars.show(
+            self._steps,
+            description="step",
+            total=plan.steps_per_epoch,
+            completed=step - max(0, _epoch_of(step, plan) - 1) * plan.steps_per_epoch,
+            text=self._speed(trainer),
         )
-        return "  ".join(form.format(latest[key]) for key, form in shown if key in latest)
+
+    def _show_evaluation(self) -> None:
+        if self._bars is None:
+            return
+        self._shown = time.perf_counter()
+        self._bars.show(
+            self._steps,
+            description="batch",
+            total=self._all_batches,
+            completed=self._batches,
+            text="evaluating …" if self._batches < self._all_batches else "measuring …",
+        )
+
+    def _print(self, line: str) -> None:
+        self._printed = time.perf_counter()
+        self._out.print(line, markup=False, soft_wrap=True)  # rich flushes
+
+    def _line(self, trainer: Trainer, pl_module: Any) -> str:
+        plan, step = pl_module.plan, pl_module.optimizer_steps
+        return _joined(
+            f"epoch {_of(_epoch_of(step, plan), plan.max_epochs)}",
+            f"step {_of(step, plan.total_steps)}",
+            self._speed(trainer),
+            self._figures(trainer, pl_module),
+            self._time_left(pl_module),
+        )
+
+    @staticmethod
+    def _speed(trainer: Trainer) -> str:
+        shown = (("train/loss", "loss {:.4f}"), ("sys/images_per_s", "{:.0f} images/s"))
+        latest = _latest(trainer)
+        return _joined(*(form.format(latest[key]) for key, form in shown if key in latest))
+
+    def _figures(self, trainer: Trainer, pl_module: Any) -> str:
+        """Probe and k-NN, with their epoch unless they were measured at this very step."""
+        shown = (("val/linear_top1", "probe {:.1f} %"), ("val/knn_top1", "k-NN {:.1f} %"))
+        latest = _latest(trainer)
+        figures = ", ".join(form.format(100 * latest[key]) for key, form in shown if key in latest)
+        unknown = self._evaluated_step == 0  # resumed from a checkpoint that does not tell
+        if not figures or unknown or self._evaluated_step == pl_module.optimizer_steps:
+            return figures
+        return f"{figures} (epoch {_epoch_of(self._evaluated_step, pl_module.plan)})"
 
     def _time_left(self, pl_module: Any) -> str:
         done = pl_module.optimizer_steps - self._started_step
@@ -107,3 +197,21 @@ class ProgressDisplay(Callback):
             return ""
         seconds = round((time.perf_counter() - self._started) / done * left)
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+
+
+def _latest(trainer: Trainer) -> dict[str, float]:
+    meter = find_meter(trainer)
+    return meter.latest if meter is not None else {}
+
+
+def _epoch_of(step: int, plan: TrainingPlan) -> int:
+    """The epoch, from 1, that the last of ``step`` finished optimiser steps belongs to; 0 before the first."""
+    return -(-step // plan.steps_per_epoch)
+
+
+def _of(done: int, total: int) -> str:
+    return f"{done:>{len(str(total))}}/{total}"
+
+
+def _joined(*parts: str) -> str:
+    return "  ".join(part for part in parts if part)
