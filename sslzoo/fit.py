@@ -34,6 +34,7 @@ from sslzoo.config import Recipe, require
 from sslzoo.data.datasets import open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.evaluate.final import final_evaluation
+from sslzoo.evaluate.progress import EvaluationProgress
 from sslzoo.exits import ExitCode, Leave, RunError
 from sslzoo.launch import build_trainer
 from sslzoo.loggers import build_loggers
@@ -271,6 +272,7 @@ class _Life:
             folder=run.evaluation,
             seconds=before["training"] + self.stopwatch.seconds()["training"],
             evaluated_before=before["evaluation"],
+            progress=EvaluationProgress(shown=leader),
         )
         if leader:
             plot_curves(run.metrics, run.path / "curves.png")

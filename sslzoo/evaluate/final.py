@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,12 +16,17 @@ from sslzoo.distributed import rank
 from sslzoo.evaluate.extract import Encoder, Extracted, extract
 from sslzoo.evaluate.knn import knn_accuracy
 from sslzoo.evaluate.linear import linear_probe, principal_components
+from sslzoo.evaluate.progress import EvaluationProgress, Report, reported
 from sslzoo.evaluate.sgd_probe import EPOCHS, STEPS, linear_evaluation
+from sslzoo.files import write_json
+from sslzoo.report import ROWS
 
 if TYPE_CHECKING:
     from sslzoo.data.module import SSLDataModule
     from sslzoo.method import SSLMethod
 
+# Stages that progress shows: features of two splits; of each kind linear probe, logistic regression and k-NN.
+_EXTRACTIONS, _JUDGEMENTS = 2, 3
 PIXEL_LIMIT = 4096  # values an image; a probe on raw pixels holds the square of it
 
 FROZEN = (
@@ -54,20 +58,24 @@ def final_evaluation(
     folder: Path,
     seconds: float,
     evaluated_before: float = 0.0,
+    progress: EvaluationProgress | None = None,
 ) -> dict[str, Any]:
     """Evaluate, write ``folder/summary.json`` on rank 0 and return it on all ranks. Collective.
 
     ``online`` holds the last ``val/...`` metrics, ``initial`` builds the backbone as it was before
-    training, ``seconds`` is what training took. With ``eval.baselines`` the trained encoder, the initial one,
+    training, ``seconds`` is what training took over all starts of the run, ``evaluated_before`` what earlier
+    starts spent here. With ``eval.baselines`` the trained encoder, the initial one,
     raw pixels and their first 64 principal components get the same linear probe and k-NN; without,
     the summary repeats the online figures. Accuracies are fractions; keys of unmeasured ones are absent.
+    ``progress`` shows how far it is and changes no number.
     """
     start = time.perf_counter()
     labelled = [s for s in datamodule.eval_sets() if s.num_classes > 0]
     results: dict[str, float] = {}
     if labelled and recipe.eval.baselines:
         protocol = FROZEN
-        results = _with_baselines(method, datamodule, recipe, initial)
+        with progress or EvaluationProgress() as seen:
+            results = _with_baselines(method, datamodule, recipe, initial, seen)
     elif labelled:
         protocol = ONLINE
         results = {key: online[metric] for key, metric in _ONLINE_KEYS.items() if metric in online}
@@ -83,14 +91,16 @@ def final_evaluation(
     }
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / "summary.json.part"
-        part.write_text(json.dumps(summary, indent=2) + "\n")
-        part.replace(folder / "summary.json")
+        write_json(folder / "summary.json", summary)
     return summary
 
 
 def _with_baselines(
-    method: SSLMethod[Any], datamodule: SSLDataModule, recipe: Recipe, initial: Callable[[], nn.Module]
+    method: SSLMethod[Any],
+    datamodule: SSLDataModule,
+    recipe: Recipe,
+    initial: Callable[[], nn.Module],
+    progress: EvaluationProgress,
 ) -> dict[str, float]:
     trained, fresh = method.backbone, initial().eval()
     fresh = fresh.to(method.device, next(trained.parameters()).dtype)
@@ -100,18 +110,18 @@ def _with_baselines(
     sets = datamodule.eval_sets()
     loaders = datamodule.val_dataloader()
     primary = next(s for s in sets if s.num_classes > 0)
+    progress.expect(_EXTRACTIONS + _JUDGEMENTS * len(ROWS))
+
+    def extracted(split: str, report: Report) -> Extracted:
+        i = next(i for i, s in enumerate(sets) if (s.name, s.split) == (primary.name, split))
+        return extract(encoders, reported(loaders[i], report), datamodule, method.device, i)
+
     try:
-        train, test = (
-            next(
-                extract(encoders, loaders[i], datamodule, method.device, i)
-                for i, s in enumerate(sets)
-                if (s.name, s.split) == (primary.name, split)
-            )
-            for split in ("train", "test")
-        )
+        train = extracted("train", progress.stage("extracting training features"))
+        test = extracted("test", progress.stage("extracting test features"))
     finally:
         trained.train(was_training)
-    return _measure(train, test, recipe, classes=primary.num_classes)
+    return _measure(train, test, recipe, progress, classes=primary.num_classes)
 
 
 def _pixels(image: Tensor) -> Tensor:
@@ -121,7 +131,9 @@ def _pixels(image: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _measure(train: Extracted, test: Extracted, recipe: Recipe, *, classes: int) -> dict[str, float]:
+def _measure(
+    train: Extracted, test: Extracted, recipe: Recipe, progress: EvaluationProgress, *, classes: int
+) -> dict[str, float]:
     """Probe and k-NN of every feature set, by summary key; raw pixels bring PCA along."""
     pairs = {name: (train.features[name], test.features[name]) for name in train.features}
     pixels, test_pixels = pairs["raw_pixels_"]
@@ -130,14 +142,19 @@ def _measure(train: Extracted, test: Extracted, recipe: Recipe, *, classes: int)
     else:
         mean, components = principal_components(pixels, PCA_WIDTH)
         pairs["pca_"] = ((pixels - mean) @ components, (test_pixels - mean) @ components)
+    progress.expect(_EXTRACTIONS + _JUDGEMENTS * len(pairs))
     held_out = is_holdout(train.sample_id, recipe.probe.holdout, recipe.seed)
     results: dict[str, float] = {}
     for name, (x, test_x) in pairs.items():
         pair, test_pair = (x, train.label), (test_x, test.label)
-        probe = linear_evaluation(pair, test_pair, held_out, recipe.probe, classes=classes, seed=recipe.seed)
+        report = progress.stage(f"{ROWS[name]}: linear probe")
+        probe = linear_evaluation(
+            pair, test_pair, held_out, recipe.probe, classes=classes, seed=recipe.seed, report=report
+        )
         results[f"{name}linear_top1"] = probe.top1
         results[f"{name}linear_top5"] = probe.top5
-        regression = linear_probe(*pair, *test_pair, held_out, classes=classes)
+        report = progress.stage(f"{ROWS[name]}: logistic regression")
+        regression = linear_probe(*pair, *test_pair, held_out, classes=classes, report=report)
         results[f"{name}logistic_top1"] = regression.top1
         results[f"{name}knn_top1"] = knn_accuracy(
             x,
@@ -147,5 +164,6 @@ def _measure(train: Extracted, test: Extracted, recipe: Recipe, *, classes: int)
             k=recipe.eval.knn_k,
             temperature=recipe.eval.knn_temperature,
             classes=classes,
+            report=progress.stage(f"{ROWS[name]}: k-NN"),
         )
     return results

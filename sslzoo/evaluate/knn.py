@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sslzoo.config import require
 from sslzoo.distributed import all_reduce_sum, gather_detached, rank, world_size
+from sslzoo.evaluate.progress import Report, unseen
 from sslzoo.numerics import normalize
 
 QUERIES = 512  # test samples compared at a time
@@ -52,6 +53,7 @@ def knn_accuracy(
     k: int,
     temperature: float,
     classes: int,
+    report: Report = unseen,
 ) -> float:
     """Top-1 accuracy, a fraction, of ``test`` (Q, F) voted by ``bank`` (M, F).
 
@@ -68,13 +70,15 @@ def knn_accuracy(
     bank, test = normalize(bank), normalize(test)
     right = torch.zeros(1, dtype=torch.int64, device=bank.device)
     for owner in range(world_size()):
-        for queries, labels in _queries(test, test_labels, owner):
+        chunks = _queries(test, test_labels, owner)
+        for done, (queries, labels) in enumerate(chunks, 1):
             similarity, found = nearest(queries, bank, bank_labels, k)
             if world_size() > 1:
                 similarity, found = _merge(similarity, found, k)
             if owner == rank():
                 scores = vote(similarity, found, classes=classes, temperature=temperature)
                 right += (scores.argmax(1) == labels).sum()
+            report((owner + done / len(chunks)) / world_size())
     return int(all_reduce_sum(right)) / int(sizes[1])
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sslzoo.config import require
 from sslzoo.distributed import all_reduce_sum
+from sslzoo.evaluate.progress import Report, unseen
 from sslzoo.numerics import autocast_off
 
 # Mean cross-entropy + l2/2 |W|^2 on standardised features; half a decade apart.
@@ -77,7 +78,9 @@ class LinearClassifiers(NamedTuple):
 
 
 @torch.no_grad()
-def fit_linear(x: Tensor, y: Tensor, *, classes: int, strengths: tuple[float, ...]) -> LinearClassifiers:
+def fit_linear(
+    x: Tensor, y: Tensor, *, classes: int, strengths: tuple[float, ...], report: Report = unseen
+) -> LinearClassifiers:
     """Minimise mean cross-entropy + l2/2 |W|^2 for each of ``strengths``; the bias is not penalised.
 
     The Hessian of softmax regression is at most 1/2 of the features' covariance in every class
@@ -98,7 +101,7 @@ def fit_linear(x: Tensor, y: Tensor, *, classes: int, strengths: tuple[float, ..
 
     weight = z.new_zeros(len(strengths), classes, z.shape[1])
     ahead, inertia = weight.clone(), z.new_ones(len(strengths), 1, 1)
-    for _ in range(ITERATIONS):
+    for iteration in range(ITERATIONS):
         gradient = all_reduce_sum(_cross_entropy_gradient(z, y, ahead)) / count + decay * ahead
         new = ahead - gradient / curvature
         # Restart a problem's momentum where it points uphill.
@@ -107,6 +110,7 @@ def fit_linear(x: Tensor, y: Tensor, *, classes: int, strengths: tuple[float, ..
         following = (1 + (1 + 4 * inertia * inertia).sqrt()) / 2
         ahead = new + (inertia - 1) / following * (new - weight)
         weight, inertia = new, following
+        report((iteration + 1) / ITERATIONS)
     return LinearClassifiers(standardize, basis, weight)
 
 
@@ -135,6 +139,7 @@ def linear_probe(
     *,
     classes: int,
     strengths: tuple[float, ...] = STRENGTHS,
+    report: Report = unseen,
 ) -> ProbeResult:
     """Fit on the training samples outside ``held_out`` (bool, N), choose the strength on those inside,
     report it on the test set once.
@@ -146,7 +151,11 @@ def linear_probe(
     with autocast_off(train_x):
         fitted = ~held_out
         model = fit_linear(
-            train_x[fitted].float(), train_y[fitted], classes=classes, strengths=tuple(strengths)
+            train_x[fitted].float(),
+            train_y[fitted],
+            classes=classes,
+            strengths=tuple(strengths),
+            report=report,
         )
         chosen = _right(model, train_x[held_out].float(), train_y[held_out])  # (3, S)
         require(

@@ -16,6 +16,7 @@ from torch import Tensor
 from sslzoo.config import ProbeConfig, require
 from sslzoo.distributed import all_reduce_sum, world_size
 from sslzoo.evaluate.linear import standardizer, within_top
+from sslzoo.evaluate.progress import Report, unseen
 
 EPOCHS = 50  # of linear evaluation on extracted features,
 STEPS = 1000  # and at least so many steps
@@ -184,6 +185,7 @@ def linear_evaluation(
     *,
     classes: int,
     seed: int,
+    report: Report = unseen,
 ) -> LinearResult:
     """Train on extracted features, standardised by the exact statistics of the training set; test once.
 
@@ -205,6 +207,7 @@ def linear_evaluation(
             # By the batch: a standardised copy of all would double the memory of the features.
             probe.accumulate(standardize(x[rows]), y[rows], held_out[rows])
             probe.start(0.5 * (1 + cos(pi * (epoch * steps + i) / (epochs * steps))))
+        report((epoch + 1) / epochs)
     probe.finish()
     return choose(
         probe,

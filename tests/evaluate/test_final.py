@@ -102,7 +102,7 @@ class Brightness(FakeSource):
         return Brightness(120, num_classes)
 
 
-def _summary(folder: Path, *, baselines: bool, classes: int, **changes: Any) -> dict[str, Any]:
+def evaluated(folder: Path, *, baselines: bool, classes: int, **changes: Any) -> dict[str, Any]:
     recipe = _recipe(baselines)
     plan = TrainingPlan(dataset_size=120, global_batch_size=8, max_epochs=1)
     datamodule = SSLDataModule(
@@ -124,7 +124,7 @@ def _summary(folder: Path, *, baselines: bool, classes: int, **changes: Any) -> 
 
 
 def test_baselines_have_all_keys_and_stand_apart(tmp_path: Path) -> None:
-    summary = _summary(tmp_path / "eval", baselines=True, classes=4)
+    summary = evaluated(tmp_path / "eval", baselines=True, classes=4)
     assert set(summary) >= PROMISED
     assert all(0 <= v <= 1 for k, v in summary.items() if "top" in k)
     assert summary["seconds"] == 12.3 and summary["seed"] == 3
@@ -137,13 +137,13 @@ def test_baselines_have_all_keys_and_stand_apart(tmp_path: Path) -> None:
 
 def test_large_images_have_no_pixel_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(final, "PIXEL_LIMIT", 63)
-    summary = _summary(tmp_path, baselines=True, classes=4)
+    summary = evaluated(tmp_path, baselines=True, classes=4)
     assert {key for key in summary if key.startswith(("raw", "pca"))} == set()
     assert "random_init_knn_top1" in summary
 
 
 def test_without_baselines_the_online_figures_are_repeated(tmp_path: Path) -> None:
-    summary = _summary(tmp_path, baselines=False, classes=4)
+    summary = evaluated(tmp_path, baselines=False, classes=4)
     assert {k: v for k, v in summary.items() if "top" in k} == {
         "linear_top1": 0.5,
         "linear_top5": 0.9,
@@ -155,6 +155,6 @@ def test_without_baselines_the_online_figures_are_repeated(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("baselines", [True, False])
 def test_unlabelled_data_says_so(tmp_path: Path, baselines: bool) -> None:
-    summary = _summary(tmp_path, baselines=baselines, classes=0, online={"train/loss": 3.0})
+    summary = evaluated(tmp_path, baselines=baselines, classes=0, online={"train/loss": 3.0})
     assert not any("top" in key for key in summary)
     assert "labels" in summary["protocol"]

@@ -1,0 +1,91 @@
+"""How far the final evaluation is: a bar in a terminal, a line at its start and its end elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import TaskID, TextColumn
+from torch.utils.data import DataLoader
+
+from sslzoo.bars import REFRESH, Bars, redraws
+from sslzoo.report import duration
+from sslzoo.terminal import ERR, OUT
+
+Report = Callable[[float], None]  # is told how much of a stage is done, a fraction
+
+
+def unseen(fraction: float) -> None:
+    """A :data:`Report` that goes nowhere."""
+
+
+def reported(loader: DataLoader[Any], report: Report) -> Iterator[Any]:
+    """The batches of ``loader``, of which each is reported when the next one is asked for."""
+    for done, batch in enumerate(loader, 1):
+        yield batch
+        report(done / len(loader))
+
+
+class EvaluationProgress:
+    """Stages of equal weight, shown on the rank that says ``shown``; silent by default.
+
+    Used as ``with progress:``. Asks no device how far it is: on a GPU the bar shows what was given to do.
+    """
+
+    def __init__(self, *, shown: bool = False, out: Console = OUT, err: Console = ERR) -> None:
+        self._out, self._err = out, err
+        self._lines = shown and not redraws(out)
+        self._bars: Bars | None = None
+        if shown and redraws(err):
+            self._bars = Bars(TextColumn("{task.percentage:>3.0f} %"), console=err, out=out)
+        self._row = TaskID(0)
+        self._stage, self._name = -1, ""
+        self._started = self._shown = 0.0
+
+    def __enter__(self) -> Self:
+        """Open the bar."""
+        self._started = time.perf_counter()
+        if self._lines:
+            self._out.print("final evaluation …")
+        if self._bars is not None:
+            self._row = self._bars.add_task("final evaluation", total=None, text="")
+            self._bars.start()
+        return self
+
+    def expect(self, stages: int) -> None:
+        """There are ``stages`` in all, which may be corrected on the way."""
+        if self._bars is not None:
+            self._bars.update(self._row, total=stages)
+
+    def stage(self, name: str) -> Report:
+        """The stages before are done, and ``name`` starts; what it gives takes the fraction done of it."""
+        self._stage, self._name = self._stage + 1, name
+        self._show(0.0)
+        return self._report
+
+    def _report(self, fraction: float) -> None:
+        if time.perf_counter() - self._shown >= REFRESH:
+            self._show(fraction)
+
+    def _show(self, fraction: float) -> None:
+        if self._bars is not None:
+            self._shown = time.perf_counter()
+            self._bars.show(self._row, completed=self._stage + fraction, text=self._name)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the bar, full unless an error ended the evaluation, which then stands below it."""
+        took = f"done in {duration(time.perf_counter() - self._started)}"
+        if self._bars is not None:
+            if kind is None:
+                self._bars.show(self._row, completed=self._stage + 1, total=self._stage + 1, text=took)
+            self._bars.stop()
+        if self._lines and kind is None:
+            self._out.print(f"final evaluation {took}")
