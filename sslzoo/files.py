@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,8 @@ def atomically(path: Path) -> Iterator[Path]:
         yield part
         part.replace(path)
     except BaseException:
-        try:
+        with suppress(OSError):  # the folder may be what is wrong
             part.unlink(missing_ok=True)
-        except OSError:  # the folder may be what is wrong
-            pass
         raise
 
 

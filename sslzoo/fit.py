@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,7 +217,13 @@ class _Life:
         lock = RunLock(run.path, seconds=self.stopwatch.seconds, on_lost=self._lost)
         lock.acquire()
         self.lock = lock
-        begin(choice, self.loaded, session.plan, fingerprint=session.data.fingerprint)
+        begin(
+            choice,
+            self.loaded,
+            session.plan,
+            fingerprint=session.data.fingerprint,
+            left_behind=lock.left_behind,
+        )
         self.begun = True
         tell_launcher("run", str(run.path))
         tell_launcher("command", self._command(run))
@@ -337,10 +343,8 @@ class _Life:
             except (OSError, RunError) as error:
                 trouble = f"the manifest lacks this end: {_one_line(error)}"
         if self.lock is not None:
-            try:
+            with suppress(OSError):  # the directory may be what is wrong
                 self.lock.release()
-            except OSError:
-                pass  # the directory is what is wrong
         self._last_word(ending, trouble)
         self.messages.close()
         _end_workers()
@@ -363,7 +367,8 @@ class _Life:
             if self.placement.is_leader or ending.rank == self.placement.rank:
                 tell_launcher("words", text)
         elif self.placement.is_leader or (
-            ending.rank == self.placement.rank and (self.placement.node_rank > 0 or self.departure.leader_gone)
+            ending.rank == self.placement.rank
+            and (self.placement.node_rank > 0 or self.departure.leader_gone)
         ):
             # Rank 0 tells what happened to any rank. On another machine, or without rank 0, one tells it oneself.
             self.messages.print_error(text)

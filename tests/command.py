@@ -177,7 +177,9 @@ def until(condition: Callable[[], Any], limit: float = LIMIT) -> bool:
 
 def _environment(faults: dict[str, Any], more: dict[str, str]) -> dict[str, str]:
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FAULTS")
-    kept = {k: v for k, v in os.environ.items() if k not in launched and not k.startswith(("SLURM_", "SSLZOO"))}
+    kept = {
+        k: v for k, v in os.environ.items() if k not in launched and not k.startswith(("SLURM_", "SSLZOO"))
+    }
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "methods", "recipes"))
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "FAULTS": json.dumps(faults)} | more
 
@@ -220,14 +222,24 @@ def fork(
         (folder / f"{name}.{stream}").write_text("")
     process = multiprocessing.get_context("fork").Process(
         target=_entry,
-        args=(folder, name, [str(a) for a in arguments], _environment(faults or {}, environment or {}), before),
+        args=(
+            folder,
+            name,
+            [str(a) for a in arguments],
+            _environment(faults or {}, environment or {}),
+            before,
+        ),
     )
     process.start()
     return Command(folder, name, process)
 
 
 def _entry(
-    folder: Path, name: str, arguments: list[str], environment: dict[str, str], before: Callable[[], None] | None
+    folder: Path,
+    name: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    before: Callable[[], None] | None,
 ) -> None:
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -263,7 +275,9 @@ def group(
     port = str(free_port())
     ranks = []
     for r in range(world):
-        place = torchrun_variables(r, world, port) if starter == "torchrun" else srun_variables(r, world, port)
+        place = (
+            torchrun_variables(r, world, port) if starter == "torchrun" else srun_variables(r, world, port)
+        )
         wait = delays[r] if delays else 0.0
         ranks.append(
             fork(

@@ -460,4 +460,3 @@ class ExactCheckpoint(Callback):
     @staticmethod
     def _name(step: int) -> str:
         return f"step={step:09d}.ckpt"
-

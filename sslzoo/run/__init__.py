@@ -1,1 +1,1 @@
-"""The life of a run around its training: where it lives, who belongs to it, how it is asked to leave and how it ends."""
+"""A run around its training: its directory, its processes, how it is asked to leave and how it ends."""

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -34,8 +35,9 @@ _AT_ONCE = -1  # a rank's answer when it has nothing to save
 class Departure:
     """Signals and the agreement of the ranks, for one run.
 
-    ``describe(error)`` tells how a run ends that ``error`` ends. ``abandon(ending)`` is called from the watching thread of a rank whose main thread is stuck, in a collective
-    with a rank that has left or failed: it writes what has to be written and ends the process.
+    ``describe(error)`` tells how a run ends that ``error`` ends. ``abandon(ending)`` is called from the watching
+    thread of a rank whose main thread is stuck in a collective with a rank that has left or failed: it writes what
+    has to be written, and the process ends.
     """
 
     def __init__(
@@ -209,10 +211,8 @@ class Departure:
                     self._give_up(end)
 
     def _give_up(self, end: Ending) -> None:
-        try:
+        with suppress(RuntimeError):
             self._store.set(f"done/{self.placement.rank}", "1")
-        except RuntimeError:
-            pass
         try:
             if self._abandon is not None:
                 self._abandon(end)

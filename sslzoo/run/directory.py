@@ -24,7 +24,7 @@ from sslzoo.files import write_json, write_text
 from sslzoo.plan import TrainingPlan
 from sslzoo.recipe import LoadedRecipe, leaves
 from sslzoo.run.ending import Ending
-from sslzoo.run.lock import read_lock, refuse_if_owned
+from sslzoo.run.lock import refuse_if_owned
 from sslzoo.run.provenance import git_state, hardware, versions
 
 log = logging.getLogger(__name__)
@@ -260,10 +260,17 @@ def _flat(loaded: LoadedRecipe) -> dict[str, Any]:
     return json.loads(json.dumps(dict(leaves(loaded.recipe))))
 
 
-def begin(choice: Choice, loaded: LoadedRecipe, plan: TrainingPlan, *, fingerprint: str) -> None:
+def begin(
+    choice: Choice,
+    loaded: LoadedRecipe,
+    plan: TrainingPlan,
+    *,
+    fingerprint: str,
+    left_behind: Mapping[str, float],
+) -> None:
     """Make the folders of ``choice.run`` and write recipe and manifest. The caller owns the directory.
 
-    ``OSError`` where the file system refuses.
+    ``left_behind`` holds the seconds by phase of the last start, should it have been killed. ``OSError`` where the file system refuses.
     """
     run = choice.run
     for folder in (run.checkpoints, run.evaluation):
@@ -271,8 +278,7 @@ def begin(choice: Choice, loaded: LoadedRecipe, plan: TrainingPlan, *, fingerpri
     before = run.read_manifest() if run.manifest.exists() else {}
     starts = before.get("sessions", [])
     if starts and starts[-1].get("exit_code") is None:  # it was killed: its lock tells how long it lived
-        spent = (read_lock(run.path) or {}).get("seconds", {})
-        starts[-1] |= {f"{phase}_seconds": spent.get(phase, 0.0) for phase in PHASES}
+        starts[-1] |= {f"{phase}_seconds": left_behind.get(phase, 0.0) for phase in PHASES}
     recipe = _flat(loaded)
     now = {
         "run_id": run.run_id,

@@ -162,7 +162,7 @@ def _conclude(ranks: _Ranks, folder: Path) -> int:
         _correct_manifest(folder, Ending(code=ExitCode.FAILURE, kind=number.name, rank=rank, message=message))
     if words is not None:
         sys.stdout.flush()
-        print(words, file=sys.stderr)
+        sys.stderr.write(words + "\n")
     if ExitCode.FAILURE in codes or any(code < 0 for code in codes):
         return ExitCode.FAILURE
     return next((code for code in codes if code), 0)
@@ -183,4 +183,4 @@ def _correct_manifest(folder: Path, ending: Ending) -> None:
                 ending, {phase: start.get(f"{phase}_seconds", spent.get(phase, 0.0)) for phase in PHASES}
             )
         except (ValueError, OSError, KeyError, IndexError) as error:
-            print(f"sslzoo fit: the manifest of {path} could not be completed: {error}", file=sys.stderr)
+            sys.stderr.write(f"sslzoo fit: the manifest of {path} could not be completed: {error}\n")

@@ -12,6 +12,7 @@ import platform
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,14 @@ class RunLock:
             "pid_namespace": _pid_namespace(),
             "job": os.environ.get("SLURM_JOB_ID", ""),
         }
+        self.left_behind: dict[str, float] = {}  # seconds of a run that was killed, by its last sign of life
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
 
     def acquire(self) -> None:
         """Take the directory. ``RunError`` names the owner where another run has it."""
         refuse_if_owned(self.path.parent)
+        self.left_behind = (read_lock(self.path.parent) or {}).get("seconds", {})
         part = self.path.with_name(f"run.lock.{self._owner['id']}.part")
         part.write_text(json.dumps(self._content()))
         try:
@@ -90,10 +93,10 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT):
-            try:
+            with suppress(
+                OSError
+            ):  # a full disk or a deleted directory ends the run where it writes its results
                 self.beat()
-            except OSError:
-                pass  # a full disk or a deleted directory ends the run where it is written to
 
 
 def read_lock(folder: Path) -> dict[str, Any] | None:
@@ -162,7 +165,7 @@ def _started(pid: int) -> str:
 
 def _pid_namespace() -> str:
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
 

@@ -45,10 +45,14 @@ SAVED, CONTINUE = r"SIGTERM: saved at step \d+", r"continue with: sslzoo fit .*-
 CASES = {
     "done": Case(ExitCode.DONE, "run directory: "),
     "failure": Case(ExitCode.FAILURE, "RuntimeError: this rank cannot train", {"raise_at": [0, 5]}),
-    "usage": Case(ExitCode.USAGE, r"override: optim\.lrr: unknown key; did you mean optim\.lr\?", {}, ("optim.lrr=3",)),
+    "usage": Case(
+        ExitCode.USAGE, r"override: optim\.lrr: unknown key; did you mean optim\.lr\?", {}, ("optim.lrr=3",)
+    ),
     "term": Case(ExitCode.PREEMPTED, SAVED, SLOW, (), lambda c: c.signal(signal.SIGTERM)),
     "nan": Case(ExitCode.NAN, r"train/loss is nan shortly before step \d", {"nan_at": 5}),
-    "interrupt": Case(ExitCode.INTERRUPT, "interrupted while training", SLOW, (), lambda c: c.signal(signal.SIGINT)),
+    "interrupt": Case(
+        ExitCode.INTERRUPT, "interrupted while training", SLOW, (), lambda c: c.signal(signal.SIGINT)
+    ),
     "two": Case(ExitCode.DONE, "run directory: ", {}, TWO),
     "leader": Case(ExitCode.PREEMPTED, SAVED, SLOW, TWO, _rank(0, signal.SIGTERM)),
     "other": Case(ExitCode.PREEMPTED, SAVED, SLOW, TWO, _rank(1, signal.SIGTERM)),
@@ -69,7 +73,15 @@ def ended(tmp_path_factory: pytest.TempPathFactory):
     def go_through(name: str, case: Case) -> tuple[Path, int, Command]:
         run = folder / name
         command = shell(
-            folder, "fit", "--recipe", "tiny.yaml", "--out", name, *case.overrides, faults=case.faults, name=name
+            folder,
+            "fit",
+            "--recipe",
+            "tiny.yaml",
+            "--out",
+            name,
+            *case.overrides,
+            faults=case.faults,
+            name=name,
         )
         if case.then is not None:
             assert until(lambda: command.ended or (run.exists() and saved(run)), LIMIT), command.said
@@ -101,7 +113,9 @@ def test_exit_code_manifest_and_last_words(name: str, ended) -> None:
     if case.code != ExitCode.DONE:
         assert re.search(case.says.removeprefix(r"rank 1 on \S+ failed first: "), kept["error"]["message"])
         # What happened and what to do stand at the very end, after any traceback.
-        *_, happened, what_next = [line for line in command.err.splitlines() if "the traceback is in" not in line]
+        *_, happened, what_next = [
+            line for line in command.err.splitlines() if "the traceback is in" not in line
+        ]
         assert happened.startswith("sslzoo fit: ") and re.search(case.says, happened), command.err
         expected = "start another run with --init-from" if case.code == ExitCode.NAN else CONTINUE
         assert re.search(expected, what_next), command.err
@@ -131,7 +145,9 @@ def test_a_rank_that_the_kernel_kills_is_the_cause_and_not_its_neighbours_connec
 
 def test_a_continued_run_says_where_from(ended) -> None:
     run, _, _ = ended("term")
-    again = shell(run.parent, "fit", "--recipe", "tiny.yaml", "--out", run.name, "--resume", "auto", name="again")
+    again = shell(
+        run.parent, "fit", "--recipe", "tiny.yaml", "--out", run.name, "--resume", "auto", name="again"
+    )
     assert again.wait(LIMIT) == 0, again.said
     assert "continuing from " in again.out
     assert [start["exit_code"] for start in manifest(run)["sessions"]] == [ExitCode.PREEMPTED, ExitCode.DONE]

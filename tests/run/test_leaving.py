@@ -51,7 +51,10 @@ def test_every_signal_of_schedulers_saves_and_leaves(number: signal.Signals, fol
     assert until(lambda: run.ended or saved(folder / name)), run.said
     run.signal(number)
     assert run.wait() == ExitCode.PREEMPTED, run.said
-    assert manifest(folder / name)["error"]["message"] == f"{number.name}: saved at step {saved(folder / name)[-1]}"
+    assert (
+        manifest(folder / name)["error"]["message"]
+        == f"{number.name}: saved at step {saved(folder / name)[-1]}"
+    )
     _ends_like(folder, name, 1)
 
 
@@ -143,7 +146,9 @@ def _image_folder(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_signal_to_the_whole_group_leaves_data_workers_alone(world: int, folder: Path, tmp_path: Path) -> None:
+def test_a_signal_to_the_whole_group_leaves_data_workers_alone(
+    world: int, folder: Path, tmp_path: Path
+) -> None:
     """As ``scancel`` and ``timeout`` send it: the workers used to die of it, and the run with them."""
     images = _image_folder(tmp_path / "files")
     files = ("data.dataset=imagefolder", f"data.root={images}", "data.workers=2")
