@@ -260,13 +260,17 @@ class Meter(Callback):
     # -- resuming ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums of every rank (a collective: all ranks save), and the file's columns and rows."""
+        """Sums of every rank (a collective where there are any: all ranks save), and the file's columns and
+        rows."""
         self._file.sync()
-        sums = torch.cat(list(self._sums.values())) if self._sums else torch.zeros(0)
+        sums: list[list[float]] = [[] for _ in range(world_size())]
+        if self._sums:  # on all ranks or on none
+            gathered = gather_detached(torch.cat(list(self._sums.values())))
+            sums = gathered.cpu().view(world_size(), -1).tolist()
         return {
             "keys": [list(keys) for keys in self._sums],
             "counts": list(self._counts.values()),
-            "sums": gather_detached(sums).cpu().view(world_size(), -1).tolist(),
+            "sums": sums,
             "settings": dict(self._settings),
             "epoch": dict(self._epoch),
             "row_step": self._row_step,

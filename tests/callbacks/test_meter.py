@@ -14,6 +14,7 @@ import torch
 
 from sslzoo.callbacks.meter import Meter, MetricsFile, log_metrics
 from sslzoo.exits import ExitCode
+from tests.pretend import CUDA, PretendedGPU
 
 
 @pytest.fixture
@@ -103,6 +104,23 @@ def test_a_resumed_meter_writes_the_same_bytes(tmp_path, meter_in):
     assert (tmp_path / "killed" / "metrics.csv").read_bytes() == (
         tmp_path / "whole" / "metrics.csv"
     ).read_bytes()
+
+
+def test_a_save_asks_the_other_ranks_only_for_pending_sums(tmp_path, meter_in):
+    meter, module = meter_in(tmp_path, 2), _module()
+    trainer = _trainer(module, meter)
+    meter.on_train_start(trainer, module)
+    with PretendedGPU(world=3) as gpu:
+        idle = meter.state_dict()
+        assert idle["sums"] == [[], [], []]
+        assert gpu.notes.collectives == {}
+        module.recorded["train/loss"] = torch.tensor(0.5).to(CUDA)
+        meter.on_train_batch_end(trainer, module, None, None, 0)
+        pending = meter.state_dict()
+        assert pending["sums"] == [[0.5], [0.5], [0.5]]
+        assert gpu.notes.collectives == {"all_gather": 1}
+        assert gpu.broken() == []
+    assert pending.keys() == idle.keys()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_no_checkpoint_is_made(tmp_path, meter_in):
