@@ -296,25 +296,29 @@ class _Life:
 
     def _ending_of(self, error: BaseException) -> Ending:
         """Exit code and one sentence for what ended this process."""
-        where = {"rank": self.placement.rank}
-        text = "".join(traceback.format_exception(error))
+        code, message, expected = ExitCode.FAILURE, _one_line(error), True
         if isinstance(error, Leave):
-            return Ending(code=error.exit_code, message=error.message, **where)
-        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
-            return Ending(
-                code=ExitCode.INTERRUPT, message=f"interrupted while {self.departure.phase}", **where
-            )
-        kind = {"kind": type(error).__name__, "traceback": text} | where
-        if isinstance(error, _REFUSED) and not self.begun and self.departure.phase == "starting":
-            return Ending(code=ExitCode.USAGE, message=_one_line(error), **kind)
-        if isinstance(error, OutOfMemoryError):
-            return Ending(code=ExitCode.FAILURE, message=self._out_of_memory(error), **kind)
-        if isinstance(error, RunError) or (isinstance(error, OSError) and error.errno in _DISK):
-            return Ending(code=ExitCode.FAILURE, message=_one_line(error), **kind)
-        message = f"{type(error).__name__}: {_one_line(error)}"
-        return Ending(code=ExitCode.FAILURE, message=message, expected=False, **kind)
+            code, message = error.exit_code, error.message
+        elif isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            # Lightning makes an exit of the interrupt.
+            code, message = ExitCode.INTERRUPT, f"interrupted while {self.departure.phase}"
+        elif isinstance(error, _REFUSED) and not self.begun and self.departure.phase == "starting":
+            code = ExitCode.USAGE
+        elif isinstance(error, OutOfMemoryError):
+            message = self._out_of_memory()
+        elif not (isinstance(error, RunError) or (isinstance(error, OSError) and error.errno in _DISK)):
+            message, expected = f"{type(error).__name__}: {message}", False
+        failed = code == ExitCode.FAILURE
+        return Ending(
+            code=code,
+            message=message,
+            kind=type(error).__name__ if failed else "",
+            traceback="".join(traceback.format_exception(error)) if failed else "",
+            expected=expected,
+            rank=self.placement.rank,
+        )
 
-    def _out_of_memory(self, error: OutOfMemoryError) -> str:
+    def _out_of_memory(self) -> str:
         assert self.session is not None
         plan, device = self.session.plan, self.session.trainer.strategy.root_device
         return (

@@ -159,13 +159,14 @@ def choose(
     from sslzoo.callbacks.checkpoint import load_checkpoint, newest_sound
 
     run_id = os.environ.get("SSLZOO_RUN_ID") or new_run_id()
-    named = Path(resume) if resume not in (None, "auto") else None
+    named = Path(resume).absolute() if resume is not None and resume != "auto" else None
     if named is not None and not named.exists():
-        raise RunError(f"--resume {named}: there is no such checkpoint or run directory")
+        raise RunError(f"--resume {resume}: there is no such checkpoint or run directory")
     if named is not None and out is None:
         out = named if named.is_dir() else named.resolve().parent.parent
     path = out or (newest(root / loaded.recipe.name) if resume else None)
     run = Run(Path(path or root / loaded.recipe.name / run_id).absolute(), run_id)
+    remarks: list[str] = []
     if not run.manifest.exists():
         if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
             raise RunError(f"{run.path} is not empty and holds no run; give --out a new directory")
@@ -176,7 +177,7 @@ def choose(
     else:
         manifest = run.read_manifest()
         run = Run(run.path, manifest["run_id"])
-        _check_same(run, manifest, loaded, plan, fingerprint)
+        remarks = _check_same(run, manifest, loaded, plan, fingerprint)
     if resume is None:
         return Choice(run)
     if named is not None and named.is_file():
@@ -185,7 +186,7 @@ def choose(
         checkpoint = newest_sound((named or run.path) / "checkpoints")
     if checkpoint is None:
         if named is not None:
-            raise RunError(f"--resume {named}: no checkpoint in {named / 'checkpoints'}")
+            raise RunError(f"--resume {resume}: no checkpoint in {named / 'checkpoints'}")
         refuse_if_owned(run.path)
         return Choice(run)
     content = load_checkpoint(checkpoint)
@@ -196,6 +197,8 @@ def choose(
     if whole and run.manifest.exists() and run.read_manifest()["exit_code"] == ExitCode.DONE:
         return Choice(run, checkpoint, finished=True)
     refuse_if_owned(run.path)
+    for remark in remarks:
+        log.warning("%s", remark)
     return Choice(run, checkpoint.absolute())
 
 
@@ -220,7 +223,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 
 def _check_same(
     run: Run, manifest: Mapping[str, Any], loaded: LoadedRecipe, plan: TrainingPlan, fingerprint: str
-) -> None:
+) -> list[str]:
+    """What differs and may differ, one line each; ``RunError`` for what may not."""
     if manifest["world_size"] != plan.world_size:
         raise RunError(
             f"{run.path} was run with {manifest['world_size']} processes, not {plan.world_size}: a run continues "
@@ -235,8 +239,9 @@ def _check_same(
             f"{run.path} was run with another recipe: {listing}; undo this, or start another run with --init-from"
         )
     _check_data(run.path, manifest.get("data_fingerprint", fingerprint), fingerprint)
-    for key, (old, new) in changed.items():
-        log.warning("continuing with another %s: was %r, is %r", key, old, new)
+    return [
+        f"continuing with another {key}: was {old!r}, is {new!r}" for key, (old, new) in changed.items()
+    ]
 
 
 def _check_data(what: Path, old: str, new: str) -> None:
