@@ -70,12 +70,15 @@ def method_config(name: str) -> type[MethodConfig]:
 
 
 def recipe_path(name: str) -> Path:
-    """A recipe's file, by bundled name (with or without ``.yaml``) or path; the bundled name wins."""
+    """A recipe's file: the one at that very path, otherwise the bundled one of that name, with or without ``.yaml``.
+
+    The file wins: a copy by ``sslzoo cp`` carries a bundled name, and its owner has changed it.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
     known = recipes()
     stem = name.removesuffix(".yaml").removesuffix(".yml")
     if stem in known:
         return known[stem]
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
     raise ValueError(f"no recipe {name!r}: neither a file nor a bundled name{closest(stem, list(known))}")

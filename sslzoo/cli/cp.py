@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from sslzoo import registry
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="bundled name or file")
-    parser.add_argument("dest", metavar="DEST", type=Path, help="file or folder")
+    parser.add_argument("dest", metavar="DEST", help="file or folder")
     parser.add_argument("--force", action="store_true", help="replace DEST where it exists")
 
 
@@ -21,14 +23,19 @@ def run(args: argparse.Namespace) -> int:
         source = registry.recipe_path(args.recipe)
     except ValueError as error:
         return _refuse(str(error))
-    dest = args.dest / source.name if args.dest.is_dir() else args.dest
+    dest = Path(args.dest)
+    if dest.is_dir():
+        dest /= source.name
+    elif os.path.basename(args.dest) in ("", ".", ".."):  # noqa: PTH119 -- a Path forgets the last separator
+        return _refuse(f"{args.dest} is no folder; make it first, or name a file")
+    if dest.exists() and dest.samefile(source):
+        return _refuse(f"{dest} is that file itself; for the bundled one leave .yaml out of RECIPE")
     if dest.exists() and not args.force:
         return _refuse(f"{dest} exists; --force replaces it")
     if not dest.parent.is_dir():
         return _refuse(f"{dest.parent} is no folder; make it first")
-    if not (dest.exists() and dest.samefile(source)):
-        shutil.copyfile(source, dest)
-    print(f"{dest}: now sslzoo fit --recipe {dest}")
+    shutil.copyfile(source, dest)
+    print(f"{dest}: now sslzoo fit --recipe {shlex.quote(str(dest))}")
     return 0
 
 

@@ -17,7 +17,9 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
-    parser.add_argument("--recipe", required=True, help="a bundled name, with or without .yaml, or a path")
+    parser.add_argument(
+        "--recipe", required=True, help="a file, or else a bundled name, with or without .yaml"
+    )
     parser.add_argument("--out", type=Path, help="run directory; runs/<recipe>/<run id> if left out")
     parser.add_argument(
         "--resume", metavar="auto|PATH", help="continue exactly: weights, state, position, metrics"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,65 @@ def test_cp(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
     code, _, err = run(capsys, "cp", NAME, str(tmp_path / "no" / "where.yaml"))
     assert (code, len(err)) == (2, 1)
+
+
+@pytest.mark.parametrize("end", ["/", "//", "/.", "/.."])
+def test_cp_to_a_folder_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, end: str
+) -> None:
+    dest = f"{tmp_path}/missing{end}"
+    code, out, err = run(capsys, "cp", NAME, dest)
+    assert (code, out) == (2, [])
+    assert err == [f"sslzoo cp: {dest} is no folder; make it first, or name a file"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cp_onto_itself(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of a bundled name in the working directory is what ``NAME.yaml`` means."""
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "cp", NAME, ".")[0] == 0
+    copy = tmp_path / f"{NAME}.yaml"
+    copy.write_text("mine")
+    code, _, err = run(capsys, "cp", "--force", copy.name, ".")
+    assert code == 2 and "is that file itself; for the bundled one leave .yaml out" in err[0]
+    assert copy.read_text() == "mine"
+    assert run(capsys, "cp", "--force", NAME, ".")[0] == 0
+    assert copy.read_text() == registry.recipes()[NAME].read_text()
+
+
+def test_a_copied_recipe_is_the_one_that_runs(tmp_path: Path) -> None:
+    """As a user does it: copy, edit, and type the name that cp printed."""
+
+    def typed(*arguments: str) -> str:
+        command = [sys.executable, "-m", "sslzoo", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+        return done.stdout
+
+    (tmp_path / "my recipes").mkdir()
+    for folder in (".", "my recipes"):
+        said = typed("cp", NAME, folder)
+        program, verb, option, name = shlex.split(said.rpartition(": now ")[2])
+        assert (program, verb, option) == ("sslzoo", "fit", "--recipe")
+        copy = tmp_path / name
+        copy.write_text(copy.read_text().replace("temperature: 0.5", "temperature: 0.125"))
+        shown = typed("show", name)
+        assert ["temperature:", "0.125", "#", "recipe"] in [line.split() for line in shown.splitlines()]
+        assert typed("diff", NAME, name).splitlines()[1].split() == ["method.temperature", "0.5", "0.125"]
+
+
+def test_a_file_wins_over_a_bundled_name_at_its_own_path_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bundled = registry.recipes()[NAME]
+    assert registry.recipe_path(f"{NAME}.yaml") == registry.recipe_path(NAME) == bundled
+    Path(f"{NAME}.yaml").touch()
+    assert registry.recipe_path(f"{NAME}.yaml") == Path(f"{NAME}.yaml")
+    assert registry.recipe_path(f"{NAME}.yml") == registry.recipe_path(NAME) == bundled
+    Path("quickstart").mkdir()  # a folder is no recipe
+    assert registry.recipe_path("quickstart") == registry.recipes()["quickstart"]
 
 
 def test_show_prints_a_recipe_with_origins(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
