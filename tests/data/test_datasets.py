@@ -225,6 +225,64 @@ def test_imagefolder_and_folder(tmp_path: Path) -> None:
     assert opened("folder", tmp_path).fingerprint != everything.fingerprint
 
 
+@pytest.mark.parametrize("dataset", ["imagefolder", "folder"])
+def test_the_same_files_under_another_root_are_the_same_data(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run continues where its images have moved."""
+    first, second = (class_folders(tmp_path / name, 3) for name in ("first", "and/second place"))
+    (tmp_path / "link").symlink_to(first)
+    monkeypatch.chdir(tmp_path)
+    expected = opened(dataset, first).fingerprint
+    for root in (second, f"{first}/", "first", "./first/../first", "link"):
+        assert opened(dataset, root).fingerprint == expected, root
+
+
+@pytest.mark.parametrize("dataset", ["imagefolder", "folder"])
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "of another class"])
+def test_other_files_are_other_data(dataset: str, change: str, tmp_path: Path) -> None:
+    folder = class_folders(tmp_path, 3) / "train"
+    picture(folder / "n001" / "b.png", 9)
+    before = opened(dataset, tmp_path).fingerprint
+    if change == "added":
+        picture(folder / "n001" / "c.png", 9)
+    elif change == "removed":
+        (folder / "n001" / "b.png").unlink()
+    else:
+        (folder / "n001" / "b.png").rename(folder / ("n001/c.png" if change == "renamed" else "n002/b.png"))
+    assert opened(dataset, tmp_path).fingerprint != before
+
+
+def test_other_classes_or_another_split_are_other_data(tmp_path: Path) -> None:
+    class_folders(tmp_path, 3)
+    sources = [
+        opened("imagefolder", tmp_path),
+        opened("imagefolder", tmp_path, "test"),
+        opened("imagefolder", tmp_path, classes=("n000", "n001")),
+        opened("imagefolder", tmp_path, classes=("n001", "n000")),
+        opened("folder", tmp_path),
+        opened("folder", tmp_path / "train"),
+    ]
+    assert len({source.fingerprint for source in sources}) == len(sources)
+
+
+def test_images_in_memory_are_known_by_themselves_and_their_labels(tmp_path: Path) -> None:
+    images, labels = noise(40, 28, 28), np.arange(40, dtype=np.uint8) % 10
+    variants = {"same": images, "first": images.copy(), "last": images.copy(), "short": images[:-1]}
+    variants["first"][0, 3, 3] ^= 1
+    variants["last"][-1, 3, 3] ^= 1
+    prints = {}
+    for name, pixels in (variants | {"again": images, "labels": images}).items():
+        write_idx(tmp_path / name / "train-images-idx3-ubyte", pixels)
+        write_idx(
+            tmp_path / name / "train-labels-idx1-ubyte",
+            (labels[::-1] if name == "labels" else labels)[: len(pixels)],
+        )
+        prints[name] = opened("fashion_mnist", tmp_path / name).fingerprint
+    assert prints.pop("again") == prints["same"]
+    assert len(set(prints.values())) == len(prints)
+
+
 @pytest.mark.parametrize("dataset", [name for name, info in DATASETS.items() if info.layout])
 def test_an_empty_or_missing_folder_shows_the_layout(tmp_path: Path, dataset: str) -> None:
     for root in (tmp_path, tmp_path / "nowhere", ""):

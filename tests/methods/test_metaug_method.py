@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslzoo.backbones import build_backbone, parameter_count
 from sslzoo.batchnorm import to_sync
+from sslzoo.callbacks.checkpoint import latest, load_checkpoint
 from sslzoo.config import BackboneConfig, OptimConfig, Recipe
 from sslzoo.distributed import all_reduce_mean
 from sslzoo.fit import load_weights
@@ -25,13 +26,12 @@ from sslzoo.plan import TrainingPlan
 from sslzoo.recipe import load_recipe
 from sslzoo.registry import recipes
 from sslzoo.schedules import learning_rate
-from sslzoo_methods.metaug.banks import FINGERPRINT, refuse_other_data
 from sslzoo_methods.metaug.color import normalized, rgb_to_lab, rgb_to_ycbcr
 from sslzoo_methods.metaug.config import MetAugConfig
 from sslzoo_methods.metaug.encoders import ThreeViewBackbone
 from sslzoo_methods.metaug.method import MetAug
 from sslzoo_methods.metaug.objective import ENCODER
-from tests.chaos import Fault, Job, run
+from tests.chaos import Fault, Job, run, start, wait
 from tests.ranks import run_ranks
 
 # Rates at which a step on tiny batch norms does not blow rounding up: ten times these, a change of the last bit of
@@ -299,6 +299,16 @@ def test_killed_and_resumed_is_bit_equal(tmp_path: Path, extra: tuple[str, ...])
     assert "method/second_order_share" in whole.metrics
 
 
+def test_a_checkpoint_of_before_the_framework_compared_data_loads(tmp_path: Path) -> None:
+    job = replace(JOB, overrides=(*SMALL, *BANKS))
+    whole = run(job, tmp_path / "whole")
+    wait(start(job, tmp_path / "old", Fault("batch", 3)))
+    path = latest(tmp_path / "old" / "checkpoints")
+    assert path is not None
+    torch.save(load_checkpoint(path) | {"bank_fingerprint": "fake/train/48/0"}, path)
+    assert run(job, tmp_path / "old").digest == whole.digest
+
+
 def test_two_processes_under_lightning(tmp_path: Path) -> None:
     """DDP sees the encoder alone; a kill and a resume change nothing."""
     job = replace(JOB, world=2, overrides=(*SMALL, "trainer.sync_batchnorm=true"))
@@ -440,12 +450,6 @@ def test_what_is_published_and_recorded() -> None:
         assert values["method/second_order_share"] > 0
         assert values["method/sigma_pos"] <= values["method/sigma_neg"]
         assert 0 < values["method/online_std"] <= 1.01
-
-
-def test_other_data_is_refused() -> None:
-    refuse_other_data({FINGERPRINT: "a"}, "a")
-    with pytest.raises(ValueError, match=r"belong to other data \(fingerprint a, now b\)"):
-        refuse_other_data({FINGERPRINT: "a"}, "b")
 
 
 # -- colours and encoders -----------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslzoo.backbones import build_backbone, parameter_count
 from sslzoo.batchnorm import to_sync
+from sslzoo.callbacks.checkpoint import latest, load_checkpoint
 from sslzoo.config import OptimConfig
 from sslzoo.distributed import all_reduce_mean
 from sslzoo.fit import load_weights
@@ -24,7 +25,7 @@ from sslzoo.method import Batch
 from sslzoo.numerics import normalize
 from sslzoo.optim import LARS, set_learning_rate
 from sslzoo.plan import TrainingPlan
-from sslzoo.recipe import load_recipe
+from sslzoo.recipe import RecipeError, load_recipe
 from sslzoo.registry import method_class, recipes
 from sslzoo_methods.sogclr.bimodal import bimodal_loss, global_temperature_loss
 from sslzoo_methods.sogclr.config import SogCLRConfig
@@ -42,7 +43,7 @@ from sslzoo_methods.sogclr.loss import (
 )
 from sslzoo_methods.sogclr.method import SogCLR
 from sslzoo_methods.sogclr.table import Descent, EstimatorTable, mean_over_duplicates, remember
-from tests.chaos import Fault, Job, run
+from tests.chaos import Fault, Job, run, start, wait
 from tests.golden_cases import DTYPES, GoldenCase
 from tests.ranks import run_ranks
 
@@ -566,8 +567,6 @@ def _method(flavour: str, world: int = 1, dtype: torch.dtype = torch.float64) ->
     plan = TrainingPlan(dataset_size=IMAGES, global_batch_size=BATCH, max_epochs=2, world_size=world)
     optim = OptimConfig(name="lars", lr=0.5, lr_scaling="none", weight_decay=1e-3, warmup_epochs=0)
     method.prepare(plan, optim, 0)
-    trainer = SimpleNamespace(datamodule=SimpleNamespace(fingerprint="apples"))
-    method._trainer = trainer  # type: ignore[assignment]
     converted = to_sync(method).to(dtype)
     assert isinstance(converted, SogCLR)
     return converted
@@ -686,26 +685,6 @@ def test_a_restored_run_continues_bit_for_bit(flavour, tmp_path):
         assert torch.equal(resumed.state_dict()[name], expected), name
 
 
-@pytest.mark.parametrize("policy", ["refuse", "reset"])
-def test_a_table_of_other_data_is_not_used(policy):
-    trained = _method("individual")
-    _train(trained, range(2), 1, slice(0, BATCH))
-    checkpoint: dict[str, Any] = {"state_dict": trained.state_dict()}
-    trained.on_save_checkpoint(checkpoint)
-    method = _method("individual")
-    method.cfg = replace(method.cfg, on_data_change=policy)
-    method._trainer.datamodule.fingerprint = "pears"  # type: ignore[union-attr]
-    if policy == "refuse":
-        with pytest.raises(ValueError, match="apples, now pears"):
-            method.on_load_checkpoint(checkpoint)
-        return
-    method.on_load_checkpoint(checkpoint)
-    method.load_state_dict(checkpoint["state_dict"])
-    assert _only_table(method).log_u.isneginf().all()
-    name = "projector.0.weight"
-    assert torch.equal(method.state_dict()[name], trained.state_dict()[name])
-
-
 def test_weights_alone_start_with_an_empty_table(tmp_path):
     trained = _method("individual")
     _train(trained, range(2), 1, slice(0, BATCH))
@@ -722,7 +701,7 @@ def test_histograms_on_request(tmp_path):
     method.cfg = replace(method.cfg, histogram_every_epochs=2)
     board, wandb, sent = TensorBoardLogger(str(tmp_path)), WandbLogger(mode="disabled"), []
     wandb.log_metrics = lambda metrics, step: sent.append((metrics, step))  # type: ignore[method-assign]
-    method._trainer.loggers = [board, wandb]  # type: ignore[union-attr]
+    method._trainer = SimpleNamespace(loggers=[board, wandb])  # type: ignore[assignment]
     _train(method, range(method.plan.steps_per_epoch), 1, slice(0, BATCH))
     method.on_train_epoch_end()
     assert not sent
@@ -861,6 +840,22 @@ def test_a_killed_run_ends_like_the_one_never_killed(world, tmp_path):
     assert killed.sessions == 3
     assert killed.digest == whole.digest
     assert killed.metrics == whole.metrics
+
+
+def test_a_checkpoint_of_before_the_framework_compared_data_loads(tmp_path):
+    overrides = (*INDIVIDUAL_RUN, "logging.checkpoint_every_steps=3", "eval.every_epochs=1", "eval.size=28")
+    job = Job(recipe="sogclr_fashion_mnist", overrides=overrides, epochs=2, samples=60)
+    whole = run(job, tmp_path / "whole")
+    wait(start(job, tmp_path / "old", Fault("batch", 4)))
+    path = latest(tmp_path / "old" / "checkpoints")
+    assert path is not None
+    torch.save(load_checkpoint(path) | {"table_fingerprint": "fake/train/60/0"}, path)
+    assert run(job, tmp_path / "old").digest == whole.digest
+
+
+def test_an_old_recipes_key_is_unknown():
+    with pytest.raises(RecipeError, match=r"method\.on_data_change: unknown key"):
+        load_recipe("sogclr_fashion_mnist", ["method.on_data_change=refuse"])
 
 
 def test_the_cards_example_runs():

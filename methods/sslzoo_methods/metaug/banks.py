@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from sslzoo.config import require
 from sslzoo.data.randomness import NEGATIVES, key, uniforms
 from sslzoo.distributed import gather_detached, rank
 from sslzoo.numerics import normalize
-
-FINGERPRINT = "bank_fingerprint"  # of the data that the banks in a checkpoint belong to
 
 
 class MemoryBanks(nn.Module):
@@ -58,13 +53,3 @@ class MemoryBanks(nn.Module):
         position = torch.arange(len(index), device=index.device)
         last = (position * (index[:, None] == index)).amax(1)
         self.rows[:, index] = mixed[:, last]
-
-
-def refuse_other_data(checkpoint: dict[str, Any], fingerprint: str) -> None:
-    """Raise ``ValueError`` where the banks in ``checkpoint`` belong to other data than ``fingerprint``."""
-    saved = checkpoint[FINGERPRINT]
-    require(
-        saved == fingerprint,
-        f"the checkpoint's memory banks belong to other data (fingerprint {saved}, now {fingerprint}); resume "
-        "with the same data, or start anew from the weights alone with --init-from",
-    )

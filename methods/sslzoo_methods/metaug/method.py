@@ -16,7 +16,7 @@ from sslzoo.numerics import autocast_off
 from sslzoo.optim import build_optimizer, set_learning_rate
 from sslzoo.plan import TrainingPlan
 from sslzoo.schedules import interpolate, learning_rate
-from sslzoo_methods.metaug.banks import FINGERPRINT, MemoryBanks, refuse_other_data
+from sslzoo_methods.metaug.banks import MemoryBanks
 from sslzoo_methods.metaug.config import MetAugConfig
 from sslzoo_methods.metaug.encoders import Network, ThreeViewBackbone, build_projector
 from sslzoo_methods.metaug.generators import Generators, generator_optimizer
@@ -141,17 +141,3 @@ class MetAug(SSLMethod[MetAugConfig]):
         ramp = interpolate(self.step, self.plan.steps(self.cfg.ramp_epochs) + 1, 0.0, 1.0)
         ids, step = batch.sample_id, self.step
         return objective(z, generated, self.cfg, self.banks, ids, call=call, step=step, ramp=ramp)
-
-    def _fingerprint(self) -> str:
-        return getattr(getattr(self.trainer, "datamodule", None), "fingerprint", "")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The banks belong to their data: save its fingerprint."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[FINGERPRINT] = self._fingerprint()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse other data's banks."""
-        super().on_load_checkpoint(checkpoint)
-        if self.banks is not None:
-            refuse_other_data(checkpoint, self._fingerprint())

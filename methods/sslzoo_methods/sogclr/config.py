@@ -32,7 +32,6 @@ class SogCLRConfig(MethodConfig):
     beta: float = 0.0  # individual temperatures: weight of the new gradient
     tau_lr_factor: float = 0.0  # global_learnable: its learning rate over the others'
     histogram_every_epochs: int = 0  # of the tables, to TensorBoard and W&B; 0: never
-    on_data_change: str = "refuse"  # reset: a checkpoint of other data is resumed with an empty table
 
     def __post_init__(self) -> None:
         one_of("method.loss", self.loss, ("gcl", "gcl_bimodal", "ntxent"))
@@ -44,7 +43,6 @@ class SogCLRConfig(MethodConfig):
         one_of("method.loss_scale", self.loss_scale, ("tau", "unit"))
         one_of("method.bimodal_scale", self.bimodal_scale, ("mean", "official"))
         one_of("method.projector_norm", self.projector_norm, ("batch_no_affine", "batch_no_shift", "none"))
-        one_of("method.on_data_change", self.on_data_change, ("refuse", "reset"))
         require(self.tau > 0, f"method.tau must be positive, got {self.tau}")
         require(0 < self.gamma <= 1, f"method.gamma must lie in (0, 1], got {self.gamma}")
         require(

@@ -19,7 +19,7 @@ from sslzoo_methods.sogclr.gamma import rate_of
 from sslzoo_methods.sogclr.gathering import columns_gradient, gather_columns
 from sslzoo_methods.sogclr.health import health
 from sslzoo_methods.sogclr.loss import Estimates, gcl_loss_lean, ntxent_loss
-from sslzoo_methods.sogclr.table import FINGERPRINT, Descent, EstimatorTable, remember, settle_tables
+from sslzoo_methods.sogclr.table import Descent, EstimatorTable, remember
 
 MODALITIES = {"gcl": 1, "gcl_bimodal": 2, "ntxent": 0}  # tables that each loss keeps
 
@@ -134,17 +134,3 @@ class SogCLR(SSLMethod[SogCLRConfig]):
         if self.cfg.temperature == "individual":
             return table.tau_i[index]
         return self.tau if self.cfg.temperature == "global_learnable" else self.cfg.tau
-
-    def _fingerprint(self) -> str:
-        return getattr(getattr(self.trainer, "datamodule", None), "fingerprint", "")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The table belongs to its data: save their fingerprint."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[FINGERPRINT] = self._fingerprint()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """On other data refuse, or start with empty tables, as the recipe says."""
-        super().on_load_checkpoint(checkpoint)
-        if self.tables:
-            settle_tables(checkpoint, self.tables, self._fingerprint(), self.cfg.on_data_change)

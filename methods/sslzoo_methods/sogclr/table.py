@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from sslzoo.config import require
 from sslzoo.distributed import gather_detached
 from sslzoo_methods.sogclr.loss import Estimates
-
-FINGERPRINT = "table_fingerprint"  # of the data that the table in a checkpoint belongs to
 
 # Pairs of samples compared at once when looking for duplicates.
 PAIRS = 2**21
@@ -111,23 +109,3 @@ def remember(tables: Sequence[EstimatorTable], index: Tensor, learned: Sequence[
     index, rows = gather_detached(index), gather_detached(rows)
     for k, table in enumerate(tables):
         table.write(index, rows[:, 2 * k], rows[:, 2 * k + 1])
-
-
-def settle_tables(
-    checkpoint: dict[str, Any], tables: nn.Module, fingerprint: str, on_data_change: str
-) -> None:
-    """Before ``checkpoint`` is loaded: refuse its tables, or empty them, if they belong to other data.
-
-    ``tables`` are this run's empty ones, the method's attribute of that name; ``on_data_change`` is
-    ``refuse`` or ``reset``. Raises ``ValueError`` with both fingerprints.
-    """
-    saved = checkpoint[FINGERPRINT]
-    if saved == fingerprint:
-        return
-    require(
-        on_data_change == "reset",
-        f"the checkpoint's estimator table belongs to other data (fingerprint {saved}, now {fingerprint}); "
-        "resume with the same data, or start with an empty table by method.on_data_change=reset",
-    )
-    checkpoint["state_dict"].update({f"tables.{name}": t for name, t in tables.state_dict().items()})
-    checkpoint[FINGERPRINT] = fingerprint
