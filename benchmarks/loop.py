@@ -32,6 +32,7 @@ from sslzoo.launch import build_trainer
 from sslzoo.method import Batch, SSLMethod
 from sslzoo.optim import build_optimizer, set_learning_rate
 from sslzoo.plan import TrainingPlan
+from sslzoo.run.departure import Departure
 from sslzoo.schedules import learning_rate
 
 BATCH, WIDTH, CLASSES = 64, 32, 10
@@ -138,7 +139,7 @@ def framework(steps: int, *, companions: bool, probe: bool) -> float:
             checkpoint = ExactCheckpoint(
                 folder / "checkpoints", every_steps=10 * steps, evaluate_every_epochs=1
             )
-            callbacks = [Position(), SameEncoder(), checkpoint, Preemption(checkpoint)]
+            callbacks = [Position(), SameEncoder(), checkpoint, Preemption(checkpoint, Departure())]
             if probe:
                 callbacks.append(LinearProbe(ProbeConfig(lrs=(0.1, 0.3, 1.0)), seed=0))
             callbacks += [Meter(folder, every_steps=50), ProgressDisplay()]

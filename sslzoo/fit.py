@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import OutOfMemoryError
 
 from sslzoo.build import build_data, build_method, build_plan
@@ -416,7 +415,7 @@ class _Life:
 
 
 # Before the start: something is wrong with what the user gave, not with this program.
-_REFUSED = (ValueError, OSError, MisconfigurationException)
+_REFUSED = (ValueError, OSError)
 # What the file system refuses: full, over quota, too large, read-only, forbidden, gone.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
 

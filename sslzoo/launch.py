@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.parallel import DistributedDataParallel
 
 from sslzoo.batchnorm import LayerSync
@@ -129,7 +130,10 @@ def build_trainer(
     placement: Placement = ALONE,
 ) -> Trainer:
     """The Trainer of the recipe's ``trainer`` section, with everything of Lightning's off that would break
-    exact resume or that the framework does itself."""
+    exact resume or that the framework does itself.
+
+    Raises ``ValueError`` where this machine has not what the section asks for.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its greetings and tips
     for message in _BESIDE_THE_POINT:
         warnings.filterwarnings("ignore", message=f".*{message}")
@@ -150,4 +154,10 @@ def build_trainer(
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return Trainer(**options)
+    try:
+        return Trainer(**options)
+    except MisconfigurationException as error:
+        raise ValueError(
+            f"{error} Check trainer.accelerator={trainer.get('accelerator', 'auto')} and "
+            f"trainer.devices={trainer.get('devices', 'auto')}; sslzoo doctor shows what this machine has"
+        ) from error

@@ -76,7 +76,7 @@ class Faulty(SSLMethod[MethodConfig]):
     """A line between two views, with dropout. The faults that ``FAULTS`` (JSON) names happen to it:
 
     ``pause`` and ``evaluation_pause``, seconds a forward pass; ``nan_at``, ``memory_at``, a step; ``raise_at``, a
-    rank and a step; ``raise_in_evaluation``, ``kill_in_evaluation``, a rank.
+    rank and a step; ``raise_in_evaluation``, ``hang_in_evaluation``, a rank.
     """
 
     Config = MethodConfig
@@ -90,6 +90,8 @@ class Faulty(SSLMethod[MethodConfig]):
     def _on_evaluation(self, module: nn.Module, *_: Any) -> None:
         if not module.training:
             time.sleep(self.faults.get("evaluation_pause", 0.0))
+            if self.faults.get("hang_in_evaluation") == rank():
+                time.sleep(1000)
             if self.faults.get("raise_in_evaluation") == rank():
                 raise RuntimeError("this rank cannot evaluate")
 
@@ -269,9 +271,11 @@ def group(
     starter: str = "torchrun",
     environment: dict[str, str] | None = None,
     delays: Sequence[float] = (),
+    by_rank: Sequence[dict[str, str]] = (),
     **options: Any,
 ) -> list[Command]:
-    """The ranks of a run as ``torchrun`` or ``srun`` starts them on one machine; ``delays`` in seconds by rank."""
+    """The ranks of a run as ``torchrun`` or ``srun`` starts them on one machine. By rank: seconds that it comes
+    late, and variables that it alone has."""
     port = str(free_port())
     ranks = []
     for r in range(world):
@@ -284,7 +288,7 @@ def group(
                 folder,
                 *arguments,
                 name=f"rank{r}",
-                environment=place | (environment or {}),
+                environment=place | (environment or {}) | (by_rank[r] if by_rank else {}),
                 before=(lambda wait=wait: time.sleep(wait)) if wait else None,
                 **options,
             )

@@ -63,7 +63,7 @@ from sslzoo.evaluate import linear, sgd_probe
 from sslzoo.evaluate.final import final_evaluation
 from sslzoo.fit import build_callbacks
 from sslzoo.recipe import load_recipe
-from sslzoo.run import Run
+from sslzoo.run.directory import Run
 
 CUDA = torch.device("cuda:0")
 CPU = torch.device("cpu")

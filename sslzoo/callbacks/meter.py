@@ -87,7 +87,6 @@ class MetricsFile:
         width = len(self.columns)
         text = "".join(_line([*row, *[""] * (width - len(row))]) for row in [self.columns, *rows])
         part = self.path.with_name(self.path.name + ".part")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("w", newline="") as file:
                 file.write(text)

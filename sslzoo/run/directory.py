@@ -24,7 +24,7 @@ from sslzoo.files import write_json, write_text
 from sslzoo.plan import TrainingPlan
 from sslzoo.recipe import LoadedRecipe, leaves
 from sslzoo.run.ending import Ending
-from sslzoo.run.lock import refuse_if_owned
+from sslzoo.run.lock import LOCK, refuse_if_owned
 from sslzoo.run.provenance import git_state, hardware, versions
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def choose(
     run = Run(Path(path or root / loaded.recipe.name / run_id).absolute(), run_id)
     remarks: list[str] = []
     if not run.manifest.exists():
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        if run.path.exists() and (not run.path.is_dir() or any(p.name != LOCK for p in run.path.iterdir())):
             raise RunError(f"{run.path} is not empty and holds no run; give --out a new directory")
     elif not resume:
         raise RunError(
@@ -179,6 +179,7 @@ def choose(
         run = Run(run.path, manifest["run_id"])
         remarks = _check_same(run, manifest, loaded, plan, fingerprint)
     if resume is None:
+        refuse_if_owned(run.path)
         return Choice(run)
     if named is not None and named.is_file():
         checkpoint = named.resolve()
@@ -205,7 +206,9 @@ def choose(
 def newest(folder: Path) -> Path | None:
     """The run in ``folder`` that was started last, among those with a checkpoint."""
     runs = [
-        p.parent for p in Path(folder).glob("*/manifest.json") if any(p.parent.glob("checkpoints/step=*"))
+        p.parent
+        for p in Path(folder).glob("*/manifest.json")
+        if any(p.parent.glob("checkpoints/step=*.ckpt"))
     ]
     return max(runs, key=lambda path: Run(path, path.name).read_manifest()["started"], default=None)
 
@@ -239,9 +242,7 @@ def _check_same(
             f"{run.path} was run with another recipe: {listing}; undo this, or start another run with --init-from"
         )
     _check_data(run.path, manifest.get("data_fingerprint", fingerprint), fingerprint)
-    return [
-        f"continuing with another {key}: was {old!r}, is {new!r}" for key, (old, new) in changed.items()
-    ]
+    return [f"continuing with another {key}: was {old!r}, is {new!r}" for key, (old, new) in changed.items()]
 
 
 def _check_data(what: Path, old: str, new: str) -> None:
@@ -275,7 +276,8 @@ def begin(
 ) -> None:
     """Make the folders of ``choice.run`` and write recipe and manifest. The caller owns the directory.
 
-    ``left_behind`` holds the seconds by phase of the last start, should it have been killed. ``OSError`` where the file system refuses.
+    ``left_behind`` holds the seconds by phase of the last start, should it have been killed. ``OSError`` where the
+    file system refuses.
     """
     run = choice.run
     for folder in (run.checkpoints, run.evaluation):

@@ -19,6 +19,7 @@ from typing import Any
 from sslzoo.exits import RunError
 from sslzoo.files import write_json
 
+LOCK = "run.lock"  # the file's name
 HEARTBEAT = 10.0  # seconds between signs of life
 STALE = 120.0  # seconds without one after which an owner that cannot be asked counts as dead
 
@@ -34,7 +35,7 @@ class RunLock:
     def __init__(
         self, folder: Path, *, seconds: Callable[[], dict[str, float]], on_lost: Callable[[str], None]
     ) -> None:
-        self.path = Path(folder) / "run.lock"
+        self.path = Path(folder) / LOCK
         self._seconds, self._on_lost = seconds, on_lost
         self._owner = {
             "id": uuid.uuid4().hex,
@@ -52,7 +53,7 @@ class RunLock:
         """Take the directory. ``RunError`` names the owner where another run has it."""
         refuse_if_owned(self.path.parent)
         self.left_behind = (read_lock(self.path.parent) or {}).get("seconds", {})
-        part = self.path.with_name(f"run.lock.{self._owner['id']}.part")
+        part = self.path.with_name(f"{LOCK}.{self._owner['id']}.part")
         part.write_text(json.dumps(self._content()))
         try:
             if self.path.exists():  # left behind by a dead run
@@ -102,7 +103,7 @@ class RunLock:
 def read_lock(folder: Path) -> dict[str, Any] | None:
     """The content of the directory's lock; None without one, empty where it cannot be read."""
     try:
-        return json.loads((Path(folder) / "run.lock").read_text())
+        return json.loads((Path(folder) / LOCK).read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
@@ -116,7 +117,7 @@ def refuse_if_owned(folder: Path) -> None:
     has no other process left), and one without a sign of life for two minutes.
     """
     owner = read_lock(folder)
-    if owner is None or _is_dead(Path(folder) / "run.lock", owner):
+    if owner is None or _is_dead(Path(folder) / LOCK, owner):
         return
     raise RunError(
         f"{folder} is in use by {_named(owner)}; wait for it or stop it, or give --out another directory"
@@ -135,7 +136,7 @@ def _is_dead(path: Path, owner: dict[str, Any]) -> bool:
 
 def _age(path: Path) -> float:
     """Seconds since ``path`` was written, by the clock of its file system: hosts' clocks differ."""
-    probe = path.with_name(f"run.lock.{uuid.uuid4().hex}.part")
+    probe = path.with_name(f"{LOCK}.{uuid.uuid4().hex}.part")
     try:
         probe.touch()
         return probe.stat().st_mtime - path.stat().st_mtime

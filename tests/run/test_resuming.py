@@ -81,7 +81,7 @@ def test_a_run_killed_in_its_final_evaluation_ends_with_the_same_summary(folder:
     for start in range(2):
         run = _fit(folder, name, *BASELINES, resume="auto", faults={"evaluation_pause": 0.3})
         if start == 0:
-            assert until(lambda: run.ended or 3 * STEPS in saved(folder / name)), run.said
+            assert until(lambda run=run: run.ended or 3 * STEPS in saved(folder / name)), run.said
         assert until(lambda n=start: len(manifest(folder / name)["sessions"]) > n), run.said
         time.sleep(0.6)
         assert not run.ended and not (folder / name / "eval" / "summary.json").exists(), run.said
@@ -119,7 +119,10 @@ def test_more_epochs_train_on_and_fewer_than_done_are_refused(folder: Path) -> N
     before = _files(folder / "grown")
     fewer = _fit(folder, "grown", *constant, "trainer.max_epochs=2", resume="auto")
     assert fewer.wait() == ExitCode.USAGE
-    assert "has already trained to step 18, in epoch 3; trainer.max_epochs=2 lies below: set at least 3" in fewer.err
+    assert (
+        "has already trained to step 18, in epoch 3; trainer.max_epochs=2 lies below: set at least 3"
+        in fewer.err
+    )
     assert _files(folder / "grown") == before
 
 
@@ -172,7 +175,11 @@ def test_what_is_no_checkpoint_of_ours_gets_one_line(folder: Path, tmp_path: Pat
 
     hostile = tmp_path / "hostile.ckpt"
     torch.save({"state_dict": Hostile()}, hostile)
-    for path, word in ((picture, "picture"), (other, "written by another program"), (hostile, "posix.system")):
+    for path, word in (
+        (picture, "picture"),
+        (other, "written by another program"),
+        (hostile, "posix.system"),
+    ):
         refused = _fit(folder, f"from-{path.stem}", resume=str(path))
         assert refused.wait() == ExitCode.USAGE
         assert len(refused.err.splitlines()) == 1 and word in refused.err, refused.said
@@ -203,7 +210,10 @@ def test_other_images_are_refused_and_the_same_ones_elsewhere_are_not(folder: Pa
     assert again.wait() == 0, again.said
     first, second = manifest(folder / "images-run")["sessions"]
     assert first["data_fingerprint"] == second["data_fingerprint"] == kept["data_fingerprint"]
-    assert (first["recipe"]["data.root"], second["recipe"]["data.root"]) == (str(folder / "images"), str(moved))
+    assert (first["recipe"]["data.root"], second["recipe"]["data.root"]) == (
+        str(folder / "images"),
+        str(moved),
+    )
     # Said before there was a train.log.
     assert "continuing with another data.root" in (folder / "images-run" / "train.log").read_text()
 
@@ -216,7 +226,13 @@ def test_an_edited_copy_of_a_recipe_is_the_one_that_runs(folder: Path, tmp_path:
     mine.write_text(mine.read_text().replace("seed: 42", "seed: 43"))
     command = copied.out.partition("now sslzoo ")[2].split()
     small = ("data.dataset=fashion_mnist", f"data.root={folder / 'images'}", "data.global_batch_size=16")
-    shrunk = ("trainer.max_epochs=1", "eval.baselines=false", "eval.size=12", "eval.knn_k=5", "optim.warmup_epochs=0")
+    shrunk = (
+        "trainer.max_epochs=1",
+        "eval.baselines=false",
+        "eval.size=12",
+        "eval.knn_k=5",
+        "optim.warmup_epochs=0",
+    )
     run = fork(tmp_path, *command, "--out", "run", *small, *shrunk)
     assert run.wait() == 0, run.said
     assert run.out.splitlines()[0] == "recipe simclr_fashion_mnist.yaml"
