@@ -141,9 +141,8 @@ class _Life:
         except BaseException as error:
             ending = self._ending_of(error)
         first = self.departure.close(ending)
-        if not ending.is_failure:
-            first = ending
         self._conclude(ending, first)
+        self.departure.restore()
         return int(first.code)
 
     # -- before training ----------------------------------------------------------------------------

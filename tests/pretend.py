@@ -618,7 +618,7 @@ class _Last(_First):
 
 def train(gpu: PretendedGPU, job: Job, folder: Path, *, stop_at: int | None = None) -> None:
     """One session of ``job`` on ``gpu``, from the last checkpoint in ``folder``, to step ``stop_at`` or through
-    the final evaluation. Saves come at step 2 with sums pending, at 4 and 6 with none."""
+    the final evaluation. Saves come at steps 2 and 5 with sums pending, at 4 and 6 with none."""
     recipe, source = _small(job, folder / "images")
     plan = build_plan(recipe, len(source), job.world)
     run = Run(folder, "pretended")

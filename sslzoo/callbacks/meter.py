@@ -286,6 +286,8 @@ class Meter(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the files, cut back to the checkpoint or empty."""
         self._file.writes = self._system.writes = trainer.is_global_zero
+        if trainer.is_global_zero:  # here and nowhere else: a directory deleted later is not brought back
+            self._file.path.parent.mkdir(parents=True, exist_ok=True)
         state, self._restored = self._restored, None
         self._clock_step = pl_module.optimizer_steps
         self._system.resume()

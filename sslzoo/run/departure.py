@@ -150,7 +150,8 @@ class Departure:
             self.report(self._describe(error))
 
     def close(self, ending: Ending) -> Ending:
-        """This rank is through. Rank 0 stays, for some seconds at most, until the others have heard of it."""
+        """This rank is through; how the first that did not end as planned has ended, if there was one. Rank 0
+        stays, for some seconds at most, until the others have heard of it. Signals are ignored from now on."""
         self._reacting = True
         first = ending
         if self._store is not None:
@@ -161,7 +162,6 @@ class Departure:
             assert self._thread is not None
             self._thread.join(timeout=5)
             self._part(patience=60.0 if ending.code == ExitCode.DONE else GRACE_FAILED + 1)
-        self.restore()
         return first
 
     def _part(self, patience: float) -> None:

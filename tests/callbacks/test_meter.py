@@ -80,7 +80,6 @@ def test_measurements_are_averaged_and_settings_are_the_last(tmp_path, meter_in)
 
 
 def test_a_resumed_meter_writes_the_same_bytes(tmp_path, meter_in):
-    (tmp_path / "whole").mkdir()
     whole = meter_in(tmp_path / "whole", 2)
     a = _trainer(_module(), whole)
     whole.on_train_start(a, a.lightning_module)
