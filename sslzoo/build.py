@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import Callback
 
 from sslzoo.backbones import build_backbone
-from sslzoo.config import Recipe
+from sslzoo.callbacks.cadence import EvaluationCadence
+from sslzoo.callbacks.checkpoint import ExactCheckpoint, load_checkpoint
+from sslzoo.callbacks.knn import KNN
+from sslzoo.callbacks.linear_probe import LinearProbe
+from sslzoo.callbacks.margin_analysis import MarginAnalysis
+from sslzoo.callbacks.meter import Meter
+from sslzoo.callbacks.position import Position, SameEncoder
+from sslzoo.callbacks.preemption import Preemption
+from sslzoo.callbacks.progress import ProgressDisplay
+from sslzoo.config import Recipe, require
 from sslzoo.data.datasets import ImageSource, open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.plan import TrainingPlan
 from sslzoo.registry import method_class
+from sslzoo.run.departure import Departure
+from sslzoo.run.directory import Run
 
 if TYPE_CHECKING:
     from sslzoo.method import SSLMethod
+
+log = logging.getLogger(__name__)
 
 
 def build_plan(recipe: Recipe, dataset_size: int, world_size: int) -> TrainingPlan:
@@ -50,3 +66,58 @@ def build_data(recipe: Recipe, plan: TrainingPlan, source: ImageSource | None = 
         seed=recipe.seed,
         source=source,
     )
+
+
+def build_callbacks(
+    recipe: Recipe, run: Run, data: SSLDataModule, departure: Departure | None = None
+) -> dict[str, Callback]:
+    """The run's callbacks in the order in which they must stand."""
+    checkpoint = ExactCheckpoint(
+        run.checkpoints,
+        every_steps=recipe.logging.checkpoint_every_steps,
+        evaluate_every_epochs=recipe.eval.every_epochs,
+        keep_epochs=recipe.logging.keep_epochs,
+    )
+    callbacks: dict[str, Callback] = {
+        "position": Position(),
+        "same_encoder": SameEncoder(),
+        "checkpoint": checkpoint,
+        "preemption": Preemption(checkpoint, departure or Departure()),
+        "cadence": EvaluationCadence(recipe.eval.every_epochs),
+    }
+    if data.eval_sets():
+        callbacks |= {"probe": LinearProbe(recipe.probe, seed=recipe.seed), "knn": KNN(recipe.eval)}
+    if (margins := recipe.logging.margins) is not None:
+        callbacks["margins"] = MarginAnalysis(
+            margins.margins, every_steps=margins.every_steps, temperature=margins.temperature
+        )
+    meter = Meter(run.path, every_steps=recipe.logging.every_steps)
+    return callbacks | {"meter": meter, "progress": ProgressDisplay()}
+
+
+def load_weights(method: SSLMethod[Any], path: Path) -> None:
+    """Weights and buffers of the checkpoint ``path``; of its backbone alone if another method wrote it.
+
+    State per training sample stays empty: it belongs to the data of that checkpoint.
+
+    Raises ``ValueError`` where not even the backbone fits.
+    """
+    per_sample = tuple(f"{name}." for name in method.per_sample_state)
+    everything = load_checkpoint(path)["state_dict"]
+    stored = {k: v for k, v in everything.items() if not k.startswith(per_sample)}
+    own = method.state_dict()
+    if _same_shapes(stored, {k: v for k, v in own.items() if not k.startswith(per_sample)}):
+        method.load_state_dict(own | stored)
+        return
+    prefix = "backbone."
+    backbone = {k: v for k, v in stored.items() if k.startswith(prefix)}
+    require(
+        _same_shapes(backbone, {k: v for k, v in own.items() if k.startswith(prefix)}),
+        f"--init-from {path}: its backbone is not this recipe's; set the backbone section as in the run that wrote it",
+    )
+    method.backbone.load_state_dict({k.removeprefix(prefix): v for k, v in backbone.items()})
+    log.warning("--init-from %s: heads and state are another method's; took the backbone alone", path)
+
+
+def _same_shapes(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return {k: tuple(v.shape) for k, v in a.items()} == {k: tuple(v.shape) for k, v in b.items()}

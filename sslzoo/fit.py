@@ -6,30 +6,20 @@ import errno
 import logging
 import multiprocessing
 import os
-import shlex
-import sys
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
 from torch import OutOfMemoryError
 
-from sslzoo.build import build_data, build_method, build_plan
-from sslzoo.callbacks.cadence import EvaluationCadence
-from sslzoo.callbacks.checkpoint import ExactCheckpoint, checkpoints, load_checkpoint, set_aside
-from sslzoo.callbacks.knn import KNN
-from sslzoo.callbacks.linear_probe import LinearProbe
-from sslzoo.callbacks.margin_analysis import MarginAnalysis
+from sslzoo.build import build_callbacks, build_data, build_method, build_plan, load_weights
+from sslzoo.callbacks.checkpoint import checkpoints, set_aside
 from sslzoo.callbacks.meter import Meter
-from sslzoo.callbacks.position import Position, SameEncoder
-from sslzoo.callbacks.preemption import Preemption
-from sslzoo.callbacks.progress import ProgressDisplay
-from sslzoo.config import Recipe, require
+from sslzoo.config import require
 from sslzoo.data.datasets import open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.evaluate.final import final_evaluation
@@ -42,11 +32,12 @@ from sslzoo.recipe import LoadedRecipe, plain
 from sslzoo.report import plot_curves, plot_views, results_table
 from sslzoo.run.departure import Departure
 from sslzoo.run.directory import Choice, Run, begin, choose
-from sslzoo.run.ending import Ending, tell_launcher
+from sslzoo.run.ending import Ending, command_to_continue, last_words, tell_launcher
 from sslzoo.run.lock import RunLock
 from sslzoo.run.messages import Messages
 from sslzoo.run.placement import Placement, check_world_size, place
 from sslzoo.run.rendezvous import Rendezvous
+from sslzoo.run.stopwatch import Stopwatch
 from sslzoo.summary import run_summary
 from sslzoo.terminal import OUT
 
@@ -74,32 +65,6 @@ class Session:
     def run(self) -> Run:
         """Its directory."""
         return self.choice.run
-
-
-@dataclass
-class Stopwatch:
-    """Seconds that this start spends by phase, readable while one goes on."""
-
-    spent: dict[str, float] = field(default_factory=dict)
-    _phase: str = ""
-    _since: float = 0.0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure what happens inside as ``name``."""
-        self._phase, self._since = name, time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spent = self.seconds()
-            self._phase = ""
-
-    def seconds(self) -> dict[str, float]:
-        """By phase, the one in progress included."""
-        now = dict(self.spent)
-        if self._phase:
-            now[self._phase] = now.get(self._phase, 0.0) + time.perf_counter() - self._since
-        return {phase: round(value, 1) for phase, value in now.items()}
 
 
 def fit(
@@ -224,7 +189,7 @@ class _Life:
         )
         self.begun = True
         tell_launcher("run", str(run.path))
-        tell_launcher("command", self._command(run))
+        tell_launcher("command", command_to_continue(run, self.loaded.source, self.placement))
         if choice.checkpoint is not None and choice.checkpoint.parent == run.checkpoints:
             for path in checkpoints(run.checkpoints):
                 if path.name > choice.checkpoint.name and choice.checkpoint.name.startswith("step="):
@@ -306,12 +271,12 @@ class _Life:
             message = self._out_of_memory()
         elif not (isinstance(error, RunError) or (isinstance(error, OSError) and error.errno in _DISK)):
             message, expected = f"{type(error).__name__}: {message}", False
-        failed = code == ExitCode.FAILURE
+        text = "".join(traceback.format_exception(error)) if code == ExitCode.FAILURE else ""
         return Ending(
             code=code,
             message=message,
-            kind=type(error).__name__ if failed else "",
-            traceback="".join(traceback.format_exception(error)) if failed else "",
+            kind=type(error).__name__,
+            traceback=text,
             expected=expected,
             rank=self.placement.rank,
         )
@@ -357,14 +322,8 @@ class _Life:
             if self.placement.is_leader:
                 OUT.print(ending.message, soft_wrap=True)
             return
-        words = [
-            f"sslzoo fit: {ending.described(self.placement.world_size)}",
-            *([trouble] if trouble else []),
-        ]
-        if not ending.expected:
-            words.insert(0, ending.traceback.rstrip())
-        words += self._what_next(ending)
-        text = "\n".join(words)
+        run = self.session.run if self.session is not None and self.begun else None
+        text = last_words(ending, self.placement, run, self.loaded.source, trouble)
         if ending.is_failure and tell_launcher("ending", ending.to_json()):
             if self.placement.is_leader or ending.rank == self.placement.rank:
                 tell_launcher("words", text)
@@ -374,32 +333,6 @@ class _Life:
         ):
             # Rank 0 tells what happened to any rank. On another machine, or without rank 0, one tells it oneself.
             self.messages.print_error(text)
-
-    def _what_next(self, ending: Ending) -> Iterator[str]:
-        if not self.begun and not (self.session is not None and not self.placement.is_leader):
-            return
-        assert self.session is not None
-        run = self.session.run
-        saved = checkpoints(run.checkpoints)
-        state = f"the newest checkpoint is {saved[-1].name}" if saved else "no checkpoint was written yet"
-        change = {
-            ExitCode.NAN: "lower optim.lr or raise optim.warmup_epochs",
-            ExitCode.FAILURE: "make this change" if ending.kind == OutOfMemoryError.__name__ else "",
-        }.get(ExitCode(ending.code), "")
-        if change:  # to the recipe, which a run that continues keeps
-            start = f" with --init-from {saved[-1]}" if saved else ""
-            yield f"{state}; {change} and start another run{start}"
-            return
-        if ending.is_failure and not ending.expected:
-            yield f"the traceback is in {run.rank_log(ending.rank)}"
-        yield f"{state}; continue with: {self._command(run)}"
-
-    def _command(self, run: Run) -> str:
-        """The command that continues ``run``."""
-        given = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-        words = ["sslzoo", "fit", "--recipe", str(self.loaded.source), "--out", str(run.path)]
-        started = {"torchrun": "torchrun ... -m ", "srun": "srun "}.get(self.placement.starter, "")
-        return started + shlex.join([*words, "--resume", "auto", *given])
 
     def _abandon(self, ending: Ending) -> None:
         """The main thread waits for a rank that is gone: write what has to be written, from another thread."""
@@ -452,58 +385,3 @@ def _together(meeting: Rendezvous, stage: str) -> Iterator[None]:
                 raise
         raise
     meeting.agree(stage, None)
-
-
-def build_callbacks(
-    recipe: Recipe, run: Run, data: SSLDataModule, departure: Departure | None = None
-) -> dict[str, Callback]:
-    """The run's callbacks in the order in which they must stand."""
-    checkpoint = ExactCheckpoint(
-        run.checkpoints,
-        every_steps=recipe.logging.checkpoint_every_steps,
-        evaluate_every_epochs=recipe.eval.every_epochs,
-        keep_epochs=recipe.logging.keep_epochs,
-    )
-    callbacks: dict[str, Callback] = {
-        "position": Position(),
-        "same_encoder": SameEncoder(),
-        "checkpoint": checkpoint,
-        "preemption": Preemption(checkpoint, departure or Departure()),
-        "cadence": EvaluationCadence(recipe.eval.every_epochs),
-    }
-    if data.eval_sets():
-        callbacks |= {"probe": LinearProbe(recipe.probe, seed=recipe.seed), "knn": KNN(recipe.eval)}
-    if (margins := recipe.logging.margins) is not None:
-        callbacks["margins"] = MarginAnalysis(
-            margins.margins, every_steps=margins.every_steps, temperature=margins.temperature
-        )
-    meter = Meter(run.path, every_steps=recipe.logging.every_steps)
-    return callbacks | {"meter": meter, "progress": ProgressDisplay()}
-
-
-def load_weights(method: SSLMethod[Any], path: Path) -> None:
-    """Weights and buffers of the checkpoint ``path``; of its backbone alone if another method wrote it.
-
-    State per training sample stays empty: it belongs to the data of that checkpoint.
-
-    Raises ``ValueError`` where not even the backbone fits.
-    """
-    per_sample = tuple(f"{name}." for name in method.per_sample_state)
-    everything = load_checkpoint(path)["state_dict"]
-    stored = {k: v for k, v in everything.items() if not k.startswith(per_sample)}
-    own = method.state_dict()
-    if _same_shapes(stored, {k: v for k, v in own.items() if not k.startswith(per_sample)}):
-        method.load_state_dict(own | stored)
-        return
-    prefix = "backbone."
-    backbone = {k: v for k, v in stored.items() if k.startswith(prefix)}
-    require(
-        _same_shapes(backbone, {k: v for k, v in own.items() if k.startswith(prefix)}),
-        f"--init-from {path}: its backbone is not this recipe's; set the backbone section as in the run that wrote it",
-    )
-    method.backbone.load_state_dict({k.removeprefix(prefix): v for k, v in backbone.items()})
-    log.warning("--init-from %s: heads and state are another method's; took the backbone alone", path)
-
-
-def _same_shapes(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return {k: tuple(v.shape) for k, v in a.items()} == {k: tuple(v.shape) for k, v in b.items()}

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from sslzoo.build import build_data, build_method, build_plan
+from sslzoo.build import build_callbacks, build_data, build_method, build_plan
 from sslzoo.callbacks.checkpoint import latest, load_checkpoint
 from sslzoo.config import (
     BackboneConfig,
@@ -39,7 +39,6 @@ from sslzoo.config import (
     ViewConfig,
 )
 from sslzoo.data.sources import FakeSource
-from sslzoo.fit import build_callbacks
 from sslzoo.launch import build_trainer
 from sslzoo.method import Batch, SSLMethod
 from sslzoo.momentum import MomentumEncoder

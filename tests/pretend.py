@@ -52,7 +52,7 @@ from torch.overrides import TorchFunctionMode
 
 from sslzoo import launch
 from sslzoo.batchnorm import to_sync
-from sslzoo.build import build_data, build_method, build_plan
+from sslzoo.build import build_callbacks, build_data, build_method, build_plan
 from sslzoo.callbacks.checkpoint import latest
 from sslzoo.callbacks.meter import Meter
 from sslzoo.config import Recipe
@@ -61,7 +61,6 @@ from sslzoo.data.datasets import open_source
 from sslzoo.data.sources import FakeSource, ImageSource
 from sslzoo.evaluate import linear, sgd_probe
 from sslzoo.evaluate.final import final_evaluation
-from sslzoo.fit import build_callbacks
 from sslzoo.recipe import load_recipe
 from sslzoo.run.directory import Run
 

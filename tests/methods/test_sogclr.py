@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslzoo.backbones import build_backbone, parameter_count
 from sslzoo.batchnorm import to_sync
+from sslzoo.build import load_weights
 from sslzoo.callbacks.checkpoint import latest, load_checkpoint
 from sslzoo.config import OptimConfig
 from sslzoo.distributed import all_reduce_mean
-from sslzoo.fit import load_weights
 from sslzoo.method import Batch
 from sslzoo.numerics import normalize
 from sslzoo.optim import LARS, set_learning_rate

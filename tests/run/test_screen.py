@@ -9,6 +9,7 @@ import re
 import struct
 import termios
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _on_terminal(folder: Path, *arguments: str, faults: dict[str, float] | None = None) -> tuple[Command, str]:
+def _on_terminal(
+    folder: Path, *arguments: str, faults: dict[str, Any] | None = None
+) -> tuple[Command, str]:
     """The command on a terminal of 100 columns; everything that was written to it, without control sequences."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
@@ -50,7 +53,15 @@ def _on_terminal(folder: Path, *arguments: str, faults: dict[str, float] | None 
 
 
 def test_on_a_terminal_bars_show_training_evaluation_and_the_end(folder: Path) -> None:
-    arguments = ("fit", "--recipe", "tiny.yaml", "--out", "terminal", "eval.baselines=true", "eval.every_epochs=2")
+    arguments = (
+        "fit",
+        "--recipe",
+        "tiny.yaml",
+        "--out",
+        "terminal",
+        "eval.baselines=true",
+        "eval.every_epochs=2",
+    )
     command, screen = _on_terminal(folder, *arguments, faults={"pause": 0.1, "evaluation_pause": 0.3})
     assert command.wait() == 0, screen
     for shown in (
@@ -97,7 +108,10 @@ def test_warnings_of_the_framework_and_of_python_reach_terminal_and_log(folder: 
 
     command = fork(folder, "fit", "--recipe", "tiny.yaml", "--out", "warned", before=warn)
     assert command.wait() == 0
-    assert command.err.splitlines()[:2] == ["warning: the library is old", "warning: the queue spans an epoch"]
+    assert command.err.splitlines()[:2] == [
+        "warning: the library is old",
+        "warning: the queue spans an epoch",
+    ]
     log = (folder / "warned" / "train.log").read_text()
     assert "WARNING py.warnings: " in log and "the library is old" in log
     assert "WARNING sslzoo.fit: the queue spans an epoch" in log
