@@ -218,8 +218,10 @@ def fork(
     environment: dict[str, str] | None = None,
     name: str = "fork",
     before: Callable[[], None] | None = None,
+    delay: float = 0.0,
 ) -> Command:
-    """``sslzoo ARGUMENTS`` typed in ``folder``, by a fork of this interpreter. ``before`` runs in it first."""
+    """``sslzoo ARGUMENTS`` typed in ``folder``, by a fork of this interpreter, in which ``before`` runs first,
+    and which starts ``delay`` seconds late."""
     for stream in ("out", "err"):
         (folder / f"{name}.{stream}").write_text("")
     process = multiprocessing.get_context("fork").Process(
@@ -230,6 +232,7 @@ def fork(
             [str(a) for a in arguments],
             _environment(faults or {}, environment or {}),
             before,
+            delay,
         ),
     )
     process.start()
@@ -242,6 +245,7 @@ def _entry(
     arguments: list[str],
     environment: dict[str, str],
     before: Callable[[], None] | None,
+    delay: float,
 ) -> None:
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -259,6 +263,7 @@ def _entry(
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     sys.argv = ["sslzoo", *arguments]
     torch.set_num_threads(1)
+    time.sleep(delay)
     if before is not None:
         before()
     sys.exit(main(arguments))
@@ -282,14 +287,13 @@ def group(
         place = (
             torchrun_variables(r, world, port) if starter == "torchrun" else srun_variables(r, world, port)
         )
-        wait = delays[r] if delays else 0.0
         ranks.append(
             fork(
                 folder,
                 *arguments,
                 name=f"rank{r}",
                 environment=place | (environment or {}) | (by_rank[r] if by_rank else {}),
-                before=(lambda wait=wait: time.sleep(wait)) if wait else None,
+                delay=delays[r] if delays else 0.0,
                 **options,
             )
         )
@@ -324,6 +328,13 @@ def srun_variables(rank: int, world: int, port: str, *, job: str = "4711") -> di
         "SLURM_STEP_NODELIST": "127.0.0.1",
         "MASTER_PORT": port,
     }
+
+
+def short_evaluation() -> None:
+    """The final evaluation with a tenth of its steps, which change nothing in what is tested of a run."""
+    from sslzoo.evaluate import linear, sgd_probe
+
+    sgd_probe.EPOCHS, sgd_probe.STEPS, linear.ITERATIONS = 2, 20, 5
 
 
 def codes(ranks: Sequence[Command], limit: float = LIMIT) -> list[int]:

@@ -1,4 +1,7 @@
-"""The exit code of a real process, the same code in its manifest, and the word at its end."""
+"""The exit code of a real process, the same code in its manifest, and the word at its end.
+
+What a signal to one rank of two does is in ``test_leaving.py``, by forks.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +56,6 @@ CASES = {
     "interrupt": Case(
         ExitCode.INTERRUPT, "interrupted while training", SLOW, (), lambda c: c.signal(signal.SIGINT)
     ),
-    "two": Case(ExitCode.DONE, "run directory: ", {}, TWO),
-    "leader": Case(ExitCode.PREEMPTED, SAVED, SLOW, TWO, _rank(0, signal.SIGTERM)),
-    "other": Case(ExitCode.PREEMPTED, SAVED, SLOW, TWO, _rank(1, signal.SIGTERM)),
     "group": Case(ExitCode.PREEMPTED, SAVED, SLOW, TWO, lambda c: os.killpg(c.pid, signal.SIGTERM)),
     "second": Case(
         ExitCode.FAILURE, r"rank 1 on \S+ failed first: RuntimeError: this rank", {"raise_at": [1, 5]}, TWO

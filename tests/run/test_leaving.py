@@ -14,7 +14,18 @@ from PIL import Image
 
 from sslzoo.exits import LEAVE_SIGNALS, ExitCode
 from tests.chaos import digest_of
-from tests.command import STEPS, Command, codes, fork, group, manifest, saved, until, write_recipe
+from tests.command import (
+    STEPS,
+    Command,
+    codes,
+    fork,
+    group,
+    manifest,
+    saved,
+    short_evaluation,
+    until,
+    write_recipe,
+)
 
 PROMPT = 3.0  # seconds to leave in; one is meant, two cores may be busy
 
@@ -91,7 +102,7 @@ def test_in_a_validation_it_leaves_at_once_and_loses_one_step(world: int, folder
 def test_in_the_final_evaluation_it_leaves_at_once(world: int, folder: Path) -> None:
     """What it finds when it continues is what the undisturbed run found."""
     name, changes = f"final-{world}", ("eval.baselines=true", "eval.every_epochs=3")
-    ranks = _start(folder, name, world, *changes, faults={"evaluation_pause": 0.4})
+    ranks = _start(folder, name, world, *changes, faults={"evaluation_pause": 0.4}, before=short_evaluation)
     assert until(lambda: ranks[0].ended or 3 * STEPS in saved(folder / name)), ranks[0].said
     time.sleep(0.3)
     ranks[-1].signal(signal.SIGUSR2)
@@ -99,9 +110,10 @@ def test_in_the_final_evaluation_it_leaves_at_once(world: int, folder: Path) -> 
     assert codes(ranks) == [ExitCode.PREEMPTED] * world, [r.said for r in ranks]
     assert time.monotonic() - start < PROMPT
     assert not (folder / name / "eval" / "summary.json").exists()
-    assert codes(_start(folder, name, world, "--resume", "auto", *changes)) == [0] * world
+    short = {"before": short_evaluation}
+    assert codes(_start(folder, name, world, "--resume", "auto", *changes, **short)) == [0] * world
     whole = f"final-whole-{world}"
-    assert codes(_start(folder, whole, world, *changes)) == [0] * world
+    assert codes(_start(folder, whole, world, *changes, **short)) == [0] * world
     found, expected = (json.loads((folder / n / "eval" / "summary.json").read_text()) for n in (name, whole))
     assert len(found) > 15
     for key in found.keys() - {"seconds", "evaluation_seconds"}:

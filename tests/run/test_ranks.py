@@ -95,9 +95,9 @@ def test_several_machines_that_nobody_connects_are_refused_at_once(folder: Path)
 def test_a_rank_that_comes_late_is_waited_for_and_named(
     late: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rendezvous, "SPEAK", 1.0)
+    monkeypatch.setattr(rendezvous, "SPEAK", 0.5)
     run = f"late-{late}"
-    ranks = _start(folder, run, delays=[4.0 * (r == late) for r in range(2)])
+    ranks = _start(folder, run, delays=[2.5 * (r == late) for r in range(2)])
     assert codes(ranks) == [0, 0], [r.said for r in ranks]
     _is_one_run(folder, run)
     if late == 1:

@@ -15,7 +15,7 @@ import pytest
 
 from sslzoo.exits import ExitCode
 from sslzoo.terminal import ERR, OUT
-from tests.command import Command, fork, write_recipe
+from tests.command import Command, fork, short_evaluation, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _on_terminal(
-    folder: Path, *arguments: str, faults: dict[str, Any] | None = None
-) -> tuple[Command, str]:
+def _on_terminal(folder: Path, *arguments: str, faults: dict[str, Any] | None = None) -> tuple[Command, str]:
     """The command on a terminal of 100 columns; everything that was written to it, without control sequences."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
@@ -37,6 +35,7 @@ def _on_terminal(
         for stream in (1, 2):
             os.dup2(slave, stream)
         os.environ["TERM"] = "xterm-256color"
+        short_evaluation()
         OUT.is_interactive = ERR.is_interactive = True  # decided once, when this interpreter was started
 
     command = fork(folder, *arguments, before=attach, faults=faults)
@@ -62,7 +61,7 @@ def test_on_a_terminal_bars_show_training_evaluation_and_the_end(folder: Path) -
         "eval.baselines=true",
         "eval.every_epochs=2",
     )
-    command, screen = _on_terminal(folder, *arguments, faults={"pause": 0.1, "evaluation_pause": 0.3})
+    command, screen = _on_terminal(folder, *arguments, faults={"pause": 0.1, "evaluation_pause": 0.2})
     assert command.wait() == 0, screen
     for shown in (
         r"recipe tiny\.yaml",
