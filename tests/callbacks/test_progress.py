@@ -120,7 +120,7 @@ def test_a_run_in_a_terminal_shows_steps_then_its_evaluation_then_steps(tmp_path
     display = ProgressDisplay(out=out, err=err)
     watch = Watch(display)
     # Six steps an epoch; 100 training and 20 test images in batches of 32.
-    monkeypatch.setattr("sslzoo.fit.ProgressDisplay", lambda: display)
+    monkeypatch.setattr("sslzoo.build.ProgressDisplay", lambda: display)
     monkeypatch.setattr(chaos, "_Disturbance", lambda *_: watch)
     chaos.fit(chaos.Job(epochs=2), tmp_path, None)
 
