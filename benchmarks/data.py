@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from sslzoo.config import DataConfig, EvalConfig, ProbeConfig, ViewConfig
 from sslzoo.data.datasets import open_source
 from sslzoo.data.loading import ViewDataset
 from sslzoo.data.module import SSLDataModule
 from sslzoo.data.sources import ImageSource, fake_source
-from sslzoo.plan import TrainingPlan
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import DataConfig, EvalConfig, ProbeConfig, ViewConfig
 
 ROUNDS = 7
 COLOUR: dict[str, Any] = {

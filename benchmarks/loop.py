@@ -21,19 +21,21 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sslzoo.batch import Batch
+from sslzoo.callbacks.batchnorm import BroadcastBatchNormStats
 from sslzoo.callbacks.checkpoint import ExactCheckpoint
 from sslzoo.callbacks.linear_probe import LinearProbe
 from sslzoo.callbacks.meter import Meter
-from sslzoo.callbacks.position import Position, SameEncoder
-from sslzoo.callbacks.preemption import Preemption
 from sslzoo.callbacks.progress import ProgressDisplay
-from sslzoo.config import MethodConfig, OptimConfig, ProbeConfig
-from sslzoo.launch import build_trainer
-from sslzoo.method import Batch, SSLMethod
-from sslzoo.optim import build_optimizer, set_learning_rate
-from sslzoo.plan import TrainingPlan
+from sslzoo.callbacks.seeding import StepSeeding
+from sslzoo.method import SSLMethod
+from sslzoo.optim.optimizers import build_optimizer, set_learning_rate
+from sslzoo.optim.schedules import learning_rate
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import MethodConfig, OptimConfig, ProbeConfig
 from sslzoo.run.departure import Departure
-from sslzoo.schedules import learning_rate
+from sslzoo.run.preemption import Preemption
+from sslzoo.run.trainer import build_trainer
 
 BATCH, WIDTH, CLASSES = 64, 32, 10
 TARGET_MS = 1.0
@@ -139,7 +141,12 @@ def framework(steps: int, *, companions: bool, probe: bool) -> float:
             checkpoint = ExactCheckpoint(
                 folder / "checkpoints", every_steps=10 * steps, evaluate_every_epochs=1
             )
-            callbacks = [Position(), SameEncoder(), checkpoint, Preemption(checkpoint, Departure())]
+            callbacks = [
+                StepSeeding(),
+                BroadcastBatchNormStats(),
+                checkpoint,
+                Preemption(checkpoint, Departure()),
+            ]
             if probe:
                 callbacks.append(LinearProbe(ProbeConfig(lrs=(0.1, 0.3, 1.0)), seed=0))
             callbacks += [Meter(folder, every_steps=50), ProgressDisplay()]

@@ -14,11 +14,11 @@ import torch
 from measure import alternating, extra_mebibytes, ratio
 from torch import Tensor
 
-from sslzoo.backbones import build_backbone
-from sslzoo.config import BackboneConfig, OptimConfig
+from sslzoo.batch import Batch
 from sslzoo.margins import NO_MARGIN, Margin
-from sslzoo.method import Batch
-from sslzoo.plan import TrainingPlan
+from sslzoo.nn.backbones import build_backbone
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import BackboneConfig, OptimConfig
 from sslzoo_methods.margin.config import MarginConfig
 from sslzoo_methods.margin.loss import contrast, margin_loss
 from sslzoo_methods.margin.method import MarginContrast

@@ -15,10 +15,10 @@ from statistics import median
 import torch
 from measure import alternating, ratio
 
-from sslzoo.backbones import build_backbone
-from sslzoo.config import BackboneConfig, OptimConfig
-from sslzoo.method import Batch
-from sslzoo.plan import TrainingPlan
+from sslzoo.batch import Batch
+from sslzoo.nn.backbones import build_backbone
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import BackboneConfig, OptimConfig
 from sslzoo_methods.metaug.config import MetAugConfig
 from sslzoo_methods.metaug.method import MetAug
 

@@ -20,7 +20,7 @@ import torch
 from measure import alternating, extra_mebibytes
 from torch import Tensor
 
-from sslzoo.numerics import normalize
+from sslzoo.nn.numerics import normalize
 from sslzoo_methods.sce.loss import sce_loss, sce_multicrop_loss
 
 TEMPERATURES = {"temperature": 0.1, "target_temperature": 0.07}

@@ -17,7 +17,7 @@ import torch
 from measure import alternating, extra_mebibytes, ratio
 from torch import Tensor
 
-from sslzoo.numerics import normalize
+from sslzoo.nn.numerics import normalize
 from sslzoo_methods.sogclr.loss import gcl_loss, gcl_loss_lean
 
 FORMS: dict[str, Callable[..., Any]] = {"dense": gcl_loss, "lean": gcl_loss_lean}

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sslzoo.config import one_of, require
-from sslzoo.numerics import autocast_off, ieee_matmul
+from sslzoo.checks import one_of, require
+from sslzoo.nn.numerics import autocast_off, ieee_matmul
 
 WIDE_ANGLES = ("exact", "arcface", "clamp", "easy")
 

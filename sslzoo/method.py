@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from sslzoo.config import MethodConfig, OptimConfig, require
-from sslzoo.optim import build_optimizer, set_learning_rate
-from sslzoo.plan import TrainingPlan
-from sslzoo.schedules import learning_rate
-
-__all__ = ["Batch", "EvalBatch", "MethodConfig", "SSLMethod"]
-
-
-class Batch(NamedTuple):
-    """What the DataModule yields for training: N samples of this rank, views normalised."""
-
-    global_views: tuple[Tensor, ...]  # each (N, C, H, W)
-    local_views: tuple[Tensor, ...]  # each (N, C, h, w); may be empty
-    sample_id: Tensor  # (N,) int64, position in the training set; stable over epochs, workers, ranks
-    label: Tensor | None = None  # (N,) int64, for probes only; None where there are none
-
-
-class EvalBatch(NamedTuple):
-    """What the DataModule yields for evaluation: one plain view, normalised."""
-
-    image: Tensor  # (N, C, H, W)
-    sample_id: Tensor  # (N,)
-    label: Tensor  # (N,) int64
-
+from sslzoo.batch import Batch, EvalBatch
+from sslzoo.checks import require
+from sslzoo.optim.optimizers import build_optimizer, set_learning_rate
+from sslzoo.optim.schedules import learning_rate
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import MethodConfig, OptimConfig
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 

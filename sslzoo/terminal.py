@@ -5,7 +5,64 @@ Progress, warnings and errors go to stderr; the summary and the final table to s
 
 from __future__ import annotations
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+from rich.constrain import Constrain
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
+from rich.table import Column
 
 OUT = Console(highlight=False, soft_wrap=False)
 ERR = Console(stderr=True, highlight=False)
+
+REFRESH = 0.5  # seconds between updates
+# Free at the right: Ctrl-C echoes ^C behind the last row, and one that went into a new line would tear the bars.
+MARGIN = 4
+BESIDE_TEXTS = 24  # columns that descriptions, counts and what is left of a bar keep in a narrow terminal
+
+
+def redraws(console: Console) -> bool:
+    """Whether ``console`` is a terminal on which bars can move."""
+    return console.is_terminal and console.is_interactive
+
+
+class Bars(Progress):
+    """Rows of a description, a bar, ``count`` and a text, of which none wraps.
+
+    The bar takes the room that the others leave. The column of texts never gets narrower while the terminal
+    keeps its width, so that bars do not jump where a figure comes and goes.
+    """
+
+    def __init__(self, count: ProgressColumn, *, console: Console, out: Console = OUT) -> None:
+        self._texts, self._terminal = Column(no_wrap=True), console
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            count,
+            TextColumn("{task.fields[text]}", markup=False, table_column=self._texts),
+            console=console,
+            refresh_per_second=1 / REFRESH,
+            redirect_stdout=redraws(out),  # what is printed into a file must not appear here instead
+        )
+
+    @property
+    def _width(self) -> int:
+        return max(self._terminal.width - MARGIN, 1)
+
+    def get_renderable(self) -> RenderableType:
+        """The rows, as rich asks for them at each update."""
+        return Constrain(super().get_renderable(), self._width)
+
+    def show(
+        self,
+        row: TaskID,
+        *,
+        text: str,
+        completed: float,
+        total: float | None = None,
+        description: str | None = None,
+    ) -> None:
+        """Bring ``row`` up to date; what is None stays."""
+        room = max(self._width - BESIDE_TEXTS, 1)
+        self._texts.max_width = room
+        self._texts.min_width = min(max(self._texts.min_width or 0, cell_len(text)), room)
+        self.update(row, completed=completed, total=total, description=description, text=text)

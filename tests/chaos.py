@@ -25,9 +25,14 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from sslzoo.build import build_callbacks, build_data, build_method, build_plan
-from sslzoo.callbacks.checkpoint import latest, load_checkpoint
-from sslzoo.config import (
+from sslzoo.batch import Batch
+from sslzoo.checkpoints import latest, load_checkpoint
+from sslzoo.data.sources import FakeSource
+from sslzoo.method import SSLMethod
+from sslzoo.nn.momentum import MomentumEncoder
+from sslzoo.nn.queue import FeatureQueue
+from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.sections import (
     BackboneConfig,
     DataConfig,
     EvalConfig,
@@ -38,14 +43,10 @@ from sslzoo.config import (
     Recipe,
     ViewConfig,
 )
-from sslzoo.data.sources import FakeSource
-from sslzoo.launch import build_trainer
-from sslzoo.method import Batch, SSLMethod
-from sslzoo.momentum import MomentumEncoder
-from sslzoo.queue import FeatureQueue
-from sslzoo.recipe import load_recipe
+from sslzoo.run.build import build_callbacks, build_data, build_method, build_plan
 from sslzoo.run.directory import Run
 from sslzoo.run.placement import place
+from sslzoo.run.trainer import build_trainer
 from tests.ranks import free_port
 
 LIMIT = 30.0  # seconds; no run here takes a third of it

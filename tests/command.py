@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslzoo.config import MethodConfig
+from sslzoo.batch import Batch
 from sslzoo.distributed import rank
-from sslzoo.method import Batch, SSLMethod
+from sslzoo.method import SSLMethod
+from sslzoo.recipe.sections import MethodConfig
 from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -332,9 +333,9 @@ def srun_variables(rank: int, world: int, port: str, *, job: str = "4711") -> di
 
 def short_evaluation() -> None:
     """The final evaluation with a tenth of its steps, which change nothing in what is tested of a run."""
-    from sslzoo.evaluate import linear, sgd_probe
+    from sslzoo.evaluate import logistic, sgd_probe
 
-    sgd_probe.EPOCHS, sgd_probe.STEPS, linear.ITERATIONS = 2, 20, 5
+    sgd_probe.EPOCHS, sgd_probe.STEPS, logistic.ITERATIONS = 2, 20, 5
 
 
 def codes(ranks: Sequence[Command], limit: float = LIMIT) -> list[int]:

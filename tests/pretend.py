@@ -50,18 +50,18 @@ from PIL import Image
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sslzoo import launch
-from sslzoo.batchnorm import to_sync
-from sslzoo.build import build_callbacks, build_data, build_method, build_plan
-from sslzoo.callbacks.checkpoint import latest
 from sslzoo.callbacks.meter import Meter
-from sslzoo.config import Recipe
-from sslzoo.data.catalog import dataset_info
+from sslzoo.checkpoints import latest
 from sslzoo.data.datasets import open_source
 from sslzoo.data.sources import FakeSource, ImageSource
-from sslzoo.evaluate import linear, sgd_probe
+from sslzoo.evaluate import logistic, sgd_probe
 from sslzoo.evaluate.final import final_evaluation
-from sslzoo.recipe import load_recipe
+from sslzoo.nn.batchnorm import to_sync
+from sslzoo.recipe.catalog import dataset_info
+from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.sections import Recipe
+from sslzoo.run import trainer as launch
+from sslzoo.run.build import build_callbacks, build_data, build_method, build_plan
 from sslzoo.run.directory import Run
 
 CUDA = torch.device("cuda:0")
@@ -652,7 +652,7 @@ def train(gpu: PretendedGPU, job: Job, folder: Path, *, stop_at: int | None = No
             with (
                 mock.patch.object(sgd_probe, "EPOCHS", 1),
                 mock.patch.object(sgd_probe, "STEPS", 2),
-                mock.patch.object(linear, "ITERATIONS", 2),
+                mock.patch.object(logistic, "ITERATIONS", 2),
             ):
                 final_evaluation(
                     method,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslzoo import distributed as d
-from sslzoo.shuffle import shuffle, shuffled_order, unshuffle
+from sslzoo.nn.shuffle import shuffle, shuffled_order, unshuffle
 from tests.ranks import run_ranks
 
 

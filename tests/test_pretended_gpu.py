@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sslzoo.callbacks.checkpoint import load_checkpoint
 from sslzoo.callbacks.meter import Meter
+from sslzoo.checkpoints import load_checkpoint
 from sslzoo.distributed import gather_detached
-from sslzoo.registry import methods
+from sslzoo.recipe.registry import methods
 from tests.pretend import CUDA, STEPS, UNFINISHED, Job, Moment, PretendedGPU, main, train
 
 SMALL = {

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from sslzoo.registry import methods
+from sslzoo.recipe.registry import methods
 from tests.chaos import Fault, Job, Outcome, run
 
 JOBS = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule
 
-from sslzoo.callbacks.features import FeatureEvaluation
-from sslzoo.config import EvalConfig
+from sslzoo.callbacks.evaluation import FeatureEvaluation
 from sslzoo.evaluate.knn import knn_accuracy
+from sslzoo.recipe.sections import EvalConfig
 
 
 class KNN(FeatureEvaluation):

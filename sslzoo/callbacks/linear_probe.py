@@ -12,12 +12,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from sslzoo.callbacks.features import FeatureEvaluation, published
-from sslzoo.config import ProbeConfig
-from sslzoo.data.randomness import is_holdout
-from sslzoo.evaluate.linear import standardizer
+from sslzoo.batch import Batch
+from sslzoo.callbacks.evaluation import FeatureEvaluation, published
+from sslzoo.evaluate.metrics import standardizer
 from sslzoo.evaluate.sgd_probe import SGDProbe, choose, linear_evaluation
-from sslzoo.method import Batch, SSLMethod
+from sslzoo.method import SSLMethod
+from sslzoo.randomness import is_holdout
+from sslzoo.recipe.sections import ProbeConfig
 
 
 class LinearProbe(FeatureEvaluation):

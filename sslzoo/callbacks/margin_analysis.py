@@ -8,11 +8,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from sslzoo.batch import Batch
 from sslzoo.callbacks.meter import find_meter, log_metrics
-from sslzoo.config import require
+from sslzoo.checks import require
 from sslzoo.evaluate.margins import describe, margin_name, observe_batch, temperature_of
 from sslzoo.margins import Margin
-from sslzoo.method import Batch
 
 
 def _metrics(prefix: str, scalars: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

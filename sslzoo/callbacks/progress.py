@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TaskID
 from rich.table import Column
 
-from sslzoo.bars import REFRESH, Bars, redraws
 from sslzoo.callbacks.meter import find_meter
-from sslzoo.plan import TrainingPlan
-from sslzoo.terminal import ERR, OUT
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.terminal import ERR, OUT, REFRESH, Bars, redraws
 
 log = logging.getLogger(__name__)
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from sslzoo.evaluate.margin_report import analyse, expand, recipe_of
     from sslzoo.evaluate.margins import margin_name
     from sslzoo.margins import Margin
-    from sslzoo.recipe import RecipeError, load_recipe
+    from sslzoo.recipe.load import RecipeError, load_recipe
 
     try:
         paths = expand(args.checkpoint)

@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from sslzoo import registry
+from sslzoo.recipe import registry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sslzoo.recipe import leaves, load_recipe
+    from sslzoo.recipe.load import leaves, load_recipe
 
     sides = [load_recipe(name).recipe for name in args.recipes]
     values = [{key: _short(value) for key, value in leaves(side) if key != "name"} for side in sides]

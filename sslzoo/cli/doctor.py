@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from sslzoo.doctor import BROKEN, FINE, examine
+    from sslzoo.run.doctor import BROKEN, FINE, examine
 
     findings = examine()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

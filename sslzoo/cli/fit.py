@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; the exit code."""
-    from sslzoo.recipe import load_recipe
+    from sslzoo.recipe.load import load_recipe
     from sslzoo.run.launcher import end_with_parent, launch
     from sslzoo.run.placement import place, world_size_of
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             from rich.console import Console
 
-            from sslzoo.dry_run import dry_run
+            from sslzoo.run.dry_run import dry_run
 
             dry_run(loaded.recipe, Console())
             return 0
@@ -58,6 +58,6 @@ def run(args: argparse.Namespace) -> int:
     end_with_parent()
     # The libraries under us say on their own that a neighbour is gone: once is enough.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from sslzoo.fit import fit
+    from sslzoo.run.fit import fit
 
     return fit(loaded, out=args.out, resume=args.resume, init_from=args.init_from)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sslzoo import registry
-from sslzoo.data.catalog import DATASETS
+from sslzoo.recipe import registry
+from sslzoo.recipe.catalog import DATASETS
 
 KINDS = ("methods", "recipes", "datasets")
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import sslzoo
 from sslzoo import cli
-from sslzoo.registry import closest
+from sslzoo.checks import closest
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except ValueError as error:
-        from sslzoo.recipe import RecipeError  # not earlier: OmegaConf takes its time to import
+        from sslzoo.recipe.load import RecipeError
 
         if not isinstance(error, RecipeError):
             raise

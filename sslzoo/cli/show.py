@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sslzoo.recipe import load_recipe
+    from sslzoo.recipe.load import load_recipe
 
     loaded = load_recipe(args.recipe, args.overrides)
     text = f"# {loaded.source}\n{loaded.to_yaml(origins=True)}"

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sslzoo.recipe import RecipeError, load_recipe
+    from sslzoo.recipe.load import RecipeError, load_recipe
 
     overrides = [word for word in args.recipes if "=" in word]
     names = [word for word in args.recipes if "=" not in word]

@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from sslzoo.config import DataConfig, SourceConfig
-from sslzoo.data.catalog import dataset_info
 from sslzoo.data.idx import read_idx
 from sslzoo.data.sources import ArraySource, FileSource, ImageSource
+from sslzoo.recipe.catalog import dataset_info
+from sslzoo.recipe.sections import DataConfig, SourceConfig
 
 __all__ = ["ImageSource", "open_source"]
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from sslzoo.config import EvalConfig, ViewConfig
 from sslzoo.data.crops import channels_last, crop_image, evaluation_crop
 from sslzoo.data.sampler import Item
 from sslzoo.data.sources import ArraySource, ImageSource, UnreadableImageError
 from sslzoo.data.views import draw_boxes, draw_uniforms
+from sslzoo.recipe.sections import EvalConfig, ViewConfig
 
 log = logging.getLogger("sslzoo")
 

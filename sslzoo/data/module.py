@@ -13,20 +13,20 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sslzoo.config import DataConfig, EvalConfig, ProbeConfig, SourceConfig, ViewConfig
-from sslzoo.data.catalog import dataset_info
+from sslzoo.batch import Batch, EvalBatch
 from sslzoo.data.crops import crop_batch
 from sslzoo.data.datasets import open_source
 from sslzoo.data.loading import BadImages, EvalDataset, RawBatch, RawEvalBatch, ViewDataset, shard, to_unit
 from sslzoo.data.photometric import normalize
-from sslzoo.data.randomness import is_holdout, subset
 from sslzoo.data.sampler import GlobalBatchSampler
 from sslzoo.data.sources import ArraySource, FakeSource, ImageSource
 from sslzoo.data.views import ViewDraws, apply_view, draw_boxes, draw_uniforms, draw_view, expand_views
 from sslzoo.distributed import rank, world_size
 from sslzoo.exits import LEAVE_SIGNALS
-from sslzoo.method import Batch, EvalBatch
-from sslzoo.plan import TrainingPlan
+from sslzoo.randomness import is_holdout, subset
+from sslzoo.recipe.catalog import dataset_info
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import DataConfig, EvalConfig, ProbeConfig, SourceConfig, ViewConfig
 
 __all__ = ["EvalSet", "SSLDataModule", "is_holdout"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 from torch.utils.data import Sampler
 
-from sslzoo.data.randomness import epoch_order
-from sslzoo.plan import TrainingPlan
+from sslzoo.randomness import epoch_order
+from sslzoo.recipe.plan import TrainingPlan
 
 Item = tuple[int, int]  # (epoch, sample_id): workers need no other word of the epoch
 

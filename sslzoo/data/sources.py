@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from sslzoo.data.randomness import FAKE, hash64, key
+from sslzoo.randomness import FAKE, hash64, key
 
 
 class UnreadableImageError(OSError):

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslzoo.config import ViewConfig
 from sslzoo.data import photometric as ph
 from sslzoo.data.crops import CROP_DRAWS, sample_boxes
-from sslzoo.data.randomness import view_uniforms
+from sslzoo.randomness import view_uniforms
+from sslzoo.recipe.sections import ViewConfig
 
 # Columns of a view's uniforms after those of the crop.
 JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, BLUR, SIGMA, SOLARIZE, FLIP, ORDER = range(

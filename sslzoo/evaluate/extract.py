@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from sslzoo.config import require
-from sslzoo.method import EvalBatch
+from sslzoo.batch import EvalBatch
+from sslzoo.checks import require
 
 Encoder = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> features (N, F)
 

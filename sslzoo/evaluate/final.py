@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sslzoo.config import PCA_WIDTH, Recipe
-from sslzoo.data.randomness import is_holdout
 from sslzoo.distributed import rank
 from sslzoo.evaluate.extract import Encoder, Extracted, extract
 from sslzoo.evaluate.knn import knn_accuracy
-from sslzoo.evaluate.linear import linear_probe, principal_components
+from sslzoo.evaluate.logistic import linear_probe, principal_components
+from sslzoo.evaluate.metrics import FEATURES
 from sslzoo.evaluate.progress import EvaluationProgress, Report, reported
 from sslzoo.evaluate.sgd_probe import EPOCHS, STEPS, linear_evaluation
 from sslzoo.files import write_json
-from sslzoo.report import ROWS
+from sslzoo.randomness import is_holdout
+from sslzoo.recipe.sections import PCA_WIDTH, Recipe
 
 if TYPE_CHECKING:
     from sslzoo.data.module import SSLDataModule
@@ -110,7 +110,7 @@ def _with_baselines(
     sets = datamodule.eval_sets()
     loaders = datamodule.val_dataloader()
     primary = next(s for s in sets if s.num_classes > 0)
-    progress.expect(_EXTRACTIONS + _JUDGEMENTS * len(ROWS))
+    progress.expect(_EXTRACTIONS + _JUDGEMENTS * len(FEATURES))
 
     def extracted(split: str, report: Report) -> Extracted:
         i = next(i for i, s in enumerate(sets) if (s.name, s.split) == (primary.name, split))
@@ -147,13 +147,13 @@ def _measure(
     results: dict[str, float] = {}
     for name, (x, test_x) in pairs.items():
         pair, test_pair = (x, train.label), (test_x, test.label)
-        report = progress.stage(f"{ROWS[name]}: linear probe")
+        report = progress.stage(f"{FEATURES[name]}: linear probe")
         probe = linear_evaluation(
             pair, test_pair, held_out, recipe.probe, classes=classes, seed=recipe.seed, report=report
         )
         results[f"{name}linear_top1"] = probe.top1
         results[f"{name}linear_top5"] = probe.top5
-        report = progress.stage(f"{ROWS[name]}: logistic regression")
+        report = progress.stage(f"{FEATURES[name]}: logistic regression")
         regression = linear_probe(*pair, *test_pair, held_out, classes=classes, report=report)
         results[f"{name}logistic_top1"] = regression.top1
         results[f"{name}knn_top1"] = knn_accuracy(
@@ -164,6 +164,6 @@ def _measure(
             k=recipe.eval.knn_k,
             temperature=recipe.eval.knn_temperature,
             classes=classes,
-            report=progress.stage(f"{ROWS[name]}: k-NN"),
+            report=progress.stage(f"{FEATURES[name]}: k-NN"),
         )
     return results

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sslzoo.config import require
+from sslzoo.checks import require
 from sslzoo.distributed import all_reduce_sum, gather_detached, rank, world_size
 from sslzoo.evaluate.progress import Report, unseen
-from sslzoo.numerics import normalize
+from sslzoo.nn.numerics import normalize
 
 QUERIES = 512  # test samples compared at a time
 BANK = 65536  # bank samples compared at a time: 128 MiB of similarities

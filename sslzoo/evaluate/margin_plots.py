@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from sslzoo.margins import Margin
-from sslzoo.report import BLUE, GREEN, ORANGE
+from sslzoo.run.report import BLUE, GREEN, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

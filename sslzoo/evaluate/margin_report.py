@@ -15,25 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sslzoo.build import build_data, build_method, build_plan
-from sslzoo.callbacks.checkpoint import checkpoints, load_checkpoint
-from sslzoo.config import require
+from sslzoo.checkpoints import checkpoints, load_checkpoint
+from sslzoo.checks import require
 from sslzoo.data.datasets import open_source
-from sslzoo.evaluate.margins import (
-    Observation,
-    describe,
-    join,
-    observe_batch,
-    per_sample,
-    temperature_of,
-)
+from sslzoo.evaluate.margins import Observation, describe, join, observe_batch, per_sample, temperature_of
 from sslzoo.margins import NO_MARGIN, Margin
-from sslzoo.recipe import LoadedRecipe, plain
+from sslzoo.recipe.load import LoadedRecipe, plain
+from sslzoo.run.build import build_data, build_method, build_plan
 
 if TYPE_CHECKING:
-    from sslzoo.config import Recipe
+    from sslzoo.batch import Batch
     from sslzoo.evaluate.margin_plots import Snapshot
-    from sslzoo.method import Batch, SSLMethod
+    from sslzoo.method import SSLMethod
+    from sslzoo.recipe.sections import Recipe
 
 
 PAIRS = (

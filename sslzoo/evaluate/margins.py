@@ -14,23 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslzoo.config import require
+from sslzoo.checks import require
 from sslzoo.distributed import gather_detached, rank
-from sslzoo.margins import (
-    Factors,
-    Margin,
-    Pairs,
-    angle_histogram,
-    chord_angle,
-    gradient_factors,
-    pull_sums,
-)
-from sslzoo.numerics import autocast_off, ieee_matmul, normalize
+from sslzoo.margins import Factors, Margin, Pairs, angle_histogram, chord_angle, gradient_factors, pull_sums
+from sslzoo.nn.numerics import autocast_off, ieee_matmul, normalize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sslzoo.method import Batch, SSLMethod
+    from sslzoo.batch import Batch
+    from sslzoo.method import SSLMethod
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CHUNK = 1024  # anchors whose similarities are held at a time

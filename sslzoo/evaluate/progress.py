@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.progress import TaskID, TextColumn
 from torch.utils.data import DataLoader
 
-from sslzoo.bars import REFRESH, Bars, redraws
-from sslzoo.report import duration
-from sslzoo.terminal import ERR, OUT
+from sslzoo.run.report import duration
+from sslzoo.terminal import ERR, OUT, REFRESH, Bars, redraws
 
 Report = Callable[[float], None]  # is told how much of a stage is done, a fraction
 

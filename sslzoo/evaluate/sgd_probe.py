@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sslzoo.config import ProbeConfig, require
+from sslzoo.checks import require
 from sslzoo.distributed import all_reduce_sum, world_size
-from sslzoo.evaluate.linear import standardizer, within_top
+from sslzoo.evaluate.metrics import standardizer, within_top
 from sslzoo.evaluate.progress import Report, unseen
+from sslzoo.recipe.sections import ProbeConfig
 
 EPOCHS = 50  # of linear evaluation on extracted features,
 STEPS = 1000  # and at least so many steps

@@ -21,8 +21,8 @@ from typing import Any
 
 from sslzoo.exits import ExitCode, RunError
 from sslzoo.files import write_json, write_text
-from sslzoo.plan import TrainingPlan
-from sslzoo.recipe import LoadedRecipe, leaves
+from sslzoo.recipe.load import LoadedRecipe, leaves
+from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.run.ending import Ending
 from sslzoo.run.lock import LOCK, refuse_if_owned
 from sslzoo.run.provenance import git_state, hardware, versions
@@ -156,7 +156,7 @@ def choose(
             images, another world size or more epochs.
         ValueError: no checkpoint can be read.
     """
-    from sslzoo.callbacks.checkpoint import load_checkpoint, newest_sound
+    from sslzoo.checkpoints import load_checkpoint, newest_sound
 
     run_id = os.environ.get("SSLZOO_RUN_ID") or new_run_id()
     named = Path(resume).absolute() if resume is not None and resume != "auto" else None

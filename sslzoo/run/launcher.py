@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sslzoo.config import require
+from sslzoo.checks import require
 from sslzoo.exits import LEAVE_SIGNALS, ExitCode
 from sslzoo.run.directory import PHASES, Run
 from sslzoo.run.ending import Ending, told

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sslzoo.config import require
+from sslzoo.checks import require
 
 LAUNCHER_FOLDER = "SSLZOO_LAUNCHER_FOLDER"  # set by sslzoo's own launcher for the ranks that it starts
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

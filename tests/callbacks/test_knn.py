@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sslzoo.callbacks import features as module
+from sslzoo.batch import Batch, EvalBatch
+from sslzoo.callbacks import evaluation as module
 from sslzoo.callbacks.knn import KNN
-from sslzoo.config import EvalConfig, MethodConfig
-from sslzoo.method import Batch, EvalBatch, SSLMethod
+from sslzoo.method import SSLMethod
+from sslzoo.recipe.sections import EvalConfig, MethodConfig
 from tests.evaluate.test_knn import by_definition, problem
 from tests.ranks import run_ranks
 

@@ -12,17 +12,18 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from sslzoo.callbacks import features as module
+from sslzoo.batch import Batch, EvalBatch
+from sslzoo.callbacks import evaluation as module
 from sslzoo.callbacks.linear_probe import LinearProbe
 from sslzoo.callbacks.meter import Meter
-from sslzoo.callbacks.position import Position
-from sslzoo.config import DataConfig, EvalConfig, MethodConfig, OptimConfig, ProbeConfig, ViewConfig
+from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.data.module import SSLDataModule
 from sslzoo.data.sources import FakeSource
-from sslzoo.evaluate.linear import within_top
+from sslzoo.evaluate.metrics import within_top
 from sslzoo.evaluate.sgd_probe import EPS, STATISTICS_RATE, SGDProbe
-from sslzoo.method import Batch, EvalBatch, SSLMethod
-from sslzoo.plan import TrainingPlan
+from sslzoo.method import SSLMethod
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import DataConfig, EvalConfig, MethodConfig, OptimConfig, ProbeConfig, ViewConfig
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -233,7 +234,7 @@ def _run(
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[Position(), *([online] if probe else []), Meter(folder, every_steps=2)],
+        callbacks=[StepSeeding(), *([online] if probe else []), Meter(folder, every_steps=2)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -15,12 +15,11 @@ from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor, nn
 
-from sslzoo.build import build_data, build_method, build_plan
+from sslzoo.batch import Batch
 from sslzoo.callbacks.margin_analysis import MarginAnalysis
 from sslzoo.callbacks.meter import Meter
-from sslzoo.callbacks.position import Position
+from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.cli.main import main
-from sslzoo.config import MethodConfig
 from sslzoo.data.sources import FakeSource
 from sslzoo.evaluate.margin_report import _moments
 from sslzoo.evaluate.margins import (
@@ -31,12 +30,14 @@ from sslzoo.evaluate.margins import (
     per_sample,
     temperature_of,
 )
-from sslzoo.launch import build_trainer
 from sslzoo.margins import Margin
-from sslzoo.method import Batch, SSLMethod
-from sslzoo.numerics import normalize
-from sslzoo.recipe import RecipeError, load_recipe
-from sslzoo.registry import recipes
+from sslzoo.method import SSLMethod
+from sslzoo.nn.numerics import normalize
+from sslzoo.recipe.load import RecipeError, load_recipe
+from sslzoo.recipe.registry import recipes
+from sslzoo.recipe.sections import MethodConfig
+from sslzoo.run.build import build_data, build_method, build_plan
+from sslzoo.run.trainer import build_trainer
 from sslzoo_methods.margin.method import MarginContrast
 from sslzoo_methods.sce.method import SCE
 from tests.chaos import digest
@@ -170,7 +171,7 @@ def train(name: str, folder: Path, watching: bool, epochs: int = 2) -> tuple[str
     analysis = (
         MarginAnalysis([(10.0, 0.0), (0.0, 0.1)], every_steps=3, temperature=given) if watching else None
     )
-    callbacks: list[Callback] = [Position()]
+    callbacks: list[Callback] = [StepSeeding()]
     callbacks += [] if analysis is None else [analysis]
     options = {**recipe.trainer, "limit_val_batches": 0, "max_epochs": epochs}
     trainer = build_trainer(options, run_dir=folder, callbacks=[*callbacks, Meter(folder, every_steps=2)])

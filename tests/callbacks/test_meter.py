@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from sslzoo.callbacks.meter import Meter, MetricsFile, log_metrics
+from sslzoo.callbacks.meter import Meter, log_metrics
+from sslzoo.callbacks.metrics_file import MetricsFile
 from sslzoo.exits import ExitCode
 from tests.pretend import CUDA, PretendedGPU
 

@@ -14,11 +14,11 @@ from lightning.pytorch import Callback
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
-from sslzoo.bars import Bars
 from sslzoo.callbacks import progress
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.progress import ProgressDisplay
-from sslzoo.plan import TrainingPlan
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.terminal import Bars
 from tests import chaos
 
 HIDDEN, SHOWN = "\x1b[?25l", "\x1b[?25h"  # the cursor
@@ -120,7 +120,7 @@ def test_a_run_in_a_terminal_shows_steps_then_its_evaluation_then_steps(tmp_path
     display = ProgressDisplay(out=out, err=err)
     watch = Watch(display)
     # Six steps an epoch; 100 training and 20 test images in batches of 32.
-    monkeypatch.setattr("sslzoo.build.ProgressDisplay", lambda: display)
+    monkeypatch.setattr("sslzoo.run.build.ProgressDisplay", lambda: display)
     monkeypatch.setattr(chaos, "_Disturbance", lambda *_: watch)
     chaos.fit(chaos.Job(epochs=2), tmp_path, None)
 

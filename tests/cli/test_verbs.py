@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import sslzoo
-from sslzoo import registry
 from sslzoo.cli.main import main, verbs
-from sslzoo.data.catalog import DATASETS
+from sslzoo.recipe import registry
+from sslzoo.recipe.catalog import DATASETS
 
 NAME = "simclr_cifar10"
 

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from sslzoo.build import build_data, build_method
-from sslzoo.config import Recipe
+from sslzoo.batch import Batch
 from sslzoo.data.sources import fake_source
-from sslzoo.method import Batch, SSLMethod
-from sslzoo.plan import TrainingPlan
-from sslzoo.recipe import load_recipe
-from sslzoo.registry import method_class, methods, recipes
+from sslzoo.method import SSLMethod
+from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.registry import method_class, methods, recipes
+from sslzoo.recipe.sections import Recipe
+from sslzoo.run.build import build_data, build_method
 
 N = 8
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sslzoo.build import build_method, build_plan
-from sslzoo.dry_run import dataset_size, one_step
-from sslzoo.launch import world_size_of
-from sslzoo.recipe import load_recipe
-from sslzoo.registry import recipes
+from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.registry import recipes
+from sslzoo.run.build import build_method, build_plan
+from sslzoo.run.dry_run import dataset_size, one_step
+from sslzoo.run.trainer import world_size_of
 
 
 def test_there_are_recipes():

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sslzoo.config import SourceConfig
-from sslzoo.data.catalog import DATASETS, dataset_info
 from sslzoo.data.datasets import _READERS, open_source
 from sslzoo.data.idx import read_idx
 from sslzoo.data.sources import ArraySource, FileSource, UnreadableImageError, fake_source
+from sslzoo.recipe.catalog import DATASETS, dataset_info
+from sslzoo.recipe.sections import SourceConfig
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 

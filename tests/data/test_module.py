@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from sslzoo.config import DataConfig, EvalConfig, ProbeConfig, SourceConfig, ViewConfig
+from sslzoo.batch import Batch
 from sslzoo.data.crops import crop_image
 from sslzoo.data.datasets import open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.data.sources import ImageSource, fake_source
 from sslzoo.data.views import draw_boxes, draw_uniforms
-from sslzoo.method import Batch
-from sslzoo.plan import TrainingPlan
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import DataConfig, EvalConfig, ProbeConfig, SourceConfig, ViewConfig
 from tests.ranks import run_ranks
 
 COLOUR: dict[str, Any] = {

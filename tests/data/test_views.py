@@ -8,10 +8,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from sslzoo.config import ViewConfig
 from sslzoo.data import photometric as ph
 from sslzoo.data.crops import CROP_DRAWS, channels_last, crop_batch, crop_image, sample_boxes
 from sslzoo.data.views import apply_view, draw_boxes, draw_uniforms, draw_view, expand_views
+from sslzoo.recipe.sections import ViewConfig
 
 STRONG = ViewConfig(
     size=24,

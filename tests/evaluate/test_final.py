@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sslzoo.config import (
+from sslzoo.batch import Batch
+from sslzoo.data.module import SSLDataModule
+from sslzoo.data.sources import FakeSource
+from sslzoo.evaluate import final
+from sslzoo.evaluate.final import final_evaluation
+from sslzoo.method import SSLMethod
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import (
     BackboneConfig,
     DataConfig,
     EvalConfig,
@@ -20,12 +27,6 @@ from sslzoo.config import (
     Recipe,
     ViewConfig,
 )
-from sslzoo.data.module import SSLDataModule
-from sslzoo.data.sources import FakeSource
-from sslzoo.evaluate import final
-from sslzoo.evaluate.final import final_evaluation
-from sslzoo.method import Batch, SSLMethod
-from sslzoo.plan import TrainingPlan
 
 PROMISED = {
     "linear_top1",

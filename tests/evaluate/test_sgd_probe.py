@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslzoo.config import ProbeConfig
 from sslzoo.evaluate.sgd_probe import LinearResult, linear_evaluation
+from sslzoo.recipe.sections import ProbeConfig
 from tests.ranks import run_ranks
 
 CLASSES, WIDTH = 5, 8

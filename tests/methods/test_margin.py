@@ -15,23 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sslzoo.batchnorm import to_sync
-from sslzoo.config import OptimConfig
+from sslzoo.batch import Batch
 from sslzoo.distributed import all_reduce_mean
-from sslzoo.margins import (
-    NO_MARGIN,
-    Factors,
-    Margin,
-    Pairs,
-    angle_histogram,
-    gradient_factors,
-    pull_sums,
-)
-from sslzoo.method import Batch
-from sslzoo.numerics import normalize
-from sslzoo.plan import TrainingPlan
-from sslzoo.recipe import load_recipe
-from sslzoo.registry import recipes
+from sslzoo.margins import NO_MARGIN, Factors, Margin, Pairs, angle_histogram, gradient_factors, pull_sums
+from sslzoo.nn.batchnorm import to_sync
+from sslzoo.nn.numerics import normalize
+from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.registry import recipes
+from sslzoo.recipe.sections import OptimConfig
 from sslzoo_methods.margin.config import MarginConfig
 from sslzoo_methods.margin.loss import (
     attract,

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sslzoo.batchnorm import SyncBatchNorm
 from sslzoo.distributed import all_reduce_mean, gather
-from sslzoo.numerics import normalize
+from sslzoo.nn.batchnorm import SyncBatchNorm
+from sslzoo.nn.numerics import normalize
 from sslzoo_methods.metaug.banks import MemoryBanks
 from sslzoo_methods.metaug.loss import (
     Contrast,

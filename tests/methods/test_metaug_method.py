@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sslzoo.backbones import build_backbone, parameter_count
-from sslzoo.batchnorm import to_sync
-from sslzoo.build import load_weights
-from sslzoo.callbacks.checkpoint import latest, load_checkpoint
-from sslzoo.config import BackboneConfig, OptimConfig, Recipe
+from sslzoo.batch import Batch
+from sslzoo.checkpoints import latest, load_checkpoint
 from sslzoo.distributed import all_reduce_mean
-from sslzoo.launch import build_trainer
-from sslzoo.method import Batch
-from sslzoo.plan import TrainingPlan
-from sslzoo.recipe import load_recipe
-from sslzoo.registry import recipes
-from sslzoo.schedules import learning_rate
+from sslzoo.nn.backbones import build_backbone, parameter_count
+from sslzoo.nn.batchnorm import to_sync
+from sslzoo.optim.schedules import learning_rate
+from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.registry import recipes
+from sslzoo.recipe.sections import BackboneConfig, OptimConfig, Recipe
+from sslzoo.run.build import load_weights
+from sslzoo.run.trainer import build_trainer
 from sslzoo_methods.metaug.color import normalized, rgb_to_lab, rgb_to_ycbcr
 from sslzoo_methods.metaug.config import MetAugConfig
 from sslzoo_methods.metaug.encoders import ThreeViewBackbone

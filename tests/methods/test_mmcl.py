@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sslzoo.batchnorm import to_sync
-from sslzoo.config import OptimConfig
+from sslzoo.batch import Batch
 from sslzoo.distributed import gather, rank
-from sslzoo.method import Batch
-from sslzoo.numerics import normalize
-from sslzoo.plan import TrainingPlan
-from sslzoo.recipe import load_recipe
-from sslzoo.registry import recipes
+from sslzoo.nn.batchnorm import to_sync
+from sslzoo.nn.numerics import normalize
+from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.registry import recipes
+from sslzoo.recipe.sections import OptimConfig
 from sslzoo_methods.mmcl.config import KERNELS, AdaptiveConfig, MMCLConfig, PGDConfig
 from sslzoo_methods.mmcl.kernels import bandwidth, kernel_shift, shifted_gram, shifted_kernel
 from sslzoo_methods.mmcl.loss import dual_health, dual_problem, kernel_means, mmcl_loss

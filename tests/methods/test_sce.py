@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslzoo.batchnorm import SplitBatchNorm
-from sslzoo.config import OptimConfig
-from sslzoo.momentum import MomentumEncoder
-from sslzoo.numerics import normalize
-from sslzoo.optim import LARS, build_optimizer, set_learning_rate
-from sslzoo.queue import FeatureQueue
-from sslzoo.schedules import ema_momentum, interpolate, warmup_cosine
+from sslzoo.nn.batchnorm import SplitBatchNorm
+from sslzoo.nn.momentum import MomentumEncoder
+from sslzoo.nn.numerics import normalize
+from sslzoo.nn.queue import FeatureQueue
+from sslzoo.optim.optimizers import LARS, build_optimizer, set_learning_rate
+from sslzoo.optim.schedules import ema_momentum, interpolate, warmup_cosine
+from sslzoo.recipe.sections import OptimConfig
 from sslzoo_methods.sce import loss as loss_module
 from sslzoo_methods.sce.loss import (
     SCEDense,

@@ -12,9 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sslzoo.backbones import build_backbone
-from sslzoo.batchnorm import SplitBatchNorm, to_sync
-from sslzoo.config import (
+from sslzoo.batch import Batch
+from sslzoo.distributed import all_reduce_mean
+from sslzoo.nn.backbones import build_backbone
+from sslzoo.nn.batchnorm import SplitBatchNorm, to_sync
+from sslzoo.nn.numerics import normalize
+from sslzoo.optim.schedules import learning_rate
+from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.registry import method_class, recipes
+from sslzoo.recipe.sections import (
     BackboneConfig,
     DataConfig,
     EvalConfig,
@@ -23,13 +30,6 @@ from sslzoo.config import (
     Recipe,
     ViewConfig,
 )
-from sslzoo.distributed import all_reduce_mean
-from sslzoo.method import Batch
-from sslzoo.numerics import normalize
-from sslzoo.plan import TrainingPlan
-from sslzoo.recipe import load_recipe
-from sslzoo.registry import method_class, recipes
-from sslzoo.schedules import learning_rate
 from sslzoo_methods.sce.config import HeadConfig, SCEConfig, TermsConfig, WarmupConfig
 from sslzoo_methods.sce.method import SCE
 from tests.ranks import run_ranks

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sslzoo.batchnorm import to_sync
-from sslzoo.method import Batch
-from sslzoo.numerics import normalize
+from sslzoo.batch import Batch
+from sslzoo.nn.batchnorm import to_sync
+from sslzoo.nn.numerics import normalize
 from sslzoo_methods.simclr.config import SimCLRConfig
 from sslzoo_methods.simclr.loss import nt_xent
 from sslzoo_methods.simclr.method import SimCLR

@@ -15,18 +15,18 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sslzoo.backbones import build_backbone, parameter_count
-from sslzoo.batchnorm import to_sync
-from sslzoo.build import load_weights
-from sslzoo.callbacks.checkpoint import latest, load_checkpoint
-from sslzoo.config import OptimConfig
+from sslzoo.batch import Batch
+from sslzoo.checkpoints import latest, load_checkpoint
 from sslzoo.distributed import all_reduce_mean
-from sslzoo.method import Batch
-from sslzoo.numerics import normalize
-from sslzoo.optim import LARS, set_learning_rate
-from sslzoo.plan import TrainingPlan
-from sslzoo.recipe import RecipeError, load_recipe
-from sslzoo.registry import method_class, recipes
+from sslzoo.nn.backbones import build_backbone, parameter_count
+from sslzoo.nn.batchnorm import to_sync
+from sslzoo.nn.numerics import normalize
+from sslzoo.optim.optimizers import LARS, set_learning_rate
+from sslzoo.recipe.load import RecipeError, load_recipe
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.registry import method_class, recipes
+from sslzoo.recipe.sections import OptimConfig
+from sslzoo.run.build import load_weights
 from sslzoo_methods.sogclr.bimodal import bimodal_loss, global_temperature_loss
 from sslzoo_methods.sogclr.config import SogCLRConfig
 from sslzoo_methods.sogclr.gamma import decay_epochs, inner_rate

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from sslzoo.config import LoggingConfig, WandbConfig
 from sslzoo.exits import ExitCode, RunError
-from sslzoo.loggers import build_loggers
-from sslzoo.plan import TrainingPlan
-from sslzoo.recipe import load_recipe
+from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import LoggingConfig, WandbConfig
 from sslzoo.run.directory import Run, begin, choose, newest
 from sslzoo.run.ending import Ending
 from sslzoo.run.lock import HEARTBEAT, STALE, RunLock, read_lock, refuse_if_owned
+from sslzoo.run.loggers import build_loggers
 from tests.command import Command, fork, manifest, saved, shell, until, write_recipe
 
 RECIPE = "simclr_fashion_mnist"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sslzoo.callbacks.checkpoint import load_checkpoint
+from sslzoo.checkpoints import load_checkpoint
 from sslzoo.exits import ExitCode
 from tests.chaos import digest
 from tests.command import (

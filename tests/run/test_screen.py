@@ -93,7 +93,7 @@ def test_warnings_of_the_framework_and_of_python_reach_terminal_and_log(folder: 
         """As a library would, before there is a run directory, and as a method would while it trains."""
         import warnings
 
-        from sslzoo import fit as module
+        from sslzoo.run import fit as module
 
         warnings.simplefilter("always")
         build = module.build_method
@@ -113,7 +113,7 @@ def test_warnings_of_the_framework_and_of_python_reach_terminal_and_log(folder: 
     ]
     log = (folder / "warned" / "train.log").read_text()
     assert "WARNING py.warnings: " in log and "the library is old" in log
-    assert "WARNING sslzoo.fit: the queue spans an epoch" in log
+    assert "WARNING sslzoo.run.fit: the queue spans an epoch" in log
 
 
 def test_an_error_while_bars_are_shown_stands_below_them(folder: Path) -> None:

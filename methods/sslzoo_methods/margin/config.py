@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from math import inf, isfinite, log, pi, radians
 
-from sslzoo.config import MethodConfig, one_of, refuse_idle, require
+from sslzoo.checks import one_of, require
+from sslzoo.recipe.sections import MethodConfig, refuse_idle
 
 BASES = ("simclr", "mocov2", "mocov3", "byol", "simsiam")
 NEGATIVE_FREE = ("byol", "simsiam")

@@ -21,7 +21,7 @@ from sslzoo.margins import (
     gradient_factors,
     negative_logsumexp,
 )
-from sslzoo.numerics import autocast_off, normalize
+from sslzoo.nn.numerics import autocast_off, normalize
 
 
 def contrast(

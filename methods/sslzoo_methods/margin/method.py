@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sslzoo.batch import Batch
 from sslzoo.distributed import all_reduce_mean, all_reduce_sum, gather, gather_detached, rank, world_size
-from sslzoo.heads import mlp
 from sslzoo.margins import NO_MARGIN, Margin, pull_sums
-from sslzoo.method import Batch, SSLMethod
-from sslzoo.momentum import MomentumEncoder
-from sslzoo.numerics import ieee_matmul, normalize
-from sslzoo.queue import FeatureQueue
-from sslzoo.schedules import ema_momentum, interpolate
-from sslzoo.shuffle import shuffle, shuffled_order, unshuffle
+from sslzoo.method import SSLMethod
+from sslzoo.nn.heads import mlp
+from sslzoo.nn.momentum import MomentumEncoder
+from sslzoo.nn.numerics import ieee_matmul, normalize
+from sslzoo.nn.queue import FeatureQueue
+from sslzoo.nn.shuffle import shuffle, shuffled_order, unshuffle
+from sslzoo.optim.schedules import ema_momentum, interpolate
 from sslzoo_methods.margin.bases import CONSTANT, HEADS, VIEW_ORDERS, Term, key_views, margin_of, pair_views
 from sslzoo_methods.margin.config import WITH_TARGET, MarginConfig
 from sslzoo_methods.margin.health import health

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sslzoo.data.randomness import NEGATIVES, key, uniforms
 from sslzoo.distributed import gather_detached, rank
-from sslzoo.numerics import normalize
+from sslzoo.nn.numerics import normalize
+from sslzoo.randomness import NEGATIVES, key, uniforms
 
 
 class MemoryBanks(nn.Module):

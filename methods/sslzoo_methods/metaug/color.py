@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sslzoo.numerics import autocast_off
+from sslzoo.nn.numerics import autocast_off
 
 # Linear sRGB to XYZ (IEC 61966-2-1) and the white of D65 seen at 2 degrees.
 XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))

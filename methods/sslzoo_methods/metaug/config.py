@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sslzoo.config import MethodConfig, Recipe, one_of, refuse_idle, require
+from sslzoo.checks import one_of, require
+from sslzoo.recipe.sections import MethodConfig, Recipe, refuse_idle
 
 
 @dataclass(frozen=True, kw_only=True)

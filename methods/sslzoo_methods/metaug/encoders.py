@@ -9,9 +9,9 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from sslzoo.config import require
-from sslzoo.heads import mlp
-from sslzoo.numerics import normalize
+from sslzoo.checks import require
+from sslzoo.nn.heads import mlp
+from sslzoo.nn.numerics import normalize
 from sslzoo_methods.metaug.color import normalized
 
 

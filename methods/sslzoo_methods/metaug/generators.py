@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sslzoo.heads import mlp
-from sslzoo.numerics import normalize
+from sslzoo.nn.heads import mlp
+from sslzoo.nn.numerics import normalize
 from sslzoo_methods.metaug.config import MetAugConfig
 
 

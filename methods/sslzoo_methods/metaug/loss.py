@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslzoo.config import require
-from sslzoo.numerics import at_least_float32, autocast_off, ieee_matmul
+from sslzoo.checks import require
+from sslzoo.nn.numerics import at_least_float32, autocast_off, ieee_matmul
 
 Pair = tuple[int, int]  # (query view, key view)
 

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sslzoo.distributed import all_reduce_mean, world_size
-from sslzoo.numerics import autocast_off
+from sslzoo.nn.numerics import autocast_off
 from sslzoo_methods.metaug.config import MetAugConfig
 from sslzoo_methods.metaug.loss import Objective
 from sslzoo_methods.metaug.objective import INNER, OUTER

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sslzoo.config import OptimConfig, require
-from sslzoo.method import Batch, SSLMethod
-from sslzoo.numerics import autocast_off
-from sslzoo.optim import build_optimizer, set_learning_rate
-from sslzoo.plan import TrainingPlan
-from sslzoo.schedules import interpolate, learning_rate
+from sslzoo.batch import Batch
+from sslzoo.checks import require
+from sslzoo.method import SSLMethod
+from sslzoo.nn.numerics import autocast_off
+from sslzoo.optim.optimizers import build_optimizer, set_learning_rate
+from sslzoo.optim.schedules import interpolate, learning_rate
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import OptimConfig
 from sslzoo_methods.metaug.banks import MemoryBanks
 from sslzoo_methods.metaug.config import MetAugConfig
 from sslzoo_methods.metaug.encoders import Network, ThreeViewBackbone, build_projector

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from sslzoo.config import MethodConfig, one_of, require
+from sslzoo.checks import one_of, require
+from sslzoo.recipe.sections import MethodConfig
 
 SOLVERS = ("inv", "pgd", "pgd_adaptive", "exact")
 KERNELS = ("rbf", "linear", "poly", "tanh", "min")

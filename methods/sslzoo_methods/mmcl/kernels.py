@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from sslzoo.config import one_of
+from sslzoo.checks import one_of
 from sslzoo_methods.mmcl.config import KERNELS, SIGMA_RULES
 
 CDIST_ELEMENTS = 2**22  # on CUDA the backward of cdist holds rows x N x D numbers: bound them

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from sslzoo.config import one_of, require
-from sslzoo.numerics import autocast_off, normalize
+from sslzoo.checks import one_of, require
+from sslzoo.nn.numerics import autocast_off, normalize
 from sslzoo_methods.mmcl.config import ALPHA_NORMALIZE, SELF_KERNELS
 from sslzoo_methods.mmcl.kernels import bandwidth, kernel_shift, shifted_gram, shifted_kernel
 from sslzoo_methods.mmcl.solvers import DualProblem

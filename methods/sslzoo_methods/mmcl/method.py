@@ -8,10 +8,11 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from sslzoo.crop_pass import forward_crops
+from sslzoo.batch import Batch
 from sslzoo.distributed import gather, rank
-from sslzoo.heads import mlp
-from sslzoo.method import Batch, SSLMethod
+from sslzoo.method import SSLMethod
+from sslzoo.nn.heads import mlp
+from sslzoo.nn.passes import forward_crops
 from sslzoo_methods.mmcl.config import MMCLConfig
 from sslzoo_methods.mmcl.loss import dual_health, dual_problem, kernel_means, mmcl_loss
 from sslzoo_methods.mmcl.solvers import (

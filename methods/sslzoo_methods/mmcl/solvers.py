@@ -21,8 +21,8 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from sslzoo.config import one_of
-from sslzoo.numerics import autocast_off
+from sslzoo.checks import one_of
+from sslzoo.nn.numerics import autocast_off
 from sslzoo_methods.mmcl.config import INITS, STEPS, STOPS, VARIANTS
 
 CHECK_EVERY = 10  # iterations between KKT checks: each costs a gradient and waits for the device

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sslzoo.config import MethodConfig, Recipe, one_of, require
+from sslzoo.checks import one_of, require
+from sslzoo.recipe.sections import MethodConfig, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """An MLP head: ``widths`` after its input, ReLU between the layers (see ``sslzoo.heads.mlp``)."""
+    """An MLP head: ``widths`` after its input, ReLU between the layers (see ``sslzoo.nn.heads.mlp``)."""
 
     widths: tuple[int, ...]  # output last
     hidden_norm: bool = True  # batch norm before each ReLU; the linear layer then has no bias

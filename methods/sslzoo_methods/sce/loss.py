@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslzoo.config import one_of, require
-from sslzoo.numerics import at_least_float32, autocast_off, ieee_matmul
+from sslzoo.checks import one_of, require
+from sslzoo.nn.numerics import at_least_float32, autocast_off, ieee_matmul
 
 TARGET_POSITIVES = ("zero_logit", "masked")
 # Logits at a time: what a CPU's cache holds; elsewhere 32 MiB of float32, for launches cost more there.

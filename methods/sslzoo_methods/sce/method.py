@@ -8,16 +8,17 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from sslzoo.batchnorm import to_split
-from sslzoo.crop_pass import forward_crops
+from sslzoo.batch import Batch
 from sslzoo.distributed import gather_detached, rank, world_size
-from sslzoo.heads import mlp
-from sslzoo.method import Batch, SSLMethod
-from sslzoo.momentum import MomentumEncoder
-from sslzoo.numerics import normalize
-from sslzoo.queue import FeatureQueue, warn_of_stale_keys
-from sslzoo.schedules import ema_momentum, interpolate
-from sslzoo.shuffle import shuffle, shuffled_order, unshuffle
+from sslzoo.method import SSLMethod
+from sslzoo.nn.batchnorm import to_split
+from sslzoo.nn.heads import mlp
+from sslzoo.nn.momentum import MomentumEncoder
+from sslzoo.nn.numerics import normalize
+from sslzoo.nn.passes import forward_crops
+from sslzoo.nn.queue import FeatureQueue, warn_of_stale_keys
+from sslzoo.nn.shuffle import shuffle, shuffled_order, unshuffle
+from sslzoo.optim.schedules import ema_momentum, interpolate
 from sslzoo_methods.sce.config import HeadConfig, SCEConfig, WarmupConfig
 from sslzoo_methods.sce.loss import SCEOutput, crop_pairs, pair_weights, sce_multicrop_loss
 

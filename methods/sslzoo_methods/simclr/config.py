@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from sslzoo.config import MethodConfig, require
+from sslzoo.checks import require
+from sslzoo.recipe.sections import MethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sslzoo.numerics import autocast_off
+from sslzoo.nn.numerics import autocast_off
 
 
 def nt_xent(

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from sslzoo.batch import Batch
 from sslzoo.distributed import gather, rank
-from sslzoo.heads import mlp
-from sslzoo.method import Batch, SSLMethod
-from sslzoo.numerics import normalize
+from sslzoo.method import SSLMethod
+from sslzoo.nn.heads import mlp
+from sslzoo.nn.numerics import normalize
 from sslzoo_methods.simclr.config import SimCLRConfig
 from sslzoo_methods.simclr.loss import nt_xent
 

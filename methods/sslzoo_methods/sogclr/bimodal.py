@@ -12,8 +12,8 @@ from math import log
 import torch
 from torch import Tensor
 
-from sslzoo.config import one_of, require
-from sslzoo.numerics import autocast_off, ieee_matmul
+from sslzoo.checks import one_of, require
+from sslzoo.nn.numerics import autocast_off, ieee_matmul
 from sslzoo_methods.sogclr.loss import Estimates, first_visits, floored, mix, own_image
 
 BIMODAL_SCALE = ("mean", "official")

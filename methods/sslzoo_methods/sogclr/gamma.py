@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from math import cos, pi
 
-from sslzoo.config import one_of, require
-from sslzoo.plan import TrainingPlan
+from sslzoo.checks import one_of, require
+from sslzoo.recipe.plan import TrainingPlan
 from sslzoo_methods.sogclr.config import SogCLRConfig
 
 GAMMA_SCHEDULES = ("constant", "cosine", "per_step")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sslzoo.config import one_of, require
-from sslzoo.numerics import autocast_off, ieee_matmul
+from sslzoo.checks import one_of, require
+from sslzoo.nn.numerics import autocast_off, ieee_matmul
 
 FIRST_VISIT = ("sample", "batch", "none")
 U_WRITE = ("mean", "sum")

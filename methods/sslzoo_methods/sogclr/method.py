@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslzoo.config import OptimConfig, require
+from sslzoo.batch import Batch
+from sslzoo.checks import require
 from sslzoo.distributed import rank
-from sslzoo.heads import mlp
-from sslzoo.loggers import log_histogram
-from sslzoo.method import Batch, SSLMethod
-from sslzoo.numerics import normalize
-from sslzoo.plan import TrainingPlan
+from sslzoo.method import SSLMethod
+from sslzoo.nn.heads import mlp
+from sslzoo.nn.numerics import normalize
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import OptimConfig
+from sslzoo.run.loggers import log_histogram
 from sslzoo_methods.sogclr.bimodal import bimodal_loss, global_temperature_loss
 from sslzoo_methods.sogclr.config import SogCLRConfig
 from sslzoo_methods.sogclr.gamma import rate_of

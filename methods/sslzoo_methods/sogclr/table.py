@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sslzoo.config import require
+from sslzoo.checks import require
 from sslzoo.distributed import gather_detached
 from sslzoo_methods.sogclr.loss import Estimates
 

@@ -1,0 +1,97 @@
+"""A CSV file of metrics that can go back to a checkpoint's rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """A CSV with columns ``step, epoch`` and one per metric in order of first appearance.
+
+    A new metric rewrites the file with the wider header, in one atomic step. Cells without a value are
+    empty. Row count and columns identify a moment of the file, to which :meth:`rewind` goes back.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.columns: list[str] = ["step", "epoch"]
+        self.rows = 0
+        self.writes = True  # False on the other ranks, which only count
+        self._file: Any = None
+
+    def rewind(self, rows: int, columns: Sequence[str]) -> None:
+        """Cut the file back to its first ``rows`` rows and ``columns``, and open it for appending."""
+        self.columns, self.rows = list(columns), rows
+        if self.writes:
+            old = self._read()[1 : rows + 1]
+            if len(old) < rows:
+                log.warning("%s lacks %d rows from before the checkpoint", self.path, rows - len(old))
+            self._replace([row[: len(columns)] for row in old])
+
+    def resume(self) -> None:
+        """Open the file for appending after all that it holds."""
+        header, *rows = self._read() or [self.columns]
+        self.rewind(len(rows), header)
+
+    def append(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Add one row; readable by others at once."""
+        new = [key for key in values if key not in self.columns]
+        self.columns += new
+        self.rows += 1
+        if not self.writes:
+            return
+        if new:
+            self._replace(self._read()[1:])
+        # repr of a float is its shortest exact form: equal bytes mean equal bits.
+        row = {"step": step, "epoch": epoch} | {key: repr(value) for key, value in values.items()}
+        self._file.write(_line([row.get(key, "") for key in self.columns]))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Force everything written to disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _read(self) -> list[list[str]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.reader(file))
+
+    def _replace(self, rows: list[list[str]]) -> None:
+        self.close()
+        width = len(self.columns)
+        text = "".join(_line([*row, *[""] * (width - len(row))]) for row in [self.columns, *rows])
+        part = self.path.with_name(self.path.name + ".part")
+        try:
+            with part.open("w", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.path)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
+        self._file = self.path.open("a", newline="")
+
+
+def _line(cells: Sequence[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()

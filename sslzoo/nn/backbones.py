@@ -1,0 +1,160 @@
+"""Encoders by name: torchvision's, timm's, and two of our own."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslzoo.checks import require
+from sslzoo.recipe.sections import BackboneConfig
+
+
+class Conv5(nn.Sequential):
+    """Five 3x3 convolutions (32-64-128-128-256, strides 1-2-2-1-2), each with batch norm and ReLU, then the
+    global average: 0.54 M parameters, 256 features."""
+
+    num_features = 256
+
+    def __init__(self, in_channels: int = 1) -> None:
+        layers: list[nn.Module] = []
+        for width, stride in ((32, 1), (64, 2), (128, 2), (128, 1), (self.num_features, 2)):
+            layers.append(nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            in_channels = width
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, 256). Channels last, which CPUs convolve faster."""
+        return super().forward(input.contiguous(memory_format=torch.channels_last))
+
+
+class HalfAlexNet(nn.Sequential):
+    """AlexNet at half width with batch norm, up to its first fully connected layer: 224 px, 2048 features.
+
+    The encoder of contrastive multiview coding (arXiv:1906.05849) and its successors, for any number of
+    channels; what that calls fc7 and fc8 belongs to a projector.
+    """
+
+    num_features = 2048
+
+    def __init__(self, in_channels: int = 3) -> None:
+        # (width, kernel, stride, padding, max-pool after it)
+        convolutions = (48, 11, 4, 2, True), (128, 5, 1, 2, True), (192, 3, 1, 1, False)
+        convolutions += (192, 3, 1, 1, False), (128, 3, 1, 1, True)
+        layers: list[nn.Module] = []
+        for width, kernel, stride, padding, pool in convolutions:
+            layers.append(nn.Conv2d(in_channels, width, kernel, stride, padding, bias=False))
+            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            layers += [nn.MaxPool2d(3, 2)] * pool
+            in_channels = width
+        fc6 = nn.Linear(in_channels * 6 * 6, self.num_features)
+        super().__init__(*layers, nn.Flatten(), fc6, nn.BatchNorm1d(self.num_features), nn.ReLU(inplace=True))
+
+
+OWN = {"conv5": Conv5, "half_alexnet": HalfAlexNet}
+
+
+def build_backbone(cfg: BackboneConfig) -> tuple[nn.Module, int]:
+    """The encoder and its feature width. It maps (N, C, H, W) to pooled features (N, F).
+
+    Raises ``ValueError`` for an unknown name, naming the closest, and for a stem that the encoder lacks.
+    """
+    if cfg.name in OWN:
+        require(
+            cfg.stem == "imagenet" and not cfg.options,
+            f"backbone {cfg.name} has one form: no stem, no options",
+        )
+        own = OWN[cfg.name]
+        return own(cfg.in_channels), own.num_features
+    if cfg.name.startswith("timm/"):
+        model, width = _timm(cfg)
+    else:
+        model, width = _torchvision(cfg)
+    if cfg.stem != "imagenet":
+        _small_stem(model, cfg)
+    return model, width
+
+
+def _torchvision(cfg: BackboneConfig) -> tuple[nn.Module, int]:
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if cfg.name not in names:
+        close = get_close_matches(cfg.name, [*OWN, *names], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"backbone.name={cfg.name!r} is not in torchvision{hint} (timm's: timm/<name>)")
+    model = models.get_model(cfg.name, weights=None, **cfg.options)
+    for head in ("fc", "classifier", "heads", "head"):
+        if hasattr(model, head):
+            width = _input_width(getattr(model, head))
+            setattr(model, head, nn.Identity())
+            break
+    else:
+        raise ValueError(f"backbone.name={cfg.name!r} has no classifier to remove; use timm/{cfg.name}")
+    if cfg.in_channels != 3:
+        require(
+            cfg.name.startswith("res"), f"backbone.in_channels needs a ResNet or a timm model, got {cfg.name}"
+        )
+        _set(model, "conv1", _conv_like(model.conv1, in_channels=cfg.in_channels))  # type: ignore[arg-type]
+    return model, width
+
+
+def _timm(cfg: BackboneConfig) -> tuple[nn.Module, int]:
+    import timm
+
+    name = cfg.name.removeprefix("timm/")
+    if not timm.is_model(name):
+        close = get_close_matches(name, timm.list_models(), n=1)
+        hint = f"; did you mean timm/{close[0]}?" if close else ""
+        raise ValueError(f"backbone.name={cfg.name!r} is not in timm{hint}")
+    model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=cfg.in_channels, **cfg.options)
+    width = model.num_features
+    assert isinstance(width, int)
+    return model, width
+
+
+def _input_width(head: nn.Module) -> int:
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            return module.in_features
+    raise ValueError(f"no linear layer in the classifier {head}")
+
+
+def _conv_like(conv: nn.Conv2d, **changes: Any) -> nn.Conv2d:
+    """A fresh convolution that differs from ``conv`` in ``changes``, initialised as torchvision's ResNets."""
+    options: dict[str, Any] = {
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
+        "kernel_size": conv.kernel_size,
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "bias": conv.bias is not None,
+    }
+    new = nn.Conv2d(**(options | changes))
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    return new
+
+
+def _small_stem(model: nn.Module, cfg: BackboneConfig) -> None:
+    """A 3x3 stride-1 first convolution; ``cifar`` removes the max-pool too."""
+    conv = getattr(model, "conv1", None)
+    require(
+        isinstance(conv, nn.Conv2d) and hasattr(model, "maxpool"),
+        f"backbone.stem={cfg.stem} needs a ResNet, got {cfg.name}; use backbone.stem=imagenet",
+    )
+    _set(model, "conv1", _conv_like(conv, kernel_size=3, stride=1, padding=1))  # type: ignore[arg-type]
+    if cfg.stem == "cifar":
+        _set(model, "maxpool", nn.Identity())
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    setattr(model, name, module)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of scalars in the parameters of ``module``."""
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,169 @@
+"""Batch norms beyond torch's: synchronised on any device and twice differentiable, and split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sslzoo.checks import require
+from sslzoo.distributed import all_reduce_sum, world_size
+
+FUSED = ["drop", "act"]  # layers inside timm's batch norms, in the order in which they act
+
+
+def _then(norm: nn.Module, y: Tensor) -> Tensor:
+    """What the layers inside ``norm`` make of the normalised ``y``."""
+    for layer in norm.children():
+        y = layer(y)
+    return y
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm over the rows of all ranks, from two differentiable sums, then the layers inside it.
+
+    torch's own raises on CPU and has no second derivative; this one equals single-process batch norm
+    on the concatenated batch, to any order. Any input (N, C, ...); every rank must hold equally many rows.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        require(input.ndim >= 2, f"batch norm expects (N, C, ...), got shape {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise with the global batch's statistics in training, the running ones in evaluation."""
+        self._check_input_dim(input)
+        if not self.training:
+            return _then(self, super().forward(input))
+        dims = [d for d in range(input.ndim) if d != 1]
+        shape = [1, -1] + [1] * (input.ndim - 2)
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        count = x.numel() // x.shape[1] * world_size()
+        require(count > 1, f"batch norm needs more than one value a channel, got shape {tuple(input.shape)}")
+        mean = all_reduce_sum(x.sum(dims)) / count
+        centred = x - mean.view(shape)
+        var = all_reduce_sum((centred * centred).sum(dims)) / count
+        y = centred * torch.rsqrt(var + self.eps).view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        if self.track_running_stats:
+            self._update_running(mean.detach(), var.detach() * (count / (count - 1)))
+        return _then(self, y.to(input.dtype))
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), self.momentum)
+
+
+class SplitBatchNorm(_BatchNorm):
+    """Batch norm in ``splits`` groups on one device, as if each were a device of its own.
+
+    Sample n is in group n mod splits. The running statistics become the mean over the groups of what
+    each alone would have updated them to. Evaluation is plain batch norm.
+    """
+
+    def __init__(self, num_features: int, *, splits: int, **kwargs: Any) -> None:
+        super().__init__(num_features, **kwargs)
+        self.splits = splits
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        require(
+            not self.training or input.shape[0] % self.splits == 0,
+            f"split batch norm needs a batch divisible by {self.splits}, got {input.shape[0]}; "
+            "change data.global_batch_size",
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input and output (N, C, ...)."""
+        self._check_input_dim(input)
+        if not self.training:
+            return _then(self, super().forward(input))
+        n, c, *rest = input.shape
+        s = self.splits
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        mean, var = self.running_mean.repeat(s), self.running_var.repeat(s)
+        # Group g holds samples g, g+S, ...: (N/S, S, C, ...) puts groups and channels side by side.
+        y = F.batch_norm(
+            input.reshape(n // s, s * c, *rest),
+            mean,
+            var,
+            self.weight.repeat(s) if self.affine else None,
+            self.bias.repeat(s) if self.affine else None,
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+        self.running_mean.copy_(mean.view(s, c).mean(0))
+        self.running_var.copy_(var.view(s, c).mean(0))
+        self.num_batches_tracked.add_(1)
+        return _then(self, y.reshape(input.shape))
+
+
+def _replace(module: nn.Module, old: type, build: Any) -> nn.Module:
+    """``module`` with every ``old`` batch norm replaced by ``build(it)``; parameters, buffers and the layers
+    inside it shared. Raises ``ValueError`` for a batch norm that is more than that."""
+    if isinstance(module, old) and isinstance(module, _BatchNorm):
+        inside = dict(module.named_children())
+        require(
+            (list(inside) == FUSED or (not inside and _is_plain(module)))
+            and not isinstance(module, SplitBatchNorm),
+            f"{type(module).__module__}.{type(module).__name__} computes more than a batch norm and can be neither "
+            "synchronised (set trainer.sync_batchnorm=false) nor split (set method.momentum_batchnorm=same)",
+        )
+        new = build(module)
+        for name, layer in inside.items():
+            new.add_module(name, layer)
+        new.weight, new.bias = module.weight, module.bias
+        new.running_mean, new.running_var = module.running_mean, module.running_var
+        new.num_batches_tracked, new.training = module.num_batches_tracked, module.training
+        return new
+    for name, child in module.named_children():
+        setattr(module, name, _replace(child, old, build))
+    return module
+
+
+def _is_plain(norm: _BatchNorm) -> bool:
+    forward = type(norm).forward
+    return forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
+
+
+def _options(m: _BatchNorm) -> dict[str, Any]:
+    return {
+        "eps": m.eps,
+        "momentum": m.momentum,
+        "affine": m.affine,
+        "track_running_stats": m.track_running_stats,
+    }
+
+
+def to_sync(module: nn.Module) -> nn.Module:
+    """Every batch norm in ``module`` synchronised over ranks by the framework's own layer."""
+    return _replace(module, _BatchNorm, lambda m: SyncBatchNorm(m.num_features, **_options(m)))
+
+
+def to_split(module: nn.Module, splits: int) -> nn.Module:
+    """Every BatchNorm2d in ``module`` split into groups."""
+    return _replace(
+        module, nn.BatchNorm2d, lambda m: SplitBatchNorm(m.num_features, splits=splits, **_options(m))
+    )
+
+
+class LayerSync(TorchSyncBatchNorm):
+    """What ``trainer.sync_batchnorm: true`` does: torch's fused layer on CUDA, ours elsewhere and
+    wherever the method differentiates twice."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Convert ``model`` in place."""
+        # torch's conversion would drop what is inside a batch norm.
+        plain = all(_is_plain(m) for m in model.modules() if isinstance(m, _BatchNorm))
+        if torch.cuda.is_available() and plain and not getattr(model, "needs_double_backward", False):
+            return super().apply(model)
+        return to_sync(model)

@@ -1,0 +1,82 @@
+"""Schedules as pure functions of the optimiser step, so that a resumed run needs no schedule state."""
+
+from __future__ import annotations
+
+from math import cos, pi
+
+from sslzoo.checks import one_of
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import OptimConfig
+
+
+def interpolate(step: int, steps: int, start: float, end: float, shape: str = "linear") -> float:
+    """From ``start`` at step 0 to ``end`` at step ``steps - 1``, kept from there on.
+
+    ``shape`` is ``linear`` or ``cosine`` (half a period). With one step the end holds at once.
+    """
+    one_of("shape", shape, ("linear", "cosine"))
+    fraction = min(step / (steps - 1), 1.0) if steps > 1 else 1.0
+    if shape == "linear":
+        return start + (end - start) * fraction
+    return end + (start - end) * (1 + cos(pi * fraction)) / 2
+
+
+def warmup_cosine(
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    peak: float,
+    start: float = 0.0,
+    end: float = 0.0,
+    ramp: str = "closed",
+) -> float:
+    """Linear warm-up over W steps, then half a cosine from ``peak`` to ``end`` at T, kept after T.
+
+    Three ramps are in use, hence all three: ``closed`` reaches the peak at step W-1 (SCE's authors),
+    ``open`` at step W (MoCo v3, SogCLR), ``shifted`` is (s+1)/(W+1) up to and including W (MMCL).
+    """
+    one_of("ramp", ramp, ("closed", "open", "shifted"))
+    w = warmup_steps
+    if step < w or (ramp == "shifted" and step <= w):
+        fraction = {
+            "closed": step / max(w - 1, 1),
+            "open": step / max(w, 1),
+            "shifted": (step + 1) / (w + 1),
+        }[ramp]
+        return start + (peak - start) * fraction
+    progress = min((step - w) / max(total_steps - w, 1), 1.0)
+    return end + (peak - end) * (1 + cos(pi * progress)) / 2
+
+
+def learning_rate(step: int, optim: OptimConfig, plan: TrainingPlan) -> float:
+    """The learning rate used in optimiser step ``step`` (from 0), after batch scaling."""
+    peak, warmup = plan.scaled_lr(optim), plan.steps(optim.warmup_epochs)
+    if optim.schedule == "cosine":
+        return warmup_cosine(
+            step,
+            total_steps=plan.total_steps,
+            warmup_steps=warmup,
+            peak=peak,
+            start=optim.warmup_start_lr,
+            end=optim.min_lr,
+            ramp=optim.warmup_ramp,
+        )
+    if step < warmup:
+        start = optim.warmup_start_lr
+        return warmup_cosine(
+            step, total_steps=warmup, warmup_steps=warmup, peak=peak, start=start, ramp=optim.warmup_ramp
+        )
+    passed = sum(step >= plan.steps(epoch) for epoch in optim.milestones)
+    return peak * optim.gamma**passed
+
+
+def ema_momentum(step: int, *, total_steps: int, start: float, schedule: str, end: float = 1.0) -> float:
+    """EMA coefficient of step ``step``: ``constant``, or half a ``cosine`` that is ``end`` at step T-1.
+
+    With T = 1 the coefficient is ``start``.
+    """
+    one_of("schedule", schedule, ("constant", "cosine"))
+    if schedule == "constant" or total_steps <= 1:
+        return start
+    return interpolate(step, total_steps, start, end, shape="cosine")

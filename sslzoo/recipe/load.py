@@ -1,0 +1,310 @@
+"""Recipes: YAML and overrides in, a typed tree out, every value with its origin.
+
+A recipe cannot lie: each key is checked against the dataclasses of ``sslzoo.recipe.sections`` and the method's own
+config, each ``trainer`` key against the signature of the installed Lightning, and a fault stops here with
+the file, the line and the key. Costs no torch, and no import of Lightning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sslzoo.recipe import registry
+from sslzoo.recipe.catalog import dataset_info
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import Recipe
+from sslzoo.recipe.typed import Fault, join, section, trainer_section
+
+
+class RecipeError(ValueError):
+    """What is wrong with a recipe, in one line: ``file:line: dotted.key: fault; did you mean X?``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRecipe:
+    """A checked recipe and where each of its values comes from."""
+
+    recipe: Recipe
+    origins: dict[str, str]  # dotted key of a leaf -> default | recipe | override | derived
+    derived: dict[str, int | float]  # what follows from the values; lengths by the data's nominal size
+    source: Path
+
+    def to_yaml(self, *, origins: bool = False) -> str:
+        """The resolved recipe, loadable again as it is; ``origins`` adds one comment a value."""
+        text = yaml.dump(
+            plain(self.recipe), Dumper=_Dumper, sort_keys=False, width=float("inf"), allow_unicode=True
+        )
+        if not origins:
+            return text
+        lines = text.splitlines()
+        marks = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+        width = max(len(line) for line in lines if len(line) <= 60) + 2
+        for key, line in marks.items():
+            if key in self.origins:
+                lines[line - 1] = f"{lines[line - 1]:{width}}# {self.origins[key]}"
+        for name, value in self.derived.items():
+            lines.append(f"# derived: {name} = {value if isinstance(value, int) else f'{value:g}'}")
+        return "\n".join(lines) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dicts and tuples as lists, all the way down."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    return value
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """``(dotted key, value)`` of each leaf in order. A list of plain values, or nothing at all, is a leaf."""
+    if is_dataclass(value):
+        items = [(f.name, getattr(value, f.name)) for f in fields(value)]
+    elif isinstance(value, dict) and value:
+        items = list(value.items())
+    elif isinstance(value, (tuple, list)) and any(is_dataclass(item) for item in value):
+        items = [(str(i), item) for i, item in enumerate(value)]
+    else:
+        yield key, plain(value)
+        return
+    for name, item in items:
+        yield from leaves(item, join(key, name))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """The recipe of that bundled name or file, changed by ``overrides`` (``dotted.key=value``).
+
+    Raises:
+        RecipeError: whatever is wrong with it, before anything heavy is imported.
+    """
+    try:
+        source = registry.recipe_path(name_or_path)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    lines: dict[str, int] = {}
+    overridden: set[str] = set()
+    try:
+        raw = _read(source, lines)
+        for override in overrides:
+            _apply(raw, override, overridden)
+        values = _resolve(raw)
+        recipe = section(Recipe, values, "")
+        recipe = replace(recipe, trainer=trainer_section(recipe.trainer))
+        if "name" not in values:
+            recipe = replace(recipe, name=source.stem)
+        _check_data(recipe)
+        derived = _derive(recipe)
+    except Fault as fault:
+        where = f"{source}:{_line(lines, fault.key)}"
+        if _touched(fault.key, overridden):
+            where = "override"
+        message = ": ".join(part for part in (where, fault.key, fault.message) if part)
+        raise RecipeError(" ".join(message.split())) from None
+    return LoadedRecipe(
+        recipe=recipe, origins=_origins(recipe, values, overridden), derived=derived, source=source
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    """A key a line, a list of plain values in one line."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.Node:
+        scalars = not any(isinstance(item, (dict, list)) for item in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=scalars)
+
+
+def _touched(key: str, overridden: set[str]) -> bool:
+    """Whether an override set ``key``, something it lies in, or a part of it."""
+    return any(key == o or key.startswith(o + ".") or o.startswith(key + ".") for o in overridden if key)
+
+
+def _line(lines: Mapping[str, int], key: str) -> int:
+    """The line of ``key``, or of the nearest thing around it that stands in the file."""
+    while key and key not in lines:
+        key = key.rpartition(".")[0]
+    return lines.get(key, 1)
+
+
+# Reading
+
+
+def _lines(node: yaml.Node | None, key: str = "") -> dict[str, int]:
+    """Line of every key and list item under ``node``. A key written twice is a fault."""
+    found: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            inner = join(key, str(name.value))
+            if inner in found:
+                raise _Duplicate(inner, name.start_mark.line + 1, found[inner])
+            found[inner] = name.start_mark.line + 1
+            found |= _lines(value, inner)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            found[join(key, str(i))] = value.start_mark.line + 1
+            found |= _lines(value, join(key, str(i)))
+    return found
+
+
+class _Duplicate(Exception):
+    def __init__(self, key: str, line: int, first: int) -> None:
+        super().__init__(key)
+        self.key, self.line, self.first = key, line, first
+
+
+def _read(source: Path, lines: dict[str, int]) -> dict[str, Any]:
+    """The file's values, interpolations unresolved; ``lines`` is filled on the way, also when it fails."""
+    try:
+        text = source.read_text(encoding="utf-8")
+        lines |= _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+        config = OmegaConf.create(text)
+    except _Duplicate as error:
+        lines[error.key] = error.line
+        raise Fault(error.key, f"written twice, first in line {error.first}; keep one") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        lines[""] = mark.line + 1 if mark else 1
+        raise Fault("", f"not YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise Fault("", "not a recipe: something in it contains itself") from None
+    except OmegaConfBaseException as error:
+        raise Fault(_dotted(error), f"bad interpolation: {_first_line(error)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Fault("", f"cannot be read: {error}") from None
+    values = OmegaConf.to_container(config)
+    if not isinstance(values, dict) or not lines:
+        raise Fault("", "a recipe is a mapping of sections such as seed, backbone, method")
+    return values  # type: ignore[return-value]
+
+
+def _dotted(error: OmegaConfBaseException) -> str:
+    return re.sub(r"\[(\w+)\]", r".\1", error.full_key or "").strip(".")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ")
+
+
+def _apply(raw: dict[str, Any], override: str, overridden: set[str]) -> None:
+    """Set ``dotted.key=value`` in ``raw``; what stood there is replaced."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        overridden.add(override)
+        raise Fault(override, "an override has the form dotted.key=value, such as optim.lr=0.3")
+    overridden.add(key)
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise Fault(key, f"{text!r} is not YAML: {_first_line(error)}") from None
+    names = key.split(".")
+    place: Any = raw
+    for i, name in enumerate(names):
+        so_far = ".".join(names[:i])
+        if isinstance(place, list) and not (name.isdigit() and int(name) < len(place)):
+            raise Fault(key, f"{so_far} is a list of {len(place)}; count from 0, or override it whole")
+        if not isinstance(place, (dict, list)):
+            raise Fault(key, f"{so_far} is {place!r}, which has no keys")
+        at: Any = int(name) if isinstance(place, list) else name
+        if i == len(names) - 1:
+            place[at] = value
+        elif isinstance(place, dict) and place.get(name) is None:
+            place[at] = {}
+        place = place[at]
+
+
+def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
+    """``raw`` with its ``${...}`` replaced by what they mean."""
+    try:
+        return OmegaConf.to_container(OmegaConf.create(raw), resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        hint = ""
+        if "Environment variable" in str(error):
+            hint = "; set it, or give a default: ${oc.env:NAME,default}"
+        raise Fault(_dotted(error), _first_line(error) + hint) from None
+
+
+# What follows from the values
+
+
+def _origins(recipe: Recipe, values: dict[str, Any], overridden: set[str]) -> dict[str, str]:
+    origins = {}
+    for key, _ in leaves(recipe):
+        if _touched(key, overridden):
+            origins[key] = "override"
+        elif _stated(values, key.split(".")):
+            origins[key] = "recipe"
+        else:
+            origins[key] = "derived" if key == "name" else "default"
+    return origins
+
+
+def _stated(values: Any, path: list[str]) -> bool:
+    for name in path:
+        if isinstance(values, list):
+            values = values[int(name)]
+        elif isinstance(values, dict) and name in values:
+            values = values[name]
+        else:
+            return False
+    return True
+
+
+def _check_data(recipe: Recipe) -> None:
+    """What no section can see alone: data sets, their splits, and channels."""
+    labelled = recipe.probe.data or (recipe.data,)
+    sources = [("data", "split", recipe.data)]
+    sources += [(f"probe.data.{i}", "split", source) for i, source in enumerate(recipe.probe.data)]
+    sources += [("eval", "test_split", replace(source, split=recipe.eval.test_split)) for source in labelled]
+    for key, split, source in sources:
+        try:
+            info = dataset_info(source.dataset)
+        except ValueError as error:
+            raise Fault(f"{key}.dataset", str(error)) from None
+        if info.splits and source.split not in info.splits:
+            raise Fault(
+                f"{key}.{split}",
+                f"{source.dataset} has no split {source.split!r}{registry.closest(source.split, [*info.splits])}"
+                f" (known: {', '.join(info.splits)})",
+            )
+    if len(recipe.data.mean) != recipe.backbone.in_channels:
+        raise Fault(
+            "backbone.in_channels",
+            f"{recipe.backbone.in_channels} channels, but data.mean has {len(recipe.data.mean)}; make them equal",
+        )
+    if not recipe.views:
+        raise Fault("views", "a recipe needs at least one view")
+
+
+def _derive(recipe: Recipe) -> dict[str, int | float]:
+    """What fit will do with these values, as far as they alone tell."""
+    devices, nodes = recipe.trainer.get("devices"), recipe.trainer.get("num_nodes", 1)
+    if isinstance(devices, list):
+        devices = len(devices)
+    known = isinstance(devices, int) and devices > 0
+    size = dataset_info(recipe.data.dataset).nominal_size(recipe.data.split, recipe.data.classes)
+    try:
+        plan = TrainingPlan(
+            dataset_size=size or recipe.data.global_batch_size,
+            global_batch_size=recipe.data.global_batch_size,
+            max_epochs=recipe.trainer["max_epochs"],
+            world_size=devices * nodes if known else 1,
+            accumulate=recipe.trainer.get("accumulate_grad_batches", 1),
+        )
+    except ValueError as error:
+        raise Fault("data.global_batch_size", str(error)) from None
+    derived: dict[str, int | float] = {"peak_lr": plan.scaled_lr(recipe.optim)}
+    if known:
+        derived["micro_batch_size"] = plan.micro_batch_size
+    if size:
+        derived |= {"nominal_steps_per_epoch": plan.steps_per_epoch, "nominal_total_steps": plan.total_steps}
+    return derived

@@ -1,0 +1,63 @@
+"""The lengths of a run, all derived: batches, steps and ranks. Costs no torch to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+
+from sslzoo.checks import require
+from sslzoo.recipe.sections import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """How many samples, steps and processes a run has. An epoch drops its last partial batch."""
+
+    dataset_size: int
+    global_batch_size: int  # samples per optimiser step
+    max_epochs: int
+    world_size: int = 1
+    accumulate: int = 1  # micro-batches per optimiser step
+
+    def __post_init__(self) -> None:
+        shares = self.world_size * self.accumulate
+        require(
+            self.global_batch_size % shares == 0,
+            f"data.global_batch_size={self.global_batch_size} cannot be shared by {self.world_size} processes "
+            f"of {self.accumulate} micro-batches; make it a multiple of {shares}",
+        )
+        require(
+            self.dataset_size >= self.global_batch_size,
+            f"the data set has {self.dataset_size} samples, fewer than data.global_batch_size="
+            f"{self.global_batch_size}; lower data.global_batch_size",
+        )
+        require(self.max_epochs > 0, f"trainer.max_epochs must be positive, got {self.max_epochs}")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples that one process sees in one forward pass."""
+        return self.global_batch_size // (self.world_size * self.accumulate)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps."""
+        return self.dataset_size // self.global_batch_size
+
+    @property
+    def micro_batches_per_epoch(self) -> int:
+        """Forward passes of one process."""
+        return self.steps_per_epoch * self.accumulate
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.steps_per_epoch * self.max_epochs
+
+    def steps(self, epochs: float) -> int:
+        """Optimiser steps in (fractional) ``epochs``, rounded to the nearest."""
+        return round(epochs * self.steps_per_epoch)
+
+    def scaled_lr(self, optim: OptimConfig) -> float:
+        """Peak learning rate at this global batch size."""
+        factor = {"linear": self.global_batch_size / 256, "sqrt": sqrt(self.global_batch_size), "none": 1.0}
+        return optim.lr * factor[optim.lr_scaling]

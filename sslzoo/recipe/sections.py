@@ -1,0 +1,320 @@
+"""The typed sections of a recipe. Plain dataclasses: importing this file costs no torch.
+
+A number that recipes vary has no default here and stands in every recipe. A structural constant
+has its default here and stands in no recipe. Ranges are checked in ``__post_init__``, whose
+messages name the dotted key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf, isfinite
+from typing import Any
+
+from sslzoo.checks import one_of, require
+
+
+def refuse_idle(config: MethodConfig, heeded: Mapping[str, tuple[bool, str]]) -> None:
+    """Refuse a field that was changed where it changes nothing: the run would bear the name of a setting that
+    it does not have. ``heeded`` holds, by field, whether it acts, and with what it would."""
+    for name, (acts, where) in heeded.items():
+        value, default = getattr(config, name), getattr(type(config), name)
+        require(
+            acts or value == default,
+            f"method.{name} must be {default}, got {value}: it acts only with {where}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Base of every method's config. ``name`` is the method's registered name, or ``module:Class``."""
+
+    name: str
+
+    @property
+    def contrast_temperature(self) -> float | None:
+        """What divides the cosines in the method's loss, which a margin analysis takes: the field
+        ``temperature`` or ``tau`` where that is a number. None: the method has no such number."""
+        for name in ("temperature", "tau"):
+            if isinstance(value := getattr(self, name, None), (int, float)):
+                return float(value)
+        return None
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise ``ValueError`` where this method cannot do what the rest of ``recipe`` asks."""
+
+
+STEMS = ("imagenet", "small", "cifar")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Which encoder: ``resnet18`` (torchvision), ``timm/vit_small_patch16_224``, ``conv5`` (ours)."""
+
+    name: str
+    stem: str = "imagenet"  # small: 3x3 stride 1, max-pool kept; cifar: and max-pool removed
+    in_channels: int = 3
+    options: dict[str, Any] = field(default_factory=dict)  # constructor arguments, as the library names them
+
+    def __post_init__(self) -> None:
+        one_of("backbone.stem", self.stem, STEMS)
+        require(self.in_channels > 0, f"backbone.in_channels must be positive, got {self.in_channels}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """A set of images on disk (or embedded), with or without labels."""
+
+    dataset: str
+    root: str = ""  # not needed by embedded data
+    split: str = "train"
+    classes: tuple[str, ...] = ()  # folder names to keep, in label order; empty keeps all
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(SourceConfig):
+    """The training images and how they are fed."""
+
+    global_batch_size: int  # samples per optimiser step, over all devices and accumulated micro-batches
+    mean: tuple[float, ...]  # per channel, images in [0, 1]
+    std: tuple[float, ...]
+    workers: int = 0  # processes per device that decode files; images in memory need none
+    max_bad_fraction: float = 0.01  # of the data set; more unreadable images than this stop the run
+
+    def __post_init__(self) -> None:
+        require(
+            self.global_batch_size > 1,
+            f"data.global_batch_size must be at least 2, got {self.global_batch_size}",
+        )
+        require(
+            len(self.mean) == len(self.std) > 0 and all(s > 0 for s in self.std),
+            f"data.mean and data.std need one number a channel, std positive; got {self.mean} and {self.std}",
+        )
+        require(self.workers >= 0, f"data.workers must not be negative, got {self.workers}")
+        require(
+            0 <= self.max_bad_fraction <= 1,
+            f"data.max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """``count`` crops drawn from one policy. An operation that is not stated is not applied.
+
+    Order: random resized crop, colour jitter, grayscale, blur, solarise, flip, normalise.
+    """
+
+    size: int  # pixels, square
+    scale: tuple[float, float]  # range of the crop's area, as a fraction of the image
+    role: str = "global"  # or local: seen by the online branch only
+    count: int = 1
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bilinear"  # or bicubic; both antialiased
+    flip_p: float = 0.0
+    jitter_p: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    grayscale_p: float = 0.0
+    blur_p: float = 0.0
+    blur_kernel: int = 23  # taps, odd
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_p: float = 0.0
+    solarize_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        one_of("views.role", self.role, ("global", "local"))
+        one_of("views.interpolation", self.interpolation, ("bilinear", "bicubic"))
+        require(self.size > 0 and self.count > 0, f"views.size and views.count must be positive, got {self}")
+        require(
+            0 < self.scale[0] <= self.scale[1] <= 1,
+            f"views.scale must satisfy 0 < low <= high <= 1, got {self.scale}",
+        )
+        require(
+            0 < self.ratio[0] <= self.ratio[1], f"views.ratio must satisfy 0 < low <= high, got {self.ratio}"
+        )
+        for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"):
+            require(
+                0 <= getattr(self, name) <= 1, f"views.{name} is a probability, got {getattr(self, name)}"
+            )
+        for name in ("brightness", "contrast", "saturation"):
+            require(getattr(self, name) >= 0, f"views.{name} must not be negative, got {getattr(self, name)}")
+        require(0 <= self.hue <= 0.5, f"views.hue must lie in [0, 0.5], got {self.hue}")
+        require(self.blur_kernel % 2 == 1, f"views.blur_kernel must be odd, got {self.blur_kernel}")
+        require(
+            0 < self.blur_sigma[0] <= self.blur_sigma[1],
+            f"views.blur_sigma must be positive, got {self.blur_sigma}",
+        )
+
+
+OPTIMIZERS = ("lars", "sgd", "adamw", "adam")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and learning-rate schedule; epochs are fractional, steps are derived from them."""
+
+    name: str
+    lr: float  # before scaling with the global batch
+    lr_scaling: str  # linear: lr * batch / 256; sqrt: lr * sqrt(batch); none
+    weight_decay: float
+    warmup_epochs: float
+    schedule: str = "cosine"  # cosine | constant | step
+    warmup_ramp: str = "closed"  # closed: s/(W-1); open: s/W; shifted: (s+1)/(W+1)
+    warmup_start_lr: float = 0.0  # absolute, not scaled
+    min_lr: float = 0.0  # absolute, not scaled
+    milestones: tuple[int, ...] = ()  # epochs, for schedule: step
+    gamma: float = 0.1  # factor at each milestone
+    momentum: float = 0.9
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    decay_1d: bool = False  # weight decay on biases and norm parameters too (LARS never does)
+    trust_coefficient: float = 0.001  # LARS
+    clip_trust: bool = False  # LARS: never step further than plain SGD would
+
+    def __post_init__(self) -> None:
+        one_of("optim.name", self.name, OPTIMIZERS)
+        one_of("optim.lr_scaling", self.lr_scaling, ("linear", "sqrt", "none"))
+        one_of("optim.schedule", self.schedule, ("cosine", "constant", "step"))
+        one_of("optim.warmup_ramp", self.warmup_ramp, ("closed", "open", "shifted"))
+        require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        require(
+            self.warmup_epochs >= 0, f"optim.warmup_epochs must not be negative, got {self.warmup_epochs}"
+        )
+        require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), got {self.momentum}")
+        require(
+            (self.schedule == "step") == bool(self.milestones),
+            "optim.milestones goes with optim.schedule=step, and that schedule needs them",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Linear probes trained beside the method on detached features, several learning rates at once."""
+
+    lrs: tuple[float, ...]  # all are trained; the best on held-out training labels is reported
+    holdout: float = 0.1  # fraction of the training labels kept for that choice
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    layers: tuple[str, ...] = ("backbone",)  # names that the method publishes
+    data: tuple[SourceConfig, ...] = ()  # labelled data elsewhere; empty: the training data's own labels
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.lrs) > 0 and all(lr > 0 for lr in self.lrs),
+            f"probe.lrs must be positive, got {self.lrs}",
+        )
+        require(0 < self.holdout < 1, f"probe.holdout must lie in (0, 1), got {self.holdout}")
+        require(len(self.layers) > 0, "probe.layers must name at least one layer, such as backbone")
+
+
+PCA_WIDTH = 64  # principal components of the pixels that the final evaluation measures
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """When and how frozen features are measured while training and at its end."""
+
+    every_epochs: int  # and always after the last
+    size: int  # pixels of the square that the encoder sees
+    knn_k: int
+    knn_temperature: float
+    resize: int = 0  # shorter side before the centre crop of ``size``; 0: the image is used as it is
+    batch_size: int = 256  # per device
+    bank_size: int = 0  # training samples in the k-NN bank and the probe's held-out part; 0: all
+    test_split: str = "test"
+    baselines: bool = False  # the final table also shows raw pixels, their PCA and random initialisation
+
+    def __post_init__(self) -> None:
+        require(self.every_epochs > 0, f"eval.every_epochs must be positive, got {self.every_epochs}")
+        require(self.knn_k > 0, f"eval.knn_k must be positive, got {self.knn_k}")
+        require(
+            self.knn_temperature > 0, f"eval.knn_temperature must be positive, got {self.knn_temperature}"
+        )
+        require(
+            self.resize == 0 or self.resize >= self.size,
+            f"eval.resize must be 0 or at least eval.size={self.size}, got {self.resize}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases; ``auto`` is online where a login exists and offline elsewhere."""
+
+    project: str = "sslzoo"
+    entity: str = ""
+    mode: str = "auto"  # auto | online | offline
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        one_of("logging.wandb.mode", self.mode, ("auto", "online", "offline"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginAnalysisConfig:
+    """What margins would do to the embeddings, reported while any contrastive method trains."""
+
+    margins: tuple[tuple[float, float], ...]  # each the angular one in degrees and the subtractive one
+    every_steps: int = 100  # optimiser steps between two looks
+    temperature: float = 0.0  # 0: the method's own
+
+    def __post_init__(self) -> None:
+        require(len(self.margins) > 0, "logging.margins.margins must list margins, such as [[10.0, 0.0]]")
+        for m1, m2 in self.margins:
+            require(
+                abs(m1) < 180 and isfinite(m2),
+                "logging.margins.margins lists pairs of an angle within (-180, 180) degrees and a finite number, "
+                f"got [{m1}, {m2}]",
+            )
+        require(self.every_steps > 0, f"logging.margins.every_steps must be positive, got {self.every_steps}")
+        require(
+            0 <= self.temperature < inf,
+            f"logging.margins.temperature must not be negative, got {self.temperature}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """``metrics.csv`` is always written; the rest by choice."""
+
+    every_steps: int = 50  # optimiser steps between rows
+    checkpoint_every_steps: int = 500  # optimiser steps between saves; epoch ends are saved too
+    keep_epochs: tuple[int, ...] = ()  # epochs whose checkpoint is kept for good
+    tensorboard: bool = False
+    wandb: WandbConfig | None = None
+    margins: MarginAnalysisConfig | None = None
+
+    def __post_init__(self) -> None:
+        require(self.every_steps > 0, f"logging.every_steps must be positive, got {self.every_steps}")
+        require(
+            self.checkpoint_every_steps > 0,
+            f"logging.checkpoint_every_steps must be positive, got {self.checkpoint_every_steps}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One complete experiment."""
+
+    seed: int
+    backbone: BackboneConfig
+    method: MethodConfig
+    data: DataConfig
+    views: tuple[ViewConfig, ...]
+    optim: OptimConfig
+    probe: ProbeConfig
+    eval: EvalConfig
+    trainer: dict[str, Any]  # to lightning.Trainer as it is
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    name: str = "unnamed"  # the file's stem
+
+    def __post_init__(self) -> None:
+        self.method.check(self)
+        margins = self.logging.margins
+        require(
+            margins is None or margins.temperature > 0 or self.method.contrast_temperature is not None,
+            f"logging.margins.temperature must be given, such as 0.2: {self.method.name} has none of its own",
+        )

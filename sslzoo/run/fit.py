@@ -1,0 +1,388 @@
+"""The life of a run: build, agree, train, evaluate, report, and end with a word and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import multiprocessing
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, Trainer
+from torch import OutOfMemoryError
+
+from sslzoo.callbacks.meter import Meter
+from sslzoo.checkpoints import checkpoints, set_aside
+from sslzoo.checks import require
+from sslzoo.data.datasets import open_source
+from sslzoo.data.module import SSLDataModule
+from sslzoo.evaluate.final import final_evaluation
+from sslzoo.evaluate.progress import EvaluationProgress
+from sslzoo.exits import ExitCode, Leave, RunError
+from sslzoo.recipe.load import LoadedRecipe, plain
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.run.build import build_callbacks, build_data, build_method, build_plan, load_weights
+from sslzoo.run.departure import Departure
+from sslzoo.run.directory import Choice, Run, begin, choose
+from sslzoo.run.ending import Ending, tell_launcher
+from sslzoo.run.lock import RunLock
+from sslzoo.run.loggers import build_loggers
+from sslzoo.run.messages import Messages
+from sslzoo.run.placement import Placement, check_world_size, place
+from sslzoo.run.rendezvous import Rendezvous
+from sslzoo.run.report import plot_curves, plot_views, results_table
+from sslzoo.run.stopwatch import Stopwatch
+from sslzoo.run.summary import run_summary
+from sslzoo.run.trainer import build_trainer
+from sslzoo.run.words import command_to_continue, last_words
+from sslzoo.terminal import OUT
+
+if TYPE_CHECKING:
+    from sslzoo.method import SSLMethod
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = 6  # images in views.png
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A run that is ready to start: everything is built and checked, nothing is written."""
+
+    loaded: LoadedRecipe
+    choice: Choice
+    plan: TrainingPlan
+    data: SSLDataModule
+    method: SSLMethod[Any]
+    trainer: Trainer
+    callbacks: dict[str, Callback]
+
+    @property
+    def run(self) -> Run:
+        """Its directory."""
+        return self.choice.run
+
+
+def fit(
+    loaded: LoadedRecipe, *, out: Path | None = None, resume: str | None = None, init_from: Path | None = None
+) -> int:
+    """Train by ``loaded``, as one of the run's processes. Returns the exit code, which the manifest has too.
+
+    ``resume`` is ``auto`` (the newest checkpoint of ``out``, or of the recipe's newest run; a new run where
+    there is none) or the path of a checkpoint or run directory. ``init_from`` takes weights only.
+    """
+    return _Life(loaded, place()).live(out=out, resume=resume, init_from=init_from)
+
+
+class _Life:
+    """One start of a run in one process, from the first check to the last word."""
+
+    def __init__(self, loaded: LoadedRecipe, placement: Placement) -> None:
+        self.loaded, self.placement = loaded, placement
+        self.messages = Messages(placement)
+        self.departure = Departure(placement, describe=self._ending_of, abandon=self._abandon)
+        self.stopwatch = Stopwatch()
+        self.session: Session | None = None
+        self.lock: RunLock | None = None
+        self.begun = False  # the directory is ours, the manifest written
+
+    def live(self, *, out: Path | None, resume: str | None, init_from: Path | None) -> int:
+        """Prepare, train, evaluate; whatever happens, end in order."""
+        self.messages.start()
+        self.messages.silence_lightning()
+        try:
+            self.departure.install()
+            self.session = self._prepare(out=out, resume=resume, init_from=init_from)
+            if self.session.choice.finished:
+                ending = Ending(code=ExitCode.DONE, message=self._already_finished())
+            else:
+                self._begin()
+                self._train()
+                ending = Ending(code=ExitCode.DONE, message=f"run directory: {self.session.run.path}")
+        except BaseException as error:
+            ending = self._ending_of(error)
+        first = self.departure.close(ending)
+        self._conclude(ending, first)
+        self.departure.restore()
+        return int(first.code)
+
+    # -- before training ----------------------------------------------------------------------------
+
+    def _prepare(self, *, out: Path | None, resume: str | None, init_from: Path | None) -> Session:
+        """Build everything and agree with the other ranks on what to do; nothing is written yet.
+
+        ``ValueError``, on all ranks, for whatever is wrong with recipe, data, checkpoint or directory.
+        """
+        recipe = self.loaded.recipe
+        require(
+            not (resume and init_from),
+            "--resume restores everything, --init-from weights only: give one of them",
+        )
+        check_world_size(self.placement, recipe.trainer)
+        meeting = Rendezvous(self.placement)
+        self.departure.join(meeting.store)
+        with _together(meeting, "built"):
+            source = open_source(recipe.data)
+            plan = build_plan(recipe, len(source), self.placement.world_size)
+            data = build_data(recipe, plan, source)
+            method = build_method(recipe, plan)
+            if init_from is not None:
+                load_weights(method, init_from)
+
+        def decide() -> dict[str, Any]:
+            choice = choose(self.loaded, plan, fingerprint=data.fingerprint, out=out, resume=resume)
+            return {
+                "path": str(choice.run.path),
+                "run_id": choice.run.run_id,
+                "checkpoint": str(choice.checkpoint) if choice.checkpoint else None,
+                "finished": choice.finished,
+            }
+
+        chosen = meeting.lead("choice", decide)
+        checkpoint = Path(chosen["checkpoint"]) if chosen["checkpoint"] else None
+        choice = Choice(Run(Path(chosen["path"]), chosen["run_id"]), checkpoint, chosen["finished"])
+        with _together(meeting, "readable"):
+            if checkpoint is not None and not os.access(checkpoint, os.R_OK):
+                raise RunError(
+                    f"cannot read {checkpoint}, from which rank 0 continues; the run directory must lie on a file "
+                    "system that all machines share"
+                )
+            callbacks = build_callbacks(recipe, choice.run, data, self.departure)
+            trainer = build_trainer(
+                recipe.trainer,
+                run_dir=choice.run.path,
+                callbacks=list(callbacks.values()),
+                placement=self.placement,
+            )
+        session = Session(
+            loaded=self.loaded,
+            choice=choice,
+            plan=plan,
+            data=data,
+            method=method,
+            trainer=trainer,
+            callbacks=callbacks,
+        )
+        if not choice.finished:
+            with _together(meeting, "owned"):
+                if self.placement.is_leader:
+                    self._own(session)
+        return session
+
+    def _own(self, session: Session) -> None:
+        """Take the directory and write what is going to be run. Rank 0."""
+        run, choice = session.run, session.choice
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(run.path, seconds=self.stopwatch.seconds, on_lost=self._lost)
+        lock.acquire()
+        self.lock = lock
+        begin(
+            choice,
+            self.loaded,
+            session.plan,
+            fingerprint=session.data.fingerprint,
+            left_behind=lock.left_behind,
+        )
+        self.begun = True
+        tell_launcher("run", str(run.path))
+        tell_launcher("command", command_to_continue(run, self.loaded.source, self.placement))
+        if choice.checkpoint is not None and choice.checkpoint.parent == run.checkpoints:
+            for path in checkpoints(run.checkpoints):
+                if path.name > choice.checkpoint.name and choice.checkpoint.name.startswith("step="):
+                    set_aside(path)  # damaged, and passed over for the one chosen
+
+    def _begin(self) -> None:
+        """Open the logs, show what is about to run."""
+        session = self.session
+        assert session is not None
+        run, recipe = session.run, self.loaded.recipe
+        self.messages.open(run)
+        if not self.placement.is_leader:
+            return
+        session.trainer.loggers = build_loggers(recipe.logging, run.path, run.run_id, recipe=plain(recipe))
+        OUT.print(f"recipe {self.loaded.source}", soft_wrap=True)
+        OUT.print(run_summary(recipe, session.plan, session.method, str(run.path)))
+        if session.choice.checkpoint is not None:
+            OUT.print(f"continuing from {session.choice.checkpoint}", soft_wrap=True)
+        example = session.data.example_batch(EXAMPLES)
+        plot_views(
+            example, run.path / "views.png", mean=recipe.data.mean, std=recipe.data.std, images=EXAMPLES
+        )
+
+    # -- training and after ---------------------------------------------------------------------------
+
+    def _train(self) -> None:
+        session = self.session
+        assert session is not None
+        with self.stopwatch.phase("training"):
+            session.trainer.fit(session.method, datamodule=session.data, ckpt_path=session.choice.checkpoint)
+        self.departure.enter("evaluating")
+        with self.stopwatch.phase("evaluation"):
+            self._report(session)
+
+    def _report(self, session: Session) -> None:
+        """The final evaluation, its table and the pictures. Collective; rank 0 writes and prints."""
+        recipe, run, trainer = self.loaded.recipe, session.run, session.trainer
+        session.method.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when it is done
+        meter = session.callbacks["meter"]
+        assert isinstance(meter, Meter)
+        leader = self.placement.is_leader
+        before = {phase: run.seconds_before(phase) if leader else 0.0 for phase in ("training", "evaluation")}
+        summary = final_evaluation(
+            session.method,
+            session.data,
+            recipe,
+            online=meter.latest,
+            initial=lambda: build_method(recipe, session.plan).backbone,
+            folder=run.evaluation,
+            seconds=before["training"] + self.stopwatch.seconds()["training"],
+            evaluated_before=before["evaluation"],
+            progress=EvaluationProgress(shown=leader),
+        )
+        if leader:
+            plot_curves(run.metrics, run.path / "curves.png")
+            OUT.print(results_table(summary))
+
+    def _already_finished(self) -> str:
+        assert self.session is not None
+        plan, run = self.session.plan, self.session.run
+        return (
+            f"{run.path} is finished: {plan.max_epochs} epochs, {plan.total_steps:,} steps; its figures are in "
+            f"{run.evaluation / 'summary.json'}. A larger trainer.max_epochs trains on"
+        )
+
+    # -- the end ----------------------------------------------------------------------------------------
+
+    def _ending_of(self, error: BaseException) -> Ending:
+        """Exit code and one sentence for what ended this process."""
+        code, message, expected = ExitCode.FAILURE, _one_line(error), True
+        if isinstance(error, Leave):
+            code, message = error.exit_code, error.message
+        elif isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            # Lightning makes an exit of the interrupt.
+            code, message = ExitCode.INTERRUPT, f"interrupted while {self.departure.phase}"
+        elif isinstance(error, _REFUSED) and not self.begun and self.departure.phase == "starting":
+            code = ExitCode.USAGE
+        elif isinstance(error, OutOfMemoryError):
+            message = self._out_of_memory()
+        elif not (isinstance(error, RunError) or (isinstance(error, OSError) and error.errno in _DISK)):
+            message, expected = f"{type(error).__name__}: {message}", False
+        text = "".join(traceback.format_exception(error)) if code == ExitCode.FAILURE else ""
+        return Ending(
+            code=code,
+            message=message,
+            kind=type(error).__name__,
+            traceback=text,
+            expected=expected,
+            rank=self.placement.rank,
+        )
+
+    def _out_of_memory(self) -> str:
+        assert self.session is not None
+        plan, device = self.session.plan, self.session.trainer.strategy.root_device
+        return (
+            f"out of memory on {device} with {plan.micro_batch_size} samples in a forward pass "
+            f"(data.global_batch_size={plan.global_batch_size} over {plan.world_size} process(es) and "
+            f"{plan.accumulate} micro-batch(es)); set trainer.accumulate_grad_batches={2 * plan.accumulate}, "
+            "trainer.precision=bf16-mixed, more devices or a smaller data.global_batch_size"
+        )
+
+    def _conclude(self, own: Ending, ending: Ending) -> None:
+        """Record the end in log and manifest, give the directory back, and have the last word.
+
+        ``own`` is how this rank ended, ``ending`` how the first one did, which is what the others died of.
+        """
+        leader = self.placement.is_leader
+        if own.traceback:
+            self.messages.record(own.traceback)
+        if ending.code != ExitCode.DONE:
+            level = logging.ERROR if ending.is_failure else logging.WARNING
+            _to_files_only(level, ending.described(self.placement.world_size))
+        trouble = ""
+        if leader and self.begun:
+            assert self.session is not None
+            try:
+                self.session.run.conclude(ending, self.stopwatch.seconds())
+            except (OSError, RunError) as error:
+                trouble = f"the manifest lacks this end: {_one_line(error)}"
+        if self.lock is not None:
+            with suppress(OSError):  # the directory may be what is wrong
+                self.lock.release()
+        self._last_word(ending, trouble)
+        self.messages.close()
+        _end_workers()
+
+    def _last_word(self, ending: Ending, trouble: str) -> None:
+        """What happened and what to do next, as the last lines on the terminal."""
+        if ending.code == ExitCode.DONE:
+            if self.placement.is_leader:
+                OUT.print(ending.message, soft_wrap=True)
+            return
+        run = self.session.run if self.session is not None and self.begun else None
+        text = last_words(ending, self.placement, run, self.loaded.source, trouble)
+        if ending.is_failure and tell_launcher("ending", ending.to_json()):
+            if self.placement.is_leader or ending.rank == self.placement.rank:
+                tell_launcher("words", text)
+        elif self.placement.is_leader or (
+            ending.rank == self.placement.rank
+            and (self.placement.node_rank > 0 or self.departure.leader_gone)
+        ):
+            # Rank 0 tells what happened to any rank. On another machine, or without rank 0, one tells it oneself.
+            self.messages.print_error(text)
+
+    def _abandon(self, ending: Ending) -> None:
+        """The main thread waits for a rank that is gone: write what has to be written, from another thread."""
+        self._conclude(ending, ending)
+
+    def _lost(self, owner: str) -> None:
+        """Another process owns the directory: whatever this one wrote now would damage its run."""
+        self.messages.print_error(
+            f"sslzoo fit: this run was silent for so long that {owner} has taken its directory over; it ends here"
+        )
+        os._exit(ExitCode.FAILURE)
+
+
+# Before the start: something is wrong with what the user gave, not with this program.
+_REFUSED = (ValueError, OSError)
+# What the file system refuses: full, over quota, too large, read-only, forbidden, gone.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _to_files_only(level: int, text: str) -> None:
+    """Into the logs; the terminal gets its own last word."""
+    logger = logging.getLogger("sslzoo")
+    record = logger.makeRecord("sslzoo.run.fit", level, __file__, 0, text, (), None)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
+
+
+def _end_workers() -> None:
+    """Data workers leave signals to this process, so the polite end at exit would not reach them."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+@contextmanager
+def _together(meeting: Rendezvous, stage: str) -> Iterator[None]:
+    """What goes wrong inside on one rank is raised on all."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            meeting.agree(stage, _one_line(error))
+        except RunError:
+            if isinstance(error, _REFUSED):
+                raise
+        raise
+    meeting.agree(stage, None)

@@ -1,0 +1,91 @@
+"""What a person wants to see before hours of computing start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sslzoo.nn.backbones import parameter_count
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import Recipe, ViewConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sslzoo.method import SSLMethod
+
+
+def human_bytes(count: float) -> str:
+    """``1536`` -> ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def state_memory(method: nn.Module) -> list[tuple[str, int]]:
+    """Bytes of each top-level part that training carries but does not optimise: queues, tables,
+    momentum networks; largest first. Batch-norm statistics of trained parts do not count."""
+    sizes: dict[str, int] = {}
+    frozen = [(name, p) for name, p in method.named_parameters() if not p.requires_grad]
+    parts = {name.partition(".")[0] for name, _ in frozen}
+    norms = {id(b) for m in method.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)}
+    for name, tensor in (*frozen, *method.named_buffers()):
+        part = name.partition(".")[0]
+        if id(tensor) not in norms or part in parts:
+            sizes[part] = sizes.get(part, 0) + tensor.numel() * tensor.element_size()
+    return sorted(sizes.items(), key=lambda item: -item[1])
+
+
+def describe_view(view: ViewConfig) -> str:
+    """``2 x 224 px global, area 0.2-1.0``."""
+    return f"{view.count} x {view.size} px {view.role}, area {view.scale[0]:g}-{view.scale[1]:g}"
+
+
+def _rows(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any]) -> Iterator[tuple[str, str]]:
+    yield "method", f"{recipe.method.name} on {recipe.backbone.name}, {method.feature_dim} features"
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    yield (
+        "parameters",
+        f"{trained / 1e6:.2f} M trained ({parameter_count(method.backbone) / 1e6:.2f} M of them the backbone)",
+    )
+    state = [f"{name} {human_bytes(size)}" for name, size in state_memory(method)]
+    yield "carried state", ", ".join(state) or "none"
+    yield "data", f"{recipe.data.dataset}, {plan.dataset_size:,} images"
+    yield "views", "; ".join(describe_view(view) for view in recipe.views)
+    yield (
+        "batch",
+        f"{plan.global_batch_size} an optimiser step = {plan.world_size} process"
+        f"{'es' * (plan.world_size > 1)} x {plan.accumulate} micro-batch{'es' * (plan.accumulate > 1)} "
+        f"x {plan.micro_batch_size}",
+    )
+    yield (
+        "steps",
+        f"{plan.max_epochs} epochs x {plan.steps_per_epoch} = {plan.total_steps:,} optimiser steps "
+        f"({plan.steps(recipe.optim.warmup_epochs)} of warm-up)",
+    )
+    optim = recipe.optim
+    scaling = "" if optim.lr_scaling == "none" else f" ({optim.lr:g} before {optim.lr_scaling} scaling)"
+    yield (
+        "optimiser",
+        f"{optim.name}, learning rate {plan.scaled_lr(optim):g}{scaling}, "
+        f"{optim.schedule}, weight decay {optim.weight_decay:g}",
+    )
+    yield "precision", str(recipe.trainer.get("precision", "32-true"))
+
+
+def run_summary(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any], where: str) -> Group:
+    """A table of what is about to run, to print with rich."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column()
+    for name, value in _rows(recipe, plan, method):
+        table.add_row(name, value)
+    table.add_row("run directory", where)
+    return Group(Text(f"sslzoo: {recipe.name}", style="bold"), table)

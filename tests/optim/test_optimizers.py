@@ -1,0 +1,131 @@
+"""LARS by hand, parameter groups, and learning rates per group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sslzoo.optim.optimizers import LARS, build_optimizer, set_learning_rate, split_decay
+from sslzoo.recipe.sections import OptimConfig
+
+
+def config(**changes: Any) -> OptimConfig:
+    base = {"name": "lars", "lr": 1.0, "lr_scaling": "none", "weight_decay": 0.1, "warmup_epochs": 0.0}
+    return OptimConfig(**(base | changes))
+
+
+def lars(p: nn.Parameter, lr: float = 0.5, **options: Any) -> LARS:
+    base: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.001}
+    return LARS([p], lr, **(base | options))
+
+
+def test_lars_by_hand_over_two_steps_with_changing_rate() -> None:
+    w = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    g = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    p = nn.Parameter(w.clone())
+    optimizer, buffer = lars(p), torch.zeros_like(w)
+    for lr in (0.5, 0.25):
+        optimizer.param_groups[0]["lr"] = lr
+        p.grad = g.clone()
+        optimizer.step()
+        d = g + 0.1 * w
+        buffer = 0.9 * buffer + d * 0.001 * w.norm() / d.norm()
+        w = w - lr * buffer  # the rate multiplies the buffer as it is applied
+        torch.testing.assert_close(p.data, w, rtol=1e-14, atol=0)
+
+
+def test_lars_leaves_biases_raw_and_survives_zero_norms() -> None:
+    bias = nn.Parameter(torch.tensor([1.0, 2.0]))
+    bias.grad = torch.tensor([0.5, 0.5])
+    lars(bias).step()
+    torch.testing.assert_close(bias.data, torch.tensor([0.75, 1.75]))
+    zero = nn.Parameter(torch.zeros(1, 2))
+    zero.grad = torch.tensor([[1.0, 1.0]])
+    lars(zero).step()  # no weight norm: the factor is 1
+    torch.testing.assert_close(zero.data, torch.tensor([[-0.5, -0.5]]))
+    still = nn.Parameter(torch.ones(1, 2))
+    still.grad = torch.zeros(1, 2)
+    lars(still, weight_decay=0.0).step()
+    torch.testing.assert_close(still.data, torch.ones(1, 2))
+
+
+def test_lars_clip_trust_never_exceeds_sgd() -> None:
+    for trust in (0.001, 1000.0):
+        p = nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        p.grad = torch.tensor([[0.6, 0.8]])
+        lars(p, weight_decay=0.0, trust_coefficient=trust, clip_trust=True).step()
+        factor = min(trust * 5 / 0.5, 1.0)
+        torch.testing.assert_close(p.data, torch.tensor([[3.0, 4.0]]) - 0.5 * factor * p.grad)
+
+
+def test_lars_group_may_switch_adaptation() -> None:
+    on, off = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    options: dict[str, Any] = {"momentum": 0.0, "weight_decay": 0.0, "trust_coefficient": 0.5}
+    for p, adapt in ((on, True), (off, False)):
+        p.grad = torch.tensor([0.0, 2.0])
+        LARS([{"params": [p], "adapt": adapt}], 1.0, **options).step()
+    torch.testing.assert_close(on.data, torch.tensor([1.0, 1 - 0.5 * 2**0.5]))
+    torch.testing.assert_close(off.data, torch.tensor([1.0, -1.0]))
+
+
+def test_lars_ignores_parameters_without_gradient_and_runs_closures() -> None:
+    p, idle = nn.Parameter(torch.ones(1, 1)), nn.Parameter(torch.ones(1, 1))
+    optimizer = LARS([p, idle], 1.0, momentum=0.9, weight_decay=0.0, trust_coefficient=1.0)
+
+    def closure() -> float:
+        (p * 2).sum().backward()
+        return 7.0
+
+    assert optimizer.step(closure) == 7.0
+    assert idle.item() == 1.0
+    assert p.item() == 0.0
+
+
+def test_split_decay_and_groups() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    decayed, plain = split_decay(model.named_parameters(), decay_1d=False)
+    assert [p.ndim for p in decayed] == [2]
+    assert [p.ndim for p in plain] == [1, 1, 1]
+    assert len(split_decay(model.named_parameters(), decay_1d=True)[0]) == 4
+    groups = [{"named": list(model[0].named_parameters()), "lr_factor": 10.0, "mark": "x"}]
+    optimizer = build_optimizer(groups, config(name="sgd"))
+    assert [(g["weight_decay"], g["lr_factor"], g["mark"]) for g in optimizer.param_groups] == [
+        (0.1, 10.0, "x"),
+        (0.0, 10.0, "x"),
+    ]
+    set_learning_rate(optimizer, 0.2)
+    assert [g["lr"] for g in optimizer.param_groups] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("lars", LARS),
+        ("sgd", torch.optim.SGD),
+        ("adamw", torch.optim.AdamW),
+        ("adam", torch.optim.Adam),
+    ],
+)
+def test_optimizers_by_name(name: str, kind: type) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer([{"named": list(model.named_parameters())}], config(name=name))
+    assert type(optimizer) is kind
+    assert all(g["lr"] == 0.0 for g in optimizer.param_groups)
+    assert [g["lr_factor"] for g in optimizer.param_groups] == [1.0, 1.0]
+
+
+def test_sgd_with_decay_1d_decays_everything() -> None:
+    model = nn.Linear(1, 1)
+    optimizer = build_optimizer(
+        [{"named": list(model.named_parameters())}], config(name="sgd", decay_1d=True, momentum=0.0)
+    )
+    set_learning_rate(optimizer, 1.0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert [p.item() for p in model.parameters()] == [pytest.approx(0.9)] * 2

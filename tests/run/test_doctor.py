@@ -1,0 +1,93 @@
+"""The doctor: every problem is found, rated and comes with its repair."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sslzoo.cli.main import main
+from sslzoo.recipe import registry
+from sslzoo.run import doctor
+from sslzoo.run.doctor import BROKEN, FINE, NOTE, Finding
+
+
+def test_findings_that_are_not_fine_say_how_to_repair() -> None:
+    findings = doctor.examine()
+    assert {"python", "torch", "lightning", "methods", "threads", "data", "wandb"} <= {
+        f.subject for f in findings
+    }
+    assert all(bool(finding.fix) == (finding.state != FINE) for finding in findings)
+
+
+def test_exit_code_is_1_only_where_something_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for state, code in ((FINE, 0), (NOTE, 0), (BROKEN, 1)):
+        monkeypatch.setattr(
+            doctor, "examine", lambda s=state: [Finding(subject="x", detail="y", state=s, fix="z")]
+        )
+        assert main(["doctor"]) == code
+        assert "-> z" in capsys.readouterr().out
+
+
+def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        doctor, "requires", lambda name: ["omegaconf>=2.4", "omegaconf<1", "no-such-package-here"]
+    )
+    fine, old, missing = doctor.packages()
+    assert fine.state == FINE
+    assert (old.state, old.fix) == (BROKEN, "pip install 'omegaconf<1'")
+    assert (missing.state, missing.detail) == (BROKEN, "not installed")
+
+
+def test_a_method_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = registry.EntryPoint(name="gone", value="gone_package.method:Gone", group=registry.GROUP)
+    monkeypatch.setattr(registry, "methods", lambda: {"gone": point})
+    (finding,) = doctor.methods()
+    assert (finding.subject, finding.state) == ("method gone", BROKEN)
+    monkeypatch.setattr(registry, "methods", dict)
+    (finding,) = doctor.methods()
+    assert (finding.subject, finding.state) == ("methods", BROKEN)
+
+
+def test_data(tmp_path: Path) -> None:
+    (tmp_path / "imagenet").mkdir()
+    assert doctor.data({}).state == NOTE
+    assert doctor.data({"SSLZOO_DATA_DIR": str(tmp_path / "no")}).state == BROKEN
+    found = doctor.data({"SSLZOO_DATA_DIR": str(tmp_path)})
+    assert (found.state, found.detail) == (FINE, f"{tmp_path}: imagenet")
+
+
+def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert list(doctor.shared_memory(tmp_path / "no")) == []
+    usage = type(shutil.disk_usage(tmp_path))
+    for free, state in ((doctor.SHARED_MEMORY_NEEDED, FINE), (64 << 20, NOTE)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(free, 0, free))
+        (finding,) = doctor.shared_memory(tmp_path)
+        assert finding.state == state
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    (finding,) = doctor.threads()
+    assert finding.state == FINE
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
+    (finding,) = doctor.threads()
+    assert finding.state == NOTE and "OMP_NUM_THREADS" in finding.fix
+
+
+def test_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    login = tmp_path / "netrc"
+    nobody = {"NETRC": str(login)}
+    assert doctor.wandb(nobody).state == NOTE
+    assert doctor.wandb({**nobody, "WANDB_API_KEY": "x"}).detail == "logged in"
+    assert doctor.wandb({**nobody, "WANDB_MODE": "offline"}).detail == "offline, by WANDB_MODE"
+    login.write_text(f"machine {doctor.WANDB_HOST} login user password x\n")
+    assert doctor.wandb(nobody).detail == "logged in"
+    login.write_text("this is no netrc")
+    assert doctor.wandb(nobody).state == NOTE
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert doctor.wandb(nobody).detail.startswith("missing")
