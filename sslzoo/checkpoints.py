@@ -88,7 +88,7 @@ def newest_sound(folder: Path) -> Path | None:
         return path
     if damaged:
         kept = sorted(Path(folder).glob("epoch=*.ckpt"))
-        advice = f"try --resume {kept[-1]}" if kept else "start another run, without --resume"
+        advice = f"try --resume {kept[-1]}" if kept else "start another run with another --out"
         names = ", ".join(path.name for path in damaged)
         raise DamagedCheckpoint(
             f"every step checkpoint in {folder} is truncated or damaged ({names}); {advice}"

@@ -244,7 +244,7 @@ def _add(a: tuple[float, int] | None, b: tuple[float, int]) -> tuple[float, int]
 def _stop_if_diverged(reduced: Mapping[str, tuple[float, int]], step: int) -> None:
     total = reduced.get("train/loss", (0.0, 1))[0]
     if not math.isfinite(total):
-        raise Diverged(f"train/loss is {total} shortly before step {step}")
+        raise Diverged(f"train/loss is {total} by step {step}")
 
 
 def _step(trainer: Any) -> int:

@@ -4,7 +4,7 @@ With trainer.devices above 1 it starts a process for each device itself; under t
 
 exit codes, which manifest.json holds too: 0 done, or finished before; 1 failure at run time; 2 recipe, data or
 directory wrong, nothing started; 75 pre-empted by SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP, --resume auto continues;
-76 the loss is not finite; 130 interrupt. torchrun's own exit code is 1 for all but 0.
+76 the loss is not finite; 130 interrupt, which saves nothing. torchrun's own exit code is 1 for all but 0.
 """
 
 from __future__ import annotations
@@ -21,17 +21,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", required=True, help="a file, or else a bundled name, with or without .yaml"
     )
     parser.add_argument("--out", type=Path, help="run directory; runs/<recipe>/<run id> if left out")
-    parser.add_argument(
-        "--resume", metavar="auto|PATH", help="continue exactly: weights, state, position, metrics"
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="continue exactly: weights, state, position, metrics. auto: from the newest checkpoint of --out, or of "
+        "the recipe's newest run that has one, and from the beginning where there is none; PATH: a checkpoint or a "
+        "run directory. Repeat the overrides that the run was started with",
     )
-    parser.add_argument(
-        "--init-from", type=Path, metavar="PATH", help="start from the weights of a checkpoint"
+    start.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="PATH",
+        help="begin a new run with the weights of a checkpoint, or of a run directory's newest; of another method's, "
+        "the backbone alone",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="build everything, one step on fake data, no files"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to the recipe: optim.lr=0.3"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="changes to the recipe, anywhere on the line: optim.lr=0.3",
     )
 
 
@@ -51,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             dry_run(loaded.recipe, Console())
             return 0
         if place().starter == "alone" and world_size_of(loaded.recipe.trainer) > 1:
-            return launch(args.arguments, loaded.recipe.trainer)
+            return launch(args.arguments, loaded)
     except ValueError as error:
         print(f"sslzoo fit: {error}", file=sys.stderr)
         return 2

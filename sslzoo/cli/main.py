@@ -7,8 +7,9 @@ others.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
@@ -32,7 +33,8 @@ def verbs() -> dict[str, ModuleType]:
     return {name.replace("_", "-"): import_module(f"sslzoo.cli.{name}") for name in sorted(names)}
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The command's, and each verb's."""
     parser = _Parser(prog="sslzoo", description=sslzoo.__doc__)
     parser.add_argument("--version", action="version", version=f"sslzoo {sslzoo.__version__}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -47,21 +49,39 @@ def _parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(child)
         child.set_defaults(run=module.run)
-    return parser
+    return parser, subparsers.choices
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The arguments, where overrides of a recipe may stand before, between and after the options."""
+    parser, children = _parsers()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in children:
+        parser.error(f"no verb {arguments[0]!r}{closest(arguments[0], list(children))}")
+    args, left = parser.parse_known_args(arguments)
+    unknown = [
+        word for word in left if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")
+    ]
+    if unknown:
+        child = children[args.verb]
+        options = [option for action in child._actions for option in action.option_strings]
+        child.error(f"unknown argument {unknown[0]!r}{closest(unknown[0].partition('=')[0], options)}")
+    if left:
+        args.overrides += left
+    args.arguments = arguments  # for a verb that starts itself once more
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (the process's own by default) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs():
-        parser.error(f"no verb {arguments[0]!r}{closest(arguments[0], list(verbs()))}")
-    args = parser.parse_args(arguments)
-    args.arguments = arguments  # for a verb that starts itself once more
+    args = _parse(arguments)
     try:
         return args.run(args)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `sslzoo ls | head`: whoever reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except ValueError as error:
         from sslzoo.recipe.load import RecipeError
 

@@ -39,7 +39,7 @@ ONLINE = (
     "online: linear probe trained beside the method on augmented views, its learning rate chosen on held-out "
     "training samples; weighted cosine k-NN of the plain images after the last epoch"
 )
-UNLABELLED = "none: neither the training data nor probe.data has labels"
+UNLABELLED = "neither the training data nor probe.data has labels"
 # Summary keys that name a figure of the last validation.
 _ONLINE_KEYS = {
     "linear_top1": "val/linear_top1",

@@ -60,6 +60,11 @@ def method_config(name: str) -> type[MethodConfig]:
     return method_class(name).Config
 
 
+def name_of(recipe: Path) -> str:
+    """What to call the recipe file on the command line: a bundled one's name, or the path."""
+    return recipe.stem if recipes().get(recipe.stem) == recipe else str(recipe)
+
+
 def recipe_path(name: str) -> Path:
     """A recipe's file: the one at that very path, otherwise the bundled one of that name, with or without ``.yaml``.
 

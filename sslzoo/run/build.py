@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback
@@ -18,7 +18,7 @@ from sslzoo.callbacks.margin_analysis import MarginAnalysis
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.seeding import StepSeeding
-from sslzoo.checkpoints import load_checkpoint
+from sslzoo.checkpoints import load_checkpoint, newest_sound
 from sslzoo.checks import require
 from sslzoo.data.datasets import ImageSource, open_source
 from sslzoo.data.module import SSLDataModule
@@ -99,12 +99,17 @@ def build_callbacks(
 
 
 def load_weights(method: SSLMethod[Any], path: Path) -> None:
-    """Weights and buffers of the checkpoint ``path``; of its backbone alone if another method wrote it.
+    """Weights and buffers of the checkpoint ``path``, or of the newest in that run directory; of its backbone alone
+    if another method wrote it.
 
     State per training sample stays empty: it belongs to the data of that checkpoint.
 
     Raises ``ValueError`` where not even the backbone fits.
     """
+    if path.is_dir():
+        found = newest_sound(path / "checkpoints")
+        require(found is not None, f"--init-from {path}: there is no checkpoint in {path / 'checkpoints'}")
+        path = cast(Path, found)
     per_sample = tuple(f"{name}." for name in method.per_sample_state)
     everything = load_checkpoint(path)["state_dict"]
     stored = {k: v for k, v in everything.items() if not k.startswith(per_sample)}

@@ -44,6 +44,7 @@ CHANGEABLE = (
     "trainer.profiler",
     "trainer.detect_anomaly",
 )
+SHOWN = 3  # differences that an error lists
 PHASES = ("training", "evaluation")  # what the manifest adds up the seconds of
 
 
@@ -205,17 +206,20 @@ def choose(
 
 def newest(folder: Path) -> Path | None:
     """The run in ``folder`` that was started last, among those with a checkpoint."""
-    runs = [
-        p.parent
-        for p in Path(folder).glob("*/manifest.json")
-        if any(p.parent.glob("checkpoints/step=*.ckpt"))
-    ]
-    return max(runs, key=lambda path: Run(path, path.name).read_manifest()["started"], default=None)
+    passed: list[Path] = []
+    runs = [p.parent for p in Path(folder).glob("*/manifest.json")]
+    for run in sorted(runs, key=lambda path: Run(path, path.name).read_manifest()["started"], reverse=True):
+        if any(run.glob("checkpoints/step=*.ckpt")):
+            for other in passed:
+                log.warning("%s has no checkpoint; taking up %s instead", other, run)
+            return run
+        passed.append(run)
+    return None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """``{dotted key: (old, new)}`` of the leaves that differ."""
-    absent = "absent"
+    absent = "not there"
     keys = [*old, *(key for key in new if key not in old)]
     return {
         key: (old.get(key, absent), new.get(key, absent))
@@ -232,14 +236,16 @@ def _check_same(
         raise RunError(
             f"{run.path} was run with {manifest['world_size']} processes, not {plan.world_size}: a run continues "
             "exactly only with as many; set trainer.devices and trainer.num_nodes back, or start another run "
-            "with --init-from"
+            "with another --out, from its weights by --init-from"
         )
     changed = differences(manifest["recipe"], _flat(loaded))
     refused = {key: pair for key, pair in changed.items() if not key.startswith(CHANGEABLE)}
     if refused:
-        listing = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in refused.items())
+        listing = [f"{key} was {old!r}, is {new!r}" for key, (old, new) in refused.items()]
+        more = f" and {len(listing) - SHOWN} more" if len(listing) > SHOWN else ""
         raise RunError(
-            f"{run.path} was run with another recipe: {listing}; undo this, or start another run with --init-from"
+            f"{run.path} was run with another recipe: {', '.join(listing[:SHOWN])}{more}; set that back, or start "
+            "another run with another --out"
         )
     _check_data(run.path, manifest.get("data_fingerprint", fingerprint), fingerprint)
     return [f"continuing with another {key}: was {old!r}, is {new!r}" for key, (old, new) in changed.items()]
@@ -249,7 +255,7 @@ def _check_data(what: Path, old: str, new: str) -> None:
     if old != new:
         raise RunError(
             f"{what} was trained on other images: then {old}, now {new}; set data.dataset, data.root and data.split "
-            "back, or start another run with --init-from"
+            "back, or start another run with another --out, from its weights by --init-from"
         )
 
 

@@ -6,6 +6,8 @@ import errno
 import logging
 import multiprocessing
 import os
+import shlex
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +20,6 @@ from torch import OutOfMemoryError
 
 from sslzoo.callbacks.meter import Meter
 from sslzoo.checkpoints import checkpoints, set_aside
-from sslzoo.checks import require
 from sslzoo.data.datasets import open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.evaluate.final import final_evaluation
@@ -26,6 +27,7 @@ from sslzoo.evaluate.progress import EvaluationProgress
 from sslzoo.exits import ExitCode, Leave, RunError
 from sslzoo.recipe.load import LoadedRecipe, plain
 from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.registry import name_of
 from sslzoo.run.build import build_callbacks, build_data, build_method, build_plan, load_weights
 from sslzoo.run.departure import Departure
 from sslzoo.run.directory import Choice, Run, begin, choose
@@ -39,7 +41,7 @@ from sslzoo.run.report import plot_curves, plot_views, results_table
 from sslzoo.run.stopwatch import Stopwatch
 from sslzoo.run.summary import run_summary
 from sslzoo.run.trainer import build_trainer
-from sslzoo.run.words import command_to_continue, last_words
+from sslzoo.run.words import last_words
 from sslzoo.terminal import OUT
 
 if TYPE_CHECKING:
@@ -119,10 +121,6 @@ class _Life:
         ``ValueError``, on all ranks, for whatever is wrong with recipe, data, checkpoint or directory.
         """
         recipe = self.loaded.recipe
-        require(
-            not (resume and init_from),
-            "--resume restores everything, --init-from weights only: give one of them",
-        )
         check_world_size(self.placement, recipe.trainer)
         meeting = Rendezvous(self.placement)
         self.departure.join(meeting.store)
@@ -190,7 +188,6 @@ class _Life:
         )
         self.begun = True
         tell_launcher("run", str(run.path))
-        tell_launcher("command", command_to_continue(run, self.loaded.source, self.placement))
         if choice.checkpoint is not None and choice.checkpoint.parent == run.checkpoints:
             for path in checkpoints(run.checkpoints):
                 if path.name > choice.checkpoint.name and choice.checkpoint.name.startswith("step="):
@@ -205,10 +202,14 @@ class _Life:
         if not self.placement.is_leader:
             return
         session.trainer.loggers = build_loggers(recipe.logging, run.path, run.run_id, recipe=plain(recipe))
-        OUT.print(f"recipe {self.loaded.source}", soft_wrap=True)
+        source = self.loaded.source
+        bundled = "" if name_of(source) == str(source) else f", bundled: {source}"
+        OUT.print(f"recipe {name_of(source)}{bundled}", soft_wrap=True)
         OUT.print(run_summary(recipe, session.plan, session.method, str(run.path)))
+        begins = f"continuing from {session.choice.checkpoint}" if session.choice.checkpoint else "a new run"
+        log.info("%s: %s", shlex.join(sys.argv), begins)
         if session.choice.checkpoint is not None:
-            OUT.print(f"continuing from {session.choice.checkpoint}", soft_wrap=True)
+            OUT.print(begins, soft_wrap=True)
         example = session.data.example_batch(EXAMPLES)
         plot_views(
             example, run.path / "views.png", mean=recipe.data.mean, std=recipe.data.std, images=EXAMPLES
@@ -247,12 +248,14 @@ class _Life:
         if leader:
             plot_curves(run.metrics, run.path / "curves.png")
             OUT.print(results_table(summary))
+            figures = [f"{key} {value:.4f}" for key, value in summary.items() if "top" in key]
+            log.info("finished: %s", ", ".join(figures) or summary["protocol"])
 
     def _already_finished(self) -> str:
         assert self.session is not None
         plan, run = self.session.plan, self.session.run
         return (
-            f"{run.path} is finished: {plan.max_epochs} epochs, {plan.total_steps:,} steps; its figures are in "
+            f"{run.path} is finished: {plan.max_epochs} epoch(s), {plan.total_steps:,} steps; its figures are in "
             f"{run.evaluation / 'summary.json'}. A larger trainer.max_epochs trains on"
         )
 
@@ -261,22 +264,24 @@ class _Life:
     def _ending_of(self, error: BaseException) -> Ending:
         """Exit code and one sentence for what ended this process."""
         code, message, expected = ExitCode.FAILURE, _one_line(error), True
+        kind = type(error).__name__
         if isinstance(error, Leave):
             code, message = error.exit_code, error.message
         elif isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
             # Lightning makes an exit of the interrupt.
             code, message = ExitCode.INTERRUPT, f"interrupted while {self.departure.phase}"
+            kind = KeyboardInterrupt.__name__
         elif isinstance(error, _REFUSED) and not self.begun and self.departure.phase == "starting":
             code = ExitCode.USAGE
         elif isinstance(error, OutOfMemoryError):
             message = self._out_of_memory()
         elif not (isinstance(error, RunError) or (isinstance(error, OSError) and error.errno in _DISK)):
-            message, expected = f"{type(error).__name__}: {message}", False
+            message, expected = f"{kind}: {message}", False
         text = "".join(traceback.format_exception(error)) if code == ExitCode.FAILURE else ""
         return Ending(
             code=code,
             message=message,
-            kind=type(error).__name__,
+            kind=kind,
             traceback=text,
             expected=expected,
             rank=self.placement.rank,

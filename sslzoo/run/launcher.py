@@ -15,27 +15,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sslzoo.checks import require
 from sslzoo.exits import LEAVE_SIGNALS, ExitCode
+from sslzoo.recipe.load import LoadedRecipe
 from sslzoo.run.directory import PHASES, Run
 from sslzoo.run.ending import Ending, told
 from sslzoo.run.lock import read_lock
-from sslzoo.run.placement import LAUNCHER_FOLDER, devices_per_node
+from sslzoo.run.placement import ALONE, LAUNCHER_FOLDER, devices_per_node
+from sslzoo.run.words import last_words
 
 PATIENCE = 20.0  # seconds that the other ranks have to end by themselves after the first has
 POLL = 0.05
 _INTERRUPT_AFTER = 3.0  # seconds until an interrupt that only this process received is passed on
 
 
-def launch(arguments: Sequence[str], trainer: Mapping[str, Any]) -> int:
+def launch(arguments: Sequence[str], loaded: LoadedRecipe) -> int:
     """Run ``sslzoo`` with ``arguments`` as every rank of this machine; the run's exit code.
 
     Raises ``ValueError`` for a run on several machines that nobody has told how to meet.
     """
+    trainer = loaded.recipe.trainer
     processes, nodes = devices_per_node(trainer), int(trainer.get("num_nodes", 1))
     require(
         nodes == 1 or all(name in os.environ for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")),
@@ -47,7 +50,7 @@ def launch(arguments: Sequence[str], trainer: Mapping[str, Any]) -> int:
     try:
         ranks = _Ranks(arguments, processes, nodes, folder)
         ranks.wait()
-        return _conclude(ranks, folder)
+        return _conclude(ranks, folder, loaded.source)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -146,7 +149,7 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _conclude(ranks: _Ranks, folder: Path) -> int:
+def _conclude(ranks: _Ranks, folder: Path, recipe: Path) -> int:
     """The run's exit code. A rank that died without a word is named last, after what the others have said."""
     codes = ranks.codes
     ending = told(folder, "ending")
@@ -156,10 +159,12 @@ def _conclude(ranks: _Ranks, folder: Path) -> int:
         rank, number = ranks.first_rank + ranks.died[0], signal.Signals(-codes[ranks.died[0]])
         why = "; the machine may have run out of memory" if number is signal.SIGKILL else ""
         message = f"rank {rank} was killed by {number.name}{why}"
-        words = f"sslzoo fit: {message}"
-        if command := told(folder, "command"):
-            words += f"\ncontinue with: {command}"
-        _correct_manifest(folder, Ending(code=ExitCode.FAILURE, kind=number.name, rank=rank, message=message))
+        dead = Ending(code=ExitCode.FAILURE, kind=number.name, rank=rank, message=message)
+        where = told(folder, "run")
+        run = Run(Path(where), "") if where is not None else None
+        words = last_words(dead, ALONE, run, recipe)
+        if run is not None:
+            _record(run, dead)
     if words is not None:
         sys.stdout.flush()
         sys.stderr.write(words + "\n")
@@ -172,15 +177,15 @@ def _conclude(ranks: _Ranks, folder: Path) -> int:
 _CONSEQUENCES = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError", "RankLost", "")
 
 
-def _correct_manifest(folder: Path, ending: Ending) -> None:
-    path = told(folder, "run")
-    if path is not None:
-        run = Run(Path(path), "")
-        try:
-            start = run.read_manifest()["sessions"][-1]
-            spent = (read_lock(run.path) or {}).get("seconds", {})
-            run.conclude(
-                ending, {phase: start.get(f"{phase}_seconds", spent.get(phase, 0.0)) for phase in PHASES}
-            )
-        except (ValueError, OSError, KeyError, IndexError) as error:
-            sys.stderr.write(f"sslzoo fit: the manifest of {path} could not be completed: {error}\n")
+def _record(run: Run, ending: Ending) -> None:
+    """Correct what rank 0 took for the end, if it could write at all."""
+    try:
+        start = run.read_manifest()["sessions"][-1]
+        spent = (read_lock(run.path) or {}).get("seconds", {})
+        run.conclude(
+            ending, {phase: start.get(f"{phase}_seconds", spent.get(phase, 0.0)) for phase in PHASES}
+        )
+        with run.log.open("a") as log:
+            log.write(f"{ending.message}; what the other ranks say above follows from that\n")
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        sys.stderr.write(f"sslzoo fit: the manifest of {run.path} could not be completed: {error}\n")

@@ -107,6 +107,10 @@ def devices_per_node(trainer: Mapping[str, Any]) -> int:
         import torch
 
         return max(torch.cuda.device_count(), 1) if torch.cuda.is_available() else 1
+    require(
+        isinstance(devices, int) or str(devices).isdigit(),
+        f"trainer.devices must be a number of devices, a list of their indices or auto, got {devices!r}",
+    )
     return int(devices)
 
 

@@ -26,8 +26,11 @@ COLUMNS = {
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 
 
-def results_table(summary: Mapping[str, Any]) -> Table:
-    """The figures of ``summary.json`` in percent, a row for each kind of features that was measured."""
+def results_table(summary: Mapping[str, Any]) -> Table | str:
+    """The figures of ``summary.json`` in percent, one row for each kind of features that was measured; a sentence
+    where nothing was."""
+    if not any(prefix + key in summary for prefix in FEATURES for key in COLUMNS):
+        return f"What the features are worth was not measured: {summary['protocol']}"
     table = Table(title="What the features are worth (%)", caption=str(summary["protocol"]))
     table.add_column("features")
     for title in COLUMNS.values():

@@ -33,6 +33,7 @@ _BESIDE_THE_POINT = (
     "does not have many workers",  # data in memory needs none
     "You defined a `validation_step` but have no `val_dataloader`",  # data without labels
     "is smaller than the logging interval",  # the meter has its own
+    "across ranks is zero",  # data without labels has nothing to validate on
 )
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 

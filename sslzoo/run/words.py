@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from sslzoo.recipe.registry import name_of
 from sslzoo.run.directory import Run
 from sslzoo.run.ending import Ending
 from sslzoo.run.placement import Placement
@@ -25,23 +26,28 @@ def last_words(ending: Ending, placement: Placement, run: Run | None, recipe: Pa
 
 def _what_next(ending: Ending, placement: Placement, run: Run, recipe: Path) -> Iterator[str]:
     saved = sorted(run.checkpoints.glob("step=*.ckpt"))
-    state = f"the newest checkpoint is {saved[-1].name}" if saved else "no checkpoint was written yet"
-    change = {
-        "Diverged": "lower optim.lr or raise optim.warmup_epochs",
-        "OutOfMemoryError": "make this change",
-    }
-    if ending.kind in change:  # of the recipe, which a run that continues keeps
-        start = f" with --init-from {saved[-1]}" if saved else ""
-        yield f"{state}; {change[ending.kind]} and start another run{start}"
+    # Changes of the recipe, which a run that continues keeps.
+    if ending.kind == "Diverged":
+        spoilt = f"; weights as late as {saved[-1].name} may be spoilt already" if saved else ""
+        yield f"lower optim.lr or raise optim.warmup_epochs, and start another run with another --out{spoilt}"
+        return
+    if ending.kind == "OutOfMemoryError":
+        start = f", from its weights by --init-from {run.path}" if saved else ""
+        yield f"start another run with another --out{start}"
         return
     if ending.is_failure and not ending.expected:
         yield f"the traceback is in {run.rank_log(ending.rank)}"
-    yield f"{state}; continue with: {command_to_continue(run, recipe, placement)}"
+    command = command_to_continue(run, recipe, placement)
+    if saved:
+        yield f"the newest checkpoint is {saved[-1].name}; continue with: {command}"
+    else:
+        yield f"no checkpoint was written yet; start again with: {command}"
 
 
 def command_to_continue(run: Run, recipe: Path, placement: Placement) -> str:
     """The command that continues ``run``."""
-    overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-    words = ["sslzoo", "fit", "--recipe", str(recipe), "--out", str(run.path), "--resume", "auto", *overrides]
+    given = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    overrides = {word.partition("=")[0]: word for word in given}  # the last one of a key counts
+    words = ["sslzoo", "fit", "--recipe", name_of(recipe), "--out", str(run.path), "--resume", "auto"]
     started = {"torchrun": "torchrun ... -m ", "srun": "srun "}.get(placement.starter, "")
-    return started + shlex.join(words)
+    return started + shlex.join([*words, *overrides.values()])
