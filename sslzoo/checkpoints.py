@@ -96,6 +96,15 @@ def newest_sound(folder: Path) -> Path | None:
     return None
 
 
+def is_damaged(path: Path) -> bool:
+    """Whether ``path`` is a checkpoint that was cut short or changed after it was written."""
+    try:
+        verify_checkpoint(path)
+    except CheckpointError as error:
+        return isinstance(error, DamagedCheckpoint)
+    return False
+
+
 def set_aside(path: Path) -> Path:
     """Rename the damaged checkpoint ``path`` to ``….ckpt.damaged``, or with a number where that is taken, so
     that nothing takes it for a checkpoint and nobody loses it. Returns the new name; rank 0 only."""

@@ -20,6 +20,15 @@ MARGIN = 4
 BESIDE_TEXTS = 24  # columns that descriptions, counts and what is left of a bar keep in a narrow terminal
 
 
+def duration(seconds: float) -> str:
+    """``200`` -> ``3 min 20 s``."""
+    total = round(seconds)
+    hours, minutes, rest = total // 3600, total // 60 % 60, total % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def redraws(console: Console) -> bool:
     """Whether ``console`` is a terminal on which bars can move."""
     return console.is_terminal and console.is_interactive

@@ -77,7 +77,8 @@ class Faulty(SSLMethod[MethodConfig]):
     """A line between two views, with dropout. The faults that ``FAULTS`` (JSON) names happen to it:
 
     ``pause`` and ``evaluation_pause``, seconds a forward pass; ``nan_at``, ``memory_at``, a step; ``raise_at``, a
-    rank and a step; ``raise_in_evaluation``, ``hang_in_evaluation``, a rank.
+    rank and a step; ``raise_in_evaluation``, ``hang_in_evaluation``, a rank;
+    ``memory_in_evaluation``.
     """
 
     Config = MethodConfig
@@ -91,6 +92,8 @@ class Faulty(SSLMethod[MethodConfig]):
     def _on_evaluation(self, module: nn.Module, *_: Any) -> None:
         if not module.training:
             time.sleep(self.faults.get("evaluation_pause", 0.0))
+            if self.faults.get("memory_in_evaluation"):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
             if self.faults.get("hang_in_evaluation") == rank():
                 time.sleep(1000)
             if self.faults.get("raise_in_evaluation") == rank():

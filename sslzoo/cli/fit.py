@@ -14,6 +14,8 @@ import os
 import sys
 from pathlib import Path
 
+from sslzoo.streams import outlive_readers
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; the exit code."""
     from sslzoo.recipe.load import load_recipe
+    from sslzoo.run.departure import leave_while_importing
     from sslzoo.run.launcher import end_with_parent, launch
     from sslzoo.run.placement import place, world_size_of
 
@@ -63,10 +66,13 @@ def run(args: argparse.Namespace) -> int:
             dry_run(loaded.recipe, Console())
             return 0
         if place().starter == "alone" and world_size_of(loaded.recipe.trainer) > 1:
+            outlive_readers()
             return launch(args.arguments, loaded)
     except ValueError as error:
         print(f"sslzoo fit: {error}", file=sys.stderr)
         return 2
+    outlive_readers()
+    leave_while_importing()
     end_with_parent()
     # The libraries under us say on their own that a neighbour is gone: once is enough.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

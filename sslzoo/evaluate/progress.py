@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.progress import TaskID, TextColumn
 from torch.utils.data import DataLoader
 
-from sslzoo.run.report import duration
-from sslzoo.terminal import ERR, OUT, REFRESH, Bars, redraws
+from sslzoo.terminal import ERR, OUT, REFRESH, Bars, duration, redraws
 
 Report = Callable[[float], None]  # is told how much of a stage is done, a fraction
 

@@ -36,6 +36,7 @@ class LoadedRecipe:
     origins: dict[str, str]  # dotted key of a leaf -> default | recipe | override | derived
     derived: dict[str, int | float]  # what follows from the values; lengths by the data's nominal size
     source: Path
+    overrides: tuple[str, ...] = ()  # as they were given
 
     def to_yaml(self, *, origins: bool = False) -> str:
         """The resolved recipe, loadable again as it is; ``origins`` adds one comment a value."""
@@ -111,7 +112,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
         message = ": ".join(part for part in (where, fault.key, fault.message) if part)
         raise RecipeError(" ".join(message.split())) from None
     return LoadedRecipe(
-        recipe=recipe, origins=_origins(recipe, values, overridden), derived=derived, source=source
+        recipe=recipe,
+        origins=_origins(recipe, values, overridden),
+        derived=derived,
+        source=source,
+        overrides=tuple(overrides),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typing import Any
 
 from sslzoo.exits import LEAVE_SIGNALS, ExitCode, Preempted
 from sslzoo.run.ending import Ending
-from sslzoo.run.placement import ALONE, Placement
+from sslzoo.run.placement import ALONE, Placement, place
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +29,44 @@ POLL = 0.25  # seconds between two looks at the store
 # Seconds for a main thread that is stuck in a collective with a rank which has left, or which has failed; then it is
 # ended from outside.
 GRACE_LEFT, GRACE_FAILED = 1.0, 4.0
+LOST = 5.0  # seconds without an answer after which a rank is taken for dead
 GRACE_REACTING = 30.0  # for one on its way out, which may have workers to stop and files to close
 _AT_ONCE = -1  # a rank's answer when it has nothing to save
+_LOST = -2  # the decision when a rank does not answer
+
+
+class RankLost(RuntimeError):
+    """A rank ended without a word: the kernel or a user killed it."""
+
+
+def leave_while_importing() -> None:
+    """Heed the signals until :meth:`Departure.install` does: importing takes seconds, on a cold file system minutes."""
+    for number in LEAVE_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave_importing)
+
+
+def _leave_importing(number: int, frame: FrameType | None) -> None:
+    if place().is_leader:
+        sys.stderr.write(f"sslzoo fit: {signal.Signals(number).name} while starting; nothing was begun\n")
+        sys.stderr.flush()
+    os._exit(ExitCode.PREEMPTED)
 
 
 class Departure:
     """Signals and the agreement of the ranks, for one run.
+
+    ========  =============================  ====================================================================
+    ranks     phase                          what a signal does
+    ========  =============================  ====================================================================
+    one       training                       :meth:`boundary` is true at the next step: save there and leave
+    one       starting, evaluating, ...      :class:`Preempted` is raised where the main thread stands
+    several   starting                       the same; the others hear of it by :meth:`close`
+    several   training on all ranks          each thread answers the first step that its rank has not gone into;
+                                             :meth:`boundary` is true at the largest of these
+    several   another on any rank            :class:`Preempted` on all
+    several   a rank does not answer         :class:`RankLost` on all
+    ========  =============================  ====================================================================
 
     ``describe(error)`` tells how a run ends that ``error`` ends. ``abandon(ending)`` is called from the watching
     thread of a rank whose main thread is stuck in a collective with a rank that has left or failed: it writes what
@@ -59,6 +92,8 @@ class Departure:
         self._answered = False
         self._stop: int | None = None  # the step to leave at, once all have answered
         self._decided = threading.Event()
+        self._lost = ""  # which rank, in a sentence
+        self._answered_at = 0.0
         self._store: Any = None
         self.leader_gone = False  # and the store with it
         self._done = threading.Event()
@@ -76,18 +111,26 @@ class Departure:
                 self._previous[number] = signal.signal(number, self._on_signal)
 
     def restore(self) -> None:
-        """Give the signals back."""
+        """Give the signals back. A process that has only to end from here ignores them."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if handler is _leave_importing else handler)
         self._previous = {}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or number
-        if self._immediate and not self._reacting:
+        # Of several ranks, the others are asked first: the signal may come from a launcher that ends the rest of a
+        # run which has lost a rank.
+        if self._immediate and not self._reacting and (self._alone or self._stop is not None):
             self._leave_at_once()
+
+    @property
+    def _alone(self) -> bool:
+        return self._store is None or self.phase == "starting"
 
     def _leave_at_once(self) -> None:
         self._reacting = True
+        if self._stop == _LOST:
+            raise RankLost(self._lost)
         raise Preempted(f"{self.signal_name} while {self.phase}")
 
     # -- what the main thread says and asks ---------------------------------------------------------
@@ -98,7 +141,12 @@ class Departure:
         self.phase = phase
         with self._mutex:
             self._immediate = not saves
-        if self._immediate and self._received and not self._reacting:
+        if (
+            self._immediate
+            and self._received
+            and not self._reacting
+            and (self._alone or self._stop is not None)
+        ):
             self._leave_at_once()
 
     def boundary(self, step: int) -> bool:
@@ -110,7 +158,7 @@ class Departure:
                     return False
             self._decided.wait()
             assert self._stop is not None
-            if self._stop == _AT_ONCE:
+            if self._stop in (_AT_ONCE, _LOST):
                 self._leave_at_once()
             self._reacting = step >= self._stop
         else:
@@ -156,8 +204,8 @@ class Departure:
         first = ending
         if self._store is not None:
             if ending.code != ExitCode.DONE:
-                self._answer(at_once=True)
                 first = self.report(ending)
+            self._answer(at_once=True)
             self._done.set()
             assert self._thread is not None
             self._thread.join(timeout=5)
@@ -196,10 +244,12 @@ class Departure:
                 end = end or Ending(
                     code=ExitCode.FAILURE, kind="RankLost", message="rank 0 ended without a word", rank=0
                 )
-            if self._stop == _AT_ONCE and end is None:
+            if self._stop in (_AT_ONCE, _LOST) and end is None:
+                lost = self._stop == _LOST
                 end = Ending(
-                    code=ExitCode.PREEMPTED,
-                    message=f"{self.signal_name} while {self.phase}",
+                    code=ExitCode.FAILURE if lost else ExitCode.PREEMPTED,
+                    kind=RankLost.__name__ if lost else "",
+                    message=self._lost if lost else f"{self.signal_name} while {self.phase}",
                     rank=self.placement.rank,
                 )
             if end is not None:
@@ -225,6 +275,7 @@ class Departure:
             if self._answered:
                 return
             self._answered = True
+            self._answered_at = time.monotonic()
             immediate = self._immediate or at_once
             answer = _AT_ONCE if immediate else self._passed + 1
         try:
@@ -234,13 +285,19 @@ class Departure:
             self._store.set(f"leave/{self.placement.rank}", str(answer))
         except RuntimeError:
             pass
-        if immediate and self._received and not self._reacting:
-            # The handler raises in the main thread.
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.Signals(self._received))
 
     def _decide(self) -> None:
         keys = [f"leave/{rank}" for rank in range(self.placement.world_size)]
         if self._store.check(keys):
             answers = [int(self._store.get(key)) for key in keys]
             self._stop = _AT_ONCE if _AT_ONCE in answers else max(answers)
-            self._decided.set()
+        elif time.monotonic() - self._answered_at > LOST:
+            silent = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
+            self._lost = f"rank {', '.join(silent)} ended without a word"
+            self._stop = _LOST
+        else:
+            return
+        self._decided.set()
+        if self._immediate and self._received and not self._reacting:
+            # The handler raises in the main thread.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.Signals(self._received))

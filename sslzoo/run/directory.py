@@ -163,52 +163,70 @@ def choose(
     named = Path(resume).absolute() if resume is not None and resume != "auto" else None
     if named is not None and not named.exists():
         raise RunError(f"--resume {resume}: there is no such checkpoint or run directory")
-    if named is not None and out is None:
-        out = named if named.is_dir() else named.resolve().parent.parent
-    path = out or (newest(root / loaded.recipe.name) if resume else None)
+    if named is not None and named.is_dir() and named.name == "checkpoints":
+        named = named.parent
+    origin = named if named is None or named.is_dir() else named.resolve().parent.parent
+    path = out or origin or (newest(root / loaded.recipe.name) if resume else None)
     run = Run(Path(path or root / loaded.recipe.name / run_id).absolute(), run_id)
-    remarks: list[str] = []
-    if not run.manifest.exists():
-        if run.path.exists() and (not run.path.is_dir() or any(p.name != LOCK for p in run.path.iterdir())):
-            raise RunError(f"{run.path} is not empty and holds no run; give --out a new directory")
-    elif not resume:
+    if origin is not None and origin != run.path and run.manifest.exists():
         raise RunError(
-            f"{run.path} holds another run; continue it with --resume auto, or give --out another directory"
+            f"{run.path} holds another run than --resume {resume}, whose end would be lost; give --out a new directory"
         )
-    else:
-        manifest = run.read_manifest()
-        run = Run(run.path, manifest["run_id"])
-        remarks = _check_same(run, manifest, loaded, plan, fingerprint)
+    source = run if origin is None else Run(origin, "")
+    remarks: list[str] = []
+    manifest: dict[str, Any] | None = None
+    if source.manifest.exists():
+        if not resume:
+            raise RunError(
+                f"{run.path} holds another run; continue it with --resume auto, or give --out another directory"
+            )
+        manifest = source.read_manifest()
+        remarks = _check_same(source, manifest, loaded, plan, fingerprint)
+        if source.path == run.path:
+            run = Run(run.path, manifest["run_id"])
+    if not run.manifest.exists() and _is_occupied(run.path):
+        raise RunError(f"{run.path} is not empty and holds no run; give --out a new directory")
+    refuse_if_owned(run.path)
     if resume is None:
-        refuse_if_owned(run.path)
         return Choice(run)
-    if named is not None and named.is_file():
-        checkpoint = named.resolve()
-    else:
-        checkpoint = newest_sound((named or run.path) / "checkpoints")
+    checkpoint = named if named is not None and named.is_file() else newest_sound(source.checkpoints)
+    done = manifest is not None and manifest["exit_code"] == ExitCode.DONE and source.path == run.path
     if checkpoint is None:
         if named is not None:
-            raise RunError(f"--resume {resume}: no checkpoint in {named / 'checkpoints'}")
-        refuse_if_owned(run.path)
+            raise RunError(f"--resume {resume}: no checkpoint in {source.checkpoints}")
+        if done:
+            raise RunError(
+                f"{run.path} is a finished run whose checkpoints are gone; to train again give another --out"
+            )
         return Choice(run)
     content = load_checkpoint(checkpoint)
     _check_data(checkpoint, content.get("SSLDataModule", {}).get("fingerprint", fingerprint), fingerprint)
     step = content["optimizer_steps"]
     _check_epochs(run, step, plan)
-    whole = step == plan.total_steps and (named is None or not named.is_file())
-    if whole and run.manifest.exists() and run.read_manifest()["exit_code"] == ExitCode.DONE:
+    if done and step == plan.total_steps and (named is None or named.is_dir()):
         return Choice(run, checkpoint, finished=True)
-    refuse_if_owned(run.path)
     for remark in remarks:
         log.warning("%s", remark)
     return Choice(run, checkpoint.absolute())
 
 
+def _is_occupied(path: Path) -> bool:
+    """Whether something lies at ``path`` that a start of ours, killed before its manifest, has not left."""
+    if not path.is_dir():
+        return path.exists()
+    return any(p.name != LOCK and not p.name.endswith(".part") for p in path.iterdir())
+
+
 def newest(folder: Path) -> Path | None:
     """The run in ``folder`` that was started last, among those with a checkpoint."""
+    started: dict[Path, str] = {}
+    for path in Path(folder).glob("*/manifest.json"):
+        try:
+            started[path.parent] = Run(path.parent, "").read_manifest()["started"]
+        except RunError as error:
+            log.warning("passing over a run: %s", error)
     passed: list[Path] = []
-    runs = [p.parent for p in Path(folder).glob("*/manifest.json")]
-    for run in sorted(runs, key=lambda path: Run(path, path.name).read_manifest()["started"], reverse=True):
+    for run in sorted(started, key=started.__getitem__, reverse=True):
         if any(run.glob("checkpoints/step=*.ckpt")):
             for other in passed:
                 log.warning("%s has no checkpoint; taking up %s instead", other, run)
@@ -280,14 +298,12 @@ def begin(
     fingerprint: str,
     left_behind: Mapping[str, float],
 ) -> None:
-    """Make the folders of ``choice.run`` and write recipe and manifest. The caller owns the directory.
+    """Write manifest and recipe, and make the folders of ``choice.run``. The caller owns the directory.
 
     ``left_behind`` holds the seconds by phase of the last start, should it have been killed. ``OSError`` where the
     file system refuses.
     """
     run = choice.run
-    for folder in (run.checkpoints, run.evaluation):
-        folder.mkdir(parents=True, exist_ok=True)
     before = run.read_manifest() if run.manifest.exists() else {}
     starts = before.get("sessions", [])
     if starts and starts[-1].get("exit_code") is None:  # it was killed: its lock tells how long it lived
@@ -323,8 +339,11 @@ def begin(
         "hardware": hardware(),
         "recipe": recipe,
     }
-    write_json(run.manifest, before | now)
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_json(run.manifest, before | now)  # first: whatever lies here from now on belongs to a run
     write_text(run.recipe, loaded.to_yaml(origins=True))
+    for folder in (run.checkpoints, run.evaluation):
+        folder.mkdir(exist_ok=True)
 
 
 def _now() -> str:

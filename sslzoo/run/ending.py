@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,11 +63,14 @@ class Ending:
 
 
 def tell_launcher(name: str, text: str) -> bool:
-    """Leave ``text`` under ``name`` for sslzoo's own launcher; False where another program started this process."""
-    folder = os.environ.get(LAUNCHER_FOLDER)
-    if folder is None or not Path(folder).is_dir():
+    """Leave ``text`` under ``name`` for sslzoo's own launcher; False where another program started this process, or
+    where the launcher is gone."""
+    folder = Path(os.environ.get(LAUNCHER_FOLDER, ""))
+    if LAUNCHER_FOLDER not in os.environ or told(folder, "pid") != str(os.getppid()):
+        if LAUNCHER_FOLDER in os.environ:  # it was killed and cannot tidy up itself
+            shutil.rmtree(folder, ignore_errors=True)
         return False
-    write_text(Path(folder) / name, text)
+    write_text(folder / name, text)
     return True
 
 

@@ -7,7 +7,9 @@ import logging
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +21,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import OutOfMemoryError
 
 from sslzoo.callbacks.meter import Meter
-from sslzoo.checkpoints import checkpoints, set_aside
+from sslzoo.checkpoints import checkpoints, is_damaged, set_aside
 from sslzoo.data.datasets import open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.evaluate.final import final_evaluation
@@ -29,7 +31,7 @@ from sslzoo.recipe.load import LoadedRecipe, plain
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import name_of
 from sslzoo.run.build import build_callbacks, build_data, build_method, build_plan, load_weights
-from sslzoo.run.departure import Departure
+from sslzoo.run.departure import Departure, RankLost
 from sslzoo.run.directory import Choice, Run, begin, choose
 from sslzoo.run.ending import Ending, tell_launcher
 from sslzoo.run.lock import RunLock
@@ -107,6 +109,7 @@ class _Life:
                 self._train()
                 ending = Ending(code=ExitCode.DONE, message=f"run directory: {self.session.run.path}")
         except BaseException as error:
+            self.departure.raised(error)
             ending = self._ending_of(error)
         first = self.departure.close(ending)
         self._conclude(ending, first)
@@ -190,8 +193,8 @@ class _Life:
         tell_launcher("run", str(run.path))
         if choice.checkpoint is not None and choice.checkpoint.parent == run.checkpoints:
             for path in checkpoints(run.checkpoints):
-                if path.name > choice.checkpoint.name and choice.checkpoint.name.startswith("step="):
-                    set_aside(path)  # damaged, and passed over for the one chosen
+                if path.name > choice.checkpoint.name and is_damaged(path):
+                    set_aside(path)  # it was passed over for the one chosen
 
     def _begin(self) -> None:
         """Open the logs, show what is about to run."""
@@ -254,10 +257,9 @@ class _Life:
     def _already_finished(self) -> str:
         assert self.session is not None
         plan, run = self.session.plan, self.session.run
-        return (
-            f"{run.path} is finished: {plan.max_epochs} epoch(s), {plan.total_steps:,} steps; its figures are in "
-            f"{run.evaluation / 'summary.json'}. A larger trainer.max_epochs trains on"
-        )
+        epochs = f"{plan.max_epochs} epoch{'s' * (plan.max_epochs > 1)}, {plan.total_steps:,} steps"
+        figures = run.evaluation / "summary.json"
+        return f"{run.path} is finished: {epochs}; its figures are in {figures}. A larger trainer.max_epochs trains on"
 
     # -- the end ----------------------------------------------------------------------------------------
 
@@ -273,9 +275,11 @@ class _Life:
             kind = KeyboardInterrupt.__name__
         elif isinstance(error, _REFUSED) and not self.begun and self.departure.phase == "starting":
             code = ExitCode.USAGE
-        elif isinstance(error, OutOfMemoryError):
-            message = self._out_of_memory()
-        elif not (isinstance(error, RunError) or (isinstance(error, OSError) and error.errno in _DISK)):
+        elif isinstance(error, OutOfMemoryError) and self.session is not None:
+            message = self._out_of_memory(self.session)
+        elif not (
+            isinstance(error, (RunError, RankLost)) or (isinstance(error, OSError) and error.errno in _DISK)
+        ):
             message, expected = f"{kind}: {message}", False
         text = "".join(traceback.format_exception(error)) if code == ExitCode.FAILURE else ""
         return Ending(
@@ -287,9 +291,11 @@ class _Life:
             rank=self.placement.rank,
         )
 
-    def _out_of_memory(self) -> str:
-        assert self.session is not None
-        plan, device = self.session.plan, self.session.trainer.strategy.root_device
+    def _out_of_memory(self, session: Session) -> str:
+        plan, device = session.plan, session.trainer.strategy.root_device
+        if self.departure.phase == "evaluating":
+            size = self.loaded.recipe.eval.batch_size
+            return f"out of memory on {device} while evaluating; set eval.batch_size below {size}"
         return (
             f"out of memory on {device} with {plan.micro_batch_size} samples in a forward pass "
             f"(data.global_batch_size={plan.global_batch_size} over {plan.world_size} process(es) and "
@@ -329,7 +335,7 @@ class _Life:
                 OUT.print(ending.message, soft_wrap=True)
             return
         run = self.session.run if self.session is not None and self.begun else None
-        text = last_words(ending, self.placement, run, self.loaded.source, trouble)
+        text = last_words(ending, self.placement, run, self.loaded, trouble)
         if ending.is_failure and tell_launcher("ending", ending.to_json()):
             if self.placement.is_leader or ending.rank == self.placement.rank:
                 tell_launcher("words", text)
@@ -359,7 +365,10 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, err
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return text
 
 
 def _to_files_only(level: int, text: str) -> None:
@@ -373,9 +382,14 @@ def _to_files_only(level: int, text: str) -> None:
 
 def _end_workers() -> None:
     """Data workers leave signals to this process, so the polite end at exit would not reach them."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # the data loader's handler takes this end for an accident
+    for worker in workers:
+        worker.kill()
+        worker.join()
 
 
 @contextmanager
@@ -386,8 +400,8 @@ def _together(meeting: Rendezvous, stage: str) -> Iterator[None]:
     except Exception as error:
         try:
             meeting.agree(stage, _one_line(error))
-        except RunError:
-            if isinstance(error, _REFUSED):
-                raise
+        except RunError as refusal:
+            if isinstance(error, _REFUSED):  # a plain word for all; a bug keeps its own traceback
+                raise refusal from error
         raise
     meeting.agree(stage, None)

@@ -47,10 +47,11 @@ def launch(arguments: Sequence[str], loaded: LoadedRecipe) -> int:
         "--rdzv-endpoint HOST:29500 -m sslzoo fit ...",
     )
     folder = Path(tempfile.mkdtemp(prefix="sslzoo-"))
+    (folder / "pid").write_text(str(os.getpid()))
     try:
         ranks = _Ranks(arguments, processes, nodes, folder)
         ranks.wait()
-        return _conclude(ranks, folder, loaded.source)
+        return _conclude(ranks, folder, loaded)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -72,7 +73,9 @@ class _Ranks:
         if "OMP_NUM_THREADS" not in os.environ:
             shared["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // processes, 1))
         self._interrupted: float | None = None
-        self.died: list[int] = []  # ranks that a signal killed, but not one of ours, in that order
+        self.died: list[int] = []  # ranks that a signal killed which this process did not send, in that order
+        self._sent: set[int] = set()  # signals that were passed on
+        self.left_over: list[subprocess.Popen[bytes]] = []
         self._children: list[subprocess.Popen[bytes]] = []
         # Before the first child: a signal in between must reach it.
         previous = {
@@ -92,17 +95,24 @@ class _Ranks:
 
     @property
     def codes(self) -> list[int]:
-        """Exit codes; negative for those that a signal killed."""
-        return [child.wait() for child in self._children]
+        """Exit codes, without those of ranks that were ended at last; negative for those that a signal killed. One
+        that died of a signal which was passed on, before it could heed it, was pre-empted."""
+        codes = [child.wait() for child in self._children if child not in self.left_over]
+        return [ExitCode.PREEMPTED if -code in self._sent else code for code in codes]
+
+    def code_of(self, local: int) -> int:
+        """Exit code of one rank."""
+        return self._children[local].wait()
 
     def wait(self) -> None:
         """Until all have ended. When one has failed, the others have some seconds to end by themselves."""
         failed: float | None = None
         try:
-            while any(child.poll() is None for child in self._children):
+            # All are polled, not only those before the first that lives.
+            while None in [child.poll() for child in self._children]:
                 now = time.monotonic()
                 self._note_deaths()
-                if failed is None and any(child.returncode for child in self._children):
+                if failed is None and any(self._failed(child.returncode) for child in self._children):
                     failed = now
                 if failed is not None and now - failed > PATIENCE:
                     break
@@ -112,17 +122,24 @@ class _Ranks:
                 time.sleep(POLL)
             self._note_deaths()
         finally:
-            for child in self._children:
+            self.left_over = [child for child in self._children if child.poll() is None]
+            for child in self.left_over:
                 child.kill()
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
 
+    def _failed(self, code: int | None) -> bool:
+        """Whether this is the end of a rank from which the others cannot recover. All leave together on 75."""
+        return code == ExitCode.FAILURE or (code is not None and code < 0 and -code not in self._sent)
+
     def _note_deaths(self) -> None:
         for local, child in enumerate(self._children):
-            if (child.returncode or 0) < 0 and local not in self.died:
+            code = child.returncode
+            if code is not None and code < 0 and self._failed(code) and local not in self.died:
                 self.died.append(local)
 
     def _forward(self, number: int, frame: Any) -> None:
+        self._sent.add(number)
         for child in self._children:
             if child.poll() is None:
                 child.send_signal(number)
@@ -149,20 +166,20 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _conclude(ranks: _Ranks, folder: Path, recipe: Path) -> int:
+def _conclude(ranks: _Ranks, folder: Path, loaded: LoadedRecipe) -> int:
     """The run's exit code. A rank that died without a word is named last, after what the others have said."""
     codes = ranks.codes
     ending = told(folder, "ending")
     words = told(folder, "words")  # of rank 0, which leaves the telling of a failure to this process
     # Who was killed after another had failed is no cause.
     if ranks.died and (ending is None or Ending.from_json(ending).kind in _CONSEQUENCES):
-        rank, number = ranks.first_rank + ranks.died[0], signal.Signals(-codes[ranks.died[0]])
+        rank, number = ranks.first_rank + ranks.died[0], signal.Signals(-ranks.code_of(ranks.died[0]))
         why = "; the machine may have run out of memory" if number is signal.SIGKILL else ""
         message = f"rank {rank} was killed by {number.name}{why}"
         dead = Ending(code=ExitCode.FAILURE, kind=number.name, rank=rank, message=message)
         where = told(folder, "run")
         run = Run(Path(where), "") if where is not None else None
-        words = last_words(dead, ALONE, run, recipe)
+        words = last_words(dead, ALONE, run, loaded)
         if run is not None:
             _record(run, dead)
     if words is not None:

@@ -51,26 +51,38 @@ class RunLock:
 
     def acquire(self) -> None:
         """Take the directory. ``RunError`` names the owner where another run has it."""
-        refuse_if_owned(self.path.parent)
-        self.left_behind = (read_lock(self.path.parent) or {}).get("seconds", {})
         part = self.path.with_name(f"{LOCK}.{self._owner['id']}.part")
-        part.write_text(json.dumps(self._content()))
         try:
-            if self.path.exists():  # left behind by a dead run
+            part.write_text(json.dumps(self._content()))
+            dead = read_lock(self.path.parent)
+            refuse_if_owned(self.path.parent)
+            if dead is not None:
+                self._clear(dead)
+                self.left_behind = dead.get("seconds", {})
+            try:
+                os.link(part, self.path)  # fails where somebody was faster
+            except FileExistsError:
+                raise RunError(_in_use(self.path.parent, read_lock(self.path.parent) or {})) from None
+            except OSError:  # a file system without hard links
                 part.replace(self.path)
-            else:
-                try:
-                    os.link(part, self.path)  # fails where somebody was faster
-                except FileExistsError:
-                    refuse_if_owned(self.path.parent)
-                    part.replace(self.path)
-                except OSError:  # a file system without hard links
-                    part.replace(self.path)
         finally:
             part.unlink(missing_ok=True)
-        if (read_lock(self.path.parent) or {}).get("id") != self._owner["id"]:
-            refuse_if_owned(self.path.parent)
         self._thread.start()
+
+    def _clear(self, dead: dict[str, Any]) -> None:
+        """Move the lock of a ``dead`` owner out of the way. Of several that try at once, one moves it; another may
+        catch the lock that the first has made since, and puts it back."""
+        aside = self.path.with_name(f"{LOCK}.{self._owner['id']}.old.part")
+        try:
+            self.path.rename(aside)
+            caught = _content(aside) or {}
+            if caught.get("id") != dead.get("id"):
+                os.link(aside, self.path)
+                raise RunError(_in_use(self.path.parent, caught))
+        except FileNotFoundError:
+            pass  # somebody was faster, and has not made his own yet
+        finally:
+            aside.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Give the directory back."""
@@ -83,10 +95,10 @@ class RunLock:
     def beat(self) -> None:
         """Give a sign of life now."""
         now = read_lock(self.path.parent)
-        if now is not None and now.get("id") != self._owner["id"]:
+        if now and now.get("id") != self._owner["id"]:
             self._ended.set()
             self._on_lost(_named(now))
-        elif now is not None:
+        elif now is not None:  # where it cannot be read, as for a moment on a network, it is written anew
             write_json(self.path, self._content())
 
     def _content(self) -> dict[str, Any]:
@@ -102,8 +114,12 @@ class RunLock:
 
 def read_lock(folder: Path) -> dict[str, Any] | None:
     """The content of the directory's lock; None without one, empty where it cannot be read."""
+    return _content(Path(folder) / LOCK)
+
+
+def _content(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((Path(folder) / LOCK).read_text())
+        return json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
@@ -119,9 +135,11 @@ def refuse_if_owned(folder: Path) -> None:
     owner = read_lock(folder)
     if owner is None or _is_dead(Path(folder) / LOCK, owner):
         return
-    raise RunError(
-        f"{folder} is in use by {_named(owner)}; wait for it or stop it, or give --out another directory"
-    )
+    raise RunError(_in_use(folder, owner))
+
+
+def _in_use(folder: Path, owner: dict[str, Any]) -> str:
+    return f"{folder} is in use by {_named(owner)}; wait for it or stop it, or give --out another directory"
 
 
 def _is_dead(path: Path, owner: dict[str, Any]) -> bool:

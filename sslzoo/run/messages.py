@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+from contextlib import suppress
 from typing import IO
 
 from rich.text import Text
@@ -45,6 +46,7 @@ class Messages:
     def start(self) -> None:
         """Listen to the framework, to Lightning and to Python's warnings."""
         logging.captureWarnings(True)
+        logging.raiseExceptions = False  # a log that cannot be written is no page of its own on the terminal
         for name in ("sslzoo", "sslzoo_methods"):
             logging.getLogger(name).setLevel(logging.INFO)
         for name in LOGGERS:
@@ -94,12 +96,14 @@ class Messages:
     def record(self, text: str) -> None:
         """Write ``text``, such as a traceback, to this rank's own log."""
         if self._own_log is not None:
-            self._own_log.write(text.rstrip() + "\n")
+            with suppress(OSError):  # a full disk must not hide what has filled it
+                self._own_log.write(text.rstrip() + "\n")
 
     def print_error(self, text: str) -> None:
         """Write ``text`` to the terminal, also on a rank that has given its own away."""
         if self._terminal is not None:
-            os.write(self._terminal, f"{text.rstrip()}\n".encode())
+            with suppress(OSError):
+                os.write(self._terminal, f"{text.rstrip()}\n".encode())
         else:
             ERR.print(Text(text.rstrip()), soft_wrap=True)
 
@@ -110,13 +114,15 @@ class Messages:
             for handler in self._handlers:
                 logging.getLogger(name).removeHandler(handler)
         for handler in self._handlers:
-            handler.close()
+            with suppress(OSError):
+                handler.close()
         for logger, handler in self._quiet:
             logger.addHandler(handler)
         if self._own_log is not None:
             faulthandler.disable()
             if self._terminal is None:  # else stdout and stderr go there until the process ends
-                self._own_log.close()
+                with suppress(OSError):
+                    self._own_log.close()
 
 
 class _Early(logging.Handler):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from sslzoo.evaluate.metrics import FEATURES
+from sslzoo.terminal import duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,15 +44,6 @@ def results_table(summary: Mapping[str, Any]) -> Table | str:
             time = duration(summary["seconds"]) if prefix == "" else "-"
             table.add_row(title, *cells, time, style="bold" if prefix == "" else "")
     return table
-
-
-def duration(seconds: float) -> str:
-    """``200`` -> ``3 min 20 s``."""
-    total = round(seconds)
-    hours, minutes, rest = total // 3600, total // 60 % 60, total % 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:

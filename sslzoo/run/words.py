@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
+from sslzoo.recipe.load import LoadedRecipe
 from sslzoo.recipe.registry import name_of
 from sslzoo.run.directory import Run
 from sslzoo.run.ending import Ending
 from sslzoo.run.placement import Placement
 
 
-def last_words(ending: Ending, placement: Placement, run: Run | None, recipe: Path, trouble: str = "") -> str:
+def last_words(
+    ending: Ending, placement: Placement, run: Run | None, loaded: LoadedRecipe, trouble: str = ""
+) -> str:
     """What happened and what to do next: the last lines on the terminal of a run that did not end as planned.
 
     ``run`` is None where nothing was begun; ``trouble`` is a second thing that went wrong.
@@ -21,33 +22,32 @@ def last_words(ending: Ending, placement: Placement, run: Run | None, recipe: Pa
     lines = [] if ending.expected else [ending.traceback.rstrip()]
     lines.append(f"sslzoo fit: {ending.described(placement.world_size)}")
     lines += [trouble] if trouble else []
-    return "\n".join([*lines, *(_what_next(ending, placement, run, recipe) if run is not None else [])])
+    return "\n".join([*lines, *(_what_next(ending, placement, run, loaded) if run is not None else [])])
 
 
-def _what_next(ending: Ending, placement: Placement, run: Run, recipe: Path) -> Iterator[str]:
+def _what_next(ending: Ending, placement: Placement, run: Run, loaded: LoadedRecipe) -> Iterator[str]:
     saved = sorted(run.checkpoints.glob("step=*.ckpt"))
     # Changes of the recipe, which a run that continues keeps.
     if ending.kind == "Diverged":
         spoilt = f"; weights as late as {saved[-1].name} may be spoilt already" if saved else ""
         yield f"lower optim.lr or raise optim.warmup_epochs, and start another run with another --out{spoilt}"
         return
-    if ending.kind == "OutOfMemoryError":
+    if ending.kind == "OutOfMemoryError" and "eval.batch_size" not in ending.message:
         start = f", from its weights by --init-from {run.path}" if saved else ""
         yield f"start another run with another --out{start}"
         return
     if ending.is_failure and not ending.expected:
         yield f"the traceback is in {run.rank_log(ending.rank)}"
-    command = command_to_continue(run, recipe, placement)
+    command = command_to_continue(run, loaded, placement)
     if saved:
         yield f"the newest checkpoint is {saved[-1].name}; continue with: {command}"
     else:
         yield f"no checkpoint was written yet; start again with: {command}"
 
 
-def command_to_continue(run: Run, recipe: Path, placement: Placement) -> str:
+def command_to_continue(run: Run, loaded: LoadedRecipe, placement: Placement) -> str:
     """The command that continues ``run``."""
-    given = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-    overrides = {word.partition("=")[0]: word for word in given}  # the last one of a key counts
-    words = ["sslzoo", "fit", "--recipe", name_of(recipe), "--out", str(run.path), "--resume", "auto"]
+    overrides = {word.partition("=")[0]: word for word in loaded.overrides}  # the last one of a key counts
+    words = ["sslzoo", "fit", "--recipe", name_of(loaded.source), "--out", str(run.path), "--resume", "auto"]
     started = {"torchrun": "torchrun ... -m ", "srun": "srun "}.get(placement.starter, "")
     return started + shlex.join([*words, *overrides.values()])

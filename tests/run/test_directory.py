@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import re
 import resource
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,47 @@ def test_whose_lock_is_taken_over(
         assert "is in use by process" in command.err and owner.get("host", platform.node()) in command.err
 
 
+def _race(folder: Path, gate: Any, owners: Any) -> None:
+    lock = RunLock(folder, seconds=dict, on_lost=print)
+    gate.wait()
+    try:
+        lock.acquire()
+    except RunError:
+        owners.put(0)
+    else:
+        owners.put(1)
+        time.sleep(0.2)
+        lock.release()
+
+
+def test_of_two_that_take_over_one_lock_one_has_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    lock = RunLock(tmp_path, seconds=dict, on_lost=print)
+    lock.acquire()
+    owner = read_lock(tmp_path) or {}
+    lock.release()
+    for turn in range(40):
+        (tmp_path / "run.lock").write_text(json.dumps(owner | {"id": f"dead-{turn}", "pid_started": "1"}))
+        gate, owners = context.Barrier(2), context.Queue()
+        starts = [context.Process(target=_race, args=(tmp_path, gate, owners)) for _ in range(2)]
+        for start in starts:
+            start.start()
+        assert sum(owners.get(timeout=10) for _ in starts) == 1, f"turn {turn}"
+        for start in starts:
+            start.join()
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_cannot_be_read_for_a_moment_ends_nothing(tmp_path: Path) -> None:
+    lost: list[str] = []
+    lock = RunLock(tmp_path, seconds=dict, on_lost=lost.append)
+    lock.acquire()
+    (tmp_path / "run.lock").write_text("")
+    lock.beat()
+    assert not lost and (read_lock(tmp_path) or {})["pid"] == os.getpid()
+    lock.release()
+
+
 def test_a_silent_run_that_lost_its_directory_ends(tmp_path: Path) -> None:
     lost: list[str] = []
     lock = RunLock(tmp_path, seconds=lambda: {"training": 1.5}, on_lost=lost.append)
@@ -217,6 +260,32 @@ def test_a_full_disk_ends_the_run_in_one_line(folder: Path) -> None:
     )
 
 
+def test_a_disk_without_a_byte_left_ends_the_run_in_one_line(folder: Path, tmp_path: Path) -> None:
+    """Not even the manifest can be written then; what it says stands on the terminal, and the directory is free."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    fill = f'dd if=/dev/zero of="{disk}/fill" bs=64k 2> /dev/null'
+    script = f'mount -t tmpfs -o size=40m none "{disk}" && ("$@"; echo $? > code) & sleep 0.1; '
+    script += f'until [ -e "{disk}/run/checkpoints/step=000000002.ckpt" ]; do sleep 0.1; done; {fill}; wait; '
+    script += f'ls -A "{disk}/run" "{disk}/run/checkpoints" > left'
+    if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("mounting needs a privilege that this machine refuses")
+    recipe = ("fit", "--recipe", folder / "tiny.yaml", "--out", disk / "run")
+    run = shell(tmp_path, *recipe, prefix=("unshare", "-m", "sh", "-c", script, "sh"), faults={"pause": 0.2})
+    run.wait(90)
+    assert (tmp_path / "code").read_text() == "1\n", run.said
+    assert "No space left on device" in run.err and "Traceback" not in run.err, run.said
+    left = (tmp_path / "left").read_text()
+    assert "run.lock" not in left and ".part" not in left, left
+
+
+def test_a_start_that_found_no_room_does_not_block_the_next(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.lock.0123.part").write_text("")  # of one that was killed at its very start
+    again = fork(tmp_path, "fit", "--recipe", folder / "tiny.yaml", "--out", "run", "--resume", "auto")
+    assert again.wait() == 0, again.said
+
+
 def test_a_directory_that_cannot_be_written_is_refused(folder: Path) -> None:
     _one_error(_fit(folder, "/proc/sslzoo"), ExitCode.USAGE, "/proc/sslzoo")
     (folder / "file").write_text("a file")
@@ -244,6 +313,14 @@ def test_a_device_that_is_not_there_is_refused_in_one_line(folder: Path) -> None
     command = shell(folder, "fit", "--recipe", "tiny.yaml", "--out", "gpu", "trainer.accelerator=gpu")
     _one_error(command, ExitCode.USAGE, "accelerator")
     assert not (folder / "gpu").exists()
+
+
+def test_too_little_memory_in_an_evaluation_names_its_own_batch(folder: Path) -> None:
+    command = _fit(folder, "memory-evaluation", faults={"memory_in_evaluation": True})
+    _one_error(
+        command, ExitCode.FAILURE, "out of memory on cpu while evaluating; set eval.batch_size below 32"
+    )
+    assert "continue with: " in command.err  # that may change
 
 
 def test_too_little_memory_on_a_device_names_what_to_set(folder: Path) -> None:

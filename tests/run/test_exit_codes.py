@@ -52,7 +52,7 @@ CASES = {
         ExitCode.USAGE, r"override: optim\.lrr: unknown key; did you mean optim\.lr\?", {}, ("optim.lrr=3",)
     ),
     "term": Case(ExitCode.PREEMPTED, SAVED, SLOW, (), lambda c: c.signal(signal.SIGTERM)),
-    "nan": Case(ExitCode.NAN, r"train/loss is nan shortly before step \d", {"nan_at": 5}),
+    "nan": Case(ExitCode.NAN, r"train/loss is nan by step \d", {"nan_at": 5}),
     "interrupt": Case(
         ExitCode.INTERRUPT, "interrupted while training", SLOW, (), lambda c: c.signal(signal.SIGINT)
     ),
@@ -117,7 +117,7 @@ def test_exit_code_manifest_and_last_words(name: str, ended) -> None:
             line for line in command.err.splitlines() if "the traceback is in" not in line
         ]
         assert happened.startswith("sslzoo fit: ") and re.search(case.says, happened), command.err
-        expected = "start another run with --init-from" if case.code == ExitCode.NAN else CONTINUE
+        expected = "start another run with another --out" if case.code == ExitCode.NAN else CONTINUE
         assert re.search(expected, what_next), command.err
         assert re.search(kept["error"]["message"][:40], (run / "train.log").read_text()) or name == "killed"
 

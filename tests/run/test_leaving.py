@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 from sslzoo.exits import LEAVE_SIGNALS, ExitCode
+from sslzoo.run import launcher
 from tests.chaos import digest_of
 from tests.command import (
     STEPS,
@@ -22,6 +25,7 @@ from tests.command import (
     group,
     manifest,
     saved,
+    shell,
     short_evaluation,
     until,
     write_recipe,
@@ -183,3 +187,88 @@ def _group_alive(group_id: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_in_a_validation_of_files_the_workers_are_no_accident(folder: Path, tmp_path: Path) -> None:
+    """They are ended with the process, which the data loader would take for a crash of theirs."""
+    images = _image_folder(tmp_path / "files")
+    files = ("data.dataset=imagefolder", f"data.root={images}", "data.workers=2")
+    (run,) = _start(folder, "workers-validation", 1, *files, faults={"evaluation_pause": 1.0})
+    assert until(lambda: run.ended or 3 in saved(folder / "workers-validation")), run.said
+    time.sleep(1.0)
+    os.killpg(run.pid, signal.SIGTERM)
+    assert run.wait() == ExitCode.PREEMPTED, run.said
+    assert "Traceback" not in run.err and len(run.err.splitlines()) == 2, run.said
+
+
+# -- before and beside the run ------------------------------------------------------------------------
+
+
+def test_a_signal_while_python_imports_is_heeded(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    run = shell(
+        tmp_path, "fit", "--recipe", "simclr_fashion_mnist", "--out", "run"
+    )  # a method without torch to load
+    # Its handlers stand before it imports torch, which takes seconds.
+    assert until(
+        lambda: "SigCgt" in (status := Path(f"/proc/{run.pid}/status").read_text()) and _catches_term(status)
+    )
+    run.signal(signal.SIGTERM)
+    assert run.wait() == ExitCode.PREEMPTED, run.said
+    assert run.err == "sslzoo fit: SIGTERM while starting; nothing was begun\n", run.said
+    assert not (tmp_path / "run").exists()
+
+
+def _catches_term(status: str) -> bool:
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_terminal_that_is_closed_loses_nothing(folder: Path) -> None:
+    master, slave = pty.openpty()
+
+    def attach() -> None:
+        for stream in (1, 2):
+            os.dup2(slave, stream)
+
+    run = fork(
+        folder, "fit", "--recipe", "tiny.yaml", "--out", "closed", before=attach, faults={"pause": 0.1}
+    )
+    os.close(slave)
+    assert until(lambda: run.ended or saved(folder / "closed"))
+    os.close(master)  # from here on whatever it prints fails
+    run.signal(signal.SIGHUP)
+    assert run.wait() == ExitCode.PREEMPTED
+    assert manifest(folder / "closed")["error"]["message"].startswith("SIGHUP: saved at step ")
+    _ends_like(folder, "closed", 1)
+
+
+def test_what_was_not_asked_to_leave_but_lost_a_rank_has_failed(folder: Path) -> None:
+    """torchrun and srun send SIGTERM to the others when the kernel has killed one: requeueing would not help."""
+    ranks = _start(folder, "lost", 2, faults={"evaluation_pause": 3.0})
+    assert until(lambda: ranks[0].ended or STEPS - 1 in saved(folder / "lost")), ranks[0].said
+    time.sleep(0.8)
+    ranks[1].signal(signal.SIGKILL)
+    ranks[0].signal(signal.SIGTERM)
+    assert codes(ranks, 30) == [ExitCode.FAILURE, -signal.SIGKILL], ranks[0].said
+    assert manifest(folder / "lost")["exit_code"] == ExitCode.FAILURE
+    assert "Traceback" not in ranks[0].err, ranks[0].said
+
+
+def test_the_launcher_ends_a_rank_that_waits_for_a_dead_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "PATIENCE", 2.0)
+    run = fork(
+        folder,
+        *("fit", "--recipe", "tiny.yaml", "--out", "hang", "trainer.devices=2"),
+        faults={"hang_in_evaluation": 0},
+    )
+    assert until(lambda: run.ended or STEPS - 1 in saved(folder / "hang"), 120), run.said
+    time.sleep(1.0)
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, check=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    assert run.wait(30) == ExitCode.FAILURE, run.said
+    assert "rank 1 was killed by SIGKILL" in run.err, run.said
+    assert manifest(folder / "hang")["error"]["rank"] == 1
+    assert "rank 1 was killed by SIGKILL" in (folder / "hang" / "train.log").read_text().splitlines()[-1]

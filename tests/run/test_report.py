@@ -10,7 +10,8 @@ from rich.console import Console
 
 from sslzoo.batch import Batch
 from sslzoo.callbacks.metrics_file import MetricsFile
-from sslzoo.run.report import duration, plot_curves, plot_views, read_metrics, results_table
+from sslzoo.run.report import plot_curves, plot_views, read_metrics, results_table
+from sslzoo.terminal import duration
 
 PNG = b"\x89PNG\r\n"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -237,3 +239,66 @@ def test_an_edited_copy_of_a_recipe_is_the_one_that_runs(folder: Path, tmp_path:
     assert run.wait() == 0, run.said
     assert run.out.splitlines()[0] == "recipe simclr_fashion_mnist.yaml"
     assert manifest(tmp_path / "run")["seed"] == 43
+
+
+# -- which run, and from where ----------------------------------------------------------------------
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(folder: Path) -> None:
+    assert _fit(folder, "swept").wait() == 0
+    shutil.rmtree(folder / "swept" / "checkpoints")
+    before = _files(folder / "swept")
+    again = _fit(folder, "swept", resume="auto")
+    assert again.wait() == ExitCode.USAGE, again.said
+    assert "is a finished run whose checkpoints are gone" in again.err
+    assert _files(folder / "swept") == before
+
+
+def test_a_checkpoint_of_one_run_does_not_end_another(folder: Path) -> None:
+    newest = _stopped(folder, "first")
+    assert _fit(folder, "second").wait() == 0
+    before = _files(folder / "second")
+    refused = _fit(folder, "second", resume=str(newest))
+    assert refused.wait() == ExitCode.USAGE and "holds another run than --resume" in refused.err, refused.said
+    assert _files(folder / "second") == before
+    refused = _fit(folder, "third", "optim.lr=0.5", resume=str(newest))
+    assert refused.wait() == ExitCode.USAGE and "optim.lr was 0.01, is 0.5" in refused.err, refused.said
+    moved = _fit(folder, "third", resume=str(newest))
+    assert moved.wait() == 0, moved.said
+    assert saved(folder / "third")[-1] == 3 * STEPS
+
+
+def test_going_back_to_an_older_checkpoint_calls_no_newer_one_damaged(folder: Path) -> None:
+    newest = _stopped(folder, "back")
+    older = newest.with_name(f"step={saved(folder / 'back')[-2]:09d}.ckpt")
+    again = _fit(folder, "back", resume=str(older))
+    assert again.wait() == 0, again.said
+    assert not list((folder / "back").rglob("*.damaged*"))
+
+
+def test_a_broken_neighbour_does_not_stop_auto(folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run = fork(tmp_path, "fit", "--recipe", folder / "tiny.yaml", environment={"SSLZOO_RUN_ID": name})
+        assert run.wait() == 0
+    (tmp_path / "runs/tiny/b/manifest.json").write_text("")
+    last = fork(tmp_path, "fit", "--recipe", folder / "tiny.yaml", "--resume", "auto")
+    assert last.wait() == 0 and f"{tmp_path / 'runs/tiny/a'} is finished" in last.out, last.said
+    assert "passing over a run" in last.err and "runs/tiny/b/manifest.json is empty or damaged" in last.err
+
+
+def test_the_command_that_is_printed_continues_the_run(folder: Path) -> None:
+    """As it stands, also after --init-from, and with overrides on both sides of the options."""
+    run = fork(
+        folder,
+        *("fit", "trainer.max_epochs=2", "--recipe", "tiny.yaml", "--out", "printed"),
+        *("--init-from", "whole", "trainer.max_epochs=3", "optim.lr=0.02"),
+        faults={"pause": 0.1},
+    )
+    assert until(lambda: run.ended or saved(folder / "printed")), run.said
+    run.signal(signal.SIGTERM)
+    assert run.wait() == ExitCode.PREEMPTED, run.said
+    command = shlex.split(run.err.splitlines()[-1].partition("continue with: sslzoo ")[2])
+    assert command[-2:] == ["trainer.max_epochs=3", "optim.lr=0.02"], command
+    again = fork(folder, *command)
+    assert again.wait() == 0, again.said
+    assert saved(folder / "printed")[-1] == 3 * STEPS
