@@ -55,7 +55,19 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["shwo"], "no verb 'shwo'; did you mean show?"),
         (["cp", NAME], "the following arguments are required: DEST"),
         (["ls", "everything"], "invalid choice: 'everything'"),
-        (["show", "--nope", NAME], "unrecognized arguments: --nope"),
+        (["show", "--nope", NAME], "sslzoo show: unknown argument '--nope'"),
+        (
+            ["fit", "--recipe", NAME, "--rseume", "auto"],
+            "sslzoo fit: unknown argument '--rseume'; did you mean --resume?",
+        ),
+        (
+            ["fit", "--recipe", NAME, "--resume", "auto", "--init-from", "x"],
+            "not allowed with argument --resume",
+        ),
+        (
+            ["fit", "--recipe", NAME, "trainer.devices=gpu", "trainer.accelerator=cpu"],
+            "trainer.devices must be a number",
+        ),
         (["show", "simclr_cifar11"], "did you mean simclr_cifar10"),
         (["show", NAME, "optim.lrr=3"], "override: optim.lrr: unknown key; did you mean optim.lr?"),
         (["diff", NAME, "nothing_like_it"], "no recipe 'nothing_like_it'"),
@@ -240,6 +252,20 @@ def test_light_verbs_import_nothing_heavy(arguments: list[str]) -> None:
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
+    """``sslzoo ls | head -1``."""
+    done = subprocess.run(
+        f"{sys.executable} -m sslzoo ls recipes | head -1; echo ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.stdout.splitlines()[-1] == "0" and not done.stderr, done.stderr
 
 
 def test_python_m_sslzoo_and_its_exit_code(tmp_path: Path) -> None:
