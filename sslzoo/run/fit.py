@@ -77,8 +77,8 @@ def fit(
 ) -> int:
     """Train by ``loaded``, as one of the run's processes. Returns the exit code, which the manifest has too.
 
-    ``resume`` is ``auto`` (the newest checkpoint of ``out``, or of the recipe's newest run; a new run where
-    there is none) or the path of a checkpoint or run directory. ``init_from`` takes weights only.
+    ``resume`` is ``auto`` (the newest checkpoint of ``out``, or of the recipe's newest run that has one; a new run
+    where there is none) or the path of a checkpoint or run directory. ``init_from`` takes weights only.
     """
     return _Life(loaded, place()).live(out=out, resume=resume, init_from=init_from)
 
@@ -93,7 +93,7 @@ class _Life:
         self.stopwatch = Stopwatch()
         self.session: Session | None = None
         self.lock: RunLock | None = None
-        self.begun = False  # the directory is ours, the manifest written
+        self.begun = False  # the directory is this run's, the manifest written
 
     def live(self, *, out: Path | None, resume: str | None, init_from: Path | None) -> int:
         """Prepare, train, evaluate; whatever happens, end in order."""
@@ -173,6 +173,7 @@ class _Life:
             with _together(meeting, "owned"):
                 if self.placement.is_leader:
                     self._own(session)
+            self.begun = True
         return session
 
     def _own(self, session: Session) -> None:
