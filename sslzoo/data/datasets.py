@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sslzoo.data.idx import read_idx
 from sslzoo.data.sources import ArraySource, FileSource, ImageSource
 from sslzoo.recipe.catalog import dataset_info
+from sslzoo.recipe.registry import is_plugin, plugin
 from sslzoo.recipe.sections import DataConfig, SourceConfig
 
 __all__ = ["ImageSource", "open_source"]
@@ -30,7 +31,8 @@ STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monk
 
 
 def open_source(cfg: SourceConfig, channels: int = 0) -> ImageSource:
-    """The images that ``cfg`` names.
+    """The images that ``cfg`` names. A plug-in, ``module:function``, is called with ``cfg`` and the number of channels
+    and returns an :class:`ImageSource`.
 
     ``channels`` says how files are decoded, 1 or 3; 0 takes it from ``data.mean`` of a :class:`DataConfig`
     and otherwise from the data set. Raises ``ValueError`` for an unknown name or split, a layout that is
@@ -44,7 +46,10 @@ def open_source(cfg: SourceConfig, channels: int = 0) -> ImageSource:
     # An empty root would be the working directory.
     if info.layout and not (cfg.root and Path(cfg.root).is_dir()):
         _wrong_layout(cfg, f"{cfg.root!r} is not a folder")
-    source = _READERS[cfg.dataset](cfg, channels)
+    reader = plugin(cfg.dataset, "data.dataset") if is_plugin(cfg.dataset) else _READERS[cfg.dataset]
+    source = reader(cfg, channels)
+    if not isinstance(source, ImageSource):
+        raise ValueError(f"data.dataset={cfg.dataset!r} gave {type(source).__name__}, not an ImageSource")
     if source.channels != channels:
         raise ValueError(
             f"{cfg.dataset} has {source.channels} channel(s) but data.mean and data.std have {channels}; "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sslzoo.checks import require
+from sslzoo.recipe.registry import is_plugin, plugin
 from sslzoo.recipe.sections import BackboneConfig
 
 
@@ -61,6 +62,8 @@ OWN = {"conv5": Conv5, "half_alexnet": HalfAlexNet}
 def build_backbone(cfg: BackboneConfig) -> tuple[nn.Module, int]:
     """The encoder and its feature width. It maps (N, C, H, W) to pooled features (N, F).
 
+    A plug-in, ``module:Class``, is called with ``in_channels`` and the options, and has ``num_features``.
+
     Raises ``ValueError`` for an unknown name, naming the closest, and for a stem that the encoder lacks.
     """
     if cfg.name in OWN:
@@ -70,6 +73,15 @@ def build_backbone(cfg: BackboneConfig) -> tuple[nn.Module, int]:
         )
         own = OWN[cfg.name]
         return own(cfg.in_channels), own.num_features
+    if is_plugin(cfg.name):
+        require(cfg.stem == "imagenet", f"backbone {cfg.name} builds its own stem: leave backbone.stem out")
+        model = plugin(cfg.name, "backbone.name")(cfg.in_channels, **cfg.options)
+        width = getattr(model, "num_features", None)
+        require(
+            isinstance(model, nn.Module) and isinstance(width, int),
+            f"backbone.name={cfg.name!r} must give a torch module with num_features, an integer",
+        )
+        return model, cast(int, width)
     if cfg.name.startswith("timm/"):
         model, width = _timm(cfg)
     else:

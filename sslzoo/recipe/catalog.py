@@ -98,7 +98,10 @@ DATASETS: dict[str, DatasetInfo] = {
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """The entry ``name``, or a ``ValueError`` with the closest right name."""
+    """The entry ``name``, or a ``ValueError`` with the closest right name. Of a plug-in, ``module:function``, nothing
+    is known before it is opened."""
+    if ":" in name:
+        return DatasetInfo(description="a plug-in", layout="", splits=())
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(DATASETS)}"

@@ -92,6 +92,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
         source = registry.recipe_path(name_or_path)
     except ValueError as error:
         raise RecipeError(str(error)) from None
+    registry.look_beside(source)
     lines: dict[str, int] = {}
     overridden: set[str] = set()
     try:

@@ -14,12 +14,19 @@ from sslzoo.checks import closest
 from sslzoo.recipe.sections import MethodConfig
 
 GROUP = "sslzoo.methods"
+CONFIGS = "sslzoo.configs"
 
 
 @cache
 def methods() -> dict[str, EntryPoint]:
     """Registered methods by name, the framework's own and those of other installed packages."""
     return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda p: p.name)}
+
+
+@cache
+def configs() -> dict[str, EntryPoint]:
+    """Config classes by method, where a package registers them apart from the class."""
+    return {point.name: point for point in entry_points(group=CONFIGS)}
 
 
 @cache
@@ -30,20 +37,11 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(paths)}
 
 
-def _entry_point(name: str) -> EntryPoint:
-    if ":" in name:
-        return EntryPoint(name=name, value=name, group=GROUP)
-    known = methods()
-    if name not in known:
-        raise ValueError(f"unknown method {name!r}{closest(name, list(known))} (known: {', '.join(known)})")
-    return known[name]
-
-
 def method_class(name: str) -> type[Any]:
     """The method's class, an ``SSLMethod``, by registered name or ``module:Class``. Imports torch."""
-    point = _entry_point(name)
-    if ":" in name and "" not in sys.path:
-        sys.path.insert(0, "")  # a module in the working directory may be named directly
+    if is_plugin(name):
+        return plugin(name, "method.name")
+    point = _registered(methods(), name)
     try:
         return point.load()
     except (ImportError, AttributeError) as error:
@@ -51,13 +49,50 @@ def method_class(name: str) -> type[Any]:
 
 
 def method_config(name: str) -> type[MethodConfig]:
-    """The method's config class. Imports no torch where the method's package exposes it as ``Config``."""
-    package = _entry_point(name).module.rpartition(".")[0]
-    if package and ":" not in name:
-        config = getattr(importlib.import_module(package), "Config", None)
-        if config is not None:
-            return config
+    """The method's config class: what the group ``sslzoo.configs`` registers under the same name, which spares
+    importing torch, else the ``Config`` of the method's class."""
+    if not is_plugin(name):
+        _registered(methods(), name)
+        if name in configs():
+            return configs()[name].load()
     return method_class(name).Config
+
+
+def _registered(known: dict[str, EntryPoint], name: str) -> EntryPoint:
+    if name not in known:
+        raise ValueError(f"unknown method {name!r}{closest(name, list(known))} (known: {', '.join(known)})")
+    return known[name]
+
+
+def is_plugin(name: str) -> bool:
+    """Whether ``name`` names code as ``module:attribute``."""
+    return ":" in name
+
+
+def plugin(name: str, key: str) -> Any:
+    """What ``module:attribute`` names; the module is installed, or lies beside the recipe or in the working directory.
+
+    ``ValueError`` under the recipe's ``key`` where it cannot be imported.
+    """
+    module, _, attribute = name.partition(":")
+    before = list(sys.path)
+    sys.path += [folder for folder in (*_BESIDE, str(Path.cwd())) if folder not in sys.path]
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{key}={name!r} cannot be loaded: {error}") from error
+    finally:
+        sys.path[:] = before
+
+
+_BESIDE: list[str] = []  # folders of the recipes that were read
+
+
+def look_beside(recipe: Path) -> None:
+    """Let :func:`plugin` find modules that lie beside ``recipe``."""
+    folder = str(recipe.resolve().parent)
+    if folder not in _BESIDE:
+        _BESIDE.append(folder)
 
 
 def name_of(recipe: Path) -> str:

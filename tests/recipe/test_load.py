@@ -69,14 +69,17 @@ class Beta(MethodConfig):
 @pytest.fixture(autouse=True)
 def _two_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods ``alpha`` and ``beta``, registered as any package would register its own."""
-    points = {}
+    points, configs = {}, {}
     for name, config in (("alpha", Alpha), ("beta", Beta)):
         package = ModuleType(f"a_strangers_{name}")
         package.Config = config  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, package.__name__, package)
         value = f"a_strangers_{name}.method:Method"
         points[name] = registry.EntryPoint(name=name, value=value, group=registry.GROUP)
+        value = f"{package.__name__}:Config"
+        configs[name] = registry.EntryPoint(name=name, value=value, group=registry.CONFIGS)
     monkeypatch.setattr(registry, "methods", lambda: points)
+    monkeypatch.setattr(registry, "configs", lambda: configs)
 
 
 @pytest.fixture

@@ -1,5 +1,1 @@
 """SCE (arXiv:2111.14585): soft contrastive learning with a momentum encoder and a queue."""
-
-from sslzoo_methods.sce.config import SCEConfig as Config
-
-__all__ = ["Config"]
