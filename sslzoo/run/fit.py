@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import multiprocessing
 import os
@@ -10,7 +9,6 @@ import shlex
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
-from torch import OutOfMemoryError
 
 from sslzoo.callbacks.meter import Meter
 from sslzoo.checkpoints import checkpoints, is_damaged, set_aside
@@ -26,14 +23,15 @@ from sslzoo.data.datasets import open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.evaluate.final import final_evaluation
 from sslzoo.evaluate.progress import EvaluationProgress
-from sslzoo.exits import ExitCode, Leave, RunError
+from sslzoo.exits import ExitCode, RunError
 from sslzoo.recipe.load import LoadedRecipe, plain
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import name_of
 from sslzoo.run.build import build_callbacks, build_data, build_method, build_plan, load_weights
-from sslzoo.run.departure import Departure, RankLost
+from sslzoo.run.departure import Departure
 from sslzoo.run.directory import Choice, Run, begin, choose
 from sslzoo.run.ending import Ending, tell_launcher
+from sslzoo.run.explain import REFUSED, explain, one_line, out_of_memory
 from sslzoo.run.lock import RunLock
 from sslzoo.run.loggers import build_loggers
 from sslzoo.run.messages import Messages
@@ -266,42 +264,17 @@ class _Life:
 
     def _ending_of(self, error: BaseException) -> Ending:
         """Exit code and one sentence for what ended this process."""
-        code, message, expected = ExitCode.FAILURE, _one_line(error), True
-        kind = type(error).__name__
-        if isinstance(error, Leave):
-            code, message = error.exit_code, error.message
-        elif isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
-            # Lightning makes an exit of the interrupt.
-            code, message = ExitCode.INTERRUPT, f"interrupted while {self.departure.phase}"
-            kind = KeyboardInterrupt.__name__
-        elif isinstance(error, _REFUSED) and not self.begun and self.departure.phase == "starting":
-            code = ExitCode.USAGE
-        elif isinstance(error, OutOfMemoryError) and self.session is not None:
-            message = self._out_of_memory(self.session)
-        elif not (
-            isinstance(error, (RunError, RankLost)) or (isinstance(error, OSError) and error.errno in _DISK)
-        ):
-            message, expected = f"{kind}: {message}", False
-        text = "".join(traceback.format_exception(error)) if code == ExitCode.FAILURE else ""
-        return Ending(
-            code=code,
-            message=message,
-            kind=kind,
-            traceback=text,
-            expected=expected,
+        session, recipe = self.session, self.loaded.recipe
+        advice = ""
+        if session is not None:
+            device = str(session.trainer.strategy.root_device)
+            advice = out_of_memory(session.plan, recipe.eval, device=device, phase=self.departure.phase)
+        return explain(
+            error,
             rank=self.placement.rank,
-        )
-
-    def _out_of_memory(self, session: Session) -> str:
-        plan, device = session.plan, session.trainer.strategy.root_device
-        if self.departure.phase == "evaluating":
-            size = self.loaded.recipe.eval.batch_size
-            return f"out of memory on {device} while evaluating; set eval.batch_size below {size}"
-        return (
-            f"out of memory on {device} with {plan.micro_batch_size} samples in a forward pass "
-            f"(data.global_batch_size={plan.global_batch_size} over {plan.world_size} process(es) and "
-            f"{plan.accumulate} micro-batch(es)); set trainer.accumulate_grad_batches={2 * plan.accumulate}, "
-            "trainer.precision=bf16-mixed, more devices or a smaller data.global_batch_size"
+            phase=self.departure.phase,
+            begun=self.begun,
+            out_of_memory=advice,
         )
 
     def _conclude(self, own: Ending, ending: Ending) -> None:
@@ -321,7 +294,7 @@ class _Life:
             try:
                 self.session.run.conclude(ending, self.stopwatch.seconds())
             except (OSError, RunError) as error:
-                trouble = f"the manifest lacks this end: {_one_line(error)}"
+                trouble = f"the manifest lacks this end: {one_line(error)}"
         if self.lock is not None:
             with suppress(OSError):  # the directory may be what is wrong
                 self.lock.release()
@@ -359,19 +332,6 @@ class _Life:
         os._exit(ExitCode.FAILURE)
 
 
-# Before the start: something is wrong with what the user gave, not with this program.
-_REFUSED = (ValueError, OSError)
-# What the file system refuses: full, over quota, too large, read-only, forbidden, gone.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return text
-
-
 def _to_files_only(level: int, text: str) -> None:
     """Into the logs; the terminal gets its own last word."""
     logger = logging.getLogger("sslzoo")
@@ -400,9 +360,9 @@ def _together(meeting: Rendezvous, stage: str) -> Iterator[None]:
         yield
     except Exception as error:
         try:
-            meeting.agree(stage, _one_line(error))
+            meeting.agree(stage, one_line(error))
         except RunError as refusal:
-            if isinstance(error, _REFUSED):  # a plain word for all; a bug keeps its own traceback
+            if isinstance(error, REFUSED):  # a plain word for all; a bug keeps its own traceback
                 raise refusal from error
         raise
     meeting.agree(stage, None)
