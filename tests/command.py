@@ -171,6 +171,11 @@ class Command:
         return f"--- {self.name} stdout\n{self.out}\n--- {self.name} stderr\n{self.err}"
 
 
+def children(pid: int) -> list[int]:
+    """The processes that ``pid`` has started, in that order."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def until(condition: Callable[[], Any], limit: float = LIMIT) -> bool:
     """Wait for ``condition``; whether it came within ``limit`` seconds."""
     end = time.monotonic() + limit

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 
 from sslzoo.exits import ExitCode
-from tests.command import Command, manifest, saved, shell, until, write_recipe
+from tests.command import Command, children, manifest, saved, shell, until, write_recipe
 
 AT_ONCE = 2  # runs that go on at the same time, one for each core
 LIMIT = 180.0  # seconds; most of a run is its imports
@@ -37,8 +36,7 @@ class Case:
 
 def _rank(number: int, sent: int) -> Callable[[Command], None]:
     def send(command: Command) -> None:
-        children = subprocess.run(["pgrep", "-P", str(command.pid)], capture_output=True, check=True).stdout
-        os.kill(int(children.split()[number]), sent)
+        os.kill(children(command.pid)[number], sent)
 
     return send
 

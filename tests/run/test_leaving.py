@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tests.chaos import digest_of
 from tests.command import (
     STEPS,
     Command,
+    children,
     codes,
     fork,
     group,
@@ -266,8 +266,7 @@ def test_the_launcher_ends_a_rank_that_waits_for_a_dead_one(
     )
     assert until(lambda: run.ended or STEPS - 1 in saved(folder / "hang"), 120), run.said
     time.sleep(1.0)
-    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, check=True).stdout.split()
-    os.kill(int(children[1]), signal.SIGKILL)
+    os.kill(children(run.pid)[1], signal.SIGKILL)
     assert run.wait(30) == ExitCode.FAILURE, run.said
     assert "rank 1 was killed by SIGKILL" in run.err, run.said
     assert manifest(folder / "hang")["error"]["rank"] == 1
