@@ -7,9 +7,10 @@ import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from sslzoo.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -77,17 +78,7 @@ class MetricsFile:
         self.close()
         width = len(self.columns)
         text = "".join(_line([*row, *[""] * (width - len(row))]) for row in [self.columns, *rows])
-        part = self.path.with_name(self.path.name + ".part")
-        try:
-            with part.open("w", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self.path)
-        except BaseException:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise
+        write_text(self.path, text)
         self._file = self.path.open("a", newline="")
 
 
