@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import DATASETS
+from sslzoo.recipe.header import header
 
 KINDS = ("methods", "recipes", "datasets")
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     listed = {
         "methods": {name: point.value for name, point in registry.methods().items()},
-        "recipes": {name: _headline(path) for name, path in registry.recipes().items()},
+        "recipes": {name: header(path).title for name, path in registry.recipes().items()},
         "datasets": {name: info.description for name, info in DATASETS.items()},
     }
     for kind, entries in listed.items():
@@ -30,9 +30,3 @@ def run(args: argparse.Namespace) -> int:
         for name, text in entries.items():
             print(f"{'' if args.kind else '  '}{name:{width}}  {text}".rstrip())
     return 0
-
-
-def _headline(path: Path) -> str:
-    """The first line of a recipe, which says what it is."""
-    with path.open(encoding="utf-8") as file:
-        return file.readline().lstrip("#").strip()

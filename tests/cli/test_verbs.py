@@ -194,9 +194,9 @@ def test_validate_prints_a_line_a_recipe(capsys: pytest.CaptureFixture[str], tmp
     bad = tmp_path / "bad.yaml"
     bad.write_text(registry.recipes()[NAME].read_text().replace("temperature:", "temprature:"))
     line = bad.read_text()[: bad.read_text().index("temprature")].count("\n") + 1
-    code, out, err = run(capsys, "validate", NAME, str(bad), "simclr_cifar100", "optim.lr=1")
+    code, out, err = run(capsys, "validate", NAME, str(bad), "simclr_stl10", "optim.lr=1")
     assert code == 2
-    assert out == [f"{NAME}: fine", "simclr_cifar100: fine"]
+    assert out == [f"{NAME}: fine", "simclr_stl10: fine"]
     assert err == [f"{bad}:{line}: method.temprature: unknown key; did you mean method.temperature?"]
     assert run(capsys, "validate", NAME) == (0, [f"{NAME}: fine"], [])
 

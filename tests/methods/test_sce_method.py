@@ -449,7 +449,6 @@ ROWS = {
     "sce_in1k_1000ep": (1000, 4096, 4.8, 1.5e-6, 65536, 0.99, "cosine", 0.07, "same", 2),
     "sce_in1k_multicrop": (200, 4096, 4.8, 1e-6, 65536, 0.99, "cosine", 0.07, "same", 6),
     "sce_cifar10": (200, 256, 0.06, 5e-4, 4096, 0.99, "constant", 0.05, "split", 2),
-    "sce_cifar100": (200, 256, 0.06, 5e-4, 4096, 0.99, "constant", 0.05, "split", 2),
     "sce_stl10": (200, 256, 0.06, 5e-4, 16384, 0.996, "constant", 0.05, "split", 2),
     "sce_tiny_imagenet": (200, 256, 0.06, 5e-4, 16384, 0.996, "constant", 0.05, "split", 2),
     "sce_in100": (200, 512, 0.06, 1e-4, 65536, 0.999, "constant", 0.05, "shuffle", 2),
