@@ -956,6 +956,20 @@ def test_weak_colour_jitter_where_the_base_has_it(base: str) -> None:
     assert (view.jitter_p, view.grayscale_p, view.blur_p, view.solarize_p) == (0.8, 0.2, 0.5, 0.0)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_sgd_decays_biases_and_norms_too_as_solo_learn(name: str) -> None:
+    optim = load_recipe(name).recipe.optim
+    assert optim.decay_1d == (optim.name == "sgd")
+
+
+def test_mocov3_normalises_projections_and_not_predictions() -> None:
+    method = tiny("mocov3")
+    assert isinstance(method.predictor, torch.nn.Sequential)
+    assert isinstance(method.projector[-1], torch.nn.BatchNorm1d) and not method.projector[-1].affine
+    last = method.predictor[-1]
+    assert isinstance(last, torch.nn.Linear) and last.bias is None
+
+
 CARD = Path(__file__).parents[2] / "methods/sslzoo_methods/margin/README.md"
 
 

@@ -24,7 +24,7 @@ class Term(NamedTuple):
     local: bool  # a local crop queries
 
 
-# Heads as the base's published recipes have them: norms between layers, norm and bias at the output.
+# Projectors as the base's published recipes have them: norms between layers, norm and bias at the output.
 HEADS: dict[str, dict[str, Any]] = {
     "simclr": {"hidden_norm": False},
     "mocov2": {"hidden_norm": False},
@@ -32,6 +32,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "byol": {},
     "simsiam": {"output_norm": "batch_no_affine", "output_bias": False},
 }
+# MoCo v3's predictor ends in a norm for vision transformers only (solo-learn: for ResNets, last_bn=False).
+PREDICTORS: dict[str, dict[str, Any]] = {"mocov3": {"output_bias": False}}
 # Times the mean over the terms: both view orders are summed, not averaged.
 VIEW_ORDERS = {"mocov3": 2.0, "byol": 2.0}
 # Added to each term: BYOL's loss is 2 - 2 cos.

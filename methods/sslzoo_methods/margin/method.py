@@ -15,7 +15,16 @@ from sslzoo.nn.numerics import ieee_matmul, normalize
 from sslzoo.nn.queue import FeatureQueue
 from sslzoo.nn.shuffle import shuffle, shuffled_order, unshuffle
 from sslzoo.optim.schedules import ema_momentum, interpolate
-from sslzoo_methods.margin.bases import CONSTANT, HEADS, VIEW_ORDERS, Term, key_views, margin_of, pair_views
+from sslzoo_methods.margin.bases import (
+    CONSTANT,
+    HEADS,
+    PREDICTORS,
+    VIEW_ORDERS,
+    Term,
+    key_views,
+    margin_of,
+    pair_views,
+)
 from sslzoo_methods.margin.config import WITH_TARGET, MarginConfig
 from sslzoo_methods.margin.health import health
 from sslzoo_methods.margin.loss import (
@@ -35,8 +44,11 @@ class MarginContrast(SSLMethod[MarginConfig]):
     def __init__(self, cfg: MarginConfig, backbone: nn.Module, feature_dim: int) -> None:
         super().__init__(cfg, backbone, feature_dim)
         self.projector = mlp((feature_dim, *cfg.projector), **HEADS[cfg.base])
-        head = HEADS["mocov3"] if cfg.base == "mocov3" else {}
-        self.predictor = mlp((cfg.projector[-1], *cfg.predictor), **head) if cfg.predictor else nn.Identity()
+        self.predictor = (
+            mlp((cfg.projector[-1], *cfg.predictor), **PREDICTORS.get(cfg.base, {}))
+            if cfg.predictor
+            else nn.Identity()
+        )
         self.target = MomentumEncoder(backbone, self.projector) if cfg.base in WITH_TARGET else None
         self.queue = FeatureQueue(cfg.queue_size, cfg.projector[-1]) if cfg.queue_size else None
         self.pending: tuple[int, list[Tensor]] = (-1, [])  # the step, and its keys for the queue
