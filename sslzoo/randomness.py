@@ -7,6 +7,8 @@ sample gets the same numbers in any worker, on any rank, and after a resume.
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,8 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
-# First word of every key: what the numbers are for.
-VIEWS, ORDER, HOLDOUT, SUBSET, FAKE, STEP, SHUFFLE, NEGATIVES = range(8)
+# First word of every key: what the numbers are for. A method's own purposes are text, such as "mine: dropped rows".
+VIEWS, ORDER, HOLDOUT, SUBSET, FAKE, STEP, SHUFFLE = range(7)
 
 
 def _signed(x: int) -> int:
@@ -34,11 +36,12 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shifted(x, 31)
 
 
-def key(*words: int) -> int:
-    """64 bits from a sequence of integers, such as (purpose, seed, epoch)."""
+def key(*words: int | str) -> int:
+    """64 bits from a sequence of integers and text, such as (purpose, seed, epoch)."""
     state = 0
     for word in words:
-        state = (state + _GOLDEN + word) & _MASK
+        number = int.from_bytes(sha256(word.encode()).digest()[:8]) if isinstance(word, str) else word
+        state = (state + _GOLDEN + number) & _MASK
         for bits, factor in _MIX:
             state = ((state ^ (state >> bits)) * factor) & _MASK
         state ^= state >> 31

@@ -15,8 +15,8 @@ OUT = Console(highlight=False, soft_wrap=False)
 ERR = Console(stderr=True, highlight=False)
 
 REFRESH = 0.5  # seconds between updates
-# Free at the right: Ctrl-C echoes ^C behind the last row, and one that went into a new line would tear the bars.
-MARGIN = 4
+# Columns at the right: Ctrl-C echoes ^C behind the last row, and one that went into a new line would tear the bars.
+FREE = 4
 BESIDE_TEXTS = 24  # columns that descriptions, counts and what is left of a bar keep in a narrow terminal
 
 
@@ -55,7 +55,7 @@ class Bars(Progress):
 
     @property
     def _width(self) -> int:
-        return max(self._terminal.width - MARGIN, 1)
+        return max(self._terminal.width - FREE, 1)
 
     def get_renderable(self) -> RenderableType:
         """The rows, as rich asks for them at each update."""

@@ -41,6 +41,11 @@ def test_every_word_of_the_key_matters() -> None:
     assert len({key(0, 1), key(1, 0), key(0), key(0, 0), key(1)}) == 5
 
 
+def test_a_purpose_may_be_text() -> None:
+    assert key("mine: dropped rows", 3) == 0x708E1BD47C1D9B94  # for good: checkpoints continue it
+    assert len({key(word, 3) for word in ("mine", "yours", "", *range(8))}) == 11
+
+
 def test_uniforms_are_uniform_and_uncorrelated() -> None:
     u = uniforms(key(1), torch.arange(40_000), 8)
     assert u.min() >= 0 and u.max() < 1

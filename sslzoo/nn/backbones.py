@@ -1,4 +1,4 @@
-"""Encoders by name: torchvision's, timm's, and two of our own."""
+"""Encoders by name: torchvision's, timm's, one of our own, and a plug-in's."""
 
 from __future__ import annotations
 
@@ -33,32 +33,6 @@ class Conv5(nn.Sequential):
         return super().forward(input.contiguous(memory_format=torch.channels_last))
 
 
-class HalfAlexNet(nn.Sequential):
-    """AlexNet at half width with batch norm, up to its first fully connected layer: 224 px, 2048 features.
-
-    The encoder of contrastive multiview coding (arXiv:1906.05849) and its successors, for any number of
-    channels; what that calls fc7 and fc8 belongs to a projector.
-    """
-
-    num_features = 2048
-
-    def __init__(self, in_channels: int = 3) -> None:
-        # (width, kernel, stride, padding, max-pool after it)
-        convolutions = (48, 11, 4, 2, True), (128, 5, 1, 2, True), (192, 3, 1, 1, False)
-        convolutions += (192, 3, 1, 1, False), (128, 3, 1, 1, True)
-        layers: list[nn.Module] = []
-        for width, kernel, stride, padding, pool in convolutions:
-            layers.append(nn.Conv2d(in_channels, width, kernel, stride, padding, bias=False))
-            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-            layers += [nn.MaxPool2d(3, 2)] * pool
-            in_channels = width
-        fc6 = nn.Linear(in_channels * 6 * 6, self.num_features)
-        super().__init__(*layers, nn.Flatten(), fc6, nn.BatchNorm1d(self.num_features), nn.ReLU(inplace=True))
-
-
-OWN = {"conv5": Conv5, "half_alexnet": HalfAlexNet}
-
-
 def build_backbone(cfg: BackboneConfig) -> tuple[nn.Module, int]:
     """The encoder and its feature width. It maps (N, C, H, W) to pooled features (N, F).
 
@@ -66,13 +40,12 @@ def build_backbone(cfg: BackboneConfig) -> tuple[nn.Module, int]:
 
     Raises ``ValueError`` for an unknown name, naming the closest, and for a stem that the encoder lacks.
     """
-    if cfg.name in OWN:
+    if cfg.name == "conv5":
         require(
             cfg.stem == "imagenet" and not cfg.options,
-            f"backbone {cfg.name} has one form: no stem, no options",
+            "backbone conv5 has one form: no stem, no options",
         )
-        own = OWN[cfg.name]
-        return own(cfg.in_channels), own.num_features
+        return Conv5(cfg.in_channels), Conv5.num_features
     if is_plugin(cfg.name):
         require(cfg.stem == "imagenet", f"backbone {cfg.name} builds its own stem: leave backbone.stem out")
         model = plugin(cfg.name, "backbone.name")(cfg.in_channels, **cfg.options)
@@ -96,7 +69,7 @@ def _torchvision(cfg: BackboneConfig) -> tuple[nn.Module, int]:
 
     names = models.list_models(module=models)
     if cfg.name not in names:
-        close = get_close_matches(cfg.name, [*OWN, *names], n=1)
+        close = get_close_matches(cfg.name, ["conv5", *names], n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"backbone.name={cfg.name!r} is not in torchvision{hint} (timm's: timm/<name>)")
     model = models.get_model(cfg.name, weights=None, **cfg.options)

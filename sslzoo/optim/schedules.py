@@ -33,8 +33,8 @@ def warmup_cosine(
 ) -> float:
     """Linear warm-up over W steps, then half a cosine from ``peak`` to ``end`` at T, kept after T.
 
-    Three ramps are in use, hence all three: ``closed`` reaches the peak at step W-1 (SCE's authors),
-    ``open`` at step W (MoCo v3, SogCLR), ``shifted`` is (s+1)/(W+1) up to and including W (MMCL).
+    Authors' codes have three ramps, hence all three: ``closed`` reaches the peak at step W-1, ``open`` at step W,
+    ``shifted`` is (s+1)/(W+1) up to and including W.
     """
     one_of("ramp", ramp, ("closed", "open", "shifted"))
     w = warmup_steps

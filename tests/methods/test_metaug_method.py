@@ -494,6 +494,9 @@ def test_three_encoders_see_their_channels() -> None:
         ThreeViewBackbone(nn.Flatten(), "lab")
 
 
+OFFICIAL = "sslzoo_methods.metaug.alexnet:HalfAlexNet"
+
+
 def test_the_official_encoders_have_the_official_size() -> None:
     r = load_recipe("metaug_official_cifar10").recipe
     with torch.device("meta"):
@@ -503,8 +506,8 @@ def test_the_official_encoders_have_the_official_size() -> None:
     encoder = sum(p.numel() for p in method.parameters() if p.requires_grad)
     assert round(encoder / 1e6, 1) == 44.5
     assert round(parameter_count(method.generators) / 3e6, 2) == 4.73
-    with pytest.raises(ValueError, match="one form"):
-        build_backbone(BackboneConfig(name="half_alexnet", stem="small"))
+    with pytest.raises(ValueError, match="builds its own stem"):
+        build_backbone(BackboneConfig(name=OFFICIAL, stem="small"))
 
 
 # -- config -------------------------------------------------------------------------------------
@@ -595,7 +598,7 @@ ROWS = {
     "metaug_stl10": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
     "metaug_in100": ("resnet50", 256, 200, 0.03, 1e-4, "crops", "batch", 1e-5),
     "metaug_in1k": ("resnet50", 2048, 200, 2.4, 1e-6, "crops", "batch", 1e-5),
-    "metaug_official_cifar10": ("half_alexnet", 64, 300, 0.03, 1e-4, "lab", "bank", 1e-5),
+    "metaug_official_cifar10": (OFFICIAL, 64, 300, 0.03, 1e-4, "lab", "bank", 1e-5),
     "metaug_fashion_mnist": ("conv5", 128, 12, 2e-3, 1e-4, "crops", "batch", 0.1),
 }
 
