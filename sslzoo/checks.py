@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """What is wrong with one value of a config; ``message`` reads well after the field's name: "must be positive".
+
+    ``field`` is the dataclass's own name for it, dotted where it lies deeper (``scale.0``). Who reads the config adds
+    the path to it, and who reads the file the line.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field = field
+        self.message = message
 
 
 def require(condition: bool, message: str) -> None:
@@ -11,12 +26,52 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a ``value`` of ``key`` that is not among ``allowed``."""
-    require(value in allowed, f"{key} must be one of {', '.join(allowed)}; got {value!r}")
+def check_field(condition: bool, field: str, message: str) -> None:
+    """Raise ``ConfigError(field, message)`` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(field, message)
 
 
-def closest(name: str, known: list[str]) -> str:
-    """``'; did you mean X?'``, or nothing where no known name is near."""
-    match = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
+def check_positive(config: Any, *fields: str) -> None:
+    """Refuse those ``fields`` of ``config`` that are not above 0; of a tuple, every number. None passes."""
+    for field in fields:
+        value = getattr(config, field)
+        check_field(all(v > 0 for v in _numbers(value)), field, f"must be positive, got {value}")
+
+
+def check_not_negative(config: Any, *fields: str) -> None:
+    """Refuse those ``fields`` of ``config`` that are below 0; of a tuple, every number. None passes."""
+    for field in fields:
+        value = getattr(config, field)
+        check_field(all(v >= 0 for v in _numbers(value)), field, f"must not be negative, got {value}")
+
+
+def check_fraction(config: Any, *fields: str) -> None:
+    """Refuse those ``fields`` of ``config`` that do not lie in [0, 1]."""
+    for field in fields:
+        value = getattr(config, field)
+        check_field(0 <= value <= 1, field, f"must lie in [0, 1], got {value}")
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
+
+
+def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a ``value`` of ``field`` that is not among ``allowed``."""
+    check_field(value in allowed, field, f"must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """The ``known`` name nearest to ``name``, whatever the case of its letters; empty where none is near."""
+    by_lower = {other.lower(): other for other in known}
+    match = get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[match[0]] if match else ""
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """``'; did you mean X?'``, X with ``prefix``, or nothing where no known name is near."""
+    match = closest(name, known)
+    return f"; did you mean {prefix}{match}?" if match else ""

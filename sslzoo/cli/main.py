@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import sslzoo
 from sslzoo import cli
-from sslzoo.checks import closest
+from sslzoo.checks import did_you_mean
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,7 +56,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     """The arguments, where overrides of a recipe may stand before, between and after the options."""
     parser, children = _parsers()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in children:
-        parser.error(f"no verb {arguments[0]!r}{closest(arguments[0], list(children))}")
+        parser.error(f"no verb {arguments[0]!r}{did_you_mean(arguments[0], children)}")
     args, left = parser.parse_known_args(arguments)
     unknown = [
         word for word in left if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")
@@ -64,7 +64,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if unknown:
         child = children[args.verb]
         options = [option for action in child._actions for option in action.option_strings]
-        child.error(f"unknown argument {unknown[0]!r}{closest(unknown[0].partition('=')[0], options)}")
+        child.error(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0].partition('=')[0], options)}")
     if left:
         args.overrides += left
     args.arguments = arguments  # for a verb that starts itself once more

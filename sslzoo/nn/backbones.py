@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sslzoo.checks import require
+from sslzoo.checks import did_you_mean, require
 from sslzoo.recipe.registry import is_plugin, plugin
 from sslzoo.recipe.sections import BackboneConfig
 
@@ -69,8 +68,7 @@ def _torchvision(cfg: BackboneConfig) -> tuple[nn.Module, int]:
 
     names = models.list_models(module=models)
     if cfg.name not in names:
-        close = get_close_matches(cfg.name, ["conv5", *names], n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(cfg.name, ["conv5", *names])
         raise ValueError(f"backbone.name={cfg.name!r} is not in torchvision{hint} (timm's: timm/<name>)")
     model = models.get_model(cfg.name, weights=None, **cfg.options)
     for head in ("fc", "classifier", "heads", "head"):
@@ -93,8 +91,7 @@ def _timm(cfg: BackboneConfig) -> tuple[nn.Module, int]:
 
     name = cfg.name.removeprefix("timm/")
     if not timm.is_model(name):
-        close = get_close_matches(name, timm.list_models(), n=1)
-        hint = f"; did you mean timm/{close[0]}?" if close else ""
+        hint = did_you_mean(name, timm.list_models(), prefix="timm/")
         raise ValueError(f"backbone.name={cfg.name!r} is not in timm{hint}")
     model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=cfg.in_channels, **cfg.options)
     width = model.num_features

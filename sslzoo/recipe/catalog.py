@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from sslzoo.checks import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,6 @@ def dataset_info(name: str) -> DatasetInfo:
     if ":" in name:
         return DatasetInfo(description="a plug-in", layout="", splits=())
     if name not in DATASETS:
-        close = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(DATASETS)}"
+        hint = did_you_mean(name, DATASETS) or f"; known are {', '.join(DATASETS)}"
         raise ValueError(f"unknown data.dataset {name!r}{hint}")
     return DATASETS[name]

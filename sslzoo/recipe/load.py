@@ -17,11 +17,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sslzoo.checks import ConfigError, did_you_mean
 from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import Recipe
-from sslzoo.recipe.typed import Fault, join, section, trainer_section
+from sslzoo.recipe.typed import OtherVariant, check_plain, join, section, shown, trainer_section
 
 
 class RecipeError(ValueError):
@@ -100,17 +101,19 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
         for override in overrides:
             _apply(raw, override, overridden)
         values = _resolve(raw)
+        check_plain(values, "")
         recipe = section(Recipe, values, "")
         recipe = replace(recipe, trainer=trainer_section(recipe.trainer))
         if "name" not in values:
             recipe = replace(recipe, name=source.stem)
         _check_data(recipe)
         derived = _derive(recipe)
-    except Fault as fault:
-        where = f"{source}:{_line(lines, fault.key)}"
-        if _touched(fault.key, overridden):
+    except ConfigError as error:
+        where = f"{source}:{_line(lines, error.field)}"
+        if _touched(error.field, overridden):
             where = "override"
-        message = ": ".join(part for part in (where, fault.key, fault.message) if part)
+        said = error.message + _advice(error, overridden)
+        message = ": ".join(part for part in (where, error.field, said) if part)
         raise RecipeError(" ".join(message.split())) from None
     return LoadedRecipe(
         recipe=recipe,
@@ -132,6 +135,14 @@ class _Dumper(yaml.SafeDumper):
 def _touched(key: str, overridden: set[str]) -> bool:
     """Whether an override set ``key``, something it lies in, or a part of it."""
     return any(key == o or key.startswith(o + ".") or o.startswith(key + ".") for o in overridden if key)
+
+
+def _advice(error: ConfigError, overridden: set[str]) -> str:
+    """What to do where an override chose another variant and the file's keys of the old one stayed."""
+    at = error.field.rpartition(".")[0]
+    if not isinstance(error, OtherVariant) or f"{at}.name" not in overridden:
+        return ""
+    return f"; the override of {at}.name keeps the other keys: override {at} whole, '{at}={{name: ..., ...}}'"
 
 
 def _line(lines: Mapping[str, int], key: str) -> int:
@@ -175,20 +186,20 @@ def _read(source: Path, lines: dict[str, int]) -> dict[str, Any]:
         config = OmegaConf.create(text)
     except _Duplicate as error:
         lines[error.key] = error.line
-        raise Fault(error.key, f"written twice, first in line {error.first}; keep one") from None
+        raise ConfigError(error.key, f"written twice, first in line {error.first}; keep one") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         lines[""] = mark.line + 1 if mark else 1
-        raise Fault("", f"not YAML: {getattr(error, 'problem', None) or error}") from None
+        raise ConfigError("", f"not YAML: {getattr(error, 'problem', None) or error}") from None
     except RecursionError:
-        raise Fault("", "not a recipe: something in it contains itself") from None
+        raise ConfigError("", "not a recipe: something in it contains itself") from None
     except OmegaConfBaseException as error:
-        raise Fault(_dotted(error), f"bad interpolation: {_first_line(error)}") from None
+        raise ConfigError(_dotted(error), f"bad interpolation: {_first_line(error)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise Fault("", f"cannot be read: {error}") from None
+        raise ConfigError("", f"cannot be read: {error}") from None
     values = OmegaConf.to_container(config)
     if not isinstance(values, dict) or not lines:
-        raise Fault("", "a recipe is a mapping of sections such as seed, backbone, method")
+        raise ConfigError("", "a recipe is a mapping of sections such as seed, backbone, method")
     return values  # type: ignore[return-value]
 
 
@@ -206,26 +217,30 @@ def _apply(raw: dict[str, Any], override: str, overridden: set[str]) -> None:
     key = key.strip()
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         overridden.add(override)
-        raise Fault(override, "an override has the form dotted.key=value, such as optim.lr=0.3")
+        raise ConfigError(override, "an override has the form dotted.key=value, such as optim.lr=0.3")
     overridden.add(key)
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise Fault(key, f"{text!r} is not YAML: {_first_line(error)}") from None
+        raise ConfigError(key, f"{text!r} is not YAML: {_first_line(error)}") from None
     names = key.split(".")
     place: Any = raw
     for i, name in enumerate(names):
         so_far = ".".join(names[:i])
         if isinstance(place, list) and not (name.isdigit() and int(name) < len(place)):
-            raise Fault(key, f"{so_far} is a list of {len(place)}; count from 0, or override it whole")
+            raise ConfigError(key, f"{so_far} is a list of {len(place)}; count from 0, or override it whole")
         if not isinstance(place, (dict, list)):
-            raise Fault(key, f"{so_far} is {place!r}, which has no keys")
+            raise ConfigError(key, f"{so_far} is {shown(place)}, which has no keys")
         at: Any = int(name) if isinstance(place, list) else name
         if i == len(names) - 1:
             place[at] = value
-        elif isinstance(place, dict) and place.get(name) is None:
-            place[at] = {}
-        place = place[at]
+            return
+        inner = place[at] if isinstance(place, list) else place.get(at)
+        if inner is None:
+            inner = place[at] = {}
+        elif isinstance(inner, str):  # a variant's name alone; anything else is refused for its keys
+            inner = place[at] = {"name": inner}
+        place = inner
 
 
 def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +251,7 @@ def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
         hint = ""
         if "Environment variable" in str(error):
             hint = "; set it, or give a default: ${oc.env:NAME,default}"
-        raise Fault(_dotted(error), _first_line(error) + hint) from None
+        raise ConfigError(_dotted(error), _first_line(error) + hint) from None
 
 
 # What follows from the values
@@ -245,10 +260,8 @@ def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
 def _origins(recipe: Recipe, values: dict[str, Any], overridden: set[str]) -> dict[str, str]:
     origins = {}
     for key, _ in leaves(recipe):
-        if _touched(key, overridden):
-            origins[key] = "override"
-        elif _stated(values, key.split(".")):
-            origins[key] = "recipe"
+        if _stated(values, key.split(".")):
+            origins[key] = "override" if _touched(key, overridden) else "recipe"
         else:
             origins[key] = "derived" if key == "name" else "default"
     return origins
@@ -261,7 +274,7 @@ def _stated(values: Any, path: list[str]) -> bool:
         elif isinstance(values, dict) and name in values:
             values = values[name]
         else:
-            return False
+            return name == "name" and isinstance(values, str)  # a variant by its name alone
     return True
 
 
@@ -275,20 +288,20 @@ def _check_data(recipe: Recipe) -> None:
         try:
             info = dataset_info(source.dataset)
         except ValueError as error:
-            raise Fault(f"{key}.dataset", str(error)) from None
+            raise ConfigError(f"{key}.dataset", str(error)) from None
         if info.splits and source.split not in info.splits:
-            raise Fault(
+            raise ConfigError(
                 f"{key}.{split}",
-                f"{source.dataset} has no split {source.split!r}{registry.closest(source.split, [*info.splits])}"
+                f"{source.dataset} has no split {source.split!r}{did_you_mean(source.split, info.splits)}"
                 f" (known: {', '.join(info.splits)})",
             )
     if len(recipe.data.mean) != recipe.backbone.in_channels:
-        raise Fault(
+        raise ConfigError(
             "backbone.in_channels",
             f"{recipe.backbone.in_channels} channels, but data.mean has {len(recipe.data.mean)}; make them equal",
         )
     if not recipe.views:
-        raise Fault("views", "a recipe needs at least one view")
+        raise ConfigError("views", "a recipe needs at least one view")
 
 
 def _derive(recipe: Recipe) -> dict[str, int | float]:
@@ -307,7 +320,7 @@ def _derive(recipe: Recipe) -> dict[str, int | float]:
             accumulate=recipe.trainer.get("accumulate_grad_batches", 1),
         )
     except ValueError as error:
-        raise Fault("data.global_batch_size", str(error)) from None
+        raise ConfigError("data.global_batch_size", str(error)) from None
     derived: dict[str, int | float] = {"peak_lr": plan.scaled_lr(recipe.optim)}
     if known:
         derived["micro_batch_size"] = plan.micro_batch_size

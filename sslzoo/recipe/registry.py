@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sslzoo.checks import closest
+from sslzoo.checks import did_you_mean
 from sslzoo.recipe.sections import MethodConfig
 
 GROUP = "sslzoo.methods"
@@ -60,7 +60,7 @@ def method_config(name: str) -> type[MethodConfig]:
 
 def _registered(known: dict[str, EntryPoint], name: str) -> EntryPoint:
     if name not in known:
-        raise ValueError(f"unknown method {name!r}{closest(name, list(known))} (known: {', '.join(known)})")
+        raise ValueError(f"unknown method {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
     return known[name]
 
 
@@ -112,4 +112,4 @@ def recipe_path(name: str) -> Path:
     stem = name.removesuffix(".yaml").removesuffix(".yml")
     if stem in known:
         return known[stem]
-    raise ValueError(f"no recipe {name!r}: neither a file nor a bundled name{closest(stem, list(known))}")
+    raise ValueError(f"no recipe {name!r}: neither a file nor a bundled name{did_you_mean(stem, known)}")

@@ -2,7 +2,7 @@
 
 A number that recipes vary has no default here and stands in every recipe. A structural constant
 has its default here and stands in no recipe. Ranges are checked in ``__post_init__``, whose
-messages name the dotted key.
+``ConfigError`` names the field; who reads the recipe adds the path to it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, isfinite
-from typing import Any
+from typing import Any, ClassVar
 
-from sslzoo.checks import one_of, require
+from sslzoo.checks import check_field, check_positive, one_of
 
 
 def refuse_idle(config: MethodConfig, heeded: Mapping[str, tuple[bool, str]]) -> None:
@@ -20,15 +20,18 @@ def refuse_idle(config: MethodConfig, heeded: Mapping[str, tuple[bool, str]]) ->
     it does not have. ``heeded`` holds, by field, whether it acts, and with what it would."""
     for name, (acts, where) in heeded.items():
         value, default = getattr(config, name), getattr(type(config), name)
-        require(
-            acts or value == default,
-            f"method.{name} must be {default}, got {value}: it acts only with {where}",
+        check_field(
+            acts or value == default, name, f"must be {default}, got {value}: it acts only with {where}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Base of every method's config. ``name`` is the method's registered name, or ``module:Class``."""
+
+    RENAMED: ClassVar[
+        Mapping[str, str]
+    ] = {}  # keys of earlier versions, dotted below the section: what to use now
 
     name: str
 
@@ -42,7 +45,8 @@ class MethodConfig:
         return None
 
     def check(self, recipe: Recipe) -> None:
-        """Raise ``ValueError`` where this method cannot do what the rest of ``recipe`` asks."""
+        """Raise ``ConfigError``, with the key as the recipe has it, where this method cannot do what the rest of
+        ``recipe`` asks."""
 
 
 STEMS = ("imagenet", "small", "cifar")
@@ -58,8 +62,8 @@ class BackboneConfig:
     options: dict[str, Any] = field(default_factory=dict)  # constructor arguments, as the library names them
 
     def __post_init__(self) -> None:
-        one_of("backbone.stem", self.stem, STEMS)
-        require(self.in_channels > 0, f"backbone.in_channels must be positive, got {self.in_channels}")
+        one_of("stem", self.stem, STEMS)
+        check_field(self.in_channels > 0, "in_channels", f"must be positive, got {self.in_channels}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,18 +87,21 @@ class DataConfig(SourceConfig):
     max_bad_fraction: float = 0.01  # of the data set; more unreadable images than this stop the run
 
     def __post_init__(self) -> None:
-        require(
+        check_field(
             self.global_batch_size > 1,
-            f"data.global_batch_size must be at least 2, got {self.global_batch_size}",
+            "global_batch_size",
+            f"must be at least 2, got {self.global_batch_size}",
         )
-        require(
+        check_field(
             len(self.mean) == len(self.std) > 0 and all(s > 0 for s in self.std),
-            f"data.mean and data.std need one number a channel, std positive; got {self.mean} and {self.std}",
+            "std",
+            f"must hold one positive number for each of data.mean={list(self.mean)}, got {list(self.std)}",
         )
-        require(self.workers >= 0, f"data.workers must not be negative, got {self.workers}")
-        require(
+        check_field(self.workers >= 0, "workers", f"must not be negative, got {self.workers}")
+        check_field(
             0 <= self.max_bad_fraction <= 1,
-            f"data.max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}",
+            "max_bad_fraction",
+            f"must lie in [0, 1], got {self.max_bad_fraction}",
         )
 
 
@@ -125,27 +132,27 @@ class ViewConfig:
     solarize_threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        one_of("views.role", self.role, ("global", "local"))
-        one_of("views.interpolation", self.interpolation, ("bilinear", "bicubic"))
-        require(self.size > 0 and self.count > 0, f"views.size and views.count must be positive, got {self}")
-        require(
+        one_of("role", self.role, ("global", "local"))
+        one_of("interpolation", self.interpolation, ("bilinear", "bicubic"))
+        check_positive(self, "size", "count")
+        check_field(
             0 < self.scale[0] <= self.scale[1] <= 1,
-            f"views.scale must satisfy 0 < low <= high <= 1, got {self.scale}",
+            "scale",
+            f"must satisfy 0 < low <= high <= 1, got {self.scale}",
         )
-        require(
-            0 < self.ratio[0] <= self.ratio[1], f"views.ratio must satisfy 0 < low <= high, got {self.ratio}"
+        check_field(
+            0 < self.ratio[0] <= self.ratio[1], "ratio", f"must satisfy 0 < low <= high, got {self.ratio}"
         )
         for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"):
-            require(
-                0 <= getattr(self, name) <= 1, f"views.{name} is a probability, got {getattr(self, name)}"
-            )
+            check_field(0 <= getattr(self, name) <= 1, name, f"is a probability, got {getattr(self, name)}")
         for name in ("brightness", "contrast", "saturation"):
-            require(getattr(self, name) >= 0, f"views.{name} must not be negative, got {getattr(self, name)}")
-        require(0 <= self.hue <= 0.5, f"views.hue must lie in [0, 0.5], got {self.hue}")
-        require(self.blur_kernel % 2 == 1, f"views.blur_kernel must be odd, got {self.blur_kernel}")
-        require(
+            check_field(getattr(self, name) >= 0, name, f"must not be negative, got {getattr(self, name)}")
+        check_field(0 <= self.hue <= 0.5, "hue", f"must lie in [0, 0.5], got {self.hue}")
+        check_field(self.blur_kernel % 2 == 1, "blur_kernel", f"must be odd, got {self.blur_kernel}")
+        check_field(
             0 < self.blur_sigma[0] <= self.blur_sigma[1],
-            f"views.blur_sigma must be positive, got {self.blur_sigma}",
+            "blur_sigma",
+            f"must be positive, got {self.blur_sigma}",
         )
 
 
@@ -175,19 +182,20 @@ class OptimConfig:
     clip_trust: bool = False  # LARS: never step further than plain SGD would
 
     def __post_init__(self) -> None:
-        one_of("optim.name", self.name, OPTIMIZERS)
-        one_of("optim.lr_scaling", self.lr_scaling, ("linear", "sqrt", "none"))
-        one_of("optim.schedule", self.schedule, ("cosine", "constant", "step"))
-        one_of("optim.warmup_ramp", self.warmup_ramp, ("closed", "open", "shifted"))
-        require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
-        require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
-        require(
-            self.warmup_epochs >= 0, f"optim.warmup_epochs must not be negative, got {self.warmup_epochs}"
+        one_of("name", self.name, OPTIMIZERS)
+        one_of("lr_scaling", self.lr_scaling, ("linear", "sqrt", "none"))
+        one_of("schedule", self.schedule, ("cosine", "constant", "step"))
+        one_of("warmup_ramp", self.warmup_ramp, ("closed", "open", "shifted"))
+        check_field(self.lr > 0, "lr", f"must be positive, got {self.lr}")
+        check_field(self.weight_decay >= 0, "weight_decay", f"must not be negative, got {self.weight_decay}")
+        check_field(
+            self.warmup_epochs >= 0, "warmup_epochs", f"must not be negative, got {self.warmup_epochs}"
         )
-        require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), got {self.momentum}")
-        require(
+        check_field(0 <= self.momentum < 1, "momentum", f"must lie in [0, 1), got {self.momentum}")
+        check_field(
             (self.schedule == "step") == bool(self.milestones),
-            "optim.milestones goes with optim.schedule=step, and that schedule needs them",
+            "milestones",
+            "goes with optim.schedule=step, and that schedule needs them",
         )
 
 
@@ -203,12 +211,13 @@ class ProbeConfig:
     data: tuple[SourceConfig, ...] = ()  # labelled data elsewhere; empty: the training data's own labels
 
     def __post_init__(self) -> None:
-        require(
+        check_field(
             len(self.lrs) > 0 and all(lr > 0 for lr in self.lrs),
-            f"probe.lrs must be positive, got {self.lrs}",
+            "lrs",
+            f"must be positive, got {self.lrs}",
         )
-        require(0 < self.holdout < 1, f"probe.holdout must lie in (0, 1), got {self.holdout}")
-        require(len(self.layers) > 0, "probe.layers must name at least one layer, such as backbone")
+        check_field(0 < self.holdout < 1, "holdout", f"must lie in (0, 1), got {self.holdout}")
+        check_field(len(self.layers) > 0, "layers", "must name at least one layer, such as backbone")
 
 
 PCA_WIDTH = 64  # principal components of the pixels that the final evaluation measures
@@ -229,14 +238,15 @@ class EvalConfig:
     baselines: bool = False  # the final table also shows raw pixels, their PCA and random initialisation
 
     def __post_init__(self) -> None:
-        require(self.every_epochs > 0, f"eval.every_epochs must be positive, got {self.every_epochs}")
-        require(self.knn_k > 0, f"eval.knn_k must be positive, got {self.knn_k}")
-        require(
-            self.knn_temperature > 0, f"eval.knn_temperature must be positive, got {self.knn_temperature}"
+        check_field(self.every_epochs > 0, "every_epochs", f"must be positive, got {self.every_epochs}")
+        check_field(self.knn_k > 0, "knn_k", f"must be positive, got {self.knn_k}")
+        check_field(
+            self.knn_temperature > 0, "knn_temperature", f"must be positive, got {self.knn_temperature}"
         )
-        require(
+        check_field(
             self.resize == 0 or self.resize >= self.size,
-            f"eval.resize must be 0 or at least eval.size={self.size}, got {self.resize}",
+            "resize",
+            f"must be 0 or at least eval.size={self.size}, got {self.resize}",
         )
 
 
@@ -250,7 +260,7 @@ class WandbConfig:
     tags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        one_of("logging.wandb.mode", self.mode, ("auto", "online", "offline"))
+        one_of("mode", self.mode, ("auto", "online", "offline"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,17 +272,18 @@ class MarginAnalysisConfig:
     temperature: float = 0.0  # 0: the method's own
 
     def __post_init__(self) -> None:
-        require(len(self.margins) > 0, "logging.margins.margins must list margins, such as [[10.0, 0.0]]")
+        check_field(len(self.margins) > 0, "margins", "must list margins, such as [[10.0, 0.0]]")
         for m1, m2 in self.margins:
-            require(
+            check_field(
                 abs(m1) < 180 and isfinite(m2),
-                "logging.margins.margins lists pairs of an angle within (-180, 180) degrees and a finite number, "
-                f"got [{m1}, {m2}]",
+                "margins",
+                f"lists pairs of an angle within (-180, 180) degrees and a finite number, got [{m1}, {m2}]",
             )
-        require(self.every_steps > 0, f"logging.margins.every_steps must be positive, got {self.every_steps}")
-        require(
+        check_field(self.every_steps > 0, "every_steps", f"must be positive, got {self.every_steps}")
+        check_field(
             0 <= self.temperature < inf,
-            f"logging.margins.temperature must not be negative, got {self.temperature}",
+            "temperature",
+            f"must not be negative, got {self.temperature}",
         )
 
 
@@ -288,10 +299,11 @@ class LoggingConfig:
     margins: MarginAnalysisConfig | None = None
 
     def __post_init__(self) -> None:
-        require(self.every_steps > 0, f"logging.every_steps must be positive, got {self.every_steps}")
-        require(
+        check_field(self.every_steps > 0, "every_steps", f"must be positive, got {self.every_steps}")
+        check_field(
             self.checkpoint_every_steps > 0,
-            f"logging.checkpoint_every_steps must be positive, got {self.checkpoint_every_steps}",
+            "checkpoint_every_steps",
+            f"must be positive, got {self.checkpoint_every_steps}",
         )
 
 
@@ -314,7 +326,8 @@ class Recipe:
     def __post_init__(self) -> None:
         self.method.check(self)
         margins = self.logging.margins
-        require(
+        check_field(
             margins is None or margins.temperature > 0 or self.method.contrast_temperature is not None,
-            f"logging.margins.temperature must be given, such as 0.2: {self.method.name} has none of its own",
+            "logging.margins.temperature",
+            f"must be given, such as 0.2: {self.method.name} has none of its own",
         )

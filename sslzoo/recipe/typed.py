@@ -1,28 +1,28 @@
 """Values from outside as the annotations of the config dataclasses want them; what does not fit is named, with
-the nearest right key. Costs no torch."""
+the nearest right key. Costs no torch.
+
+A choice is a ``Literal``. A choice whose alternatives have numbers of their own is a union of dataclasses, each with
+``name: Literal[...]``, its tag: a recipe says ``{name: step, gamma: 0.1, ...}``, or ``constant`` alone where that
+variant needs nothing more. So a number can only be written where something heeds it.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
-from difflib import get_close_matches
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
+from math import isfinite
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from sslzoo.checks import ConfigError, closest, did_you_mean
 from sslzoo.recipe import registry
 from sslzoo.recipe.sections import MethodConfig, Recipe
 from sslzoo.recipe.trainer_keys import OWNED, trainer_arguments
 
 
-class Fault(Exception):
-    """Something wrong at ``key``; who reads the file adds the place."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
-        self.message = message
+class OtherVariant(ConfigError):
+    """A key that the chosen variant does not have, but another has."""
 
 
 def join(*parts: str) -> str:
@@ -32,55 +32,72 @@ def join(*parts: str) -> str:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+    """The annotation of every field."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
 
 
-def section(kind: Any, values: Any, key: str) -> Any:
-    """The dataclass ``kind`` from a mapping."""
+def _tags(kind: Any) -> tuple[str, ...]:
+    """The names that choose the dataclass ``kind`` within a union; none where it is not such a variant."""
+    hint = _hints(kind).get("name") if isinstance(kind, type) and is_dataclass(kind) else None
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def section(kind: Any, values: Any, key: str, variants: Mapping[str, type] | None = None) -> Any:
+    """The dataclass ``kind`` from a mapping; ``variants`` are those, by tag, of which it is one."""
     if kind is MethodConfig:
         kind = _method_config(values, key)
     if not isinstance(values, dict):
-        raise Fault(key, f"expected a section with the keys {', '.join(_hints(kind))}; got {values!r}")
+        raise ConfigError(
+            key, f"expected a section with the keys {', '.join(_hints(kind))}; got {shown(values)}"
+        )
+    for old, new in getattr(kind, "RENAMED", {}).items():
+        if _present(values, old.split(".")):
+            raise ConfigError(join(key, old), f"renamed: use {join(key, new)}")
     hints = _hints(kind)
     for name in values:
         if name not in hints:
-            raise Fault(join(key, str(name)), _unknown(key, str(name), list(hints), values))
+            raise _unknown(kind, values, key, str(name), variants or {})
     arguments = {}
     for field in fields(kind):
         inner = join(key, field.name)
-        if values.get(field.name, "???") != "???":
-            arguments[field.name] = _typed(hints[field.name], values[field.name], inner)
+        if field.name in values:
+            value = _with_default_name(field, hints[field.name], values[field.name])
+            arguments[field.name] = _typed(hints[field.name], value, inner)
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise Fault(inner, "missing key; every recipe states it")
+            who = f"{key} {values['name']} needs it" if variants else "every recipe states it"
+            raise ConfigError(inner, f"missing key; {who}")
     try:
         return kind(**arguments)
-    except ValueError as error:
-        raise _out_of_range(str(error), key, list(hints)) from None
+    except ConfigError as error:
+        raise ConfigError(join(key, error.field), error.message) from None
+    except ValueError as error:  # of somebody else's config
+        raise ConfigError(key, str(error)) from None
+
+
+def _present(values: Any, path: list[str]) -> bool:
+    for name in path:
+        if not isinstance(values, dict) or name not in values:
+            return False
+        values = values[name]
+    return True
 
 
 def _method_config(values: Any, key: str) -> type[MethodConfig]:
     if not isinstance(values, dict):
         return MethodConfig  # refused by the caller, like any section that is none
     if values.get("name") is None:
-        raise Fault(join(key, "name"), "missing key; name a registered method (see sslzoo ls methods)")
+        raise ConfigError(join(key, "name"), "missing key; name a registered method (see sslzoo ls methods)")
     name = _typed(str, values["name"], join(key, "name"))
     try:
         config = registry.method_config(name)
     except (ValueError, ImportError, AttributeError) as error:
-        raise Fault(join(key, "name"), str(error)) from None
+        raise ConfigError(join(key, "name"), str(error)) from None
     if not (isinstance(config, type) and issubclass(config, MethodConfig)):
-        raise Fault(join(key, "name"), f"{name} is no method: its Config is {config!r}, not a MethodConfig")
+        raise ConfigError(
+            join(key, "name"), f"{name} is no method: its Config is {config!r}, not a MethodConfig"
+        )
     return config
-
-
-def _out_of_range(message: str, key: str, names: list[str]) -> Fault:
-    """The fault that a dataclass's ``__post_init__`` raised, at the key that its message names."""
-    for dotted in re.findall(r"\b[a-z]\w*(?:\.\w+)+", message):
-        name = dotted.rpartition(".")[2]
-        if name in names:
-            own = message.removeprefix(dotted + " ")
-            return Fault(join(key, name), own if own.startswith(("must ", "is ")) else message)
-    return Fault(key, message)
 
 
 def _typed(kind: Any, value: Any, key: str) -> Any:
@@ -93,40 +110,84 @@ def _typed(kind: Any, value: Any, key: str) -> Any:
     if origin in (Union, UnionType):
         return _one_of_types(arguments, value, key)
     if origin is Literal:
-        if value not in arguments:
-            raise Fault(key, f"must be one of {', '.join(map(str, arguments))}; got {value!r}")
-        return value
+        return _choice(arguments, value, key)
     if origin in (tuple, list):
         return origin(_items(arguments, value, key))
     if origin is dict or kind is dict:
         if not isinstance(value, dict):
-            raise Fault(key, f"expected a mapping, got {value!r}")
+            raise ConfigError(key, f"expected a mapping, got {shown(value)}")
         inner = arguments[1] if arguments else Any
         return {str(name): _typed(inner, item, join(key, str(name))) for name, item in value.items()}
     return _scalar(kind, value, key)
 
 
+# Choices
+
+
+def _choice(allowed: tuple[Any, ...], value: Any, key: str) -> Any:
+    """The one of ``allowed`` that ``value`` is, or spells."""
+    for choice in allowed:
+        if value == choice and type(value) is type(choice):
+            return choice
+    names = [str(choice) for choice in allowed]
+    if isinstance(value, str) and value in names:
+        return allowed[names.index(value)]
+    hint = did_you_mean(value, names) if isinstance(value, str) else ""
+    raise ConfigError(key, f"must be one of {', '.join(names)}; got {shown(value)}{hint}")
+
+
+def _variants(kinds: tuple[Any, ...]) -> dict[str, type]:
+    """The tagged dataclasses among ``kinds``, by tag."""
+    return {tag: kind for kind in kinds for tag in _tags(kind)}
+
+
+def _with_default_name(field: Field[Any], hint: Any, value: Any) -> Any:
+    """A mapping that names no variant means the field's default, so that one number of it can be set alone."""
+    if not isinstance(value, dict) or "name" in value or not _variants(get_args(hint)):
+        return value
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return {"name": default.name} | value if hasattr(default, "name") else value
+
+
+def _variant(variants: dict[str, type], value: Any, key: str) -> Any:
+    """The variant that ``value`` names, by itself or as its key ``name``."""
+    short = not isinstance(value, dict)
+    values, at = ({"name": value}, key) if short else (value, join(key, "name"))
+    if values.get("name") is None:
+        raise ConfigError(at, f"missing key; one of {', '.join(variants)}")
+    name = _choice(tuple(variants), values["name"], at)
+    return section(variants[name], values, key, variants)
+
+
 def _one_of_types(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
     """``value`` as the one of ``kinds`` that it already is, else the first that it converts to."""
-    for kind in kinds:
-        if type(value) is kind:
-            return value
-    *others, last = [kind for kind in kinds if kind is not NoneType]
+    if value is None and NoneType in kinds:
+        return None
+    variants = _variants(kinds)
+    others = [kind for kind in kinds if kind is not NoneType and not _tags(kind)]
+    if variants and (not others or isinstance(value, dict) or value in variants):
+        return _variant(variants, value, key)
     for kind in others:
+        if type(value) is kind:
+            return _typed(kind, value, key)
+    for kind in others[:-1]:
         try:
             return _typed(kind, value, key)
-        except Fault:
+        except ConfigError:
             continue
-    return _typed(last, value, key)
+    return _typed(others[-1], value, key)
+
+
+# Values
 
 
 def _items(kinds: tuple[Any, ...], value: Any, key: str) -> list[Any]:
     if not isinstance(value, list):
-        raise Fault(key, f"expected a list, got {value!r}")
+        raise ConfigError(key, f"expected a list, got {shown(value)}")
     if len(kinds) == 1 or kinds[1:] == (...,):
         kinds = (kinds[0],) * len(value)
     if len(value) != len(kinds):
-        raise Fault(key, f"expected a list of {len(kinds)}, got {value!r}")
+        raise ConfigError(key, f"expected a list of {len(kinds)}, got {shown(value)}")
     return [
         _typed(kind, item, join(key, str(i))) for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
     ]
@@ -144,14 +205,38 @@ _SCALARS: dict[type, tuple[str, type | tuple[type, ...], Callable[[str], Any]]] 
 def _scalar(kind: type, value: Any, key: str) -> Any:
     """Numbers may come as text, since that is what environment variables hold."""
     expected, accepted, parse = _SCALARS[kind]
-    if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
-        return float(value) if kind is float else value
-    if isinstance(value, str):
+    if isinstance(value, str) and kind is not str:
         try:
-            return parse(value)
+            value = parse(value)
         except (ValueError, KeyError):
-            pass
-    raise Fault(key, f"expected {expected}, got {'null' if value is None else repr(value)}")
+            raise ConfigError(key, f"expected {expected}, got {shown(value)}") from None
+    if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
+        raise ConfigError(key, f"expected {expected}, got {shown(value)}")
+    check_plain(value, key)
+    return float(value) if kind is float else value
+
+
+def check_plain(value: Any, key: str) -> None:
+    """Refuse what no key takes, anywhere in ``value``: ``???``, and numbers that are infinite, none, or need more than
+    64 bits."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            check_plain(item, join(key, str(name)))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            check_plain(item, join(key, str(i)))
+    elif value == "???":
+        raise ConfigError(key, "??? stands for a value to be filled in; write one, or leave the key out")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(key, "must be a number of at most 64 bits")
+    elif isinstance(value, float) and not isfinite(value):
+        raise ConfigError(key, f"must be finite, got {value}")
+
+
+def shown(value: Any) -> str:
+    """``value`` as a message shows it."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def trainer_section(values: dict[str, Any]) -> dict[str, Any]:
@@ -160,35 +245,46 @@ def trainer_section(values: dict[str, Any]) -> dict[str, Any]:
     free = [name for name in known if name not in OWNED]
     for name in values:
         if name in OWNED:
-            raise Fault(f"trainer.{name}", f"not for a recipe to set: {OWNED[name]}")
+            raise ConfigError(f"trainer.{name}", f"not for a recipe to set: {OWNED[name]}")
         if name not in known:
-            raise Fault(f"trainer.{name}", _unknown("trainer", name, free, values))
+            raise ConfigError(f"trainer.{name}", _unknown_key("trainer", name, free))
     if "max_epochs" not in values:
-        raise Fault("trainer.max_epochs", "missing key; every recipe states it")
+        raise ConfigError("trainer.max_epochs", "missing key; every recipe states it")
     typed = {name: _typed(known[name], value, f"trainer.{name}") for name, value in values.items()}
     for name in ("max_epochs", "accumulate_grad_batches", "num_nodes"):
         if name in typed and _typed(int, typed[name], f"trainer.{name}") < 1:
-            raise Fault(f"trainer.{name}", f"must be positive, got {typed[name]}")
+            raise ConfigError(f"trainer.{name}", f"must be positive, got {typed[name]}")
     return typed
 
 
 # Suggestions
 
 
-def _unknown(at: str, name: str, names: list[str], values: Mapping[str, Any]) -> str:
-    """Why ``name`` is not a key of the section ``at``, and the nearest right one."""
-    near = get_close_matches(name, names, n=1, cutoff=0.7)
-    owners = [] if near else [method for method, keys in _method_keys().items() if name in keys]
-    elsewhere = [] if near else [key for key in _all_keys() if key.rpartition(".")[2] == name]
-    if owners and at == "method":
-        return f"not a key of method {values['name']}, but of {', '.join(owners)}"
-    if elsewhere:
-        return f"unknown key; did you mean {elsewhere[0]}?"
+def _unknown(
+    kind: type, values: Mapping[str, Any], at: str, name: str, variants: Mapping[str, type]
+) -> ConfigError:
+    """Why ``name`` is not a key of ``kind`` at ``at``, where it may be a key of another variant or method."""
+    keys = {tag: set(_hints(other)) for tag, other in variants.items()}
+    others = _method_keys() if issubclass(kind, MethodConfig) else keys
+    owners = [tag for tag, theirs in others.items() if name in theirs]
     if owners:
-        return f"unknown key; did you mean method.{name}, a key of {', '.join(owners)}?"
-    near = near or get_close_matches(name, names, n=1, cutoff=0.5)
-    if near:
-        return f"unknown key; did you mean {join(at, near[0])}?"
+        chosen = f"not a key of {at} {values['name']}, but of {', '.join(owners)}"
+        return OtherVariant(join(at, name), chosen)
+    return ConfigError(join(at, name), _unknown_key(at, name, list(_hints(kind))))
+
+
+def _unknown_key(at: str, name: str, names: list[str]) -> str:
+    """Why ``name`` is not among the keys ``names`` of the section ``at``, and the nearest right one."""
+    near = closest(name, names, cutoff=0.7)
+    if not near:
+        for key in _all_keys():
+            if key.rpartition(".")[2] == name.lower():
+                return f"unknown key; did you mean {key}?"
+        owners = [method for method, keys in _method_keys().items() if name in keys]
+        if owners:
+            return f"unknown key; did you mean method.{name}, a key of {', '.join(owners)}?"
+    if near := near or closest(name, names):
+        return f"unknown key; did you mean {join(at, near)}?"
     return f"unknown key (known: {', '.join(names)})"
 
 
@@ -197,15 +293,18 @@ def _all_keys(kind: type = Recipe, at: str = "") -> list[str]:
     keys = []
     for name, hint in _hints(kind).items():
         key = join(at, name)
-        inner = hint
+        kinds = [hint]
         if get_origin(hint) is tuple and is_dataclass(get_args(hint)[0]):
-            inner, key = get_args(hint)[0], f"{key}.0"
+            kinds, key = [get_args(hint)[0]], f"{key}.0"
         elif get_origin(hint) in (Union, UnionType):
-            inner = get_args(hint)[0]
-        keys += _all_keys(inner, key) if is_dataclass(inner) and isinstance(inner, type) else [key]
+            kinds = list(get_args(hint))
+        inner = [
+            deeper for k in kinds if isinstance(k, type) and is_dataclass(k) for deeper in _all_keys(k, key)
+        ]
+        keys += inner or [key]
     if not at:
         keys += [f"trainer.{name}" for name in trainer_arguments() if name not in OWNED]
-    return keys
+    return list(dict.fromkeys(keys))
 
 
 def _method_keys() -> dict[str, set[str]]:

@@ -732,21 +732,21 @@ def test_missing_views_are_said():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"C": 0.0}, "method.C"),
-        ({"C": -2.0}, "method.C"),
-        ({"reg": 0.0}, "method.reg"),
-        ({"sigma": 0.0}, "method.sigma"),
-        ({"solver": "svm"}, "method.solver"),
-        ({"kernel": "gauss"}, "method.kernel"),
-        ({"sigma_rule": "mean"}, "method.sigma_rule"),
-        ({"sigma_milestones": (125, 75)}, "method.sigma_milestones"),
-        ({"sigma_milestones": (1,)}, "method.sigma_milestones"),
-        ({"negatives": "view2"}, "method.negatives"),
-        ({"alpha_normalize": "max"}, "method.alpha_normalize"),
-        ({"crop_pass": "all"}, "method.crop_pass"),
-        ({"projector": ()}, "method.projector"),
-        ({"kernel": "tanh", "C": -1.0}, "method.C"),
-        ({"kernel": "poly", "C": -1.0, "solver": "pgd"}, "method.self_kernel"),
+        ({"C": 0.0}, "C"),
+        ({"C": -2.0}, "C"),
+        ({"reg": 0.0}, "reg"),
+        ({"sigma": 0.0}, "sigma"),
+        ({"solver": "svm"}, "solver"),
+        ({"kernel": "gauss"}, "kernel"),
+        ({"sigma_rule": "mean"}, "sigma_rule"),
+        ({"sigma_milestones": (125, 75)}, "sigma_milestones"),
+        ({"sigma_milestones": (1,)}, "sigma_milestones"),
+        ({"negatives": "view2"}, "negatives"),
+        ({"alpha_normalize": "max"}, "alpha_normalize"),
+        ({"crop_pass": "all"}, "crop_pass"),
+        ({"projector": ()}, "projector"),
+        ({"kernel": "tanh", "C": -1.0}, "C"),
+        ({"kernel": "poly", "C": -1.0, "solver": "pgd"}, "self_kernel"),
     ],
 )
 def test_refusals(changes, message):
@@ -767,12 +767,12 @@ def test_refusals(changes, message):
     ],
 )
 def test_refusals_of_the_solvers(changes, message):
-    with pytest.raises(ValueError, match=rf"method\.pgd\.{message}"):
+    with pytest.raises(ValueError, match=rf"{message} must"):
         PGDConfig(**changes)
     if message in ("max_iter",):
-        with pytest.raises(ValueError, match=r"method\.adaptive\.max_iter"):
+        with pytest.raises(ValueError, match="max_iter must"):
             AdaptiveConfig(**changes)
-    with pytest.raises(ValueError, match=r"method\.adaptive\.tol"):
+    with pytest.raises(ValueError, match="tol must"):
         AdaptiveConfig(tol=-1.0)
 
 

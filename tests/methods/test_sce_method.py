@@ -360,27 +360,30 @@ def test_a_single_image_without_queue_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 0.0}, "method.temperature must be positive"),
-        ({"target_temperature": -0.1}, "method.target_temperature must be positive"),
-        ({"contrastive_weight": 1.5}, "method.contrastive_weight must lie in"),
-        ({"momentum": 1.1}, "method.momentum must lie in"),
-        ({"queue_size": -1}, "method.queue_size must not be negative"),
-        ({"queue_size": 0}, "method.queue_size=0 leaves no negatives"),
-        ({"batch_keys": True}, "method.target_positive=zero_logit is defined for the queue alone"),
-        ({"momentum_schedule": "linear"}, "method.momentum_schedule must be one of"),
-        ({"momentum_batchnorm": "sync"}, "method.momentum_batchnorm must be one of"),
-        ({"target_positive": "zero"}, "method.target_positive must be one of"),
-        ({"pair_weighting": "even"}, "method.pair_weighting must be one of"),
-        ({"crop_pass": "all"}, "method.crop_pass must be one of"),
-        ({"terms": TermsConfig(relational=1, ceil=0)}, "method.terms and method.ressl are defined for"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"target_temperature": -0.1}, "target_temperature must be positive"),
+        ({"contrastive_weight": 1.5}, "contrastive_weight must lie in"),
+        ({"momentum": 1.1}, "momentum must lie in"),
+        ({"queue_size": -1}, "queue_size must not be negative"),
+        ({"queue_size": 0}, "queue_size must be positive, or there are no negatives"),
+        (
+            {"batch_keys": True},
+            "target_positive must be masked with method.batch_keys=true: zero_logit is defined for the queue alone",
+        ),
+        ({"momentum_schedule": "linear"}, "momentum_schedule must be one of"),
+        ({"momentum_batchnorm": "sync"}, "momentum_batchnorm must be one of"),
+        ({"target_positive": "zero"}, "target_positive must be one of"),
+        ({"pair_weighting": "even"}, "pair_weighting must be one of"),
+        ({"crop_pass": "all"}, "crop_pass must be one of"),
+        ({"terms": TermsConfig(relational=1, ceil=0)}, "target_positive must be masked with method.terms"),
         ({"ressl": True, "target_positive": "masked"}, "set method.contrastive_weight=0"),
         (
             {"target_temperature_warmup": WarmupConfig(start=0.0, epochs=1)},
-            "method.target_temperature_warmup.start must be positive",
+            "target_temperature_warmup.start must be positive",
         ),
         (
             {"contrastive_weight_warmup": WarmupConfig(start=2.0, epochs=1)},
-            "method.contrastive_weight_warmup.start must lie in",
+            "contrastive_weight_warmup.start must lie in",
         ),
     ],
 )
@@ -390,7 +393,7 @@ def test_config_refuses(changes: dict[str, Any], message: str) -> None:
 
 
 def test_parts_of_the_config_refuse() -> None:
-    with pytest.raises(ValueError, match=r"method.predictor.widths must be positive"):
+    with pytest.raises(ValueError, match=r"widths must be positive"):
         HeadConfig(widths=())
     with pytest.raises(ValueError, match=r"output_norm must be one of"):
         HeadConfig(widths=(3,), output_norm="layer")
@@ -398,7 +401,7 @@ def test_parts_of_the_config_refuse() -> None:
         WarmupConfig(start=1.0, epochs=0)
     with pytest.raises(ValueError, match=r"shape must be one of"):
         WarmupConfig(start=1.0, epochs=1, shape="square")
-    with pytest.raises(ValueError, match=r"method.terms must not be negative"):
+    with pytest.raises(ValueError, match=r"relational must not be negative"):
         TermsConfig(relational=-1.0, ceil=0.0)
 
 
@@ -427,12 +430,12 @@ def test_recipe_must_suit_the_method() -> None:
     view = ViewConfig(size=20, scale=(0.2, 1.0))
     recipe(BASE, (view, view), sync_batchnorm=True)
     recipe(BASE, (view, replace(view, role="local")))
-    with pytest.raises(ValueError, match="SCE needs a global view and a further one"):
+    with pytest.raises(ValueError, match="what SCE needs: a global view and a further one"):
         recipe(BASE, (view,))
-    with pytest.raises(ValueError, match="SCE needs a global view and a further one"):
+    with pytest.raises(ValueError, match="what SCE needs: a global view and a further one"):
         recipe(BASE, (replace(view, role="local", count=2),))
     for kind in ("shuffle", "split"):
-        with pytest.raises(ValueError, match=rf"momentum_batchnorm={kind} and trainer.sync_batchnorm=true"):
+        with pytest.raises(ValueError, match=rf"momentum_batchnorm {kind} and trainer.sync_batchnorm=true"):
             recipe(replace(BASE, momentum_batchnorm=kind), (view, view), sync_batchnorm=True)
 
 

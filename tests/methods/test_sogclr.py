@@ -783,11 +783,11 @@ def test_bad_batches_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gamma": 0.0}, "method.gamma must lie"),
+        ({"gamma": 0.0}, "gamma must lie"),
         ({"gamma": 0.5, "u_write": "sum"}, "diverges"),
         ({"gamma_schedule": "cosine", "gamma_min": 0.4, "u_write": "sum"}, "diverges"),
-        ({"gamma_schedule": "per_step"}, "needs method.gamma_min"),
-        ({"temperature": "individual"}, "needs a positive method.rho"),
+        ({"gamma_schedule": "per_step"}, "gamma_min must lie in"),
+        ({"temperature": "individual"}, "rho must be positive"),
         ({"temperature": "global_learnable"}, "does not go with method.loss=gcl"),
         ({"loss": "ntxent", "gather_grad": "full_noreduce"}, "full_noreduce"),
         ({"loss": "gcl_bimodal", "u_write": "sum"}, "own table"),

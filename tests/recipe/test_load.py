@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from sslzoo.checks import ConfigError
 from sslzoo.recipe import registry
 from sslzoo.recipe.load import RecipeError, leaves, load_recipe
 from sslzoo.recipe.sections import MethodConfig, ViewConfig
@@ -58,7 +59,9 @@ class Alpha(MethodConfig):
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise ValueError(f"need a positive temperature, got {self.temperature}; raise method.temperature")
+            raise ConfigError("temperature", f"must be positive, got {self.temperature}; raise it")
+        if self.clip == 0:
+            raise ValueError("nothing is left of a gradient clipped to 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +242,14 @@ FAULTS = {
         "temperature: 0",
         5,
         "method.temperature",
-        "need a positive temperature, got 0.0; raise method.temperature",
+        "must be positive, got 0.0; raise it",
+    ),
+    "a stranger's own words": (
+        "temperature: 0.5",
+        "temperature: 0.5\n  clip: 0",
+        3,
+        "method",
+        "nothing is left of a gradient clipped to 0",
     ),
     "unknown method": ("alpha", "alpah", 4, "method.name", "unknown method 'alpah'; did you mean alpha?"),
     "unknown data set": ("cifar10", "cifar11", 8, "data.dataset", "did you mean cifar10"),

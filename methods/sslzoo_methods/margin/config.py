@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from math import inf, isfinite, log, pi, radians
 
-from sslzoo.checks import one_of, require
+from sslzoo.checks import check_field, one_of
 from sslzoo.recipe.sections import MethodConfig, refuse_idle
 
 BASES = ("simclr", "mocov2", "mocov3", "byol", "simsiam")
@@ -24,7 +24,7 @@ def angle(value: float | str) -> float:
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*deg\s*", value)
-    require(match is not None, f"method.angular_margin must be radians or text such as 10deg; got {value!r}")
+    check_field(match is not None, "angular_margin", f"must be radians or text such as 10deg; got {value!r}")
     return radians(float(match[1])) if match else 0.0
 
 
@@ -63,12 +63,12 @@ class MarginConfig(MethodConfig):
     macl_alignment: float = 0.0  # macl: A0
 
     def __post_init__(self) -> None:
-        one_of("method.base", self.base, BASES)
-        one_of("method.family", self.family, FAMILIES)
-        one_of("method.wide_angle", self.wide_angle, WIDE_ANGLES)
-        one_of("method.slope", self.slope, ("full", "logit_only"))
-        one_of("method.logit_on", self.logit_on, ("both", "positive", "negative"))
-        one_of("method.schedule", self.schedule, ("constant", "linear", "cosine"))
+        one_of("base", self.base, BASES)
+        one_of("family", self.family, FAMILIES)
+        one_of("wide_angle", self.wide_angle, WIDE_ANGLES)
+        one_of("slope", self.slope, ("full", "logit_only"))
+        one_of("logit_on", self.logit_on, ("both", "positive", "negative"))
+        one_of("schedule", self.schedule, ("constant", "linear", "cosine"))
         self._check_margin()
         self._check_base()
         self._check_effects()
@@ -96,124 +96,146 @@ class MarginConfig(MethodConfig):
 
     def _check_margin(self) -> None:
         m1, m2, family = self.radians, self.subtractive_margin, self.family
-        require(
+        check_field(
             -pi < m1 < pi,
-            f"method.angular_margin must lie within (-pi, pi) radians; got {m1} (10deg is text)",
+            "angular_margin",
+            f"must lie within (-pi, pi) radians; got {m1} (10deg is text)",
         )
-        require(isfinite(m2), f"method.subtractive_margin must be finite, got {m2}")
-        require(
+        check_field(isfinite(m2), "subtractive_margin", f"must be finite, got {m2}")
+        check_field(
             m1 == 0 or family in ("arcface", "combined"),
-            f"method.angular_margin must be 0 for family {family}, got {self.angular_margin}; "
-            "set method.family=combined",
+            "angular_margin",
+            f"must be 0 for family {family}, got {self.angular_margin}; set method.family=combined",
         )
-        require(
+        check_field(
             m2 == 0 or family in ("cosface", "am_softmax", "combined"),
-            f"method.subtractive_margin must be 0 for family {family}, got {m2}; set method.family=combined",
+            "subtractive_margin",
+            f"must be 0 for family {family}, got {m2}; set method.family=combined",
         )
-        require(
+        check_field(
             family != "arcface" or self.wide_angle == "arcface",
-            "method.wide_angle must be arcface for family arcface; for the others set method.family=combined",
+            "wide_angle",
+            "must be arcface for family arcface; for the others set method.family=combined",
         )
-        require(self.sphere_multiplier >= 2, "method.sphere_multiplier must be at least 2")
-        require(
-            0 < self.eqco_alpha < inf, f"method.eqco_alpha must be positive and finite, got {self.eqco_alpha}"
+        check_field(self.sphere_multiplier >= 2, "sphere_multiplier", "must be at least 2")
+        check_field(
+            0 < self.eqco_alpha < inf, "eqco_alpha", f"must be positive and finite, got {self.eqco_alpha}"
         )
         alpha, initial = self.macl_alpha, self.macl_alignment
-        require(-1 <= initial <= 1, f"method.macl_alignment must be a cosine, in [-1, 1]; got {initial}")
-        require(
+        check_field(-1 <= initial <= 1, "macl_alignment", f"must be a cosine, in [-1, 1]; got {initial}")
+        check_field(
             abs(alpha) + alpha * initial < 1,  # the least of 1 + alpha (A - A0) over A in [-1, 1] is positive
-            f"method.macl_alpha must keep the temperature above 0, got {alpha}: |macl_alpha| + macl_alpha * "
+            "macl_alpha",
+            f"must keep the temperature above 0, got {alpha}: |macl_alpha| + macl_alpha * "
             "macl_alignment must be below 1",
         )
-        require(
+        check_field(
             (self.schedule == "constant") == (self.schedule_epochs == 0) and 0 <= self.schedule_epochs < inf,
-            "method.schedule_epochs must be positive with a linear or cosine method.schedule, and 0 without",
+            "schedule_epochs",
+            "must be positive with a linear or cosine method.schedule, and 0 without",
         )
-        require(
+        check_field(
             self.schedule == "constant" or family not in ("sphereface", "macl", "none"),
-            f"method.schedule must be constant for family {family}: it has no margin to scale",
+            "schedule",
+            f"must be constant for family {family}: it has no margin to scale",
         )
 
     def _check_base(self) -> None:
         base, free = self.base, self.base in NEGATIVE_FREE
-        require(
+        check_field(
             0 < self.temperature < inf,
-            f"method.temperature must be positive and finite, got {self.temperature}",
+            "temperature",
+            f"must be positive and finite, got {self.temperature}",
         )
         fixed = {"byol": 0.5, "simsiam": 1.0}.get(base, self.temperature)
-        require(
+        check_field(
             self.temperature == fixed,
-            f"method.temperature must be {fixed} for base {base}: its loss is the margin loss at it",
+            "temperature",
+            f"must be {fixed} for base {base}: its loss is the margin loss at it",
         )
-        require(0 <= self.beta <= 1, f"method.beta must lie in [0, 1], got {self.beta}")
-        require(not free or self.beta == 0, f"method.beta must be 0 for base {base}: it has no negatives")
-        require(
+        check_field(0 <= self.beta <= 1, "beta", f"must lie in [0, 1], got {self.beta}")
+        check_field(not free or self.beta == 0, "beta", f"must be 0 for base {base}: it has no negatives")
+        check_field(
             not free or self.family not in ("eqco", "macl"),
-            f"method.family must not be {self.family} for base {base}: it has no negatives",
+            "family",
+            f"must not be {self.family} for base {base}: it has no negatives",
         )
-        require(
+        check_field(
             self.family != "macl" or (base == "simclr" and self.beta == 1),
-            "method.family macl is a SimCLR loss: set method.base=simclr and method.beta=1",
+            "family",
+            "macl is a SimCLR loss: set method.base=simclr and method.beta=1",
         )
-        require(len(self.projector) > 0, "method.projector needs at least the embedding width")
-        require(
+        check_field(len(self.projector) > 0, "projector", "needs at least the embedding width")
+        check_field(
             bool(self.predictor) == (base in WITH_PREDICTOR),
-            f"method.predictor is for bases {', '.join(WITH_PREDICTOR)}, which need it; got base {base}",
+            "predictor",
+            f"is for bases {', '.join(WITH_PREDICTOR)}, which need it; got base {base}",
         )
-        require(
+        check_field(
             not self.predictor or self.predictor[-1] == self.projector[-1],
-            "method.predictor must end in the width of method.projector",
+            "predictor",
+            "must end in the width of method.projector",
         )
-        require(
+        check_field(
             0 <= self.momentum_start <= self.momentum_end <= 1,
-            f"method.momentum_start must lie in [0, method.momentum_end], got {self.momentum_start}",
+            "momentum_start",
+            f"must lie in [0, method.momentum_end], got {self.momentum_start}",
         )
-        require(
+        check_field(
             (self.momentum_start > 0) == (base in WITH_TARGET),
-            f"method.momentum_start is for bases {', '.join(WITH_TARGET)}, which need it; got base {base}",
+            "momentum_start",
+            f"is for bases {', '.join(WITH_TARGET)}, which need it; got base {base}",
         )
-        require(
+        check_field(
             (self.queue_size > 0) == (base == "mocov2"),
-            f"method.queue_size is for base mocov2, which needs it; got {self.queue_size} with {base}",
+            "queue_size",
+            f"is for base mocov2, which needs it; got {self.queue_size} with {base}",
         )
-        one_of("method.momentum_batchnorm", self.momentum_batchnorm, ("same", "shuffle"))
-        require(
+        one_of("momentum_batchnorm", self.momentum_batchnorm, ("same", "shuffle"))
+        check_field(
             0 <= self.loss_scale < inf,
-            f"method.loss_scale must be finite and not negative, got {self.loss_scale}",
+            "loss_scale",
+            f"must be finite and not negative, got {self.loss_scale}",
         )
-        require(self.chunk_size >= 0, f"method.chunk_size must not be negative, got {self.chunk_size}")
+        check_field(self.chunk_size >= 0, "chunk_size", f"must not be negative, got {self.chunk_size}")
 
     def _check_effects(self) -> None:
         for effect in self.effects:
-            one_of("method.effects", effect, EFFECTS)
-        require(
-            len(set(self.effects)) == len(self.effects), f"method.effects names one twice: {self.effects}"
+            one_of("effects", effect, EFFECTS)
+        check_field(
+            len(set(self.effects)) == len(self.effects), "effects", f"names one twice: {self.effects}"
         )
-        require(
+        check_field(
             self.family not in ("none", "macl") or not self.effects,
-            f"method.effects must be [] for family {self.family}, which has no margin",
+            "effects",
+            f"must be [] for family {self.family}, which has no margin",
         )
-        require(
+        check_field(
             self.slope == "full" or (len(self.effects) == len(EFFECTS) and not self.isolated),
-            "method.slope logit_only is a form of the whole margin: set method.effects to all three, "
+            "slope",
+            "logit_only is a form of the whole margin: set method.effects to all three, "
             "method.logit_on=both and method.emphasis_scale=0",
         )
-        require(
+        check_field(
             self.logit_on == "both" or "logit" in self.effects,
-            "method.logit_on needs logit in method.effects",
+            "logit_on",
+            "needs logit in method.effects",
         )
-        require(
+        check_field(
             self.emphasis_scale == 0 or (0 < self.emphasis_scale < inf and "emphasis" in self.effects),
-            "method.emphasis_scale must be positive and finite, and needs emphasis in method.effects",
+            "emphasis_scale",
+            "must be positive and finite, and needs emphasis in method.effects",
         )
-        require(
+        check_field(
             self.value_preserving
             or (self.isolated and "logit" in self.effects and self.logit_on == "both" and self.beta == 1),
-            "method.value_preserving can be off only for isolated effects with logit on both and method.beta=1",
+            "value_preserving",
+            "can be off only for isolated effects with logit on both and method.beta=1",
         )
-        require(
+        check_field(
             self.factor_range[0] <= 1 <= self.factor_range[1],
-            f"method.factor_range must contain 1, got {self.factor_range}",
+            "factor_range",
+            f"must contain 1, got {self.factor_range}",
         )
 
     def _check_idle(self) -> None:
@@ -235,17 +257,19 @@ class MarginConfig(MethodConfig):
             "macl_alignment": (family == "macl", "family macl"),
         }
         refuse_idle(self, heeded)
-        require(
+        check_field(
             beta > 0 or family not in SUBTRACTIVE or (family != "eqco" and self.subtractive_margin == 0),
-            f"method.family must not be {family} with method.beta=0: a subtractive margin has no gradient without "
+            "family",
+            f"must not be {family} with method.beta=0: a subtractive margin has no gradient without "
             "negatives; set method.family=combined and method.angular_margin",
         )
         turns = self.radians != 0 or family == "sphereface"  # else the slope factor B is 1
         shifts = turns or self.subtractive_margin != 0 or family == "eqco"
         logit = "logit" in self.effects and beta > 0 and shifts
         pull = self.emphasis_scale > 0 or (turns and set(self.effects) != {"logit"})
-        require(
+        check_field(
             not self.isolated or logit or pull,
-            f"method.effects must hold one that acts, got {list(self.effects)}: logit needs a margin and "
+            "effects",
+            f"must hold one that acts, got {list(self.effects)}: logit needs a margin and "
             "method.beta above 0, emphasis and angle need method.angular_margin other than 0",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sslzoo.checks import one_of, require
+from sslzoo.checks import check_field, one_of
 from sslzoo.recipe.sections import MethodConfig, Recipe, refuse_idle
 
 
@@ -70,50 +70,52 @@ class MetAugConfig(MethodConfig):
             "margin_pairs": ("generated", "official"),
             "virtual_params": ("all", "projector"),
         }.items():
-            one_of(f"method.{name}", getattr(self, name), allowed)
+            one_of(name, getattr(self, name), allowed)
         for name in ("virtual_lr", "generator_lr", "generator_loss_scale", "gamma", "scale"):
-            require(getattr(self, name) > 0, f"method.{name} must be positive, got {getattr(self, name)}")
+            check_field(getattr(self, name) > 0, name, f"must be positive, got {getattr(self, name)}")
         for name in ("proj_hidden", "proj_dim", "gen_hidden", "gen_layers", "bank_negatives"):
-            require(getattr(self, name) > 0, f"method.{name} must be positive, got {getattr(self, name)}")
+            check_field(getattr(self, name) > 0, name, f"must be positive, got {getattr(self, name)}")
         for name in ("aug_weight", "margin_weight", "margin_pos_weight", "generator_weight_decay"):
-            require(
-                getattr(self, name) >= 0, f"method.{name} must not be negative, got {getattr(self, name)}"
-            )
+            check_field(getattr(self, name) >= 0, name, f"must not be negative, got {getattr(self, name)}")
         for name in ("bank_momentum", "generator_momentum"):
-            require(
-                0 <= getattr(self, name) < 1, f"method.{name} must lie in [0, 1), got {getattr(self, name)}"
-            )
-        require(0 <= self.m <= 1, f"method.m must lie in [0, 1], got {self.m}")
-        require(self.meta_order in (1, 2), f"method.meta_order must be 1 or 2, got {self.meta_order}")
-        require(self.meta_every >= 0, f"method.meta_every must not be negative, got {self.meta_every}")
-        require(
+            check_field(0 <= getattr(self, name) < 1, name, f"must lie in [0, 1), got {getattr(self, name)}")
+        check_field(0 <= self.m <= 1, "m", f"must lie in [0, 1], got {self.m}")
+        check_field(self.meta_order in (1, 2), "meta_order", f"must be 1 or 2, got {self.meta_order}")
+        check_field(self.meta_every >= 0, "meta_every", f"must not be negative, got {self.meta_every}")
+        check_field(
             self.meta_precision in (16, 32),
-            f"method.meta_precision must be 16 or 32, got {self.meta_precision}",
+            "meta_precision",
+            f"must be 16 or 32, got {self.meta_precision}",
         )
-        require(self.ramp_epochs >= 0, f"method.ramp_epochs must not be negative, got {self.ramp_epochs}")
+        check_field(self.ramp_epochs >= 0, "ramp_epochs", f"must not be negative, got {self.ramp_epochs}")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
         bank = self.keys == "bank"
-        require(self.n_views >= 2, f"method.n_views must be at least 2, got {self.n_views}")
-        require(
-            self.views == "crops" or self.n_views == 3, f"method.views=lab has 3 views, got {self.n_views}"
+        check_field(self.n_views >= 2, "n_views", f"must be at least 2, got {self.n_views}")
+        check_field(
+            self.views == "crops" or self.n_views == 3,
+            "n_views",
+            f"must be 3 with method.views=lab, got {self.n_views}",
         )
-        require(
+        check_field(
             self.margin_pairs == "generated" or (bank and self.n_views == 3),
-            "method.margin_pairs=official is defined for method.keys=bank and three views",
+            "margin_pairs",
+            "official is defined for method.keys=bank and three views",
         )
-        require(
-            bank or self.bank_updates == "once", "method.bank_updates=official goes with method.keys=bank"
+        check_field(
+            bank or self.bank_updates == "once", "bank_updates", "official goes with method.keys=bank"
         )
-        require(
+        check_field(
             not bank or (self.contrast_set == "terms" and not self.same_view_negatives),
-            "method.contrast_set=unified and method.same_view_negatives go with method.keys=batch",
+            "keys",
+            "must be batch with method.contrast_set=unified and with method.same_view_negatives",
         )
 
-        require(
+        check_field(
             self.contrast_set == "terms" or self.aug_weight == 0,
-            "method.contrast_set=unified has one term, which nothing weighs: set method.aug_weight=0",
+            "contrast_set",
+            "unified has one term, which nothing weighs: set method.aug_weight=0",
         )
         heeded = {
             "bank_negatives": (bank, "method.keys=bank"),
@@ -127,35 +129,44 @@ class MetAugConfig(MethodConfig):
     def check(self, recipe: Recipe) -> None:
         """Refuse what manual optimisation, half precision or the views cannot do."""
         trainer, data = recipe.trainer, recipe.data
-        require(
+        check_field(
             trainer.get("accumulate_grad_batches", 1) == 1,
-            "MetAug's bilevel step needs the whole batch: set trainer.accumulate_grad_batches=1",
+            "trainer.accumulate_grad_batches",
+            "must be 1: MetAug's bilevel step needs the whole batch",
         )
-        require(
+        check_field(
             not trainer.get("gradient_clip_val"),
-            "MetAug steps its optimisers itself and does not clip: remove trainer.gradient_clip_val",
+            "trainer.gradient_clip_val",
+            "must be left out: MetAug steps its optimisers itself and does not clip",
         )
         precision = str(trainer.get("precision", "32-true"))
         precision = {"16": "16-mixed", "bf16": "bf16-mixed"}.get(precision, precision)  # Lightning's aliases
-        require(
+        check_field(
             precision not in ("16-true", "bf16-true"),
-            f"a virtual step is lost in half-precision weights: trainer.precision={precision}; use bf16-mixed",
+            "trainer.precision",
+            f"must not be {precision}: a virtual step is lost in half-precision weights; use bf16-mixed",
         )
-        require(
+        check_field(
             precision != "16-mixed" or self.meta_precision == 32,
-            "the generators' gradients underflow or overflow in 16-mixed: set method.meta_precision=32",
+            "method.meta_precision",
+            "must be 32 with trainer.precision=16-mixed, where the generators' gradients underflow or overflow",
         )
         crops = sum(view.count for view in recipe.views if view.role == "global")
         wanted = 1 if self.views == "lab" else self.n_views
-        require(
+        check_field(
             crops == wanted,
-            f"method.views={self.views} with method.n_views={self.n_views} takes {wanted} global view(s), got {crops}",
+            "views",
+            f"must hold {wanted} global view(s) for method.views={self.views} with method.n_views={self.n_views}, "
+            f"got {crops}",
         )
         if self.views == "lab":
-            require(
-                crops == sum(view.count for view in recipe.views), "method.views=lab takes no local views"
+            check_field(
+                crops == sum(view.count for view in recipe.views),
+                "views",
+                "must not be local with method.views=lab",
             )
-            require(
+            check_field(
                 tuple(data.mean) == (0, 0, 0) and tuple(data.std) == (1, 1, 1),
-                "method.views=lab converts RGB in [0, 1] itself: set data.mean to [0, 0, 0] and data.std to [1, 1, 1]",
+                "data.mean",
+                "must be [0, 0, 0], and data.std [1, 1, 1], with method.views=lab, which converts RGB in [0, 1] itself",
             )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from sslzoo.checks import one_of, require
+from sslzoo.checks import check_field, one_of
 from sslzoo.recipe.sections import MethodConfig
 
 SOLVERS = ("inv", "pgd", "pgd_adaptive", "exact")
@@ -30,13 +30,13 @@ class PGDConfig:
     init: str = "gaussian"
 
     def __post_init__(self) -> None:
-        one_of("method.pgd.variant", self.variant, VARIANTS)
-        one_of("method.pgd.step", self.step, STEPS)
-        one_of("method.pgd.stop", self.stop, STOPS)
-        one_of("method.pgd.init", self.init, INITS)
-        require(self.eta > 0, f"method.pgd.eta must be positive, got {self.eta}")
-        require(self.max_iter > 0, f"method.pgd.max_iter must be positive, got {self.max_iter}")
-        require(self.tol > 0, f"method.pgd.tol must be positive, got {self.tol}")
+        one_of("variant", self.variant, VARIANTS)
+        one_of("step", self.step, STEPS)
+        one_of("stop", self.stop, STOPS)
+        one_of("init", self.init, INITS)
+        check_field(self.eta > 0, "eta", f"must be positive, got {self.eta}")
+        check_field(self.max_iter > 0, "max_iter", f"must be positive, got {self.max_iter}")
+        check_field(self.tol > 0, "tol", f"must be positive, got {self.tol}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class AdaptiveConfig:
     )
 
     def __post_init__(self) -> None:
-        require(self.max_iter > 0, f"method.adaptive.max_iter must be positive, got {self.max_iter}")
-        require(self.tol >= 0, f"method.adaptive.tol must not be negative, got {self.tol}")
+        check_field(self.max_iter > 0, "max_iter", f"must be positive, got {self.max_iter}")
+        check_field(self.tol >= 0, "tol", f"must not be negative, got {self.tol}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,34 +88,36 @@ class MMCLConfig(MethodConfig):
         return self.sigma / 2 if self.kernel == "rbf" and constant else None
 
     def __post_init__(self) -> None:
-        one_of("method.solver", self.solver, SOLVERS)
-        one_of("method.kernel", self.kernel, KERNELS)
-        one_of("method.self_kernel", self.self_kernel, SELF_KERNELS)
-        one_of("method.projector_norm", self.projector_norm, ("none", "batch_no_shift"))
-        one_of("method.crop_pass", self.crop_pass, CROP_PASSES)
-        one_of("method.sigma_rule", self.sigma_rule, SIGMA_RULES)
-        one_of("method.negatives", self.negatives, ("view1", "both"))
-        one_of("method.alpha_normalize", self.alpha_normalize, ALPHA_NORMALIZE)
-        require(self.sigma > 0, f"method.sigma must be positive, got {self.sigma}")
-        require(self.sigma_gamma > 0, f"method.sigma_gamma must be positive, got {self.sigma_gamma}")
-        require(
+        one_of("solver", self.solver, SOLVERS)
+        one_of("kernel", self.kernel, KERNELS)
+        one_of("self_kernel", self.self_kernel, SELF_KERNELS)
+        one_of("projector_norm", self.projector_norm, ("none", "batch_no_shift"))
+        one_of("crop_pass", self.crop_pass, CROP_PASSES)
+        one_of("sigma_rule", self.sigma_rule, SIGMA_RULES)
+        one_of("negatives", self.negatives, ("view1", "both"))
+        one_of("alpha_normalize", self.alpha_normalize, ALPHA_NORMALIZE)
+        check_field(self.sigma > 0, "sigma", f"must be positive, got {self.sigma}")
+        check_field(self.sigma_gamma > 0, "sigma_gamma", f"must be positive, got {self.sigma_gamma}")
+        check_field(
             all(m > 1 for m in self.sigma_milestones)
             and list(self.sigma_milestones) == sorted(set(self.sigma_milestones)),
-            f"method.sigma_milestones must increase and be above 1 (epochs are counted from 1), "
-            f"got {self.sigma_milestones}",
+            "sigma_milestones",
+            f"must increase and be above 1 (epochs are counted from 1), got {self.sigma_milestones}",
         )
-        require(self.C == -1 or self.C > 0, f"method.C must be positive, or -1 for no bound, got {self.C}")
-        require(self.reg > 0, f"method.reg must be positive, got {self.reg}")
-        require(len(self.projector) > 0, "method.projector needs the embedding width, such as [2048, 128]")
-        require(
+        check_field(self.C == -1 or self.C > 0, "C", f"must be positive, or -1 for no bound, got {self.C}")
+        check_field(self.reg > 0, "reg", f"must be positive, got {self.reg}")
+        check_field(len(self.projector) > 0, "projector", "needs the embedding width, such as [2048, 128]")
+        check_field(
             self.C > 0 or self.kernel != "tanh",
-            "method.C must be positive with method.kernel=tanh, which is no valid kernel: the duals have no bound",
+            "C",
+            "must be positive with method.kernel=tanh, which is no valid kernel: the duals have no bound",
         )
-        require(
+        check_field(
             self.C > 0
             or self.solver == "inv"
             or self.kernel not in ("poly", "min")
             or self.self_kernel == "true",
-            f"method.self_kernel must be true with method.kernel={self.kernel}, method.C=-1 and "
+            "self_kernel",
+            f"must be true with method.kernel={self.kernel}, method.C=-1 and "
             f"method.solver={self.solver}: the problem may have no minimum",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sslzoo.checks import one_of, require
+from sslzoo.checks import check_field, check_not_negative, one_of
 from sslzoo.recipe.sections import MethodConfig, Recipe
 
 
@@ -18,11 +18,12 @@ class HeadConfig:
     output_bias: bool = True
 
     def __post_init__(self) -> None:
-        require(
+        check_field(
             len(self.widths) > 0 and all(width > 0 for width in self.widths),
-            f"method.projector.widths and method.predictor.widths must be positive, got {self.widths}",
+            "widths",
+            f"must be positive, got {self.widths}",
         )
-        one_of("method.projector.output_norm", self.output_norm, ("none", "batch", "batch_no_affine"))
+        one_of("output_norm", self.output_norm, ("none", "batch", "batch_no_affine"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,8 @@ class WarmupConfig:
     shape: str = "linear"  # or cosine, half a period
 
     def __post_init__(self) -> None:
-        require(self.epochs > 0, f"method.*_warmup.epochs must be positive, got {self.epochs}")
-        one_of("method.*_warmup.shape", self.shape, ("linear", "cosine"))
+        check_field(self.epochs > 0, "epochs", f"must be positive, got {self.epochs}")
+        one_of("shape", self.shape, ("linear", "cosine"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +47,7 @@ class TermsConfig:
     ceil: float  # eta, on L_Ceil
 
     def __post_init__(self) -> None:
-        require(
-            self.relational >= 0 and self.ceil >= 0,
-            f"method.terms must not be negative, got relational {self.relational} and ceil {self.ceil}",
-        )
+        check_not_negative(self, "relational", "ceil")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,56 +75,59 @@ class SCEConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         for key in ("temperature", "target_temperature"):
-            require(getattr(self, key) > 0, f"method.{key} must be positive, got {getattr(self, key)}")
+            check_field(getattr(self, key) > 0, key, f"must be positive, got {getattr(self, key)}")
         for key in ("contrastive_weight", "momentum"):
-            require(
-                0 <= getattr(self, key) <= 1, f"method.{key} must lie in [0, 1], got {getattr(self, key)}"
-            )
-        require(self.queue_size >= 0, f"method.queue_size must not be negative, got {self.queue_size}")
-        one_of("method.momentum_schedule", self.momentum_schedule, ("constant", "cosine", "cosine_epoch"))
-        one_of("method.momentum_batchnorm", self.momentum_batchnorm, ("same", "shuffle", "split"))
-        one_of("method.target_positive", self.target_positive, ("zero_logit", "masked"))
-        one_of("method.pair_weighting", self.pair_weighting, ("flat", "per_online_crop"))
-        one_of("method.crop_pass", self.crop_pass, ("per_crop", "per_resolution", "joint"))
+            check_field(0 <= getattr(self, key) <= 1, key, f"must lie in [0, 1], got {getattr(self, key)}")
+        check_field(self.queue_size >= 0, "queue_size", f"must not be negative, got {self.queue_size}")
+        one_of("momentum_schedule", self.momentum_schedule, ("constant", "cosine", "cosine_epoch"))
+        one_of("momentum_batchnorm", self.momentum_batchnorm, ("same", "shuffle", "split"))
+        one_of("target_positive", self.target_positive, ("zero_logit", "masked"))
+        one_of("pair_weighting", self.pair_weighting, ("flat", "per_online_crop"))
+        one_of("crop_pass", self.crop_pass, ("per_crop", "per_resolution", "joint"))
         masked = self.target_positive == "masked"
-        require(
+        check_field(
             self.queue_size > 0 or self.batch_keys,
-            "method.queue_size=0 leaves no negatives; set method.batch_keys=true",
+            "queue_size",
+            "must be positive, or there are no negatives; or set method.batch_keys=true",
         )
-        require(
+        check_field(
             masked or not self.batch_keys,
-            "method.target_positive=zero_logit is defined for the queue alone; "
-            "with method.batch_keys=true set method.target_positive=masked",
+            "target_positive",
+            "must be masked with method.batch_keys=true: zero_logit is defined for the queue alone",
         )
-        require(
+        check_field(
             masked or not (self.terms or self.ressl),
-            "method.terms and method.ressl are defined for method.target_positive=masked only",
+            "target_positive",
+            "must be masked with method.terms and with method.ressl",
         )
-        require(
+        check_field(
             not (self.ressl and (self.terms or self.contrastive_weight or self.contrastive_weight_warmup)),
-            "method.ressl=true is the relational term alone: set method.contrastive_weight=0, "
+            "ressl",
+            "true is the relational term alone: set method.contrastive_weight=0, "
             "without method.terms and method.contrastive_weight_warmup",
         )
         warmup = self.target_temperature_warmup
-        require(warmup is None or warmup.start > 0, "method.target_temperature_warmup.start must be positive")
+        check_field(warmup is None or warmup.start > 0, "target_temperature_warmup.start", "must be positive")
         warmup = self.contrastive_weight_warmup
-        require(
+        check_field(
             warmup is None or 0 <= warmup.start <= 1,
-            "method.contrastive_weight_warmup.start must lie in [0, 1]",
+            "contrastive_weight_warmup.start",
+            "must lie in [0, 1]",
         )
 
     def check(self, recipe: Recipe) -> None:
         """The views and the batch norms of ``recipe`` must suit the branches."""
         global_views = sum(view.count for view in recipe.views if view.role == "global")
         crops = sum(view.count for view in recipe.views)
-        require(
+        check_field(
             global_views > 0 and crops > 1,
-            f"views: SCE needs a global view and a further one, got {global_views} global of {crops}",
+            "views",
+            f"must hold what SCE needs: a global view and a further one, got {global_views} global of {crops}",
         )
-        require(
+        check_field(
             self.momentum_batchnorm == "same" or not recipe.trainer.get("sync_batchnorm", False),
-            f"method.momentum_batchnorm={self.momentum_batchnorm} and trainer.sync_batchnorm=true undo one "
-            "another: keep one of the two",
+            "method.momentum_batchnorm",
+            f"{self.momentum_batchnorm} and trainer.sync_batchnorm=true undo one another: keep one of the two",
         )
 
     def relational_weights(self, contrastive_weight: float) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sslzoo.checks import require
+from sslzoo.checks import check_field
 from sslzoo.recipe.sections import MethodConfig
 
 
@@ -14,8 +14,9 @@ class SimCLRConfig(MethodConfig):
     projector: tuple[int, ...]  # layer widths after the backbone, embedding last
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, f"method.temperature must be positive, got {self.temperature}")
-        require(
+        check_field(self.temperature > 0, "temperature", f"must be positive, got {self.temperature}")
+        check_field(
             len(self.projector) > 0,
-            "method.projector needs at least the embedding width, such as [2048, 128]",
+            "projector",
+            "needs at least the embedding width, such as [2048, 128]",
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sslzoo.checks import one_of, require
+from sslzoo.checks import check_field, one_of
 from sslzoo.recipe.sections import MethodConfig
 
 
@@ -35,51 +35,57 @@ class SogCLRConfig(MethodConfig):
     histogram_every_epochs: int = 0  # of the tables, to TensorBoard and W&B; 0: never
 
     def __post_init__(self) -> None:
-        one_of("method.loss", self.loss, ("gcl", "gcl_bimodal", "ntxent"))
-        one_of("method.temperature", self.temperature, ("constant", "individual", "global_learnable"))
-        one_of("method.gamma_schedule", self.gamma_schedule, ("constant", "cosine", "per_step"))
-        one_of("method.first_visit", self.first_visit, ("sample", "batch", "none"))
-        one_of("method.u_write", self.u_write, ("mean", "sum"))
-        one_of("method.gather_grad", self.gather_grad, ("full", "local", "full_noreduce"))
-        one_of("method.loss_scale", self.loss_scale, ("tau", "unit"))
-        one_of("method.bimodal_scale", self.bimodal_scale, ("mean", "official"))
-        one_of("method.projector_norm", self.projector_norm, ("batch_no_affine", "batch_no_shift", "none"))
-        require(self.tau > 0, f"method.tau must be positive, got {self.tau}")
-        require(0 < self.gamma <= 1, f"method.gamma must lie in (0, 1], got {self.gamma}")
-        require(
+        one_of("loss", self.loss, ("gcl", "gcl_bimodal", "ntxent"))
+        one_of("temperature", self.temperature, ("constant", "individual", "global_learnable"))
+        one_of("gamma_schedule", self.gamma_schedule, ("constant", "cosine", "per_step"))
+        one_of("first_visit", self.first_visit, ("sample", "batch", "none"))
+        one_of("u_write", self.u_write, ("mean", "sum"))
+        one_of("gather_grad", self.gather_grad, ("full", "local", "full_noreduce"))
+        one_of("loss_scale", self.loss_scale, ("tau", "unit"))
+        one_of("bimodal_scale", self.bimodal_scale, ("mean", "official"))
+        one_of("projector_norm", self.projector_norm, ("batch_no_affine", "batch_no_shift", "none"))
+        check_field(self.tau > 0, "tau", f"must be positive, got {self.tau}")
+        check_field(0 < self.gamma <= 1, "gamma", f"must lie in (0, 1], got {self.gamma}")
+        check_field(
             self.histogram_every_epochs >= 0,
-            f"method.histogram_every_epochs must not be negative, got {self.histogram_every_epochs}",
+            "histogram_every_epochs",
+            f"must not be negative, got {self.histogram_every_epochs}",
         )
-        require(self.u_floor >= 0, f"method.u_floor must not be negative, got {self.u_floor}")
-        require(
+        check_field(self.u_floor >= 0, "u_floor", f"must not be negative, got {self.u_floor}")
+        check_field(
             len(self.projector) > 0,
-            "method.projector needs at least the embedding width, such as [2048, 128]",
+            "projector",
+            "needs at least the embedding width, such as [2048, 128]",
         )
-        require(
+        check_field(
             self.gamma_schedule == "constant" or 0 < self.gamma_min <= 1,
-            f"method.gamma_schedule={self.gamma_schedule} needs method.gamma_min in (0, 1], got {self.gamma_min}",
+            "gamma_min",
+            f"must lie in (0, 1] with method.gamma_schedule={self.gamma_schedule}, got {self.gamma_min}",
         )
         smallest = self.gamma if self.gamma_schedule == "constant" else self.gamma_min
-        require(
+        check_field(
             self.u_write == "mean" or smallest > 0.5,
-            f"method.u_write=sum diverges for gamma <= 0.5, got {smallest}; use method.u_write=mean",
+            "u_write",
+            f"sum diverges for gamma <= 0.5, got {smallest}; use method.u_write=mean",
         )
         self._check_temperature()
-        require(
+        check_field(
             self.loss == "gcl" or self.gather_grad != "full_noreduce",
-            f"method.gather_grad=full_noreduce goes with method.loss=gcl, got {self.loss}; use full",
+            "gather_grad",
+            f"full_noreduce goes with method.loss=gcl, got {self.loss}; use full",
         )
-        require(
+        check_field(
             self.loss != "gcl_bimodal" or self.u_write == "mean",
-            "method.u_write=sum adds the two views' entries; with gcl_bimodal each has its own table: use mean",
+            "u_write",
+            "sum adds the two views' entries; with gcl_bimodal each has its own table: use mean",
         )
 
     def _check_temperature(self) -> None:
         allowed = {"gcl": ("constant", "individual"), "ntxent": ("constant",)}.get(self.loss)
-        require(
+        check_field(
             allowed is None or self.temperature in allowed,
-            f"method.temperature={self.temperature} does not go with method.loss={self.loss}; "
-            f"use {' or '.join(allowed or ())}",
+            "temperature",
+            f"{self.temperature} does not go with method.loss={self.loss}; use {' or '.join(allowed or ())}",
         )
         learnt = {
             "constant": (),
@@ -87,16 +93,19 @@ class SogCLRConfig(MethodConfig):
             "global_learnable": ("rho", "tau_min", "tau_lr_factor"),
         }[self.temperature]
         for name in learnt:
-            require(
+            check_field(
                 getattr(self, name) > 0,
-                f"method.temperature={self.temperature} needs a positive method.{name}, got {getattr(self, name)}",
+                name,
+                f"must be positive with method.temperature={self.temperature}, got {getattr(self, name)}",
             )
-        require(self.beta <= 1, f"method.beta must be at most 1, got {self.beta}")
-        require(
+        check_field(self.beta <= 1, "beta", f"must be at most 1, got {self.beta}")
+        check_field(
             self.temperature == "constant" or self.tau_min <= self.tau,
-            f"method.tau_min={self.tau_min} is above method.tau={self.tau}",
+            "tau_min",
+            f"is {self.tau_min}, above method.tau={self.tau}",
         )
-        require(
+        check_field(
             self.temperature != "individual" or self.tau <= self.tau_max,
-            f"method.tau={self.tau} is above method.tau_max={self.tau_max}",
+            "tau",
+            f"is {self.tau}, above method.tau_max={self.tau_max}",
         )
