@@ -10,10 +10,10 @@ quickstart: $(READY)  ## train SCE on embedded real images on the CPU, in under 
 	$(BIN)/sslzoo fit --recipe quickstart.yaml
 
 test: $(READY)  ## the tests that every change must pass
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -m "not slow and not gpu"
 
 test-all: $(READY)  ## and the long ones: real training runs, kill chaos
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -m "not gpu"
 
 check: $(READY)  ## formatting, linting, types
 	$(BIN)/ruff format --check .

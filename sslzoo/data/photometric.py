@@ -65,7 +65,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     )
     sector = sector + 6 * shift[:, None, None]
     # Red, green, blue from hue without branches: value - chroma * trapezium(n + sector).
-    offset = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    offset = torch.arange(5.0, 0.0, -2.0, device=images.device)[:, None, None]  # 5, 3, 1
     k = sector[:, None] + offset
     k = torch.sub(k, (k / 6).floor_(), alpha=6)  # modulo 6; remainder() is slow
     return torch.addcmul(high[:, None], torch.minimum(k, 4 - k).clamp_(0, 1), chroma[:, None], value=-1)

@@ -152,8 +152,7 @@ def batch_objective(
     """
     views, queries = len(original), torch.stack([*original, *generated, *local])  # (2M+L, N, D)
     rows = torch.arange(queries.shape[1], device=queries.device)
-    own = torch.zeros(queries.shape[1], keys.shape[1], dtype=torch.bool, device=queries.device)
-    own[rows, rows + offset] = True
+    own = rows[:, None] + offset == torch.arange(keys.shape[1], device=queries.device)
     with autocast_off(queries), ieee_matmul():
         queries, keys = at_least_float32(queries), at_least_float32(keys)
         # All similarities of all terms in one product; the terms share its blocks.

@@ -31,7 +31,7 @@ def nt_xent(
             logits = anchor @ keys.T / temperature  # (N, G*M)
             positives = [logits[rows, own[g]] for g in range(len(candidates)) if g != v]
             if v < len(candidates):
-                logits = logits.index_put((rows, own[v]), logits.new_tensor(-torch.inf))
+                logits = logits.index_put((rows, own[v]), logits.new_full((), -torch.inf))
             log_partition = logits.logsumexp(dim=1)
             terms.append(torch.stack([log_partition - positive for positive in positives]).mean())
     return torch.stack(terms).mean()

@@ -1,0 +1,334 @@
+"""Steps of every method with its ImageNet encoder on one GPU: images a second, memory, waits, and the loader.
+
+Each row trains under the real ``Trainer`` with the callbacks of a run, on crops that are already there: what a
+device does with a batch, augmentation and probe included. The batch is one device's share of the recipe's. The last
+table decodes JPEG files with all CPUs, which tells how many cores a GPU needs. Without a GPU nothing is measured.
+
+    python benchmarks/gpu.py [--steps 20] [--method sce ...] [--no-compile] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sslzoo.callbacks.batchnorm import BroadcastBatchNormStats
+from sslzoo.callbacks.linear_probe import LinearProbe
+from sslzoo.callbacks.meter import Meter
+from sslzoo.callbacks.seeding import StepSeeding
+from sslzoo.data.loading import RawBatch, ViewDataset
+from sslzoo.data.module import EvalSet, SSLDataModule
+from sslzoo.data.sampler import GlobalBatchSampler
+from sslzoo.data.sources import FileSource, ImageSource
+from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import Recipe
+from sslzoo.run.build import build_method
+from sslzoo.run.trainer import build_trainer
+
+RECIPES = {
+    "simclr": "simclr_in1k",
+    "sce": "sce_in1k",
+    "sce, multi-crop": "sce_in1k_multicrop",
+    "mmcl": "mmcl_in1k",
+    "sogclr": "sogclr_in1k",
+    "metaug": "metaug_in1k",
+    "margin": "margin_mocov3_in100",
+}
+IMAGES = 1_281_167  # state per training sample has this many rows
+CLASSES = 1000
+WARM_UP = 6
+WATCHED = 2  # steps whose waits are counted
+
+
+class Pretended(ImageSource):
+    """Labels of ImageNet's number, and no image: the crops are given."""
+
+    is_array = False
+
+    def __init__(self) -> None:
+        labels = np.arange(IMAGES, dtype=np.int64) % CLASSES
+        super().__init__("pretended", "train", 3, labels, [str(i) for i in range(CLASSES)])
+
+    def __len__(self) -> int:
+        return IMAGES
+
+    def _identity(self) -> bytes:
+        return b""
+
+    def read(self, sample_id: int) -> Tensor:
+        raise NotImplementedError
+
+
+class Crops(SSLDataModule):
+    """The same few batches of random crops again and again."""
+
+    steps = 1
+
+    def eval_sets(self) -> list[EvalSet]:
+        """What the probe asks for."""
+        ids = torch.arange(IMAGES)
+        return [EvalSet(name="", split="train", num_classes=CLASSES, source=self.train_source, sample_id=ids)]
+
+    def train_dataloader(self) -> DataLoader[RawBatch]:
+        """Pinned, as a loader's workers would leave them."""
+        n = self.plan.micro_batch_size
+        draw = torch.Generator().manual_seed(0)
+        batches = []
+        for _ in range(3):
+            images = tuple(
+                torch.randint(0, 256, (n, 3, view.size, view.size), dtype=torch.uint8, generator=draw)
+                for view in self.views
+            )
+            ids = torch.randperm(IMAGES, generator=draw)[:n]
+            batches.append(RawBatch(images, ids, ids % CLASSES, 0, ()))
+        schedule: list[RawBatch] = [batches[k % len(batches)] for k in range(self.steps)]
+        return DataLoader(schedule, batch_size=None, pin_memory=True)  # type: ignore[arg-type]
+
+
+def _place() -> str:
+    """The innermost line of the framework or a method on the stack, else of any library but torch."""
+    frame, other = sys._getframe(2), "elsewhere"
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if module.partition(".")[0] in ("sslzoo", "sslzoo_methods"):
+            return f"{module}:{frame.f_lineno}"
+        if other == "elsewhere" and module.partition(".")[0] not in ("torch", "warnings", "__main__"):
+            other = f"{module}:{frame.f_lineno}"
+        frame = frame.f_back
+    return other
+
+
+class Watch(Callback):
+    """Seconds and peak memory of the steps after a warm-up, and the places where the host waited for the device."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.count = steps, 0
+        self.marks: list[float] = []
+        self.waits: Counter[str] = Counter()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """After the timed steps, two more under torch's own watch for waits."""
+        if self.count == WARM_UP + self.steps:
+            self._showing, warnings.showwarning = warnings.showwarning, self._note
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def _note(self, message: Warning | str, *_: Any) -> None:
+        if "synchronizing" in str(message):
+            self.waits[_place()] += 1
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """The clock is read when the device has finished, once before and once after the timed steps."""
+        self.count += 1
+        if self.count == WARM_UP + self.steps + WATCHED:
+            torch.cuda.set_sync_debug_mode("default")
+            warnings.showwarning = self._showing
+        if self.count in (WARM_UP, WARM_UP + self.steps):
+            torch.cuda.synchronize()
+            self.marks.append(time.perf_counter())
+        if self.count == WARM_UP:
+            torch.cuda.reset_peak_memory_stats()
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds a step."""
+        return (self.marks[1] - self.marks[0]) * 1e3 / self.steps
+
+
+def measure(
+    name: str,
+    micro: int,
+    steps: int,
+    *,
+    precision: str = "",
+    channels_last: bool = False,
+    compile: bool = False,
+) -> dict[str, Any]:
+    """One row: the recipe ``name`` with ``micro`` samples a step."""
+    overrides = [
+        f"data.global_batch_size={micro}",
+        "trainer.devices=1",
+        "trainer.max_epochs=2",
+        "data.workers=0",
+    ]
+    overrides += ["trainer.sync_batchnorm=false", "trainer.accelerator=gpu"]
+    if precision:
+        overrides.append(f"trainer.precision={precision}")
+    recipe: Recipe = load_recipe(name, overrides).recipe
+    source = Pretended()
+    plan = TrainingPlan(dataset_size=IMAGES, global_batch_size=micro, max_epochs=2)
+    method = build_method(recipe, plan)
+    if channels_last:
+        method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compile:
+        method.backbone.compile()
+    data = Crops(
+        data=recipe.data,
+        views=recipe.views,
+        eval=recipe.eval,
+        probe=recipe.probe,
+        plan=plan,
+        seed=recipe.seed,
+        source=source,
+    )
+    data.steps = WARM_UP + steps + WATCHED
+    watch = Watch(steps)
+    with tempfile.TemporaryDirectory() as folder:
+        callbacks: list[Callback] = [
+            StepSeeding(),
+            BroadcastBatchNormStats(),
+            LinearProbe(recipe.probe, seed=recipe.seed),
+            Meter(Path(folder), every_steps=10 * data.steps),
+        ]
+        options = {k: v for k, v in recipe.trainer.items() if k != "num_nodes"}
+        options |= {"max_epochs": 1, "limit_val_batches": 0}
+        trainer = build_trainer(options, run_dir=Path(folder), callbacks=[*callbacks, watch])
+        trainer.fit(method, datamodule=data)
+    return {
+        "recipe": name,
+        "batch": micro,
+        "precision": str(recipe.trainer.get("precision", "32-true")),
+        "channels_last": channels_last,
+        "compile": compile,
+        "ms": round(watch.ms, 1),
+        "images_per_second": round(micro / watch.ms * 1e3),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        "waits_per_step": sum(watch.waits.values()) / WATCHED,
+        "wait_places": dict(watch.waits.most_common(12)),
+    }
+
+
+def fitting(name: str, steps: int, **options: Any) -> dict[str, Any]:
+    """The row of one device's share of the recipe's batch, halved until it fits."""
+    recipe = load_recipe(name).recipe
+    micro = recipe.data.global_batch_size // int(recipe.trainer["devices"])
+    micro //= int(recipe.trainer.get("num_nodes", 1)) * int(recipe.trainer.get("accumulate_grad_batches", 1))
+    share = micro
+    while True:
+        try:
+            return measure(name, micro, steps, **options) | {"share": share}
+        except torch.OutOfMemoryError:
+            micro //= 2
+            if micro < 2:
+                raise
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line."""
+    kind = row["precision"] + ", channels_last" * row["channels_last"] + ", compiled" * row["compile"]
+    batch = f"{row['batch']}" + (f" of {row['share']}" if row["batch"] != row["share"] else "")
+    print(
+        f"{row['recipe']:22s} {kind:38s} batch {batch:12s} {row['ms']:8.1f} ms  {row['images_per_second']:6d} images/s"
+        f"  {row['peak_gib']:5.1f} GiB  {row['waits_per_step']:6.1f} waits",
+        flush=True,
+    )
+
+
+def loader(folder: Path, seconds: float) -> dict[str, Any]:
+    """Images a second that all CPUs decode and crop for SCE's views, from JPEG files of ImageNet's usual size."""
+    draw = np.random.default_rng(0)
+    paths = []
+    for k in range(256):
+        coarse = draw.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
+        noise = draw.normal(0, 12, (375, 500, 3))
+        pixels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
+        paths.append(f"{k}.jpg")
+        Image.fromarray(pixels).save(folder / paths[-1], quality=90)
+    size = statistics.mean((folder / p).stat().st_size for p in paths) / 1024
+    files = FileSource("files", "train", folder, paths * 64, None)
+    recipe = load_recipe("sce_in1k").recipe
+    workers = len(os.sched_getaffinity(0))
+    plan = TrainingPlan(dataset_size=len(files), global_batch_size=256, max_epochs=100)
+    batches = DataLoader(
+        ViewDataset(files, recipe.views, 0),
+        batch_sampler=GlobalBatchSampler(plan, 0, 0, lambda: 0),
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=True,
+    )
+    stream = iter(batches)
+    for _ in range(workers):
+        next(stream)
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        count += len(next(stream).sample_id)
+    return {
+        "workers": workers,
+        "kib_an_image": round(size),
+        "images_per_second": round(count / (time.perf_counter() - begun)),
+    }
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--method", nargs="*", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU here: nothing was measured")
+        sys.exit()
+    torch.set_float32_matmul_precision("highest")
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    print(f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB, torch {torch.__version__}")
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name(0), "torch": torch.__version__, "rows": []}
+    for method in options.method:
+        name = RECIPES[method]
+        variants: list[dict[str, Any]] = [{}, {"channels_last": True}]
+        if method in ("simclr", "sce") and not options.no_compile:
+            variants += [{"compile": True}, {"channels_last": True, "compile": True}]
+        if method in ("simclr", "mmcl"):
+            variants.append({"precision": "bf16-mixed" if method == "mmcl" else "32-true"})
+        for variant in variants:
+            try:
+                report["rows"].append(fitting(name, options.steps, **variant))
+                show(report["rows"][-1])
+            except Exception as error:  # one row may fail, the others are still worth having
+                print(
+                    f"{name} {variant}: {type(error).__name__}: {str(error).splitlines()[0][:300]}",
+                    flush=True,
+                )
+            gc.collect()
+            torch.cuda.empty_cache()
+            if options.json:
+                options.json.write_text(json.dumps(report, indent=1))
+    with tempfile.TemporaryDirectory() as folder:
+        report["loader"] = loader(Path(folder), 15.0)
+    print(
+        "loader: {images_per_second} images/s by {workers} workers, files of {kib_an_image} KiB".format(
+            **report["loader"]
+        )
+    )
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
