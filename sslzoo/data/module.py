@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -244,8 +243,7 @@ class SSLDataModule(LightningDataModule):
         return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
 
     def _normalized(self, images: Tensor) -> Tensor:
-        mean, std = (_on_device(values, images.device) for values in (self.data.mean, self.data.std))
-        return normalize(images, mean, std)
+        return normalize(images, self.data.mean, self.data.std)
 
     def _finish(self, batch: DrawnBatch) -> Batch:
         global_views: list[Tensor] = []
@@ -285,13 +283,6 @@ def leave_signals_to_parent(worker: int) -> None:
     the run could save. Workers end when their parent tells them to, or is gone."""
     for number in (*LEAVE_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-@lru_cache(maxsize=32)
-def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Sent once: a tensor made of numbers of the host would make the host wait for the device at each batch."""
-    with torch.inference_mode(False):  # evaluation may be the first to ask
-        return torch.tensor(values, device=device)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -110,6 +110,13 @@ def gaussian_blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
     return resample(images, rows, rows if height == width else blur_matrix(sigma, width, taps))
 
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """``(images - mean) / std`` per channel; ``mean``, ``std`` (C,)."""
-    return (images - mean[:, None, None]) / std[:, None, None]
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """``(images - mean) / std`` per channel."""
+    return (images - _per_channel(mean, images.device)) / _per_channel(std, images.device)
+
+
+@lru_cache(maxsize=32)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1), sent to the device once: at each batch the host would wait for the copy."""
+    with torch.inference_mode(False):  # evaluation may be the first to ask, and training the next
+        return torch.tensor(values, device=device)[:, None, None]
