@@ -1,32 +1,184 @@
-"""List methods, recipes and data sets."""
+"""List methods, recipes and data sets.
+
+Recipes come with method, training data, encoder, epochs and two figures, linear top-1 in per cent: the
+published one and the mean of our own runs, whose sources and seeds are in the recipe's header. Below them
+stand variants: overrides to add after `sslzoo fit --recipe`. The options choose among recipes and variants
+by a name or a part of one.
+
+  sslzoo ls recipes --method sce --data imagenet
+  sslzoo ls recipes --data cifar100
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from statistics import fmean
 
+from sslzoo.checks import closest
 from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import DATASETS
-from sslzoo.recipe.header import header
+from sslzoo.recipe.header import Variant, read_header
 
 KINDS = ("methods", "recipes", "datasets")
+FILTERS = ("method", "data", "backbone")
+WIDTH = 100
+KEYS = {"data": "data.dataset", "backbone": "backbone.name", "epochs": "trainer.max_epochs"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A recipe in the table."""
+
+    recipe: str
+    method: str
+    data: str
+    backbone: str
+    epochs: str
+    published: str
+    ours: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", nargs="?", choices=KINDS, metavar="|".join(KINDS), help="only these")
+    parser.add_argument("--method", metavar="NAME", help="only recipes of this method")
+    parser.add_argument("--data", metavar="NAME", help="only recipes that train on this data set")
+    parser.add_argument("--backbone", metavar="NAME", help="only recipes with this encoder")
 
 
 def run(args: argparse.Namespace) -> int:
-    listed = {
-        "methods": {name: point.value for name, point in registry.methods().items()},
-        "recipes": {name: header(path).title for name, path in registry.recipes().items()},
-        "datasets": {name: info.description for name, info in DATASETS.items()},
-    }
-    for kind, entries in listed.items():
-        if args.kind not in (None, kind):
-            continue
-        if args.kind is None:
-            print(f"{kind}:")
-        width = max(map(len, entries), default=0)
-        for name, text in entries.items():
-            print(f"{'' if args.kind else '  '}{name:{width}}  {text}".rstrip())
+    wanted = {key: value for key in FILTERS if (value := getattr(args, key)) is not None}
+    kind = args.kind or ("recipes" if wanted else None)
+    try:
+        if wanted and kind != "recipes":
+            raise _Refused(f"--{next(iter(wanted))} chooses among recipes; write sslzoo ls recipes")
+        listings = {"methods": _methods, "recipes": lambda: _recipes(wanted), "datasets": _datasets}
+        shown = listings if kind is None else {kind: listings[kind]}
+        texts = [
+            "\n".join(lines()) if kind else "\n".join([f"{name}:", *lines()]) for name, lines in shown.items()
+        ]
+    except _Refused as refused:
+        print(f"sslzoo ls: {refused}", file=sys.stderr)
+        return 2
+    print("\n\n".join(texts))
     return 0
+
+
+class _Refused(Exception):
+    """What was asked for makes no sense, or is not there."""
+
+
+def _methods() -> list[str]:
+    rows = [row.method for row, _ in _bundled()]
+    return _table(
+        [("method", "recipes", "code")]
+        + [(name, str(rows.count(name)), point.value) for name, point in registry.methods().items()],
+        right=(1,),
+    )
+
+
+def _datasets() -> list[str]:
+    rows = [row.data for row, _ in _bundled()]
+    return _table(
+        [("data.dataset", "recipes", "")]
+        + [(name, str(rows.count(name)), info.description) for name, info in DATASETS.items()],
+        right=(1,),
+    )
+
+
+def _recipes(wanted: dict[str, str]) -> list[str]:
+    """The table of recipes, and under it the variants, that are what is ``wanted``."""
+    bundled = _bundled()
+    variants = [(_changed(row, variant), variant) for row, variants in bundled for variant in variants]
+    every = [row for row, _ in bundled] + [row for row, _ in variants]
+    for key, value in wanted.items():
+        names = _called([getattr(row, key) for row in every], key, value, wanted)
+        every = [row for row in every if getattr(row, key) in names]
+    shown = [row for row, _ in bundled if row in every]
+    lines = []
+    if shown:
+        head = tuple(field.name for field in fields(Row))
+        body = [tuple(getattr(row, key) for key in head) for row in shown]
+        lines += _table([head, *body], right=(4, 5, 6), limit={3: 18})
+        lines.append("published and ours: linear top-1 in per cent; ours is the mean over seeds")
+    also = [(row, variant) for row, variant in variants if row in every]
+    if also:
+        lines += [*([""] if lines else []), "also, by overrides:"]
+        for row, variant in also:
+            command = f"{row.recipe} {variant.overrides}"
+            lines += textwrap.wrap(
+                f"  {command}   # {variant.description}",
+                WIDTH,
+                subsequent_indent="      ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+    return lines
+
+
+def _called(names: Sequence[str], key: str, value: str, wanted: dict[str, str]) -> set[str]:
+    """Of ``names`` the one that is ``value``, otherwise those that contain it."""
+    found = {name for name in names if name == value} or {name for name in names if value in name}
+    if found:
+        return found
+    before = " ".join(
+        f"--{k}={wanted[k]}" for k in FILTERS if k in wanted and FILTERS.index(k) < FILTERS.index(key)
+    )
+    of = f" with {before}" if before else ""
+    known = sorted(set(names))
+    raise _Refused(f"no recipe{of} has --{key}={value}{closest(value, known)} (there are {', '.join(known)})")
+
+
+@cache
+def _bundled() -> list[tuple[Row, tuple[Variant, ...]]]:
+    """Every bundled recipe as a row, and its variants."""
+    import yaml
+
+    rows = []
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for name, path in registry.recipes().items():
+        header = read_header(path)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+        row = Row(
+            recipe=name,
+            method=values["method"]["name"],
+            data=values["data"]["dataset"],
+            backbone=values["backbone"]["name"].removeprefix("timm/"),
+            epochs=str(values["trainer"]["max_epochs"]),
+            published=header.published[0] if header.published else "-",
+            ours=f"{fmean(map(float, header.ours)):.1f}" if header.ours else "-",
+        )
+        rows.append((row, header.also))
+    return rows
+
+
+def _changed(row: Row, variant: Variant) -> Row:
+    """What the table would say of ``row`` under the overrides, of which no figure is known."""
+    given = {key: value for key, _, value in (override.partition("=") for override in variant.split())}
+    changes = {column: given[key] for column, key in KEYS.items() if key in given}
+    return replace(row, published="-", ours="-", **changes)
+
+
+def _table(
+    rows: Sequence[tuple[str, ...]], *, right: Sequence[int] = (), limit: dict[int, int] | None = None
+) -> list[str]:
+    """Aligned columns; those in ``right`` to the right, cells of those in ``limit`` cut at so many characters."""
+    limit = limit or {}
+    cut = [[_shortened(cell, limit.get(i, WIDTH)) for i, cell in enumerate(row)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cut, strict=True)]
+    lines = []
+    for row in cut:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _shortened(cell: str, width: int) -> str:
+    return cell if len(cell) <= width else cell[: width - 1] + "…"

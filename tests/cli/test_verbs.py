@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -85,12 +86,64 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
 
 def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
     listed = {"methods": registry.methods(), "recipes": registry.recipes(), "datasets": DATASETS}
+    parts = []
     for kind, names in listed.items():
         code, out, _ = run(capsys, "ls", kind)
         assert code == 0
-        assert [line.split()[0] for line in out] == list(names)
-    _, everything, _ = run(capsys, "ls")
-    assert len(everything) == sum(1 + len(names) for names in listed.values())
+        assert max(map(len, out)) <= 100
+        assert [line.split()[0] for line in out[1 : 1 + len(names)]] == list(names)
+        parts += [f"{kind}:", *out, ""]
+    assert run(capsys, "ls")[1] == parts[:-1]
+
+
+def test_ls_shows_a_recipe_s_data_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "ls", "recipes")
+    rows = [re.split("  +", line) for line in out]
+    assert rows[0] == ["recipe", "method", "data", "backbone", "epochs", "published", "ours"]
+    assert ["sce_in1k", "sce", "imagenet1k", "resnet50", "200", "72.7", "-"] in rows
+    assert ["quickstart", "sce", "fashion_mnist_12k", "conv5", "22", "-", "88.5"] in rows
+    table = out[: 1 + len(registry.recipes())]
+    assert {len(line) for line in table} == {len(table[0])}  # aligned: the last column is filled to the right
+
+
+@pytest.mark.parametrize(
+    ("options", "recipes", "variants"),
+    [
+        (["--method", "sce", "--data", "imagenet100"], ["sce_in100"], []),
+        (
+            ["--data=imagenet", "--method=mmcl"],
+            ["mmcl_in100", "mmcl_in1k", "mmcl_tiny_imagenet"],
+            ["mmcl_in100"],
+        ),
+        (["--backbone", "vit"], ["sce_in1k_vit_s16"], []),
+        (["--data", "cifar100", "--method", "sce"], [], ["sce_cifar10"]),  # a variant alone
+        (["--data", "cifar10", "--method", "simclr"], ["simclr_cifar10"], []),  # the name itself, not a part
+    ],
+)
+def test_ls_chooses(
+    capsys: pytest.CaptureFixture[str], options: list[str], recipes: list[str], variants: list[str]
+) -> None:
+    for kind in ([], ["recipes"]):
+        code, out, _ = run(capsys, "ls", *kind, *options)
+        assert code == 0
+        cut = out.index("also, by overrides:") if "also, by overrides:" in out else len(out)
+        assert [line.split()[0] for line in out[:cut] if line.split(" ")[0] in registry.recipes()] == recipes
+        also = [line.split()[0] for line in out[cut + 1 :] if not line.startswith("    ")]
+        assert also == variants
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "sec"], "no recipe has --method=sec; did you mean sce? (there are margin, "),
+        (["--method", "sce", "--data", "mnist1k"], "no recipe with --method=sce has --data=mnist1k"),
+        (["datasets", "--data", "cifar10"], "--data chooses among recipes; write sslzoo ls recipes"),
+    ],
+)
+def test_ls_says_what_there_is(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    code, out, err = run(capsys, "ls", *arguments)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert err[0].startswith(f"sslzoo ls: {said}")
 
 
 def test_cp(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -245,8 +298,8 @@ def test_light_verbs_import_nothing_heavy(arguments: list[str]) -> None:
         "except SystemExit: pass\n"
         "heavy = {'torch', 'lightning', 'torchvision', 'timm', 'wandb', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "light = sys.argv[1] in ('--help', 'ls')\n"
-        "assert not light or not {'omegaconf', 'rich', 'yaml'} & set(sys.modules)\n"
+        "light = {'--help': {'omegaconf', 'rich', 'yaml'}, 'ls': {'omegaconf', 'rich'}}.get(sys.argv[1], set())\n"
+        "assert not light & set(sys.modules)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
