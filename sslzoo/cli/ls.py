@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from statistics import fmean
 
-from sslzoo.checks import closest
+from sslzoo.checks import did_you_mean
 from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import DATASETS
 from sslzoo.recipe.header import Variant, read_header
@@ -130,7 +130,7 @@ def _called(names: Sequence[str], key: str, value: str, wanted: dict[str, str]) 
     )
     of = f" with {before}" if before else ""
     known = sorted(set(names))
-    raise _Refused(f"no recipe{of} has --{key}={value}{closest(value, known)} (there are {', '.join(known)})")
+    raise _Refused(f"no recipe{of} has --{key}={value}{did_you_mean(value, known)} (there are {', '.join(known)})")
 
 
 @cache
