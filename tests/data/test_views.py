@@ -83,8 +83,8 @@ def test_grayscale_solarize_flip_and_normalize_equal_torchvision() -> None:
     close(ph.to_grayscale(x), TF.rgb_to_grayscale(x, num_output_channels=3))
     close(ph.solarize(x, 128 / 255), TF.solarize(x, 128 / 255), 0)
     close(ph.horizontal_flip(x), TF.horizontal_flip(x), 0)
-    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
-    close(ph.normalize(x, torch.tensor(mean), torch.tensor(std)), TF.normalize(x, mean, std), 1e-6)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    close(ph.normalize(x, mean, std), TF.normalize(x, list(mean), list(std)), 1e-6)
 
 
 def reference_rule(u: list[float], h: int, w: int, cfg: ViewConfig) -> list[int]:
