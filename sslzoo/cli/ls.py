@@ -130,7 +130,9 @@ def _called(names: Sequence[str], key: str, value: str, wanted: dict[str, str]) 
     )
     of = f" with {before}" if before else ""
     known = sorted(set(names))
-    raise _Refused(f"no recipe{of} has --{key}={value}{did_you_mean(value, known)} (there are {', '.join(known)})")
+    raise _Refused(
+        f"no recipe{of} has --{key}={value}{did_you_mean(value, known)} (there are {', '.join(known)})"
+    )
 
 
 @cache
