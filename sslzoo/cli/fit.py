@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
             dry_run(loaded.recipe, Console())
             return 0
-        if place().starter == "alone" and world_size_of(loaded.recipe.trainer) > 1:
+        if place().starter == "alone" and world_size_of(loaded.recipe) > 1:
             outlive_readers()
             return launch(args.arguments, loaded)
     except ValueError as error:

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sslzoo.checks import ConfigError, did_you_mean
 from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import dataset_info
-from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
 from sslzoo.recipe.typed import OtherVariant, check_plain, join, section, shown, trainer_section
 
@@ -279,7 +279,7 @@ def _stated(values: Any, path: list[str]) -> bool:
 
 
 def _check_data(recipe: Recipe) -> None:
-    """What no section can see alone: data sets, their splits, and channels."""
+    """What no section can see alone: data sets, their splits, channels, and what can be probed."""
     labelled = recipe.probe.data or (recipe.data,)
     sources = [("data", "split", recipe.data)]
     sources += [(f"probe.data.{i}", "split", source) for i, source in enumerate(recipe.probe.data)]
@@ -302,27 +302,25 @@ def _check_data(recipe: Recipe) -> None:
         )
     if not recipe.views:
         raise ConfigError("views", "a recipe needs at least one view")
+    published = recipe.method.published_layers
+    unknown = [layer for layer in recipe.probe.layers if layer not in published]
+    if unknown:
+        raise ConfigError(
+            "probe.layers",
+            f"no layer {', '.join(unknown)} to probe: {recipe.method.name} publishes {', '.join(published)}",
+        )
 
 
 def _derive(recipe: Recipe) -> dict[str, int | float]:
     """What fit will do with these values, as far as they alone tell."""
-    devices, nodes = recipe.trainer.get("devices"), recipe.trainer.get("num_nodes", 1)
-    if isinstance(devices, list):
-        devices = len(devices)
-    known = isinstance(devices, int) and devices > 0
+    devices = recipe.devices
     size = dataset_info(recipe.data.dataset).nominal_size(recipe.data.split, recipe.data.classes)
     try:
-        plan = TrainingPlan(
-            dataset_size=size or recipe.data.global_batch_size,
-            global_batch_size=recipe.data.global_batch_size,
-            max_epochs=recipe.trainer["max_epochs"],
-            world_size=devices * nodes if known else 1,
-            accumulate=recipe.trainer.get("accumulate_grad_batches", 1),
-        )
+        plan = plan_of(recipe, size or recipe.data.global_batch_size, (devices or 1) * recipe.nodes)
     except ValueError as error:
         raise ConfigError("data.global_batch_size", str(error)) from None
     derived: dict[str, int | float] = {"peak_lr": plan.scaled_lr(recipe.optim)}
-    if known:
+    if devices is not None:
         derived["micro_batch_size"] = plan.micro_batch_size
     if size:
         derived |= {"nominal_steps_per_epoch": plan.steps_per_epoch, "nominal_total_steps": plan.total_steps}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from sslzoo.checks import require
-from sslzoo.recipe.sections import OptimConfig
+from sslzoo.recipe.sections import OptimConfig, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +61,14 @@ class TrainingPlan:
         """Peak learning rate at this global batch size."""
         factor = {"linear": self.global_batch_size / 256, "sqrt": sqrt(self.global_batch_size), "none": 1.0}
         return optim.lr * factor[optim.lr_scaling]
+
+
+def plan_of(recipe: Recipe, dataset_size: int, world_size: int) -> TrainingPlan:
+    """The lengths of ``recipe``'s run on so many images and processes."""
+    return TrainingPlan(
+        dataset_size=dataset_size,
+        global_batch_size=recipe.data.global_batch_size,
+        max_epochs=recipe.max_epochs,
+        world_size=world_size,
+        accumulate=recipe.accumulate,
+    )

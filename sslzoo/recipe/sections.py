@@ -44,6 +44,12 @@ class MethodConfig:
                 return float(value)
         return None
 
+    @property
+    def published_layers(self) -> tuple[str, ...]:
+        """Names of the features that the method publishes, in training and of plain views: ``probe.layers`` chooses
+        among them."""
+        return ("backbone",)
+
     def check(self, recipe: Recipe) -> None:
         """Raise ``ConfigError``, with the key as the recipe has it, where this method cannot do what the rest of
         ``recipe`` asks."""
@@ -331,3 +337,34 @@ class Recipe:
             "logging.margins.temperature",
             f"must be given, such as 0.2: {self.method.name} has none of its own",
         )
+
+    @property
+    def max_epochs(self) -> int:
+        """The length of the run."""
+        return self.trainer["max_epochs"]
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches per optimiser step."""
+        return self.trainer.get("accumulate_grad_batches", 1)
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return int(self.trainer.get("num_nodes", 1))
+
+    @property
+    def devices(self) -> int | None:
+        """Processes on each machine. None: as many as it has GPUs."""
+        devices = self.trainer.get("devices", "auto")
+        if isinstance(devices, str) and "," in devices:
+            devices = [device for device in devices.split(",") if device.strip()]
+        if devices in ("auto", -1, "-1"):
+            return 1 if self.trainer.get("accelerator") == "cpu" else None
+        count = str(len(devices) if isinstance(devices, list) else devices)
+        check_field(
+            count.isdigit() and int(count) > 0,
+            "trainer.devices",
+            f"must be a number of devices, a list of their indices or auto, got {devices!r}",
+        )
+        return int(count)

@@ -17,8 +17,9 @@ from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.build import build_data, build_method, build_plan
+from sslzoo.run.placement import world_size_of
 from sslzoo.run.summary import human_bytes, run_summary, state_memory
-from sslzoo.run.trainer import build_trainer, world_size_of
+from sslzoo.run.trainer import build_trainer
 
 LARGE = 100  # pixels: views above this are tried with fewer images
 
@@ -29,7 +30,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     The data need not be there: the catalogue's size stands in. Raises what the real run would raise.
     """
     size = dataset_size(recipe)
-    plan = build_plan(recipe, size, world_size_of(recipe.trainer))
+    plan = build_plan(recipe, size, world_size_of(recipe))
     method = build_method(recipe, plan)
     samples = one_step(recipe, method)
     console.print(Group(run_summary(recipe, plan, method, "none: dry run"), _details(recipe, method)))
@@ -52,7 +53,7 @@ def dataset_size(recipe: Recipe) -> int:
 
 def one_step(recipe: Recipe, method: SSLMethod[Any]) -> int:
     """One optimiser step of ``method`` on fake images, on the CPU. Returns how many there were."""
-    accumulate = recipe.trainer.get("accumulate_grad_batches", 1)
+    accumulate = recipe.accumulate
     samples = (4 if max(view.size for view in recipe.views) > LARGE else 8) * accumulate
     small = replace(recipe, data=replace(recipe.data, global_batch_size=samples, workers=0))
     plan = TrainingPlan(dataset_size=samples, global_batch_size=samples, max_epochs=1, accumulate=accumulate)

@@ -122,7 +122,7 @@ class _Life:
         ``ValueError``, on all ranks, for whatever is wrong with recipe, data, checkpoint or directory.
         """
         recipe = self.loaded.recipe
-        check_world_size(self.placement, recipe.trainer)
+        check_world_size(self.placement, recipe)
         meeting = Rendezvous(self.placement)
         self.departure.join(meeting.store)
         with _together(meeting, "built"):

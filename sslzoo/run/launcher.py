@@ -38,8 +38,7 @@ def launch(arguments: Sequence[str], loaded: LoadedRecipe) -> int:
 
     Raises ``ValueError`` for a run on several machines that nobody has told how to meet.
     """
-    trainer = loaded.recipe.trainer
-    processes, nodes = devices_per_node(trainer), int(trainer.get("num_nodes", 1))
+    processes, nodes = devices_per_node(loaded.recipe), loaded.recipe.nodes
     require(
         nodes == 1 or all(name in os.environ for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")),
         f"trainer.num_nodes={nodes}, but nobody says how the machines meet: start one task per device with srun, or "

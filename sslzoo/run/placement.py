@@ -9,9 +9,9 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from sslzoo.checks import require
+from sslzoo.recipe.sections import Recipe
 
 LAUNCHER_FOLDER = "SSLZOO_LAUNCHER_FOLDER"  # set by sslzoo's own launcher for the ranks that it starts
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -91,40 +91,26 @@ def first_node(nodes: str) -> str:
     return re.split(r"[,\s]", re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes))[0]
 
 
-def devices_per_node(trainer: Mapping[str, Any]) -> int:
-    """Processes on one machine, from ``trainer.devices`` and ``trainer.accelerator``.
+def devices_per_node(recipe: Recipe) -> int:
+    """Processes on one machine. Imports torch only where the number of its GPUs decides."""
+    if recipe.devices is not None:
+        return recipe.devices
+    import torch
 
-    Imports torch only where the number of GPUs decides.
-    """
-    devices = trainer.get("devices", "auto")
-    if isinstance(devices, (list, tuple)):
-        return len(devices)
-    if isinstance(devices, str) and "," in devices:
-        return len([d for d in devices.split(",") if d.strip()])
-    if devices in ("auto", -1, "-1"):
-        if trainer.get("accelerator", "auto") == "cpu":
-            return 1
-        import torch
-
-        return max(torch.cuda.device_count(), 1) if torch.cuda.is_available() else 1
-    require(
-        isinstance(devices, int) or str(devices).isdigit(),
-        f"trainer.devices must be a number of devices, a list of their indices or auto, got {devices!r}",
-    )
-    return int(devices)
+    return max(torch.cuda.device_count(), 1) if torch.cuda.is_available() else 1
 
 
-def world_size_of(trainer: Mapping[str, Any]) -> int:
+def world_size_of(recipe: Recipe) -> int:
     """Processes of the whole run."""
-    return devices_per_node(trainer) * int(trainer.get("num_nodes", 1))
+    return devices_per_node(recipe) * recipe.nodes
 
 
-def check_world_size(placement: Placement, trainer: Mapping[str, Any]) -> None:
+def check_world_size(placement: Placement, recipe: Recipe) -> None:
     """Refuse a run whose number of processes is not the one that its recipe plans with.
 
     Each process would take its share of a global batch that the others never complete.
     """
-    planned = world_size_of(trainer)
+    planned = world_size_of(recipe)
     nodes = max(placement.world_size // max(placement.per_node, 1), 1)
     require(
         planned == placement.world_size,

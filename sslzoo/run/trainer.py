@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sslzoo.checkpoints import AtomicCheckpointIO
 from sslzoo.checks import require
 from sslzoo.nn.batchnorm import LayerSync
-from sslzoo.run.placement import ALONE, Placement, world_size_of
+from sslzoo.run.placement import ALONE, Placement
 
 # A rank that hangs ends the run after this, not after torch's 30 minutes; long enough for one rank to
 # evaluate or to write a checkpoint while the others wait.
@@ -102,7 +102,7 @@ class PlacedEnvironment(ClusterEnvironment):
         return self._placement.node_rank
 
 
-def build_strategy(trainer: Mapping[str, Any]) -> DDPStrategy | str:
+def build_strategy(trainer: Mapping[str, Any], world_size: int) -> DDPStrategy | str:
     """``auto`` for one process, DDP (gloo on CPUs, NCCL on GPUs) for several.
 
     Buffers are not broadcast at every step: rank 0's queue would be sent to ranks that already have it,
@@ -110,7 +110,7 @@ def build_strategy(trainer: Mapping[str, Any]) -> DDPStrategy | str:
     """
     name = trainer.get("strategy", "auto")
     require(name in STRATEGIES, f"trainer.strategy must be one of {', '.join(STRATEGIES)}; got {name!r}")
-    if world_size_of(trainer) == 1:
+    if world_size == 1:
         return "auto"
     # Renamed in torch 2.14, where the old name warns.
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
@@ -144,7 +144,7 @@ def build_trainer(
     options = {
         "profiler": Unprofiled(),
         **trainer,
-        "strategy": build_strategy(trainer),
+        "strategy": build_strategy(trainer, placement.world_size),
         "plugins": plugins,
         "callbacks": list(callbacks),
         "logger": False,  # set once the run directory is there

@@ -67,7 +67,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["fit", "--recipe", NAME, "trainer.devices=gpu", "trainer.accelerator=cpu"],
-            "trainer.devices must be a number",
+            "trainer.devices: must be a number of devices",
         ),
         (["show", "simclr_cifar11"], "did you mean simclr_cifar10"),
         (["show", NAME, "optim.lrr=3"], "override: optim.lrr: unknown key; did you mean optim.lr?"),

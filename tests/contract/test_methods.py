@@ -44,7 +44,11 @@ def test_publishes_detached_backbone_features(name):
     assert loss.isfinite()
     features = method.published["backbone"]
     assert features.shape == (N, method.feature_dim)
-    assert not features.requires_grad
+    assert not any(layer.requires_grad for layer in method.published.values())
+    trained = {name: layer.shape for name, layer in method.published.items()}
+    assert tuple(trained) == method.cfg.published_layers
+    seen = method.features(batch.global_views[0])
+    assert {name: layer.shape for name, layer in seen.items()} == trained
     recorded = [v for v in method.recorded.values() if isinstance(v, torch.Tensor)]
     assert all(not v.requires_grad for v in recorded)
     assert all(key.startswith("method/") for key in method.recorded)

@@ -11,7 +11,7 @@ from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.registry import recipes
 from sslzoo.run.build import build_method, build_plan
 from sslzoo.run.dry_run import dataset_size, one_step
-from sslzoo.run.trainer import world_size_of
+from sslzoo.run.placement import world_size_of
 
 
 def test_there_are_recipes():
@@ -21,7 +21,7 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("name", recipes())
 def test_builds_and_steps(name):
     recipe = load_recipe(name).recipe
-    plan = build_plan(recipe, dataset_size(recipe), world_size_of(recipe.trainer))
+    plan = build_plan(recipe, dataset_size(recipe), world_size_of(recipe))
     method = build_method(recipe, plan)
     before = {n: p.detach().clone() for n, p in method.backbone.named_parameters()}
     assert one_step(recipe, method) >= 4

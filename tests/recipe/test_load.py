@@ -373,6 +373,7 @@ def test_faults_name_file_line_and_key(write, name: str) -> None:
         ("views.a.size=3", "override: views.a.size: views is a list of 2"),
         ("seed.x=3", "override: seed.x: seed is 1, which has no keys"),
         ("method.name=gamma", "override: method.name: unknown method 'gamma'"),
+        ("probe.layers=[nope]", "override: probe.layers: no layer nope to probe: alpha publishes backbone"),
     ],
 )
 def test_faults_of_overrides(write, override: str, said: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.sections import Recipe
 from sslzoo.run.placement import ALONE, Placement, check_world_size, first_node, place, world_size_of
 from tests.command import srun_variables, torchrun_variables
 
@@ -55,12 +57,18 @@ def test_the_first_node_of_a_list() -> None:
         assert first_node(nodes) == "gpu003"
 
 
+def _on(*trainer: str) -> Recipe:
+    return load_recipe(
+        "quickstart", ["data.global_batch_size=96", *(f"trainer.{key}" for key in trainer)]
+    ).recipe
+
+
 def test_the_number_of_processes_must_be_the_planned_one() -> None:
-    assert world_size_of({"devices": [0, 1, 3], "num_nodes": 2}) == 6
-    assert world_size_of({"devices": "0,1"}) == 2
-    assert world_size_of({"accelerator": "cpu"}) == 1
-    check_world_size(place(TORCHRUN), {"devices": 2, "num_nodes": 4})
+    assert world_size_of(_on("devices=[0,1,3]", "num_nodes=2")) == 6
+    assert world_size_of(_on("devices='0,1'")) == 2
+    assert world_size_of(_on("devices=auto", "accelerator=cpu")) == 1
+    check_world_size(place(TORCHRUN), _on("devices=2", "num_nodes=4"))
     with pytest.raises(
         ValueError, match=r"torchrun started 8 process.* makes 1; set trainer\.devices=2 trainer\.num_nodes=4"
     ):
-        check_world_size(place(TORCHRUN), {"devices": 1})
+        check_world_size(place(TORCHRUN), _on("devices=1"))

@@ -52,6 +52,11 @@ class MetAugConfig(MethodConfig):
     ramp_epochs: float = 0.0  # aug_weight and margin_weight grow from 0 over so many
 
     @property
+    def published_layers(self) -> tuple[str, ...]:
+        """Before and after the projector; the backbone's with the generated features beside them."""
+        return ("backbone", "projector", "backbone+generated")
+
+    @property
     def contrast_temperature(self) -> float:
         """2 / gamma: gamma multiplies (1 + cos) / 2."""
         return 2 / self.gamma
@@ -130,7 +135,7 @@ class MetAugConfig(MethodConfig):
         """Refuse what manual optimisation, half precision or the views cannot do."""
         trainer, data = recipe.trainer, recipe.data
         check_field(
-            trainer.get("accumulate_grad_batches", 1) == 1,
+            recipe.accumulate == 1,
             "trainer.accumulate_grad_batches",
             "must be 1: MetAug's bilevel step needs the whole batch",
         )

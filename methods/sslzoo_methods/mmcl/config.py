@@ -81,6 +81,11 @@ class MMCLConfig(MethodConfig):
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
 
     @property
+    def published_layers(self) -> tuple[str, ...]:
+        """Before and after the projector."""
+        return ("backbone", "projector")
+
+    @property
     def contrast_temperature(self) -> float | None:
         """sigma / 2 of the rbf kernel, which on unit vectors is exp(cos / (sigma / 2)) but for a constant; none
         where sigma changes or the kernel is another."""

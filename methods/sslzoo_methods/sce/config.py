@@ -115,6 +115,11 @@ class SCEConfig(MethodConfig):
             "must lie in [0, 1]",
         )
 
+    @property
+    def published_layers(self) -> tuple[str, ...]:
+        """Before and after the projector."""
+        return ("backbone", "projector")
+
     def check(self, recipe: Recipe) -> None:
         """The views and the batch norms of ``recipe`` must suit the branches."""
         global_views = sum(view.count for view in recipe.views if view.role == "global")

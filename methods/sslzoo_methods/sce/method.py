@@ -57,13 +57,19 @@ class SCE(SSLMethod[SCEConfig]):
         crops = (*batch.global_views, *batch.local_views)
         views = batch.global_views if cfg.symmetric else crops[:1]
         keys = self._keys(views)
+        projected: list[Tensor] = []
+
+        def head(h: Tensor) -> Tensor:
+            projected.append(self.projector(h))
+            return self.predictor(projected[-1])
+
         features, outputs = forward_crops(
             self.backbone,
-            lambda h: self.predictor(self.projector(h)),
+            head,
             crops if cfg.symmetric else crops[1:],
             cfg.crop_pass,
         )
-        self.publish(backbone=features[0])
+        self.publish(backbone=features[0], projector=projected[0][: len(features[0])])
         online = [normalize(z) for z in outputs]
         n = online[0].shape[0]
         first_row = rank() * n

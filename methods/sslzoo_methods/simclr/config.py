@@ -13,6 +13,11 @@ class SimCLRConfig(MethodConfig):
     temperature: float  # tau
     projector: tuple[int, ...]  # layer widths after the backbone, embedding last
 
+    @property
+    def published_layers(self) -> tuple[str, ...]:
+        """Before and after the projector."""
+        return ("backbone", "projector")
+
     def __post_init__(self) -> None:
         check_field(self.temperature > 0, "temperature", f"must be positive, got {self.temperature}")
         check_field(

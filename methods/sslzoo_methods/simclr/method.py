@@ -26,8 +26,9 @@ class SimCLR(SSLMethod[SimCLRConfig]):
         if len(batch.global_views) < 2:
             raise ValueError("SimCLR needs two global views; set views to count: 2 with role: global")
         features = [self.backbone(view) for view in (*batch.global_views, *batch.local_views)]
-        self.publish(backbone=features[0])
-        embeddings = [normalize(self.projector(h)) for h in features]  # V x (N, D)
+        projected = [self.projector(h) for h in features]
+        self.publish(backbone=features[0], projector=projected[0])
+        embeddings = [normalize(z) for z in projected]  # V x (N, D)
         candidates = [gather(z) for z in embeddings[: len(batch.global_views)]]  # G x (M, D)
         with torch.no_grad():
             self.record("method/positive_similarity", (embeddings[0] * embeddings[1]).sum(dim=1).mean())
