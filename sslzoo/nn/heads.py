@@ -7,28 +7,38 @@ from itertools import pairwise
 
 from torch import nn
 
-from sslzoo.checks import one_of, require
+from sslzoo.checks import require
+from sslzoo.recipe.sections import HeadConfig, OutputNorm
+
+
+def build_head(width_in: int, cfg: HeadConfig) -> nn.Sequential:
+    """The head that ``cfg`` describes, on inputs of width ``width_in``."""
+    return mlp(
+        (width_in, *cfg.widths),
+        hidden_norm=cfg.hidden_norm,
+        hidden_bias=cfg.hidden_bias,
+        output_norm=cfg.output_norm,
+        output_bias=cfg.output_bias,
+    )
 
 
 def mlp(
     widths: Sequence[int],
     *,
     hidden_norm: bool = True,
-    hidden_bias: bool | None = None,
-    output_norm: str = "none",
+    hidden_bias: bool = False,
+    output_norm: OutputNorm = "none",
     output_bias: bool = True,
 ) -> nn.Sequential:
     """Linear layers of the given ``widths`` (input first) with BN and ReLU between them.
 
-    ``hidden_bias`` of None leaves the bias out exactly where a batch norm follows. ``output_norm``:
-    ``none``, ``batch``, ``batch_no_affine`` (no scale, no shift) or ``batch_no_shift`` (shift frozen at 0).
+    Before a batch norm a bias stands only with ``hidden_bias``. ``output_norm``: ``none``, ``batch``,
+    ``batch_no_affine`` (no scale, no shift) or ``batch_no_shift`` (shift frozen at 0).
     """
     require(len(widths) >= 2, f"an MLP needs an input and an output width, got {tuple(widths)}")
-    one_of("output_norm", output_norm, ("none", "batch", "batch_no_affine", "batch_no_shift"))
-    hidden_bias = not hidden_norm if hidden_bias is None else hidden_bias
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths[:-1]):
-        layers.append(nn.Linear(fan_in, fan_out, bias=hidden_bias))
+        layers.append(nn.Linear(fan_in, fan_out, bias=hidden_bias or not hidden_norm))
         if hidden_norm:
             layers.append(nn.BatchNorm1d(fan_out))
         layers.append(nn.ReLU(inplace=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, isfinite
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from sslzoo.checks import check_field, check_positive, one_of
 
@@ -53,6 +53,36 @@ class MethodConfig:
     def check(self, recipe: Recipe) -> None:
         """Raise ``ConfigError``, with the key as the recipe has it, where this method cannot do what the rest of
         ``recipe`` asks."""
+
+
+OutputNorm = Literal["none", "batch", "batch_no_affine", "batch_no_shift"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """A projector or predictor: linear layers with ReLU between them (see ``sslzoo.nn.heads.build_head``)."""
+
+    widths: tuple[int, ...]  # of the layers' outputs, embedding last
+    hidden_norm: bool = True  # batch norm before each ReLU
+    hidden_bias: bool = False  # a bias before those norms too; without norms there always is one
+    output_norm: OutputNorm = "none"  # batch_no_affine: no scale, no shift; batch_no_shift: shift frozen at 0
+    output_bias: bool = True
+
+    def __post_init__(self) -> None:
+        check_field(
+            len(self.widths) > 0, "widths", "must hold at least the embedding width, such as [2048, 128]"
+        )
+        check_positive(self, "widths")
+        check_field(
+            self.hidden_norm or len(self.widths) > 1,
+            "hidden_norm",
+            "must be true with one width: there is no hidden layer",
+        )
+        check_field(
+            not self.hidden_bias or (self.hidden_norm and len(self.widths) > 1),
+            "hidden_bias",
+            "must be false without a norm before each ReLU: hidden layers then have a bias anyway, if there are any",
+        )
 
 
 STEMS = ("imagenet", "small", "cifar")

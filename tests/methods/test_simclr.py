@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sslzoo.batch import Batch
 from sslzoo.nn.batchnorm import to_sync
 from sslzoo.nn.numerics import normalize
+from sslzoo.recipe.sections import HeadConfig
 from sslzoo_methods.simclr.config import SimCLRConfig
 from sslzoo_methods.simclr.loss import nt_xent
 from sslzoo_methods.simclr.method import SimCLR
@@ -59,7 +60,7 @@ def test_gradient_by_finite_differences():
 def _method() -> SimCLR:
     torch.manual_seed(3)
     backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
-    cfg = SimCLRConfig(name="simclr", temperature=0.2, projector=(7, 5))
+    cfg = SimCLRConfig(name="simclr", temperature=0.2, projector=HeadConfig(widths=(7, 5)))
     method = to_sync(SimCLR(cfg, backbone, 8)).double()
     assert isinstance(method, SimCLR)
     return method

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from sslzoo.nn.heads import mlp
+from sslzoo.nn.heads import build_head, mlp
+from sslzoo.recipe.sections import HeadConfig
 
 
 def shape(head: nn.Sequential) -> list[str]:
@@ -41,8 +42,24 @@ def test_further_forms() -> None:
     assert not frozen.bias.requires_grad
 
 
+def test_as_a_recipe_says_it() -> None:
+    cfg = HeadConfig(widths=(8, 4), output_norm="batch_no_affine", output_bias=False)
+    assert shape(build_head(20, cfg)) == ["20-8", "bn", "relu", "8-4", "bn*"]
+    cfg = HeadConfig(widths=(8, 4), hidden_bias=True)
+    assert shape(build_head(20, cfg)) == ["20-8+b", "bn", "relu", "8-4+b"]
+    assert shape(build_head(20, HeadConfig(widths=(8, 4), hidden_norm=False))) == ["20-8+b", "relu", "8-4+b"]
+    assert shape(build_head(20, HeadConfig(widths=(4,)))) == ["20-4+b"]
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="an input and an output width"):
         mlp((5,))
-    with pytest.raises(ValueError, match="output_norm must be one of"):
-        mlp((5, 2), output_norm="layer")
+    with pytest.raises(ValueError, match="widths must hold at least the embedding width"):
+        HeadConfig(widths=())
+    with pytest.raises(ValueError, match="widths must be positive"):
+        HeadConfig(widths=(4, 0))
+    with pytest.raises(ValueError, match="hidden_norm must be true with one width"):
+        HeadConfig(widths=(4,), hidden_norm=False)
+    for widths, norm in (((4,), True), ((4, 2), False)):
+        with pytest.raises(ValueError, match="hidden_bias must be false"):
+            HeadConfig(widths=widths, hidden_norm=norm, hidden_bias=True)

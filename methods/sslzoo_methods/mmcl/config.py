@@ -1,6 +1,7 @@
 """What an MMCL recipe states under ``method:``."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sslzoo.checks import check_field, one_of
 from sslzoo.recipe.sections import MethodConfig
@@ -63,9 +64,7 @@ class MMCLConfig(MethodConfig):
     C: float  # upper bound of the duals; -1: none
     self_kernel: str  # s_j: one (official) | true (k(x_j, x_j)); the same for rbf and linear
     projector: tuple[int, ...]  # layer widths after the backbone, embedding last
-    projector_norm: (
-        str  # none: output with bias (CIFAR code) | batch_no_shift: BN without shift (ImageNet code)
-    )
+    projector_norm: Literal["none", "batch_no_shift"]  # with bias (CIFAR code) | BN, no shift (ImageNet code)
     crop_pass: (
         str  # per_crop (CIFAR code) | per_resolution: one batch norm for both views (ImageNet code) | joint
     )
@@ -96,7 +95,6 @@ class MMCLConfig(MethodConfig):
         one_of("solver", self.solver, SOLVERS)
         one_of("kernel", self.kernel, KERNELS)
         one_of("self_kernel", self.self_kernel, SELF_KERNELS)
-        one_of("projector_norm", self.projector_norm, ("none", "batch_no_shift"))
         one_of("crop_pass", self.crop_pass, CROP_PASSES)
         one_of("sigma_rule", self.sigma_rule, SIGMA_RULES)
         one_of("negatives", self.negatives, ("view1", "both"))

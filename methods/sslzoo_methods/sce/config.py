@@ -5,25 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sslzoo.checks import check_field, check_not_negative, one_of
-from sslzoo.recipe.sections import MethodConfig, Recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadConfig:
-    """An MLP head: ``widths`` after its input, ReLU between the layers (see ``sslzoo.nn.heads.mlp``)."""
-
-    widths: tuple[int, ...]  # output last
-    hidden_norm: bool = True  # batch norm before each ReLU; the linear layer then has no bias
-    output_norm: str = "none"  # none | batch | batch_no_affine
-    output_bias: bool = True
-
-    def __post_init__(self) -> None:
-        check_field(
-            len(self.widths) > 0 and all(width > 0 for width in self.widths),
-            "widths",
-            f"must be positive, got {self.widths}",
-        )
-        one_of("output_norm", self.output_norm, ("none", "batch", "batch_no_affine"))
+from sslzoo.recipe.sections import HeadConfig, MethodConfig, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

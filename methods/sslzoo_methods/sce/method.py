@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -12,23 +11,17 @@ from sslzoo.batch import Batch
 from sslzoo.distributed import gather_detached, rank, world_size
 from sslzoo.method import SSLMethod
 from sslzoo.nn.batchnorm import to_split
-from sslzoo.nn.heads import mlp
+from sslzoo.nn.heads import build_head
 from sslzoo.nn.momentum import MomentumEncoder
 from sslzoo.nn.numerics import normalize
 from sslzoo.nn.passes import forward_crops
 from sslzoo.nn.queue import FeatureQueue, warn_of_stale_keys
 from sslzoo.nn.shuffle import shuffle, shuffled_order, unshuffle
 from sslzoo.optim.schedules import ema_momentum, interpolate
-from sslzoo_methods.sce.config import HeadConfig, SCEConfig, WarmupConfig
+from sslzoo_methods.sce.config import SCEConfig, WarmupConfig
 from sslzoo_methods.sce.loss import SCEOutput, crop_pairs, pair_weights, sce_multicrop_loss
 
 SPLITS = 8  # groups of the simulated devices, as in the official CIFAR runs
-
-
-def head(width: int, cfg: HeadConfig) -> nn.Sequential:
-    """The MLP that ``cfg`` describes, on inputs of ``width``."""
-    options = asdict(cfg)
-    return mlp((width, *options.pop("widths")), **options)
 
 
 class SCE(SSLMethod[SCEConfig]):
@@ -42,8 +35,8 @@ class SCE(SSLMethod[SCEConfig]):
     def __init__(self, cfg: SCEConfig, backbone: nn.Module, feature_dim: int) -> None:
         super().__init__(cfg, backbone, feature_dim)
         dim = cfg.projector.widths[-1]
-        self.projector = head(feature_dim, cfg.projector)
-        self.predictor = nn.Identity() if cfg.predictor is None else head(dim, cfg.predictor)
+        self.projector = build_head(feature_dim, cfg.projector)
+        self.predictor = nn.Identity() if cfg.predictor is None else build_head(dim, cfg.predictor)
         self.momentum_encoder = MomentumEncoder(backbone, self.projector)
         if cfg.momentum_batchnorm == "split":
             to_split(self.momentum_encoder, SPLITS)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from sslzoo.checks import check_field
-from sslzoo.recipe.sections import MethodConfig
+from sslzoo.checks import check_positive
+from sslzoo.recipe.sections import HeadConfig, MethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +11,7 @@ class SimCLRConfig(MethodConfig):
     """No defaults: each recipe states them all."""
 
     temperature: float  # tau
-    projector: tuple[int, ...]  # layer widths after the backbone, embedding last
+    projector: HeadConfig
 
     @property
     def published_layers(self) -> tuple[str, ...]:
@@ -19,9 +19,4 @@ class SimCLRConfig(MethodConfig):
         return ("backbone", "projector")
 
     def __post_init__(self) -> None:
-        check_field(self.temperature > 0, "temperature", f"must be positive, got {self.temperature}")
-        check_field(
-            len(self.projector) > 0,
-            "projector",
-            "needs at least the embedding width, such as [2048, 128]",
-        )
+        check_positive(self, "temperature")

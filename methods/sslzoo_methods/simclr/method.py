@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from sslzoo.batch import Batch
 from sslzoo.distributed import gather, rank
 from sslzoo.method import SSLMethod
-from sslzoo.nn.heads import mlp
+from sslzoo.nn.heads import build_head
 from sslzoo.nn.numerics import normalize
 from sslzoo_methods.simclr.config import SimCLRConfig
 from sslzoo_methods.simclr.loss import nt_xent
@@ -19,7 +19,7 @@ class SimCLR(SSLMethod[SimCLRConfig]):
 
     def __init__(self, cfg: SimCLRConfig, backbone: nn.Module, feature_dim: int) -> None:
         super().__init__(cfg, backbone, feature_dim)
-        self.projector = mlp((feature_dim, *cfg.projector))
+        self.projector = build_head(feature_dim, cfg.projector)
 
     def loss(self, batch: Batch) -> Tensor:
         """NT-Xent over all views; local crops are anchors only."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sslzoo.checks import check_field, one_of
-from sslzoo.recipe.sections import MethodConfig
+from sslzoo.recipe.sections import MethodConfig, OutputNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,9 @@ class SogCLRConfig(MethodConfig):
     loss_scale: str = "tau"  # unit: divided by tau, for learning rates of SimCLR recipes
     bimodal_scale: str = "mean"  # official: times B - 1
     separate_views: bool = False  # one network pass per view: batch-norm statistics of one view
-    projector_norm: str = "batch_no_affine"  # after the last layer; batch_no_shift: the paper's TPU code
+    projector_norm: OutputNorm = (
+        "batch_no_affine"  # after the last layer; batch_no_shift: the paper's TPU code
+    )
     rho: float = 0.0  # learnt temperatures: radius of the robust objective
     tau_min: float = 0.0  # learnt temperatures: lower clamp
     tau_max: float = 0.0  # individual temperatures: upper clamp
