@@ -44,7 +44,8 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         self.seed: int
         self.optimizer_steps = 0  # real optimiser steps finished; in the checkpoint
         self.published: dict[str, Tensor] = {}  # this step's features, detached
-        self.recorded: dict[str, Tensor | float] = {}  # this step's scalars, for the meter
+        self.recorded: dict[str, Tensor] = {}  # this step's measurements, for the meter
+        self.settings: dict[str, float] = {}  # and its settings
 
     # -- what a method implements -------------------------------------------------------------
 
@@ -110,10 +111,23 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         """Show this step's features (N, F) to probes, detached: ``publish(backbone=h)``."""
         self.published = {name: value.detach() for name, value in features.items()}
 
-    def record(self, name: str, value: Tensor | float) -> None:
-        """Log a scalar of this step under ``name`` (``method/...``): summed on the device, never
-        synchronised."""
-        self.recorded[name] = value if isinstance(value, (int, float)) else value.detach()
+    def record(self, name: str, value: Tensor) -> None:
+        """Log a measurement of this step, a scalar, under ``name`` (``method/...``): its mean over an interval is
+        reported. Summed on the device, never waited for."""
+        require(
+            isinstance(value, Tensor),
+            f"record takes a tensor, got {name} = {value!r}; a number that is set and not measured goes to setting",
+        )
+        self.recorded[name] = value.detach()
+
+    def setting(self, name: str, value: float) -> None:
+        """Log a setting of this step, such as a momentum, under ``name`` (``method/...``): its last value is
+        reported."""
+        require(
+            not isinstance(value, Tensor),
+            f"setting takes a number, got a tensor for {name}; what is measured goes to record",
+        )
+        self.settings[name] = value
 
     @property
     def step(self) -> int:
@@ -155,7 +169,7 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         """
         lr = learning_rate(self.optimizer_steps, self.optim, self.plan)
         set_learning_rate(optimizer, lr)
-        self.record("opt/lr", lr)
+        self.setting("opt/lr", lr)
         scale = self._loss_scale()
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # fp16: an overflowing step is skipped by the scaler, which then lowers its scale.

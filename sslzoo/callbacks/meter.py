@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 class Meter(Callback):
     """Turns what methods record into rows of ``metrics.csv``, averaged over micro-batches and ranks.
 
-    A recorded tensor is a measurement: its mean since the last row is reported, and its mean over the
-    epoch as ``<name>_epoch``. A recorded plain number is a setting (a learning rate, a momentum): its
-    last value is reported. All ranks must record the same names. Rows come every ``every_steps``
+    Of a measurement (``record``) the mean since the last row is reported, and the mean over the epoch as
+    ``<name>_epoch``; of a setting (``setting``: a learning rate, a momentum) the last value. All ranks must
+    record the same names. Rows come every ``every_steps``
     optimiser steps and at epoch ends; ``step`` counts finished optimiser steps. Throughput goes to
     ``system.csv``, so that ``metrics.csv`` holds nothing that depends on the clock and a resumed run
     writes the same bytes. The same numbers go to the trainer's loggers.
@@ -62,18 +62,17 @@ class Meter(Callback):
     ) -> None:
         """Add this micro-batch's values; write a row when one is due."""
         self._collect(pl_module.recorded)
+        self._settings |= pl_module.settings
         self._tick()
         step = pl_module.optimizer_steps
         if step != self._row_step and step % self.every_steps == 0:
             self._write_row(trainer, pl_module)
 
-    def _collect(self, recorded: dict[str, Tensor | float]) -> None:
-        tensors = {key: value for key, value in recorded.items() if isinstance(value, Tensor)}
-        self._settings |= {key: value for key, value in recorded.items() if not isinstance(value, Tensor)}
-        recorded.clear()
-        if tensors:
-            keys = tuple(tensors)
-            values = torch.stack(list(tensors.values())).detach()
+    def _collect(self, recorded: dict[str, Tensor]) -> None:
+        if recorded:
+            keys = tuple(recorded)
+            values = torch.stack(list(recorded.values()))
+            recorded.clear()
             if keys in self._sums:
                 self._sums[keys].add_(values)
             else:

@@ -34,7 +34,7 @@ def meter_in():
 
 def _module() -> Any:
     plan = SimpleNamespace(global_batch_size=8)
-    return SimpleNamespace(recorded={}, optimizer_steps=0, plan=plan, device=torch.device("cpu"))
+    return SimpleNamespace(recorded={}, settings={}, optimizer_steps=0, plan=plan, device=torch.device("cpu"))
 
 
 def _trainer(module: Any, meter: Meter, loggers: Any = ()) -> Any:
@@ -53,7 +53,7 @@ def _feed(meter: Meter, trainer: Any, *losses: float, closes: bool = True) -> No
         meter.on_train_batch_start(trainer, module, None, 0)
         module.recorded |= {"train/loss": torch.tensor(loss)}
         if closes:
-            module.recorded["opt/lr"] = 0.1 * (module.optimizer_steps + 1)
+            module.settings["opt/lr"] = 0.1 * (module.optimizer_steps + 1)
             module.optimizer_steps += 1
         meter.on_train_batch_end(trainer, module, None, None, 0)
 

@@ -49,9 +49,16 @@ def test_publishes_detached_backbone_features(name):
     assert tuple(trained) == method.cfg.published_layers
     seen = method.features(batch.global_views[0])
     assert {name: layer.shape for name, layer in seen.items()} == trained
-    recorded = [v for v in method.recorded.values() if isinstance(v, torch.Tensor)]
-    assert all(not v.requires_grad for v in recorded)
-    assert all(key.startswith("method/") for key in method.recorded)
+    assert all(not v.requires_grad for v in method.recorded.values())
+    assert all(key.startswith("method/") for key in (*method.recorded, *method.settings))
+
+
+def test_measurements_are_tensors_and_settings_numbers():
+    _, method, _ = _built("simclr")
+    with pytest.raises(ValueError, match=r"record takes a tensor, got method/tau = 0.1; .* goes to setting"):
+        method.record("method/tau", 0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got a tensor for method/tau; .* goes to record"):
+        method.setting("method/tau", torch.tensor(0.1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", methods())

@@ -702,7 +702,7 @@ def test_schedule_is_a_function_of_the_step() -> None:
     method = tiny("simclr", schedule="linear", schedule_epochs=1.0)
     method.optimizer_steps = 1
     method.loss(tiny_batch())
-    assert method.recorded["method/angular_margin"] == pytest.approx(pi / 9 / 4)
+    assert method.settings["method/angular_margin"] == pytest.approx(pi / 9 / 4)
 
 
 def test_momentum_and_queue_move_once_a_step() -> None:

@@ -247,7 +247,7 @@ def test_momentum_schedule(schedule: str) -> None:
     for step in range(10):  # 2 epochs of 5 steps
         method.loss(batch_of(step))
         method.finish_step()
-        seen.append(method.recorded["method/momentum"])
+        seen.append(method.settings["method/momentum"])
     assert seen[0] == pytest.approx(0.9, abs=1e-15)
     assert seen == sorted(seen)
     assert seen[-1] == (0.9 if schedule == "constant" else 1.0)
@@ -299,6 +299,7 @@ def test_what_is_published_and_recorded() -> None:
     assert not method.published["backbone"].requires_grad
     method.finish_step()
     values = {k: float(v) for k, v in method.recorded.items()}
+    assert method.settings.keys() == {"method/momentum"}
     assert values.keys() == {
         "method/contrastive",
         "method/relational",
@@ -308,7 +309,6 @@ def test_what_is_published_and_recorded() -> None:
         "method/target_count",
         "method/target_top1",
         "method/online_std",
-        "method/momentum",
     }
     # The masked decomposition, near enough for zero_logit with 48 keys.
     total = 0.5 * (values["method/contrastive"] + values["method/relational"] + values["method/ceil"])

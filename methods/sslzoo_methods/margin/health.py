@@ -16,16 +16,13 @@ from sslzoo_methods.margin.loss import margin_loss, positive_factor
 @torch.no_grad()
 def health(
     terms: Sequence[Term], margin: Margin, sums: Tensor, *, cfg: MarginConfig, temperature: float | Tensor
-) -> dict[str, Tensor | float]:
+) -> dict[str, Tensor]:
     """Means over the global crops' queries, and ``_local`` ones over the local crops', whose angles are wider.
 
     ``method/loss_without_margin`` is what loss values of different margins can be compared by. ``sums`` are
     the global pull_sums of each term, (T, 2).
     """
-    report: dict[str, Tensor | float] = {
-        "method/angular_margin": margin.angular,
-        "method/subtractive_margin": margin.subtractive,
-    }
+    report: dict[str, Tensor] = {}
     for local in (False, True):
         kind = [(t, s) for t, s in zip(terms, sums, strict=True) if t.local == local]
         if not kind:

@@ -74,6 +74,8 @@ class MarginContrast(SSLMethod[MarginConfig]):
         losses = [self._term_loss(t, margin, s, temperature) for t, s in zip(terms, sums, strict=True)]
         for name, value in health(terms, margin, sums, cfg=cfg, temperature=temperature).items():
             self.record(name, value)
+        self.setting("method/angular_margin", margin.angular)
+        self.setting("method/subtractive_margin", margin.subtractive)
         mean = torch.stack(losses).mean() + CONSTANT.get(cfg.base, 0.0)
         return VIEW_ORDERS.get(cfg.base, 1.0) * cfg.own_scale * mean
 

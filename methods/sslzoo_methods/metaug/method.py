@@ -73,7 +73,7 @@ class MetAug(SSLMethod[MetAugConfig]):
             # Not Lightning's wrapper: its scaler and its count of steps are the encoder's.
             self.meta_step(batch, generators.optimizer)
         self.record("train/loss", loss)
-        self.record("opt/lr", lr)
+        self.setting("opt/lr", lr)
         self.finish_step(skipped=skipped)
 
     def loss(self, batch: Batch) -> Tensor:

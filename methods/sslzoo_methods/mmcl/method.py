@@ -93,8 +93,12 @@ class MMCL(SSLMethod[MMCLConfig]):
             health |= {"pos_kernel_mean": positive, "neg_kernel_mean": negative}
             for name, value in health.items():
                 self.record(f"method/{name}", value)
-            self.record("method/iterations", float(solution.iterations))
-            self.record("method/sigma", sigma)
+            # Not torch.tensor(number, device=...), whose copy to the device waits for it.
+            self.record("method/iterations", solution.duals.new_full((), solution.iterations))
+            if isinstance(sigma, Tensor):
+                self.record("method/bandwidth", sigma)
+            else:
+                self.setting("method/sigma", sigma)
         losses = [
             mmcl_loss(
                 query,

@@ -120,7 +120,7 @@ class SCE(SSLMethod[SCEConfig]):
         shape = "constant" if cfg.momentum_schedule == "constant" else "cosine"
         coefficient = ema_momentum(now, total_steps=total, start=cfg.momentum, schedule=shape)
         self.momentum_encoder.update(self.backbone, self.projector, coefficient=coefficient)
-        self.record("method/momentum", coefficient)
+        self.setting("method/momentum", coefficient)
 
     def after_skipped_step(self, step: int) -> None:
         """The keys come from the momentum encoder, which did not overflow: they are valid."""

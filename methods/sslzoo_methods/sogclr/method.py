@@ -87,7 +87,7 @@ class SogCLR(SSLMethod[SogCLRConfig]):
         for name, value in health(learned, log_u, tau).items():
             self.record(f"method/{name}", value)
         self.record("method/visited", tables[0].visited())
-        self.record("method/gamma", options["gamma"])
+        self.setting("method/gamma", options["gamma"])
         remember(tables, index, learned)
         if cfg.loss_scale == "unit":
             loss = loss / cfg.tau
