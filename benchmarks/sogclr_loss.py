@@ -34,7 +34,7 @@ def gradient(form: Callable[..., Any], embeddings: Tensor, log_u: Tensor) -> Ten
         gamma=0.9,
         first_visit="sample",
         u_write="mean",
-        u_floor=0.0,
+        u_floor=None,
         offset=0,
     )
     loss.backward()

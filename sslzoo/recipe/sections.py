@@ -85,6 +85,9 @@ class HeadConfig:
         )
 
 
+# Crops that pass a network at once, and share the statistics of its batch norms: see sslzoo.nn.passes.
+CropBatching = Literal["per_crop", "per_resolution", "joint"]
+
 STEMS = ("imagenet", "small", "cifar")
 
 

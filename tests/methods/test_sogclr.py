@@ -25,11 +25,19 @@ from sslzoo.optim.optimizers import LARS, set_learning_rate
 from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import method_class, recipes
-from sslzoo.recipe.sections import OptimConfig
+from sslzoo.recipe.sections import HeadConfig, OptimConfig
 from sslzoo.run.build import load_weights
 from sslzoo_methods.sogclr.bimodal import bimodal_loss, global_temperature_loss
-from sslzoo_methods.sogclr.config import SogCLRConfig
-from sslzoo_methods.sogclr.gamma import decay_epochs, inner_rate
+from sslzoo_methods.sogclr.config import (
+    GCL,
+    BimodalGCL,
+    CosineGamma,
+    IndividualTemperatures,
+    LearnableTemperature,
+    NTXent,
+    SogCLRConfig,
+)
+from sslzoo_methods.sogclr.gamma import inner_rate
 from sslzoo_methods.sogclr.gathering import columns_gradient, gather_columns
 from sslzoo_methods.sogclr.health import objective
 from sslzoo_methods.sogclr.loss import (
@@ -58,20 +66,16 @@ SPEC = {"temperature": 0.1, "weight_decay": 0.0}
 
 
 def _gammas(hyper: dict[str, Any], steps: int) -> list[float]:
-    schedule = hyper.get("gamma_schedule", "constant")
     per_epoch = hyper.get("steps_per_epoch", steps)
     epochs = hyper.get("epochs", max(steps // per_epoch, 1))
-    return [
-        inner_rate(
-            step,
-            schedule=schedule,
-            gamma=hyper.get("gamma", 0.9),
-            gamma_min=hyper.get("gamma_min", 0.2),
-            decay_epochs=decay_epochs(hyper.get("gamma_decay_epochs", 0), epochs),
-            steps_per_epoch=per_epoch,
+    gamma, schedule = hyper.get("gamma", 0.9), hyper.get("gamma_schedule", "constant")
+    if schedule != "constant":
+        gamma = CosineGamma(
+            min=hyper.get("gamma_min", 0.2),
+            decay_epochs=hyper.get("gamma_decay_epochs") or None,
+            interval="step" if schedule == "per_step" else "epoch",
         )
-        for step in range(steps)
-    ]
+    return [inner_rate(step, gamma, steps_per_epoch=per_epoch, max_epochs=epochs) for step in range(steps)]
 
 
 def _options(hyper: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def _options(hyper: dict[str, Any]) -> dict[str, Any]:
     return {
         "first_visit": first if first in ("batch", "none") else "sample",
         "u_write": "sum" if hyper.get("write", "mean").startswith("sum") else "mean",
-        "u_floor": hyper.get("eps_clamp_u", 0.0),
+        "u_floor": hyper.get("eps_clamp_u") or None,
     }
 
 
@@ -166,7 +170,7 @@ def _check_bimodal(case: GoldenCase, precision: str, individual: bool) -> None:
             temperature=(tables[0].tau_i[index], tables[1].tau_i[index]) if individual else (tau, tau),
             gamma=gamma,
             first_visit=_options(hyper)["first_visit"],
-            u_floor=hyper.get("floor_on_u", 1e-20),
+            u_floor=hyper.get("floor_on_u", 1e-20) or None,
             scale="official",
             offset=0,
         )
@@ -308,7 +312,7 @@ OPTIONS: dict[str, Any] = {
     "gamma": 0.7,
     "first_visit": "sample",
     "u_write": "mean",
-    "u_floor": 0.0,
+    "u_floor": None,
     "offset": 0,
 }
 
@@ -416,8 +420,6 @@ def test_bad_options_are_refused():
         new_entries(torch.zeros(2, 3), u_write="sum", gamma=0.5)
     with pytest.raises(ValueError, match="no negatives"):
         negatives(torch.zeros(2, 1, 4))
-    with pytest.raises(ValueError, match="first_visit must be one of"):
-        first_visits(torch.zeros(2), "often")
 
 
 def test_ntxent_by_brute_force_with_a_local_view():
@@ -449,7 +451,7 @@ def _bimodal(z: Tensor, tables: list[Tensor], tau: float | Tensor, **changes: An
     options: dict[str, Any] = {
         "gamma": 1.0,
         "first_visit": "sample",
-        "u_floor": 0.0,
+        "u_floor": None,
         "scale": "mean",
     } | changes
     return bimodal_loss(list(z), list(z), tables, temperature=(tau, tau), offset=0, **options)
@@ -506,14 +508,21 @@ def test_bimodal_gradient_at_gamma_one_by_finite_differences():
 
 
 def test_gamma_schedules():
-    options = {"gamma": 0.9, "gamma_min": 0.2, "decay_epochs": 4, "steps_per_epoch": 10}
-    assert inner_rate(25, schedule="constant", **options) == 0.9
-    assert inner_rate(9, schedule="cosine", **options) == 1.0
-    assert inner_rate(25, schedule="cosine", **options) == pytest.approx(0.6)
-    assert inner_rate(40, schedule="cosine", **options) == 0.2
-    assert inner_rate(9, schedule="per_step", **options) < 1.0
-    assert inner_rate(20, schedule="per_step", **options) == pytest.approx(0.6)
-    assert [decay_epochs(0, n) for n in (1, 37)] == [1, 18]
+    def rate(step: int, gamma: float | CosineGamma, max_epochs: int = 100) -> float:
+        return inner_rate(step, gamma, steps_per_epoch=10, max_epochs=max_epochs)
+
+    cosine = CosineGamma(min=0.2, decay_epochs=4)
+    assert rate(25, 0.9) == 0.9
+    assert rate(9, cosine) == 1.0
+    assert rate(25, cosine) == pytest.approx(0.6)
+    assert rate(40, cosine) == 0.2
+    fine = CosineGamma(min=0.2, decay_epochs=4, interval="step")
+    assert rate(9, fine) < 1.0
+    assert rate(20, fine) == pytest.approx(0.6)
+    half = CosineGamma(min=0.2)
+    assert rate(179, half, 37) > rate(180, half, 37) == 0.2
+    assert rate(9, half, 1) == 1.0
+    assert rate(10, half, 1) == 0.2
 
 
 # -- the table -------------------------------------------------------------------------------
@@ -538,32 +547,40 @@ def test_half_precision_tables_are_refused():
 # -- the method ------------------------------------------------------------------------------
 
 IMAGES, BATCH = 20, 6
-RECIPE: dict[str, Any] = {"name": "sogclr", "tau": 0.2, "gamma": 0.8, "u_floor": 0.0, "projector": (7, 5)}
-INDIVIDUAL = {
-    "temperature": "individual",
-    "rho": 0.3,
-    "eta": 0.1,
-    "beta": 0.9,
-    "tau_min": 0.05,
-    "tau_max": 0.7,
-}
-GLOBAL = {"temperature": "global_learnable", "rho": 6.0, "tau_min": 0.1, "tau_lr_factor": 2.0}
-FLAVOURS: dict[str, dict[str, Any]] = {
-    "gcl": {},
-    "locals": {"gamma_schedule": "cosine", "gamma_min": 0.3},
-    "individual": INDIVIDUAL,
-    "noreduce": INDIVIDUAL | {"gather_grad": "full_noreduce", "loss_scale": "unit", "separate_views": True},
-    "bimodal": {"loss": "gcl_bimodal", "u_floor": 1e-20},
-    "bimodal-individual": INDIVIDUAL | {"loss": "gcl_bimodal", "bimodal_scale": "official"},
-    "bimodal-global": GLOBAL | {"loss": "gcl_bimodal", "projector_norm": "none"},
-    "ntxent": {"loss": "ntxent"},
+INDIVIDUAL = IndividualTemperatures(rho=0.3, eta=0.1, beta=0.9, tau_min=0.05, tau_max=0.7)
+GLOBAL = LearnableTemperature(rho=6.0, tau_min=0.1, lr_factor=2.0)
+PLAIN = SogCLRConfig(
+    name="sogclr",
+    temperature=0.2,
+    loss=GCL(gamma=0.8),
+    projector=HeadConfig(widths=(7, 5), output_norm="batch_no_affine", output_bias=False),
+)
+FLAVOURS: dict[str, SogCLRConfig] = {
+    "gcl": PLAIN,
+    "locals": replace(PLAIN, loss=GCL(gamma=CosineGamma(min=0.3))),
+    "individual": replace(PLAIN, loss=GCL(gamma=0.8, temperature_rule=INDIVIDUAL)),
+    "noreduce": replace(
+        PLAIN,
+        loss=GCL(
+            gamma=0.8, temperature_rule=INDIVIDUAL, gather_grad="full_noreduce", divide_by_temperature=True
+        ),
+        crop_batching="per_crop",
+    ),
+    "bimodal": replace(PLAIN, loss=BimodalGCL(gamma=0.8, u_floor=1e-20)),
+    "bimodal-individual": replace(
+        PLAIN, loss=BimodalGCL(gamma=0.8, scale="official", temperature_rule=INDIVIDUAL)
+    ),
+    "bimodal-global": replace(
+        PLAIN, loss=BimodalGCL(gamma=0.8, temperature_rule=GLOBAL), projector=HeadConfig(widths=(7, 5))
+    ),
+    "ntxent": replace(PLAIN, loss=NTXent()),
 }
 
 
 def _method(flavour: str, world: int = 1, dtype: torch.dtype = torch.float64) -> SogCLR:
     torch.manual_seed(3)
     backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
-    method = SogCLR(SogCLRConfig(**(RECIPE | FLAVOURS[flavour])), backbone, 8)
+    method = SogCLR(FLAVOURS[flavour], backbone, 8)
     plan = TrainingPlan(dataset_size=IMAGES, global_batch_size=BATCH, max_epochs=2, world_size=world)
     optim = OptimConfig(name="lars", lr=0.5, lr_scaling="none", weight_decay=1e-3, warmup_epochs=0)
     method.prepare(plan, optim, 0)
@@ -698,7 +715,7 @@ def test_weights_alone_start_with_an_empty_table(tmp_path):
 
 def test_histograms_on_request(tmp_path):
     method = _method("bimodal")
-    method.cfg = replace(method.cfg, histogram_every_epochs=2)
+    method.cfg = replace(PLAIN, loss=BimodalGCL(gamma=0.8, histogram_every_epochs=2))
     board, wandb, sent = TensorBoardLogger(str(tmp_path)), WandbLogger(mode="disabled"), []
     wandb.log_metrics = lambda metrics, step: sent.append((metrics, step))  # type: ignore[method-assign]
     method._trainer = SimpleNamespace(loggers=[board, wandb])  # type: ignore[assignment]
@@ -769,35 +786,56 @@ def test_learnable_temperature_has_its_own_group_and_bound():
     assert method.tau.item() == pytest.approx(0.1)
 
 
-def test_bad_batches_are_refused():
+def test_an_id_outside_the_table_is_refused():
     method = _method("gcl")
     with pytest.raises(ValueError, match="outside the table of 20"):
         method.loss(_batch(0, slice(0, BATCH))._replace(sample_id=torch.arange(15, 15 + BATCH)))
-    one = _batch(0, slice(0, BATCH))
-    with pytest.raises(ValueError, match="two global views"):
-        method.loss(one._replace(global_views=one.global_views[:1]))
-    with pytest.raises(ValueError, match="exactly two global views"):
-        _method("bimodal").loss(_batch(0, slice(0, BATCH), local=True))
+
+
+RULE = "{name: individual, rho: 0.3, eta: 0.1, beta: 0.9, tau_min: 0.05, tau_max: 0.7}"
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("overrides", "said"),
     [
-        ({"gamma": 0.0}, "gamma must lie"),
-        ({"gamma": 0.5, "u_write": "sum"}, "diverges"),
-        ({"gamma_schedule": "cosine", "gamma_min": 0.4, "u_write": "sum"}, "diverges"),
-        ({"gamma_schedule": "per_step"}, "gamma_min must lie in"),
-        ({"temperature": "individual"}, "rho must be positive"),
-        ({"temperature": "global_learnable"}, "does not go with method.loss=gcl"),
-        ({"loss": "ntxent", "gather_grad": "full_noreduce"}, "full_noreduce"),
-        ({"loss": "gcl_bimodal", "u_write": "sum"}, "own table"),
-        (INDIVIDUAL | {"tau": 0.8}, "above method.tau_max"),
-        (INDIVIDUAL | {"tau": 0.01}, "above method.tau"),
+        (["temperature=individual"], "temperature: expected a number, got 'individual'"),
+        (["tau=0.1"], "tau: renamed: use method.temperature"),
+        (["gamma_min=0.1"], "gamma_min: renamed: use method.loss.gamma={name: cosine, min: ...}"),
+        (["rho=0.1"], "rho: renamed: use method.loss.temperature_rule.rho"),
+        (["separate_views=true"], "separate_views: renamed: use method.crop_batching"),
+        (["on_data_change=refuse"], "on_data_change: unknown key"),
+        (["temperature=0"], "temperature: must be positive"),
+        (["loss=gcl"], "loss.gamma: missing key; method.loss gcl needs it"),
+        (["loss.gamma=0"], "loss.gamma: must lie in"),
+        (["loss.gamma={min: 0.2}"], "loss.gamma.name: missing key; one of cosine"),
+        (["loss.gamma={name: cosine, min: 0}"], "loss.gamma.min: must lie in"),
+        (["loss.gamma={name: cosine, min: 0.2, decay_epochs: 0}"], "loss.gamma.decay_epochs: must be positive"),
+        (["loss.u_write=sum", "loss.gamma=0.5"], "loss.u_write: must be mean with gamma=0.5"),
+        (["loss.u_write=sum", "loss.gamma=1"], "loss.u_write: must be mean with gamma=1.0"),
+        (["loss.first_visit=batch", "loss.gamma=1"], "loss.first_visit: must be sample with gamma=1"),
+        (["loss.u_floor=0"], "loss.u_floor: must be positive"),
+        (["loss={name: ntxent, gamma: 0.9}"], "loss.gamma: not a key of method.loss ntxent"),
+        (["loss={name: ntxent, gather_grad: full_noreduce}"], "loss.gather_grad: must be one of full, local"),
+        (["loss={name: gcl_bimodal, gamma: 0.9, u_write: sum}"], "loss.u_write: not a key of method.loss gcl_b"),
+        (["loss.temperature_rule=global_learnable"], "loss.temperature_rule: must be one of constant, individual"),
+        (["loss.temperature_rule.rho=0.3"], "loss.temperature_rule.rho: not a key of"),
+        (["loss.temperature_rule=individual"], "loss.temperature_rule.rho: missing key"),
+        ([f"loss.temperature_rule={RULE}", "temperature=0.8"], "temperature: must be at most"),
+        ([f"loss.temperature_rule={RULE}", "temperature=0.01"], "temperature: must be at least"),
+        ([f"loss.temperature_rule={RULE}", "loss.temperature_rule.beta=1.5"], "beta: must be at most 1"),
+        ([f"loss.temperature_rule={RULE}", "loss.temperature_rule.tau_max=0.01"], "tau_max: must be at least"),
+        (["loss.histogram_every_epochs=1"], "loss.histogram_every_epochs: needs TensorBoard or W&B"),
+        (["!views.0.count=1"], "views: must hold two global views or more, got 1"),
+        (
+            ["loss={name: gcl_bimodal, gamma: 0.9}", "!views.0.count=3"],
+            "views: must hold two global views and nothing else",
+        ),
     ],
-)
-def test_bad_configs_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        SogCLRConfig(**(RECIPE | changes))
+)  # fmt: skip
+def test_what_a_recipe_may_not_say(overrides, said):
+    overrides = [o[1:] if o.startswith("!") else f"method.{o}" for o in overrides]
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        load_recipe("sogclr_fashion_mnist", overrides)
 
 
 # -- recipes and runs ------------------------------------------------------------------------
@@ -822,12 +860,12 @@ def test_recipe_builds(name):
         assert (classes[0], classes[-1]) == ("n01440764", "n01855672")
 
 
-INDIVIDUAL_RUN = tuple(f"method.{name}={value}" for name, value in INDIVIDUAL.items())
+INDIVIDUAL_RUN = f"method.loss.temperature_rule={RULE}"
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_killed_run_ends_like_the_one_never_killed(world, tmp_path):
-    overrides = (*INDIVIDUAL_RUN, "logging.checkpoint_every_steps=3", "eval.every_epochs=1", "eval.size=28")
+    overrides = (INDIVIDUAL_RUN, "logging.checkpoint_every_steps=3", "eval.every_epochs=1", "eval.size=28")
     job = Job(
         recipe="sogclr_fashion_mnist", overrides=overrides, world=world, epochs=2, samples=60, accumulate=2
     )
@@ -839,7 +877,7 @@ def test_a_killed_run_ends_like_the_one_never_killed(world, tmp_path):
 
 
 def test_a_checkpoint_of_before_the_framework_compared_data_loads(tmp_path):
-    overrides = (*INDIVIDUAL_RUN, "logging.checkpoint_every_steps=3", "eval.every_epochs=1", "eval.size=28")
+    overrides = (INDIVIDUAL_RUN, "logging.checkpoint_every_steps=3", "eval.every_epochs=1", "eval.size=28")
     job = Job(recipe="sogclr_fashion_mnist", overrides=overrides, epochs=2, samples=60)
     whole = run(job, tmp_path / "whole")
     wait(start(job, tmp_path / "old", Fault("batch", 4)))
@@ -847,11 +885,6 @@ def test_a_checkpoint_of_before_the_framework_compared_data_loads(tmp_path):
     assert path is not None
     torch.save(load_checkpoint(path) | {"table_fingerprint": "fake/train/60/0"}, path)
     assert run(job, tmp_path / "old").digest == whole.digest
-
-
-def test_an_old_recipes_key_is_unknown():
-    with pytest.raises(RecipeError, match=r"method\.on_data_change: unknown key"):
-        load_recipe("sogclr_fashion_mnist", ["method.on_data_change=refuse"])
 
 
 def test_the_cards_example_runs():

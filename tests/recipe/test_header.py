@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[str, set[str]]] = {
     "sogclr_tiny_imagenet": ("sogclr_cifar100_r18", SMALL_DATA | {"views.blur_p", "views.blur_kernel"}),
     "sogclr_stl10": ("sogclr_tiny_imagenet", STL10 | {"eval.resize"}),
     "sogclr_in100": ("sogclr_in1k_pt", CLASSES | {"trainer.max_epochs"}),
-    "sogclr_in1k_pt": ("sogclr_in1k", {"backbone.options", "method.projector_norm", "views"}),
+    "sogclr_in1k_pt": ("sogclr_in1k", {"backbone.options", "method.projector.output_norm", "views"}),
     "mmcl_tiny_imagenet": ("mmcl_cifar100", SMALL_DATA | {"views.blur_kernel"}),
     "mmcl_in100": (
         "mmcl_in1k",

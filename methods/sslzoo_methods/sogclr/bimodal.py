@@ -12,11 +12,10 @@ from math import log
 import torch
 from torch import Tensor
 
-from sslzoo.checks import one_of, require
+from sslzoo.checks import require
 from sslzoo.nn.numerics import autocast_off, ieee_matmul
+from sslzoo_methods.sogclr.config import BimodalScale, FirstVisit
 from sslzoo_methods.sogclr.loss import Estimates, first_visits, floored, mix, own_image
-
-BIMODAL_SCALE = ("mean", "official")
 
 
 def bimodal_loss(
@@ -26,9 +25,9 @@ def bimodal_loss(
     *,
     temperature: Sequence[float | Tensor],
     gamma: float,
-    first_visit: str,
-    u_floor: float,
-    scale: str,
+    first_visit: FirstVisit,
+    u_floor: float | None,
+    scale: BimodalScale,
     offset: int,
 ) -> tuple[Tensor, tuple[Estimates, Estimates]]:
     """Each item of one modality against the other modality's items; one pair per modality everywhere.
@@ -40,9 +39,8 @@ def bimodal_loss(
     L = 1/2 1/b sum_i ( 1/(B-1) sum_j p_j H_j + the same from the other side ), p_j = exp(H_j / tau) / u_hat.
 
     p is constant; gradients reach ``anchors`` and ``columns``. u_hat is floored at ``u_floor`` before it is
-    stored and divided by; 0 is no floor. ``scale`` ``official`` leaves 1/(B-1) out, as the authors' code.
+    stored and divided by; None is no floor. ``scale`` ``official`` leaves 1/(B-1) out, as the authors' code.
     """
-    one_of("bimodal_scale", scale, BIMODAL_SCALE)
     a, b = anchors
     rows = slice(offset, offset + a.shape[0])
     options = {"gamma": gamma, "first_visit": first_visit, "u_floor": u_floor, "offset": offset}
@@ -61,8 +59,8 @@ def _direction(
     temperature: float | Tensor,
     *,
     gamma: float,
-    first_visit: str,
-    u_floor: float,
+    first_visit: FirstVisit,
+    u_floor: float | None,
     offset: int,
 ) -> tuple[Tensor, Estimates]:
     """One modality's anchors (b, D) against the other's ``columns`` (B, D)."""

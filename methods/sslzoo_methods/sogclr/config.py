@@ -1,113 +1,202 @@
 """What a SogCLR recipe states under ``method:``."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from sslzoo.checks import check_field, one_of
-from sslzoo.recipe.sections import MethodConfig, OutputNorm
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from sslzoo.checks import check_field, check_positive
+from sslzoo.recipe.sections import CropBatching, HeadConfig, MethodConfig, Recipe
+
+FirstVisit = Literal["sample", "batch", "none"]
+UWrite = Literal["mean", "sum"]
+GatherGrad = Literal["full", "local", "full_noreduce"]
+BimodalScale = Literal["mean", "official"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineGamma:
+    """gamma from 1 in epoch 0 to ``min`` in epoch ``decay_epochs``, where it stays (FastCLIP)."""
+
+    name: Literal["cosine"] = "cosine"
+    min: float
+    decay_epochs: int | None = None  # half of the training epochs
+    interval: Literal["epoch", "step"] = "epoch"  # how often gamma changes
+
+    def __post_init__(self) -> None:
+        check_field(0 < self.min <= 1, "min", f"must lie in (0, 1], got {self.min}")
+        check_positive(self, "decay_epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantTemperature:
+    """Stays what the recipe says."""
+
+    name: Literal["constant"] = "constant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndividualTemperatures:
+    """One for each image, which descends along its own gradient (iSogCLR)."""
+
+    name: Literal["individual"] = "individual"
+    rho: float  # radius of the robust objective
+    eta: float  # step
+    beta: float  # weight of the new gradient in its moving average
+    tau_min: float
+    tau_max: float
+
+    def __post_init__(self) -> None:
+        check_positive(self, "rho", "eta", "beta", "tau_min")
+        check_field(self.beta <= 1, "beta", f"must be at most 1, got {self.beta}")
+        check_field(
+            self.tau_min <= self.tau_max,
+            "tau_max",
+            f"must be at least tau_min={self.tau_min}, got {self.tau_max}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnableTemperature:
+    """One for all images, a parameter of the optimiser (FastCLIP-v3)."""
+
+    name: Literal["global_learnable"] = "global_learnable"
+    rho: float  # radius of the robust objective
+    tau_min: float
+    lr_factor: float  # its learning rate over the other parameters'
+
+    def __post_init__(self) -> None:
+        check_positive(self, "rho", "tau_min", "lr_factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NTXent:
+    """SimCLR's loss, as the authors' baseline writes it."""
+
+    name: Literal["ntxent"] = "ntxent"
+    gather_grad: Literal["full", "local"] = "full"  # local: embeddings of other ranks are constants
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalContrastive:
+    """What both global contrastive losses have, which keep a running estimate for each image."""
+
+    name: str
+    gamma: float | CosineGamma  # weight of the new estimate in the moving average
+    u_floor: float | None = None  # lower bound of u_hat; the authors' bimodal code: 1e-20
+    first_visit: FirstVisit = "sample"  # batch: official PyTorch; none: TPU code
+    divide_by_temperature: bool = False  # for learning rates of SimCLR recipes
+    histogram_every_epochs: int | None = None  # of the estimates, to TensorBoard and W&B
+
+    @property
+    def smallest_gamma(self) -> float:
+        """The smallest that gamma becomes."""
+        return self.gamma.min if isinstance(self.gamma, CosineGamma) else self.gamma
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.gamma, CosineGamma):
+            check_field(0 < self.gamma <= 1, "gamma", f"must lie in (0, 1], got {self.gamma}")
+        check_positive(self, "u_floor", "histogram_every_epochs")
+        check_field(
+            self.first_visit == "sample" or self.smallest_gamma < 1,
+            "first_visit",
+            "must be sample with gamma=1, where every visit counts as the first",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GCL(GlobalContrastive):
+    """The global contrastive loss of the paper: each view against all views of all other images."""
+
+    name: Literal["gcl"] = "gcl"
+    u_write: UWrite = "mean"  # over the views; sum: the paper's TPU code
+    gather_grad: GatherGrad = "full"  # local: official PyTorch
+    temperature_rule: ConstantTemperature | IndividualTemperatures = ConstantTemperature()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(
+            self.u_write == "mean" or 0.5 < self.smallest_gamma < 1,
+            "u_write",
+            f"must be mean with gamma={self.smallest_gamma}: sum diverges for gamma <= 0.5 and has no effect for 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BimodalGCL(GlobalContrastive):
+    """The two views as two modalities, each with its own estimates, one against the other."""
+
+    name: Literal["gcl_bimodal"] = "gcl_bimodal"
+    scale: BimodalScale = "mean"  # official: times the number of negatives
+    gather_grad: Literal["full", "local"] = "full"
+    temperature_rule: ConstantTemperature | IndividualTemperatures | LearnableTemperature = (
+        ConstantTemperature()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SogCLRConfig(MethodConfig):
     """Numbers without a default stand in every recipe; the switches default to what the card follows."""
 
-    tau: float  # temperature, or where the learnt ones start
-    gamma: float  # inner moving-average rate: weight of the new estimate; read by gamma_schedule=constant
-    u_floor: float  # lower bound of u_hat; 0: none. The authors' bimodal code: 1e-20
-    projector: tuple[int, ...]  # layer widths after the backbone, embedding last
-    loss: str = "gcl"  # gcl | gcl_bimodal (the two views as two modalities) | ntxent (SimCLR)
-    temperature: str = "constant"  # individual (iSogCLR) | global_learnable (with gcl_bimodal)
-    gamma_schedule: str = "constant"  # cosine: from 1 to gamma_min, an epoch a value | per_step
-    gamma_min: float = 0.0  # for the cosine schedules, which need it
-    gamma_decay_epochs: int = 0  # E of the cosine; 0: half of the training epochs
-    first_visit: str = "sample"  # batch (official PyTorch) | none (paper's TPU code)
-    u_write: str = "mean"  # sum (paper's TPU code)
-    gather_grad: str = "full"  # local (official PyTorch) | full_noreduce (as full, cheaper backward)
-    loss_scale: str = "tau"  # unit: divided by tau, for learning rates of SimCLR recipes
-    bimodal_scale: str = "mean"  # official: times B - 1
-    separate_views: bool = False  # one network pass per view: batch-norm statistics of one view
-    projector_norm: OutputNorm = (
-        "batch_no_affine"  # after the last layer; batch_no_shift: the paper's TPU code
-    )
-    rho: float = 0.0  # learnt temperatures: radius of the robust objective
-    tau_min: float = 0.0  # learnt temperatures: lower clamp
-    tau_max: float = 0.0  # individual temperatures: upper clamp
-    eta: float = 0.0  # individual temperatures: step
-    beta: float = 0.0  # individual temperatures: weight of the new gradient
-    tau_lr_factor: float = 0.0  # global_learnable: its learning rate over the others'
-    histogram_every_epochs: int = 0  # of the tables, to TensorBoard and W&B; 0: never
+    RENAMED: ClassVar[dict[str, str]] = {
+        "tau": "temperature",
+        "gamma": "loss.gamma",
+        "gamma_schedule": "loss.gamma={name: cosine, min: ...}",
+        "gamma_min": "loss.gamma={name: cosine, min: ...}",
+        "gamma_decay_epochs": "loss.gamma={name: cosine, min: ..., decay_epochs: ...}",
+        "u_floor": "loss.u_floor",
+        "first_visit": "loss.first_visit",
+        "u_write": "loss.u_write",
+        "gather_grad": "loss.gather_grad",
+        "loss_scale": "loss.divide_by_temperature",
+        "bimodal_scale": "loss.scale",
+        "histogram_every_epochs": "loss.histogram_every_epochs",
+        "rho": "loss.temperature_rule.rho",
+        "eta": "loss.temperature_rule.eta",
+        "beta": "loss.temperature_rule.beta",
+        "tau_min": "loss.temperature_rule.tau_min",
+        "tau_max": "loss.temperature_rule.tau_max",
+        "tau_lr_factor": "loss.temperature_rule.lr_factor",
+        "separate_views": "crop_batching",
+        "projector_norm": "projector.output_norm",
+    }
+
+    temperature: float  # where learnt ones start
+    loss: GCL | BimodalGCL | NTXent
+    projector: HeadConfig
+    crop_batching: CropBatching = "joint"
 
     def __post_init__(self) -> None:
-        one_of("loss", self.loss, ("gcl", "gcl_bimodal", "ntxent"))
-        one_of("temperature", self.temperature, ("constant", "individual", "global_learnable"))
-        one_of("gamma_schedule", self.gamma_schedule, ("constant", "cosine", "per_step"))
-        one_of("first_visit", self.first_visit, ("sample", "batch", "none"))
-        one_of("u_write", self.u_write, ("mean", "sum"))
-        one_of("gather_grad", self.gather_grad, ("full", "local", "full_noreduce"))
-        one_of("loss_scale", self.loss_scale, ("tau", "unit"))
-        one_of("bimodal_scale", self.bimodal_scale, ("mean", "official"))
-        one_of("projector_norm", self.projector_norm, ("batch_no_affine", "batch_no_shift", "none"))
-        check_field(self.tau > 0, "tau", f"must be positive, got {self.tau}")
-        check_field(0 < self.gamma <= 1, "gamma", f"must lie in (0, 1], got {self.gamma}")
-        check_field(
-            self.histogram_every_epochs >= 0,
-            "histogram_every_epochs",
-            f"must not be negative, got {self.histogram_every_epochs}",
-        )
-        check_field(self.u_floor >= 0, "u_floor", f"must not be negative, got {self.u_floor}")
-        check_field(
-            len(self.projector) > 0,
-            "projector",
-            "needs at least the embedding width, such as [2048, 128]",
-        )
-        check_field(
-            self.gamma_schedule == "constant" or 0 < self.gamma_min <= 1,
-            "gamma_min",
-            f"must lie in (0, 1] with method.gamma_schedule={self.gamma_schedule}, got {self.gamma_min}",
-        )
-        smallest = self.gamma if self.gamma_schedule == "constant" else self.gamma_min
-        check_field(
-            self.u_write == "mean" or smallest > 0.5,
-            "u_write",
-            f"sum diverges for gamma <= 0.5, got {smallest}; use method.u_write=mean",
-        )
-        self._check_temperature()
-        check_field(
-            self.loss == "gcl" or self.gather_grad != "full_noreduce",
-            "gather_grad",
-            f"full_noreduce goes with method.loss=gcl, got {self.loss}; use full",
-        )
-        check_field(
-            self.loss != "gcl_bimodal" or self.u_write == "mean",
-            "u_write",
-            "sum adds the two views' entries; with gcl_bimodal each has its own table: use mean",
-        )
-
-    def _check_temperature(self) -> None:
-        allowed = {"gcl": ("constant", "individual"), "ntxent": ("constant",)}.get(self.loss)
-        check_field(
-            allowed is None or self.temperature in allowed,
-            "temperature",
-            f"{self.temperature} does not go with method.loss={self.loss}; use {' or '.join(allowed or ())}",
-        )
-        learnt = {
-            "constant": (),
-            "individual": ("rho", "eta", "beta", "tau_min", "tau_max"),
-            "global_learnable": ("rho", "tau_min", "tau_lr_factor"),
-        }[self.temperature]
-        for name in learnt:
+        check_positive(self, "temperature")
+        rule = None if isinstance(self.loss, NTXent) else self.loss.temperature_rule
+        if isinstance(rule, IndividualTemperatures | LearnableTemperature):
             check_field(
-                getattr(self, name) > 0,
-                name,
-                f"must be positive with method.temperature={self.temperature}, got {getattr(self, name)}",
+                self.temperature >= rule.tau_min,
+                "temperature",
+                f"must be at least method.loss.temperature_rule.tau_min={rule.tau_min}, got {self.temperature}",
             )
-        check_field(self.beta <= 1, "beta", f"must be at most 1, got {self.beta}")
+        if isinstance(rule, IndividualTemperatures):
+            check_field(
+                self.temperature <= rule.tau_max,
+                "temperature",
+                f"must be at most method.loss.temperature_rule.tau_max={rule.tau_max}, got {self.temperature}",
+            )
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse views that the loss cannot contrast, and histograms that nothing would show."""
+        count = sum(view.count for view in recipe.views if view.role == "global")
+        check_field(count >= 2, "views", f"must hold two global views or more, got {count}; set count: 2")
         check_field(
-            self.temperature == "constant" or self.tau_min <= self.tau,
-            "tau_min",
-            f"is {self.tau_min}, above method.tau={self.tau}",
+            not isinstance(self.loss, BimodalGCL) or sum(view.count for view in recipe.views) == 2,
+            "views",
+            "must hold two global views and nothing else with method.loss gcl_bimodal",
         )
+        log = recipe.logging
         check_field(
-            self.temperature != "individual" or self.tau <= self.tau_max,
-            "tau",
-            f"is {self.tau}, above method.tau_max={self.tau_max}",
+            isinstance(self.loss, NTXent)
+            or self.loss.histogram_every_epochs is None
+            or log.tensorboard
+            or log.wandb is not None,
+            "method.loss.histogram_every_epochs",
+            "needs TensorBoard or W&B: set logging.tensorboard=true or logging.wandb={}",
         )

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from sslzoo.distributed import gather, gather_detached, rank
+from sslzoo_methods.sogclr.config import GatherGrad
 from sslzoo_methods.sogclr.loss import gcl_columns_loss
 
 
-def gather_columns(z: Tensor, gather_grad: str) -> Tensor:
+def gather_columns(z: Tensor, gather_grad: GatherGrad) -> Tensor:
     """(V, b, D) of this rank to (V, B, D) of all.
 
     ``full``: with gradient. ``local``: only the own slice has one, so the terms "my embedding as another
@@ -26,7 +27,7 @@ def gather_columns(z: Tensor, gather_grad: str) -> Tensor:
 
 
 def columns_gradient(
-    z: Tensor, anchors: Tensor, log_mixed: Tensor, *, temperature: float | Tensor, u_floor: float
+    z: Tensor, anchors: Tensor, log_mixed: Tensor, *, temperature: float | Tensor, u_floor: float | None
 ) -> Tensor:
     """A zero with the gradient that ``z`` (V, b, D) has as columns of all ranks' ``anchors`` (G, B, D).
 

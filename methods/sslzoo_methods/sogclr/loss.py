@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sslzoo.checks import one_of, require
+from sslzoo.checks import require
 from sslzoo.nn.numerics import autocast_off, ieee_matmul
+from sslzoo_methods.sogclr.config import FirstVisit, UWrite
 
-FIRST_VISIT = ("sample", "batch", "none")
-U_WRITE = ("mean", "sum")
 # Similarities held at once by the lean form. 8 MiB in float32: small enough for a CPU's last cache.
 CHUNK = 2**21
 
@@ -38,13 +37,12 @@ class Estimates(NamedTuple):
     slope: Tensor  # (b,) d/dtau of tau * log g at the anchors' temperature, mean over views
 
 
-def first_visits(log_u: Tensor, rule: str) -> Tensor:
+def first_visits(log_u: Tensor, rule: FirstVisit) -> Tensor:
     """Which entries (b,) take the batch's estimate as it is, that is gamma = 1.
 
     ``sample``: those never visited (-inf). ``batch``: all or none, all if none was ever visited (the
     official code). ``none``: none, so that a first visit stores gamma * g_hat (the paper's TPU code).
     """
-    one_of("first_visit", rule, FIRST_VISIT)
     unseen = torch.isneginf(log_u)
     if rule == "batch":
         return unseen.all().expand_as(unseen)
@@ -60,12 +58,11 @@ def mix(log_u: Tensor, log_batch: Tensor, first: Tensor, gamma: float) -> Tensor
     return torch.where(first, log_batch, mixed)
 
 
-def new_entries(log_mixed: Tensor, *, u_write: str, gamma: float) -> Tensor:
+def new_entries(log_mixed: Tensor, *, u_write: UWrite, gamma: float) -> Tensor:
     """The table's new entries (b,) from log u_hat (G, b) of the anchor views: their ``mean`` or ``sum``.
 
     ``sum`` is the estimator of the paper's tables. It diverges for gamma <= 0.5, which is refused.
     """
-    one_of("u_write", u_write, U_WRITE)
     require(
         u_write == "mean" or gamma > 0.5,
         f"u_write=sum diverges for gamma <= 0.5, got gamma={gamma}; raise method.gamma or set method.u_write=mean",
@@ -74,10 +71,9 @@ def new_entries(log_mixed: Tensor, *, u_write: str, gamma: float) -> Tensor:
     return total - log(log_mixed.shape[0]) if u_write == "mean" else total
 
 
-def floored(log_u: Tensor, u_floor: float) -> Tensor:
-    """``log_u`` with u at least ``u_floor``; 0 is no floor."""
-    require(u_floor >= 0, f"u_floor must not be negative, got {u_floor}")
-    return log_u.clamp(min=log(u_floor)) if u_floor > 0 else log_u
+def floored(log_u: Tensor, u_floor: float | None) -> Tensor:
+    """``log_u`` with u at least ``u_floor``; None is no floor."""
+    return log_u if u_floor is None else log_u.clamp(min=log(u_floor))
 
 
 def negatives(columns: Tensor) -> int:
@@ -107,9 +103,9 @@ def gcl_loss(
     *,
     temperature: float | Tensor,
     gamma: float,
-    first_visit: str,
-    u_write: str,
-    u_floor: float,
+    first_visit: FirstVisit,
+    u_write: UWrite,
+    u_floor: float | None,
     offset: int,
 ) -> tuple[Tensor, Estimates]:
     """The global contrastive loss of b images against all B (spec of the surrogate: Algorithm 1).
@@ -146,9 +142,9 @@ def gcl_loss_lean(
     *,
     temperature: float | Tensor,
     gamma: float,
-    first_visit: str,
-    u_write: str,
-    u_floor: float,
+    first_visit: FirstVisit,
+    u_write: UWrite,
+    u_floor: float | None,
     offset: int,
 ) -> tuple[Tensor, Estimates]:
     """:func:`gcl_loss` in memory O(chunk): the gradient is computed in the forward pass, a block of
@@ -170,7 +166,7 @@ def gcl_columns_loss(
     log_mixed: Tensor,
     *,
     temperature: float | Tensor,
-    u_floor: float,
+    u_floor: float | None,
     offset: int,
 ) -> Tensor:
     """The part of the global gradient that reaches this rank's embeddings as somebody's column.
@@ -211,7 +207,7 @@ def _estimates(
     repulsion: Tensor,
     positive: Tensor,
     temperature: float | Tensor,
-    u_write: str,
+    u_write: UWrite,
     gamma: float,
 ) -> Estimates:
     slope = (log_mixed - repulsion.detach() / temperature).mean(dim=0)
@@ -254,7 +250,7 @@ class _Repulsion(torch.autograd.Function):
         first: Tensor,
         tau: Tensor,
         gamma: float,
-        u_floor: float,
+        u_floor: float | None,
         offset: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         count, flat = negatives(columns), columns.flatten(0, 1)
