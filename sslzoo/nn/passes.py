@@ -8,16 +8,14 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sslzoo.checks import one_of
-
-CROP_PASSES = ("per_crop", "per_resolution", "joint")
+from sslzoo.recipe.sections import CropBatching
 
 
 def forward_crops(
     backbone: Callable[[Tensor], Tensor],
     head: Callable[[Tensor], Tensor],
     crops: Sequence[Tensor],
-    crop_pass: str,
+    crop_batching: CropBatching,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Features and head outputs of each crop (N, C, h, w), in order.
 
@@ -25,12 +23,11 @@ def forward_crops(
     together, through both; ``joint`` so through the backbone, and all crops at once through the head.
     Faster, but batch norm then takes its statistics over all that pass together.
     """
-    one_of("crop_pass", crop_pass, CROP_PASSES)
-    if crop_pass == "per_crop":
+    if crop_batching == "per_crop":
         features = tuple(backbone(crop) for crop in crops)
         return features, tuple(head(h) for h in features)
     groups = [list(group) for _, group in groupby(crops, key=lambda crop: crop.shape)]
     passed = [backbone(torch.cat(group)) for group in groups]
     joined = torch.cat(passed)
-    outputs = head(joined) if crop_pass == "joint" else torch.cat([head(h) for h in passed])
+    outputs = head(joined) if crop_batching == "joint" else torch.cat([head(h) for h in passed])
     return joined.chunk(len(crops)), outputs.chunk(len(crops))

@@ -543,7 +543,7 @@ def _config(**changes: Any) -> MMCLConfig:
         "self_kernel": "one",
         "projector": (7, 5),
         "projector_norm": "batch_no_shift",
-        "crop_pass": "per_resolution",
+        "crop_batching": "per_resolution",
     }
     return MMCLConfig(**(official | changes))
 
@@ -587,7 +587,7 @@ def _train(r: int, world: int, changes: dict[str, Any]) -> tuple[list[Tensor], d
     "changes",
     [
         {},
-        {"solver": "pgd", "sigma_milestones": (2,), "crop_pass": "per_crop", "alpha_normalize": "mean"},
+        {"solver": "pgd", "sigma_milestones": (2,), "crop_batching": "per_crop", "alpha_normalize": "mean"},
         {"solver": "pgd_adaptive", "negatives": "both", "symmetric": True, "sigma_rule": "median"},
     ],
     ids=["inv", "pgd", "pgd_adaptive-both-symmetric"],
@@ -636,10 +636,10 @@ def _by_hand(z: list[Tensor], sigma: float, *, pairs: list[tuple[int, int]], bot
     ids=["extra-crop", "both", "symmetric"],
 )
 def test_every_other_crop_is_a_query(changes, pairs):
-    method, batch = _method(crop_pass="per_crop", **changes), _batch(0)
+    method, batch = _method(crop_batching="per_crop", **changes), _batch(0)
     loss = method.loss(batch)
     with torch.no_grad():
-        again = _method(crop_pass="per_crop")
+        again = _method(crop_batching="per_crop")
         z = [again.projector(again.backbone(view)) for view in (*batch.global_views, *batch.local_views)]
         expected = _by_hand(z, 1.0, pairs=pairs, both=changes.get("negatives") == "both")
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-9, atol=0)
@@ -743,7 +743,6 @@ def test_missing_views_are_said():
         ({"sigma_milestones": (1,)}, "sigma_milestones"),
         ({"negatives": "view2"}, "negatives"),
         ({"alpha_normalize": "max"}, "alpha_normalize"),
-        ({"crop_pass": "all"}, "crop_pass"),
         ({"projector": ()}, "projector"),
         ({"kernel": "tanh", "C": -1.0}, "C"),
         ({"kernel": "poly", "C": -1.0, "solver": "pgd"}, "self_kernel"),

@@ -53,7 +53,7 @@ CONFIGS = {
     "asymmetric": replace(BASE, symmetric=False, predictor=None, momentum_schedule="constant"),
     "keys+queue": replace(BASE, batch_keys=True, target_positive="masked", queue_size=30),
     "keys": replace(BASE, batch_keys=True, target_positive="masked", queue_size=0),
-    "joint": replace(BASE, crop_pass="joint", pair_weighting="per_online_crop"),
+    "joint": replace(BASE, crop_batching="joint", pair_weighting="per_online_crop"),
 }
 N = 12  # global batch
 
@@ -375,7 +375,6 @@ def test_a_single_image_without_queue_is_refused() -> None:
         ({"momentum_batchnorm": "sync"}, "momentum_batchnorm must be one of"),
         ({"target_positive": "zero"}, "target_positive must be one of"),
         ({"pair_weighting": "even"}, "pair_weighting must be one of"),
-        ({"crop_pass": "all"}, "crop_pass must be one of"),
         ({"terms": TermsConfig(relational=1, ceil=0)}, "target_positive must be masked with method.terms"),
         ({"ressl": True, "target_positive": "masked"}, "set method.contrastive_weight=0"),
         (

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sslzoo.nn.passes import forward_crops
+from sslzoo.recipe.sections import CropBatching
 
 CROPS = [torch.randn(2, 1, s, s) for s in (4, 4, 3)]
 
@@ -23,20 +24,15 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    ("crop_pass", "trunk_batches", "head_batches"),
+    ("crop_batching", "trunk_batches", "head_batches"),
     [("per_crop", [2, 2, 2], [2, 2, 2]), ("per_resolution", [4, 2], [4, 2]), ("joint", [4, 2], [6])],
 )
 def test_same_rows_in_order_and_which_pass_together(
-    crop_pass: str, trunk_batches: list[int], head_batches: list[int]
+    crop_batching: CropBatching, trunk_batches: list[int], head_batches: list[int]
 ) -> None:
     backbone, head = Recorder(), Recorder()
-    features, outputs = forward_crops(backbone, head, CROPS, crop_pass)
+    features, outputs = forward_crops(backbone, head, CROPS, crop_batching)
     for h, z, crop in zip(features, outputs, CROPS, strict=True):
         torch.testing.assert_close(h, Recorder()(crop))
         torch.testing.assert_close(z, 2 * h)
     assert (backbone.batches, head.batches) == (trunk_batches, head_batches)
-
-
-def test_refuses_an_unknown_pass() -> None:
-    with pytest.raises(ValueError, match="crop_pass must be one of"):
-        forward_crops(Recorder(), Recorder(), CROPS, "all")

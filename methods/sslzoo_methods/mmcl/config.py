@@ -1,14 +1,14 @@
 """What an MMCL recipe states under ``method:``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sslzoo.checks import check_field, one_of
-from sslzoo.recipe.sections import MethodConfig
+from sslzoo.recipe.sections import CropBatching, MethodConfig
 
 SOLVERS = ("inv", "pgd", "pgd_adaptive", "exact")
 KERNELS = ("rbf", "linear", "poly", "tanh", "min")
-CROP_PASSES = ("per_crop", "per_resolution", "joint")
 SIGMA_RULES = ("fixed", "auto", "median")
 SELF_KERNELS = ("one", "true")
 ALPHA_NORMALIZE = ("none", "mean")
@@ -58,6 +58,8 @@ class AdaptiveConfig:
 class MMCLConfig(MethodConfig):
     """What recipes vary has no default; what the authors never varied has theirs."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"crop_pass": "crop_batching"}
+
     solver: str  # inv | pgd | pgd_adaptive | exact (float64, slow, for debugging)
     kernel: str  # rbf | linear | poly | tanh | min
     sigma: float  # bandwidth, in the unit of sigma_rule: rbf divides by it, tanh multiplies
@@ -65,8 +67,8 @@ class MMCLConfig(MethodConfig):
     self_kernel: str  # s_j: one (official) | true (k(x_j, x_j)); the same for rbf and linear
     projector: tuple[int, ...]  # layer widths after the backbone, embedding last
     projector_norm: Literal["none", "batch_no_shift"]  # with bias (CIFAR code) | BN, no shift (ImageNet code)
-    crop_pass: (
-        str  # per_crop (CIFAR code) | per_resolution: one batch norm for both views (ImageNet code) | joint
+    crop_batching: (
+        CropBatching  # per_crop: CIFAR code; per_resolution, one batch norm for both views: ImageNet code
     )
     sigma_rule: str = "fixed"  # unit of sigma: 1 | auto: 1 / embedding width | median squared distance
     sigma_milestones: tuple[int, ...] = ()  # epochs, counted from 1, at whose start sigma takes a factor
@@ -95,7 +97,6 @@ class MMCLConfig(MethodConfig):
         one_of("solver", self.solver, SOLVERS)
         one_of("kernel", self.kernel, KERNELS)
         one_of("self_kernel", self.self_kernel, SELF_KERNELS)
-        one_of("crop_pass", self.crop_pass, CROP_PASSES)
         one_of("sigma_rule", self.sigma_rule, SIGMA_RULES)
         one_of("negatives", self.negatives, ("view1", "both"))
         one_of("alpha_normalize", self.alpha_normalize, ALPHA_NORMALIZE)

@@ -59,7 +59,7 @@ class MMCL(SSLMethod[MMCLConfig]):
             raise ValueError(
                 f"MMCL needs {kind} as configured, got {len(crops)}; add to views, or raise count"
             )
-        features, z = forward_crops(self.backbone, self.projector, crops, cfg.crop_pass)
+        features, z = forward_crops(self.backbone, self.projector, crops, cfg.crop_batching)
         self.publish(backbone=features[0], projector=z[0])
         return torch.stack([self._term(z, anchor) for anchor in range(1 + cfg.symmetric)]).mean()
 

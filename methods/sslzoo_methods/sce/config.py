@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sslzoo.checks import check_field, check_not_negative, one_of
-from sslzoo.recipe.sections import HeadConfig, MethodConfig, Recipe
+from sslzoo.recipe.sections import CropBatching, HeadConfig, MethodConfig, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class TermsConfig:
 class SCEConfig(MethodConfig):
     """Numbers that the published recipes vary have no default."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"crop_pass": "crop_batching"}
+
     temperature: float  # tau, of the online prediction
     target_temperature: float  # tau_m, of the momentum branch's target; sharper, hence below temperature
     contrastive_weight: float  # lambda: 1 is InfoNCE, 0 the relational loss (ReSSL + Ceil)
@@ -49,7 +53,7 @@ class SCEConfig(MethodConfig):
     batch_keys: bool = False  # the other images of the global batch are candidates too
     target_positive: str = "zero_logit"  # official code, queue alone | masked, as in the paper
     pair_weighting: str = "flat"  # over pairs | per_online_crop
-    crop_pass: str = "per_crop"  # or per_resolution | joint: batch norm then sees several crops at once
+    crop_batching: CropBatching = "per_crop"  # the others: batch norm sees several crops at once
     target_temperature_warmup: WarmupConfig | None = None
     contrastive_weight_warmup: WarmupConfig | None = None
     terms: TermsConfig | None = None  # None: both 1 - contrastive_weight, which is SCE
@@ -65,7 +69,6 @@ class SCEConfig(MethodConfig):
         one_of("momentum_batchnorm", self.momentum_batchnorm, ("same", "shuffle", "split"))
         one_of("target_positive", self.target_positive, ("zero_logit", "masked"))
         one_of("pair_weighting", self.pair_weighting, ("flat", "per_online_crop"))
-        one_of("crop_pass", self.crop_pass, ("per_crop", "per_resolution", "joint"))
         masked = self.target_positive == "masked"
         check_field(
             self.queue_size > 0 or self.batch_keys,

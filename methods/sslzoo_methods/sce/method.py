@@ -60,7 +60,7 @@ class SCE(SSLMethod[SCEConfig]):
             self.backbone,
             head,
             crops if cfg.symmetric else crops[1:],
-            cfg.crop_pass,
+            cfg.crop_batching,
         )
         self.publish(backbone=features[0], projector=projected[0][: len(features[0])])
         online = [normalize(z) for z in outputs]
@@ -105,7 +105,7 @@ class SCE(SSLMethod[SCEConfig]):
             )
             views = [shuffle(view, order) for view in views]
         backbone, projector = self.momentum_encoder.layers
-        _, outputs = forward_crops(backbone, projector, views, self.cfg.crop_pass)
+        _, outputs = forward_crops(backbone, projector, views, self.cfg.crop_batching)
         every = gather_detached(torch.cat([normalize(z) for z in outputs], dim=1))
         if order is not None:
             every = unshuffle(every, order)
