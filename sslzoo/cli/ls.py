@@ -83,11 +83,17 @@ def _methods() -> list[str]:
 
 def _datasets() -> list[str]:
     rows = [row.data for row, _ in _bundled()]
-    return _table(
-        [("data.dataset", "recipes", "")]
-        + [(name, str(rows.count(name)), info.description) for name, info in DATASETS.items()],
-        right=(1,),
-    )
+    body = [
+        (
+            name,
+            *(f"{info.sizes[split]:,}" if split in info.sizes else "-" for split in ("train", "test")),
+            str(info.num_classes or "-"),
+            str(rows.count(name)),
+            info.description,
+        )
+        for name, info in DATASETS.items()
+    ]
+    return _table([("data.dataset", "train", "test", "classes", "recipes", ""), *body], right=(1, 2, 3, 4))
 
 
 def _recipes(wanted: dict[str, str]) -> list[str]:

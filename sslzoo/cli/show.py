@@ -8,7 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-STYLES = {"default": "dim", "recipe": "green", "override": "bold yellow", "derived": "cyan"}
+STYLES = {
+    "default": "dim",
+    "recipe": "green",
+    "override": "bold yellow",
+    "dataset": "magenta",
+    "derived": "cyan",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

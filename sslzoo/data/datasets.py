@@ -6,7 +6,6 @@ Nothing is downloaded. An empty or differently laid out folder is a ``ValueError
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,17 +16,12 @@ from numpy.typing import NDArray
 from sslzoo.data.idx import read_idx
 from sslzoo.data.sources import ArraySource, FileSource, ImageSource
 from sslzoo.recipe.catalog import dataset_info
-from sslzoo.recipe.registry import is_plugin, plugin
+from sslzoo.recipe.registry import plugin
 from sslzoo.recipe.sections import DataConfig, SourceConfig
 
 __all__ = ["ImageSource", "open_source"]
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-
-FASHION_CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
-STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 
 def open_source(cfg: SourceConfig, channels: int = 0) -> ImageSource:
@@ -46,8 +40,7 @@ def open_source(cfg: SourceConfig, channels: int = 0) -> ImageSource:
     # An empty root would be the working directory.
     if info.layout and not (cfg.root and Path(cfg.root).is_dir()):
         _wrong_layout(cfg, f"{cfg.root!r} is not a folder")
-    reader = plugin(cfg.dataset, "data.dataset") if is_plugin(cfg.dataset) else _READERS[cfg.dataset]
-    source = reader(cfg, channels)
+    source = plugin(info.reader, "data.dataset")(cfg, channels)
     if not isinstance(source, ImageSource):
         raise ValueError(f"data.dataset={cfg.dataset!r} gave {type(source).__name__}, not an ImageSource")
     if source.channels != channels:
@@ -75,15 +68,15 @@ def _found(cfg: SourceConfig, *candidates: str) -> Path:
 
 def _class_order(cfg: SourceConfig, names: tuple[str, ...]) -> tuple[str, ...]:
     """The classes to keep, in label order."""
-    unknown = [c for c in cfg.classes if c not in names]
+    unknown = [c for c in cfg.class_names if c not in names]
     if unknown:
         raise ValueError(
             f"classes names {unknown[0]!r}, which {cfg.dataset} at {cfg.root or 'its package'!r} does not have "
             f"({len(names)} classes, such as {', '.join(names[:3])})"
         )
-    if len(set(cfg.classes)) != len(cfg.classes):
+    if len(set(cfg.class_names)) != len(cfg.class_names):
         raise ValueError(f"classes of {cfg.dataset} lists a class twice")
-    return cfg.classes or names
+    return cfg.class_names or names
 
 
 def _in_memory(
@@ -91,7 +84,7 @@ def _in_memory(
 ) -> ArraySource:
     """An array source with the classes that the recipe keeps."""
     if labels is None:
-        if cfg.classes:
+        if cfg.class_names:
             raise ValueError(
                 f"classes cannot choose from {cfg.dataset} split {cfg.split!r}: it has no labels"
             )
@@ -106,20 +99,22 @@ def _in_memory(
     return ArraySource(cfg.dataset, cfg.split, images, labels, kept)
 
 
-def _fashion_mnist_12k(cfg: SourceConfig, channels: int) -> ImageSource:
+def fashion_mnist_12k(cfg: SourceConfig, channels: int) -> ImageSource:
     with as_file(files("sslzoo.data") / "embedded" / "fashion_mnist_12k.npz") as path, np.load(path) as data:
         images, labels = data[f"{cfg.split}_images"], data[f"{cfg.split}_labels"]
-    return _in_memory(cfg, images[:, None], labels, FASHION_CLASSES)
+    return _in_memory(cfg, images[:, None], labels, dataset_info(cfg.dataset).class_names)
 
 
-def _fashion_mnist(cfg: SourceConfig, channels: int) -> ImageSource:
+def fashion_mnist(cfg: SourceConfig, channels: int) -> ImageSource:
     prefix = {"train": "train", "test": "t10k"}[cfg.split]
 
     def read(name: str) -> NDArray[np.uint8]:
         places = ("", "FashionMNIST/raw/", "raw/")
         return read_idx(_found(cfg, *(f"{p}{prefix}-{name}-ubyte{z}" for p in places for z in ("", ".gz"))))
 
-    return _in_memory(cfg, read("images-idx3")[:, None], read("labels-idx1"), FASHION_CLASSES)
+    return _in_memory(
+        cfg, read("images-idx3")[:, None], read("labels-idx1"), dataset_info(cfg.dataset).class_names
+    )
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -137,8 +132,15 @@ def _unpickle(path: Path) -> dict[bytes, Any]:
         return _ArraysOnly(file, encoding="bytes").load()
 
 
-def _cifar(cfg: SourceConfig, channels: int) -> ImageSource:
-    ten = cfg.dataset == "cifar10"
+def cifar10(cfg: SourceConfig, channels: int) -> ImageSource:
+    return _cifar(cfg, ten=True)
+
+
+def cifar100(cfg: SourceConfig, channels: int) -> ImageSource:
+    return _cifar(cfg, ten=False)
+
+
+def _cifar(cfg: SourceConfig, *, ten: bool) -> ImageSource:
     folder = "cifar-10-batches-py" if ten else "cifar-100-python"
     parts = [f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"]
     if cfg.split == "test":
@@ -153,7 +155,7 @@ def _cifar(cfg: SourceConfig, channels: int) -> ImageSource:
     return _in_memory(cfg, images, labels, names)
 
 
-def _stl10(cfg: SourceConfig, channels: int) -> ImageSource:
+def stl10(cfg: SourceConfig, channels: int) -> ImageSource:
     def read(part: str) -> NDArray[np.uint8]:
         path = _found(cfg, f"stl10_binary/{part}_X.bin", f"{part}_X.bin")
         if path.stat().st_size % (3 * 96 * 96):
@@ -166,7 +168,9 @@ def _stl10(cfg: SourceConfig, channels: int) -> ImageSource:
     if cfg.split == "unlabeled":
         return _in_memory(cfg, read("unlabeled"), None, ())
     labels = np.fromfile(_found(cfg, f"stl10_binary/{cfg.split}_y.bin", f"{cfg.split}_y.bin"), np.uint8)
-    return _in_memory(cfg, read(cfg.split), labels.astype(np.int64) - 1, STL10_CLASSES)
+    return _in_memory(
+        cfg, read(cfg.split), labels.astype(np.int64) - 1, dataset_info(cfg.dataset).class_names
+    )
 
 
 def _images_in(folder: Path, root: Path) -> list[str]:
@@ -192,7 +196,7 @@ def _from_class_folders(cfg: SourceConfig, folder: Path, channels: int, subfolde
     return FileSource(cfg.dataset, cfg.split, folder, paths, np.array(labels, dtype=np.int64), kept, channels)
 
 
-def _tiny_imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
+def tiny_imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
     train = _found(cfg, "tiny-imagenet-200/train", "train")
     if cfg.split == "train":
         return _from_class_folders(cfg, train, channels, "images")
@@ -211,10 +215,10 @@ def _tiny_imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
     )
 
 
-def _imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
+def imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
     source = _from_class_folders(cfg, _found(cfg, "train" if cfg.split == "train" else "val"), channels)
     expected = dataset_info(cfg.dataset).num_classes
-    chosen = cfg.dataset == "imagenet1k" and cfg.classes
+    chosen = cfg.dataset == "imagenet1k" and cfg.class_names
     if source.num_classes != expected and not chosen:
         raise ValueError(
             f"{cfg.dataset} has {expected} classes, but {source.num_classes} are there or listed; list the folder "
@@ -223,30 +227,16 @@ def _imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
     return source
 
 
-def _imagefolder(cfg: SourceConfig, channels: int) -> ImageSource:
+def imagefolder(cfg: SourceConfig, channels: int) -> ImageSource:
     candidates = ("test", "val") if cfg.split == "test" else (cfg.split,)
     return _from_class_folders(cfg, _found(cfg, *candidates), channels)
 
 
-def _folder(cfg: SourceConfig, channels: int) -> ImageSource:
+def folder(cfg: SourceConfig, channels: int) -> ImageSource:
     root = Path(cfg.root)
     paths = _images_in(root, root)
     if not paths:
         _wrong_layout(cfg, f"no file in it ends in {', '.join(sorted(EXTENSIONS))}")
-    if cfg.classes:
+    if cfg.class_names:
         raise ValueError("classes cannot choose from data.dataset=folder: it has no labels; use imagefolder")
     return FileSource(cfg.dataset, cfg.split, root, paths, None, channels=channels)
-
-
-_READERS: dict[str, Callable[[SourceConfig, int], ImageSource]] = {
-    "fashion_mnist_12k": _fashion_mnist_12k,
-    "fashion_mnist": _fashion_mnist,
-    "cifar10": _cifar,
-    "cifar100": _cifar,
-    "stl10": _stl10,
-    "tiny_imagenet": _tiny_imagenet,
-    "imagenet100": _imagenet,
-    "imagenet1k": _imagenet,
-    "imagefolder": _imagefolder,
-    "folder": _folder,
-}

@@ -175,15 +175,13 @@ class SSLDataModule(LightningDataModule):
     def _open(self, cfg: SourceConfig) -> ImageSource:
         if isinstance(self.train_source, FakeSource):
             own = self.num_classes if cfg.dataset == self.data.dataset else 0
-            classes = own or len(cfg.classes) or dataset_info(cfg.dataset).num_classes or 10
+            classes = own or len(cfg.class_names) or dataset_info(cfg.dataset).num_classes or 10
             return self.train_source.sibling(cfg.split, classes)
         return open_source(cfg, channels=len(self.data.mean))
 
     def _pair(self, name: str, cfg: SourceConfig, train: ImageSource) -> list[EvalSet]:
         test = self._open(
-            SourceConfig(
-                dataset=cfg.dataset, root=cfg.root, split=self.eval.test_split, classes=tuple(cfg.classes)
-            )
+            SourceConfig(dataset=cfg.dataset, root=cfg.root, split=self.eval.test_split, classes=cfg.classes)
         )
         for source in (train, test):
             if source.labels is None:

@@ -1,97 +1,149 @@
-"""The data sets that a recipe may name. Costs no torch to import."""
+"""The data sets that a recipe may name: all that is known of them before they are opened. Importable without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sslzoo.checks import did_you_mean
+from sslzoo.recipe.class_lists import CLASS_LISTS
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What is known of a data set before it is opened."""
+    """A data set's entry, the one home of its facts. A recipe may state another mean, std or choice of classes."""
 
+    reader: str  # module:function, called with the recipe's section and the number of channels
     description: str
     layout: str  # under data.root; empty for embedded data
     splits: tuple[str, ...]  # empty: any folder name
-    channels: int = 3
-    num_classes: int = 0  # 0: from the folders, or none
+    mean: tuple[float, ...] = ()  # a channel each, of images in [0, 1]; empty: nobody knows
+    std: tuple[float, ...] = ()
+    classes: tuple[str, ...] | int = (
+        0  # in label order, or how many the files name; 0: from the folders, or none
+    )
+    class_list: str = ""  # of those in CLASS_LISTS, the one that is the data set
     sizes: Mapping[str, int] = field(default_factory=dict)  # images a split; empty: depends on the folder
 
-    def nominal_size(self, split: str, classes: Sequence[str]) -> int | None:
-        """Images of ``split``; None where the folder, or a choice of ``classes``, decides."""
-        return None if classes else self.sizes.get(split)
+    @property
+    def channels(self) -> int:
+        return len(self.mean) or 3
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In label order; empty where the files name them."""
+        return self.classes if isinstance(self.classes, tuple) else ()
+
+    @property
+    def num_classes(self) -> int:
+        """0: from the folders, or none."""
+        return len(self.classes) if isinstance(self.classes, tuple) else self.classes
+
+    def nominal_size(self, split: str, classes: str | tuple[str, ...]) -> int | None:
+        """Images of ``split``, by the list that ``classes`` names; None where the folder, or a choice, decides."""
+        sizes = CLASS_LISTS[classes].sizes if isinstance(classes, str) else {} if classes else self.sizes
+        return sizes.get(split)
 
 
+_READERS = "sslzoo.data.datasets:"
 _CLASS_FOLDERS = "{train,val}/<class>/<image>"
+_FASHION = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's
 
 DATASETS: dict[str, DatasetInfo] = {
     "fashion_mnist_12k": DatasetInfo(
-        description="12,000 + 2,000 images of Fashion-MNIST, 28 px grey, inside the package",
+        reader=_READERS + "fashion_mnist_12k",
+        description="a subset of Fashion-MNIST inside the package, 28 px grey",
         layout="",
         splits=("train", "test"),
-        channels=1,
-        num_classes=10,
+        mean=(0.2860,),
+        std=(0.3530,),
+        classes=_FASHION,
         sizes={"train": 12_000, "test": 2_000},
     ),
     "fashion_mnist": DatasetInfo(
-        description="Fashion-MNIST, 60,000 + 10,000 images, 28 px grey",
+        reader=_READERS + "fashion_mnist",
+        description="Fashion-MNIST, 28 px grey",
         layout="{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz], there or in FashionMNIST/raw/",
         splits=("train", "test"),
-        channels=1,
-        num_classes=10,
+        mean=(0.2860,),
+        std=(0.3530,),
+        classes=_FASHION,
         sizes={"train": 60_000, "test": 10_000},
     ),
+    # Published code has two versions of CIFAR's std. Recipes whose authors used the other, 0.2023 and so on, state it.
     "cifar10": DatasetInfo(
-        description="CIFAR-10, 50,000 + 10,000 images, 32 px",
+        reader=_READERS + "cifar10",
+        description="CIFAR-10, 32 px",
         layout="cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}",
         splits=("train", "test"),
-        num_classes=10,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        classes=10,
         sizes={"train": 50_000, "test": 10_000},
     ),
     "cifar100": DatasetInfo(
-        description="CIFAR-100, 50,000 + 10,000 images, 32 px",
+        reader=_READERS + "cifar100",
+        description="CIFAR-100, 32 px",
         layout="cifar-100-python/{train,test,meta}",
         splits=("train", "test"),
-        num_classes=100,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        classes=100,
         sizes={"train": 50_000, "test": 10_000},
     ),
     "stl10": DatasetInfo(
-        description="STL-10, 100,000 unlabelled + 5,000 + 8,000 images, 96 px",
+        reader=_READERS + "stl10",
+        description="STL-10, 96 px, and 100,000 images without labels",
         layout="stl10_binary/{unlabeled_X,train_X,train_y,test_X,test_y}.bin",
         splits=("unlabeled", "train+unlabeled", "train", "test"),
-        num_classes=10,
+        mean=(0.4914, 0.4822, 0.4465),  # CIFAR-10's, as in SCE's code and, rounded, in solo-learn's
+        std=(0.2471, 0.2435, 0.2616),
+        classes=("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
         sizes={"unlabeled": 100_000, "train+unlabeled": 105_000, "train": 5_000, "test": 8_000},
     ),
     "tiny_imagenet": DatasetInfo(
-        description="Tiny-ImageNet, 100,000 + 10,000 images of 200 classes, 64 px",
+        reader=_READERS + "tiny_imagenet",
+        description="Tiny-ImageNet, 64 px",
         layout="tiny-imagenet-200/{train/<wnid>/images/*.JPEG,val/images/*.JPEG,val/val_annotations.txt}",
         splits=("train", "test"),
-        num_classes=200,
+        mean=_IMAGENET_MEAN,  # of which it is a part; no author's code has others
+        std=_IMAGENET_STD,
+        classes=200,
         sizes={"train": 100_000, "test": 10_000},
     ),
     "imagenet100": DatasetInfo(
-        description="ImageNet, the 100 classes that data.classes lists",
+        reader=_READERS + "imagenet",
+        description="100 classes of ImageNet, by default CMC's",
         layout=_CLASS_FOLDERS,
         splits=("train", "test"),
-        num_classes=100,
-        sizes={"train": 126_689, "test": 5_000},  # of the usual list (CMC's)
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        classes=100,
+        class_list="imagenet100_cmc",
+        sizes=CLASS_LISTS["imagenet100_cmc"].sizes,
     ),
     "imagenet1k": DatasetInfo(
-        description="ImageNet-1k, 1,281,167 + 50,000 images",
+        reader=_READERS + "imagenet",
+        description="ImageNet-1k",
         layout=_CLASS_FOLDERS,
         splits=("train", "test"),
-        num_classes=1000,
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        classes=1000,
         sizes={"train": 1_281_167, "test": 50_000},
     ),
     "imagefolder": DatasetInfo(
-        description="your images, one folder a class under one folder a split",
+        reader=_READERS + "imagefolder",
+        description="your images, a folder per split and class",
         layout="<split>/<class>/<image>",
         splits=(),
     ),
     "folder": DatasetInfo(
-        description="your images without labels, in any folders under data.root",
+        reader=_READERS + "folder",
+        description="your images in any folders, no labels",
         layout="<image> or <folders>/<image>",
         splits=(),
     ),
@@ -102,7 +154,7 @@ def dataset_info(name: str) -> DatasetInfo:
     """The entry ``name``, or a ``ValueError`` with the closest right name. Of a plug-in, ``module:function``, nothing
     is known before it is opened."""
     if ":" in name:
-        return DatasetInfo(description="a plug-in", layout="", splits=())
+        return DatasetInfo(reader=name, description="a plug-in", layout="", splits=())
     if name not in DATASETS:
         hint = did_you_mean(name, DATASETS) or f"; known are {', '.join(DATASETS)}"
         raise ValueError(f"unknown data.dataset {name!r}{hint}")

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sslzoo.checks import ConfigError, did_you_mean
 from sslzoo.recipe import registry
-from sslzoo.recipe.catalog import dataset_info
+from sslzoo.recipe.catalog import DATASETS, DatasetInfo, dataset_info
 from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
 from sslzoo.recipe.typed import OtherVariant, check_plain, join, section, shown, trainer_section
@@ -34,7 +34,7 @@ class LoadedRecipe:
     """A checked recipe and where each of its values comes from."""
 
     recipe: Recipe
-    origins: dict[str, str]  # dotted key of a leaf -> default | recipe | override | derived
+    origins: dict[str, str]  # dotted key of a leaf -> default | recipe | override | dataset | derived
     derived: dict[str, int | float]  # what follows from the values; lengths by the data's nominal size
     source: Path
     overrides: tuple[str, ...] = ()  # as they were given
@@ -102,6 +102,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
             _apply(raw, override, overridden)
         values = _resolve(raw)
         check_plain(values, "")
+        known = _fill_from_data_sets(values)
         recipe = section(Recipe, values, "")
         recipe = replace(recipe, trainer=trainer_section(recipe.trainer))
         if "name" not in values:
@@ -117,7 +118,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
         raise RecipeError(" ".join(message.split())) from None
     return LoadedRecipe(
         recipe=recipe,
-        origins=_origins(recipe, values, overridden),
+        origins=_origins(recipe, values, overridden, known),
         derived=derived,
         source=source,
         overrides=tuple(overrides),
@@ -257,10 +258,54 @@ def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
 # What follows from the values
 
 
-def _origins(recipe: Recipe, values: dict[str, Any], overridden: set[str]) -> dict[str, str]:
+def _fill_from_data_sets(values: dict[str, Any]) -> set[str]:
+    """Write into ``values`` what the recipe leaves to its data sets, and return the keys of it."""
+    data, probe = values.get("data"), values.get("probe")
+    labelled = probe.get("data") if isinstance(probe, dict) else None
+    sources = {
+        f"probe.data.{i}": source for i, source in enumerate(labelled if isinstance(labelled, list) else ())
+    }
+    filled = set()
+    for key, source in {"data": data, **sources}.items():
+        if not isinstance(source, dict) or not isinstance(name := source.get("dataset"), str):
+            continue  # refused when it is typed
+        try:
+            info = dataset_info(name)
+        except ValueError as error:
+            raise ConfigError(f"{key}.dataset", str(error)) from None
+        if info.class_list and source.get("classes") is None:
+            source["classes"] = info.class_list
+            filled.add(f"{key}.classes")
+        if key == "data" and _take_statistics(source, name, info):
+            filled |= {"data.mean", "data.std"}
+    return filled
+
+
+def _take_statistics(data: dict[str, Any], name: str, info: DatasetInfo) -> bool:
+    """Give ``data`` the mean and std of its data set, where it states none."""
+    stated = [key for key in ("mean", "std") if data.get(key) is not None]
+    if len(stated) == 1:
+        (missing,) = {"mean", "std"} - set(stated)
+        raise ConfigError(f"data.{missing}", f"missing key; it goes with data.{stated[0]}")
+    if stated:
+        return False
+    if not info.mean:
+        example = " ".join(
+            f"data.{key}={list(getattr(DATASETS['imagenet1k'], key))}" for key in ("mean", "std")
+        )
+        raise ConfigError(
+            "data.mean", f"missing key; {name} has none of its own: give both, such as ImageNet's {example}"
+        )
+    data["mean"], data["std"] = list(info.mean), list(info.std)
+    return True
+
+
+def _origins(recipe: Recipe, values: dict[str, Any], overridden: set[str], known: set[str]) -> dict[str, str]:
     origins = {}
     for key, _ in leaves(recipe):
-        if _stated(values, key.split(".")):
+        if key in known:
+            origins[key] = "dataset"
+        elif _stated(values, key.split(".")):
             origins[key] = "override" if _touched(key, overridden) else "recipe"
         else:
             origins[key] = "derived" if key == "name" else "default"
@@ -298,7 +343,9 @@ def _check_data(recipe: Recipe) -> None:
     if len(recipe.data.mean) != recipe.backbone.in_channels:
         raise ConfigError(
             "backbone.in_channels",
-            f"{recipe.backbone.in_channels} channels, but data.mean has {len(recipe.data.mean)}; make them equal",
+            f"{recipe.backbone.in_channels} channels, but {recipe.data.dataset} has "
+            f"data.mean={list(recipe.data.mean)}; set backbone.in_channels={len(recipe.data.mean)}, "
+            "or give as many numbers",
         )
     if not recipe.views:
         raise ConfigError("views", "a recipe needs at least one view")

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Any, ClassVar, Literal
 
-from sslzoo.checks import check_field, check_positive, one_of
+from sslzoo.checks import ConfigError, check_field, check_positive, did_you_mean, one_of
+from sslzoo.recipe.class_lists import CLASS_LISTS
 
 
 def refuse_idle(config: MethodConfig, heeded: Mapping[str, tuple[bool, str]]) -> None:
@@ -112,7 +113,21 @@ class SourceConfig:
     dataset: str
     root: str = ""  # not needed by embedded data
     split: str = "train"
-    classes: tuple[str, ...] = ()  # folder names to keep, in label order; empty keeps all
+    classes: str | tuple[str, ...] = ()  # to keep, in label order, or a known list's name; empty keeps all
+
+    def __post_init__(self) -> None:
+        if isinstance(self.classes, str) and self.classes not in CLASS_LISTS:
+            hint = did_you_mean(self.classes, CLASS_LISTS)
+            raise ConfigError(
+                "classes",
+                f"no list of classes {self.classes!r}{hint} (known: {', '.join(CLASS_LISTS)}; "
+                f"for this class alone write [{self.classes}])",
+            )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes to keep, in label order; empty keeps all."""
+        return CLASS_LISTS[self.classes].names if isinstance(self.classes, str) else self.classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +135,14 @@ class DataConfig(SourceConfig):
     """The training images and how they are fed."""
 
     global_batch_size: int  # samples per optimiser step, over all devices and accumulated micro-batches
-    mean: tuple[float, ...]  # per channel, images in [0, 1]
+    # Per channel, images in [0, 1]. A recipe that leaves both out, or null, takes them from its data set.
+    mean: tuple[float, ...]
     std: tuple[float, ...]
     workers: int = 0  # processes per device that decode files; images in memory need none
     max_bad_fraction: float = 0.01  # of the data set; more unreadable images than this stop the run
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_field(
             self.global_batch_size > 1,
             "global_batch_size",

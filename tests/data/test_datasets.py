@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sslzoo.data.datasets import _READERS, open_source
+from sslzoo.data.datasets import open_source
 from sslzoo.data.idx import read_idx
 from sslzoo.data.sources import ArraySource, FileSource, UnreadableImageError, fake_source
 from sslzoo.recipe.catalog import DATASETS, dataset_info
+from sslzoo.recipe.class_lists import CLASS_LISTS
+from sslzoo.recipe.registry import plugin
 from sslzoo.recipe.sections import SourceConfig
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -26,7 +28,7 @@ def opened(
     dataset: str,
     root: Path | str = "",
     split: str = "train",
-    classes: tuple[str, ...] = (),
+    classes: str | tuple[str, ...] = (),
     channels: int = 0,
 ):
     return open_source(SourceConfig(dataset=dataset, root=str(root), split=split, classes=classes), channels)
@@ -47,9 +49,20 @@ def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def test_every_listed_data_set_has_a_reader() -> None:
-    assert set(DATASETS) == set(_READERS)
-    assert len(DATASETS) == 10
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_entry_has_a_reader_and_whole_statistics(name: str) -> None:
+    info = DATASETS[name]
+    assert callable(plugin(info.reader, "data.dataset"))
+    assert len(info.mean) == len(info.std) in (0, 1, 3)
+    assert bool(info.mean) == bool(info.sizes)  # of folders nothing is known
+
+
+@pytest.mark.parametrize("name", CLASS_LISTS)
+def test_lists_of_classes(name: str) -> None:
+    classes = CLASS_LISTS[name].names
+    assert len(set(classes)) == len(classes) == 100
+    assert all(len(c) == 9 and c.startswith("n") and c[1:].isdigit() for c in classes)
+    assert DATASETS["imagenet100"].nominal_size("train", name) == CLASS_LISTS[name].sizes["train"]
 
 
 def test_embedded_data() -> None:
@@ -205,6 +218,8 @@ def test_imagenet_counts_its_classes(tmp_path: Path) -> None:
     assert source.class_names == chosen and int(source.read(0)[0, 0, 0]) == 99
     assert opened("imagenet100", tmp_path, "test", chosen).class_names == chosen
     assert opened("imagenet1k", tmp_path, classes=chosen[:3]).num_classes == 3
+    with pytest.raises(ValueError, match=r"classes names 'n02869837', which imagenet100 at .* does not have"):
+        opened("imagenet100", tmp_path, classes="imagenet100_cmc")
     for name in ("imagenet100", "imagenet1k"):
         with pytest.raises(ValueError, match=r"102 are there.*data\.classes"):
             opened(name, tmp_path)

@@ -854,7 +854,7 @@ def test_recipe_builds(name):
         assert parameter_count(method) == 27_968_576
         assert parameter_count(method.projector) == 4_460_544
     if name == "sogclr_in100":
-        classes = recipe.data.classes
+        classes = recipe.data.class_names
         assert len(classes) == 100
         assert list(classes) == sorted(classes)
         assert (classes[0], classes[-1]) == ("n01440764", "n01855672")

@@ -12,6 +12,7 @@ import pytest
 
 from sslzoo.checks import ConfigError
 from sslzoo.recipe import registry
+from sslzoo.recipe.catalog import DATASETS
 from sslzoo.recipe.load import RecipeError, leaves, load_recipe
 from sslzoo.recipe.sections import MethodConfig, ViewConfig
 from sslzoo.recipe.trainer_keys import OWNED, trainer_arguments
@@ -423,8 +424,66 @@ def test_bundled_recipes_load(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert re.search(said, header), f"the header comment lacks {said!r}"
 
 
-def test_imagenet100_has_a_hundred_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    classes = load_recipe("simclr_in100").recipe.data.classes
-    assert len(set(classes)) == len(classes) == 100
-    assert all(len(name) == 9 and name.startswith("n") and name[1:].isdigit() for name in classes)
+LEFT_OUT = BASE.replace("  mean: [0.5, 0.5, 0.5]\n  std: [0.5, 0.5, 0.5]\n", "")
+
+
+def test_mean_and_std_are_the_data_set_s(write) -> None:
+    loaded = load_recipe(write(LEFT_OUT))
+    assert (loaded.recipe.data.mean, loaded.recipe.data.std) == (
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+    )
+    assert loaded.origins["data.mean"] == loaded.origins["data.std"] == "dataset"
+    assert load_recipe(write(), ["data.mean=null", "data.std=null"]).recipe == loaded.recipe
+    assert load_recipe(write(LEFT_OUT), ["data.dataset=stl10"]).recipe.data.std == DATASETS["stl10"].std
+    own = load_recipe(write(LEFT_OUT), ["data.mean=[0,0,0]", "data.std=[1,1,1]"])
+    assert own.recipe.data.std == (1, 1, 1) and own.origins["data.std"] == "override"
+
+
+def test_classes_are_a_list_or_the_name_of_one(write) -> None:
+    loaded = load_recipe(write(LEFT_OUT), ["data.dataset=imagenet100"])
+    assert (loaded.recipe.data.classes, loaded.origins["data.classes"]) == ("imagenet100_cmc", "dataset")
+    assert loaded.recipe.data.class_names[0] == "n02869837"
+    assert loaded.derived["nominal_steps_per_epoch"] == 126_689 // 64
+    first = load_recipe(write(LEFT_OUT), ["data.dataset=imagenet100", "data.classes=imagenet100_first"])
+    assert first.recipe.data.class_names == tuple(sorted(first.recipe.data.class_names))
+    assert first.derived["nominal_steps_per_epoch"] == 129_395 // 64
+    listed = load_recipe(write(LEFT_OUT), ["data.dataset=imagenet1k", "data.classes=[n02869837]"])
+    assert listed.recipe.data.class_names == ("n02869837",)
+    probe = "probe.data=[{dataset: imagenet100}, {dataset: cifar10}]"
+    assert [s.classes for s in load_recipe(write(), [probe]).recipe.probe.data] == ["imagenet100_cmc", ()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.dataset=imagefolder"], "data.mean: missing key; imagefolder has none of its own: give both,"),
+        (["data.dataset=my.scans:read"], "data.mean: missing key; my.scans:read has none of its own"),
+        (["data.mean=[0,0,0]"], "data.std: missing key; it goes with data.mean"),
+        (["data.dataset=cifar11"], "data.dataset: unknown data.dataset 'cifar11'; did you mean cifar10?"),
+        (
+            ["data.dataset=fashion_mnist"],
+            "backbone.in_channels: 3 channels, but fashion_mnist has data.mean=[0.286]; set backbone.in_channels=1",
+        ),
+        (
+            ["data.classes=imagenet100cmc"],
+            "no list of classes 'imagenet100cmc'; did you mean imagenet100_cmc?",
+        ),
+        (["data.classes=[1]"], "data.classes.0: expected text, got 1"),
+    ],
+)
+def test_what_no_data_set_can_give(write, overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(write(LEFT_OUT), overrides)
+
+
+@pytest.mark.parametrize("name", registry.recipes())
+def test_bundled_recipes_leave_to_the_data_set_what_is_its_own(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the real methods
+    loaded = load_recipe(name)
+    data, info = loaded.recipe.data, DATASETS[loaded.recipe.data.dataset]
+    stated = {key for key, origin in loaded.origins.items() if origin == "recipe"}
+    assert ((data.mean, data.std) == (info.mean, info.std)) != ("data.mean" in stated)
+    assert isinstance(data.classes, str) or not data.classes, "a list of classes belongs into the catalogue"
