@@ -155,7 +155,7 @@ def _bundled() -> list[tuple[Row, tuple[Variant, ...]]]:
             recipe=name,
             method=values["method"]["name"],
             data=values["data"]["dataset"],
-            backbone=values["backbone"]["name"].removeprefix("timm/"),
+            backbone=values["backbone"]["name"].removeprefix("timm/").rpartition(":")[2],
             epochs=str(values["trainer"]["max_epochs"]),
             published=header.published[0] if header.published else "-",
             ours=f"{fmean(map(float, header.ours)):.1f}" if header.ours else "-",

@@ -55,7 +55,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # 
 DATASETS: dict[str, DatasetInfo] = {
     "fashion_mnist_12k": DatasetInfo(
         reader=_READERS + "fashion_mnist_12k",
-        description="a subset of Fashion-MNIST inside the package, 28 px grey",
+        description="Fashion-MNIST in part, in the package, 28 px",
         layout="",
         splits=("train", "test"),
         mean=(0.2860,),
@@ -65,7 +65,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "fashion_mnist": DatasetInfo(
         reader=_READERS + "fashion_mnist",
-        description="Fashion-MNIST, 28 px grey",
+        description="Fashion-MNIST, 28 px, grey",
         layout="{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz], there or in FashionMNIST/raw/",
         splits=("train", "test"),
         mean=(0.2860,),
@@ -96,7 +96,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "stl10": DatasetInfo(
         reader=_READERS + "stl10",
-        description="STL-10, 96 px, and 100,000 images without labels",
+        description="STL-10, 96 px; 100,000 more without labels",
         layout="stl10_binary/{unlabeled_X,train_X,train_y,test_X,test_y}.bin",
         splits=("unlabeled", "train+unlabeled", "train", "test"),
         mean=(0.4914, 0.4822, 0.4465),  # CIFAR-10's, as in SCE's code and, rounded, in solo-learn's
