@@ -290,9 +290,8 @@ def _take_statistics(data: dict[str, Any], name: str, info: DatasetInfo) -> bool
     if stated:
         return False
     if not info.mean:
-        example = " ".join(
-            f"data.{key}={list(getattr(DATASETS['imagenet1k'], key))}" for key in ("mean", "std")
-        )
+        imagenet = {key: ",".join(map(str, getattr(DATASETS["imagenet1k"], key))) for key in ("mean", "std")}
+        example = " ".join(f"data.{key}=[{numbers}]" for key, numbers in imagenet.items())
         raise ConfigError(
             "data.mean", f"missing key; {name} has none of its own: give both, such as ImageNet's {example}"
         )

@@ -457,7 +457,11 @@ def test_classes_are_a_list_or_the_name_of_one(write) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.dataset=imagefolder"], "data.mean: missing key; imagefolder has none of its own: give both,"),
+        (
+            ["data.dataset=imagefolder"],
+            "data.mean: missing key; imagefolder has none of its own: give both, such as ImageNet's "
+            "data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225]",
+        ),
         (["data.dataset=my.scans:read"], "data.mean: missing key; my.scans:read has none of its own"),
         (["data.mean=[0,0,0]"], "data.std: missing key; it goes with data.mean"),
         (["data.dataset=cifar11"], "data.dataset: unknown data.dataset 'cifar11'; did you mean cifar10?"),
