@@ -1,4 +1,4 @@
-"""Every bundled recipe builds and passes one optimiser step on fake images."""
+"""Every bundled recipe builds and passes one optimiser step on fake images, but for those that would do the same."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from sslzoo.run.build import build_method, build_plan
 from sslzoo.run.dry_run import dataset_size, one_step
 from sslzoo.run.placement import world_size_of
 
+# Of a family that differs in rates, lengths, devices and classes alone (see tests/recipe/test_header.py).
+SAME = {"sce_in1k_100ep", "sce_in1k_300ep", "sce_in1k_1000ep", "simclr_in100", "mmcl_in100", "sogclr_in100"}
+
 
 def test_there_are_recipes():
-    assert {"quickstart", "sce_in1k", "simclr_cifar10"} <= set(recipes())
+    assert {"quickstart", "sce_in1k", "simclr_cifar10"} | SAME <= set(recipes())
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", sorted(recipes().keys() - SAME))
 def test_builds_and_steps(name):
     recipe = load_recipe(name).recipe
     plan = build_plan(recipe, dataset_size(recipe), world_size_of(recipe))
