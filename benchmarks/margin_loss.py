@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
-from typing import Any
 
 import torch
 from measure import alternating, extra_mebibytes, ratio
@@ -18,19 +17,28 @@ from sslzoo.batch import Batch
 from sslzoo.margins import NO_MARGIN, Margin
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.sections import BackboneConfig, OptimConfig
-from sslzoo_methods.margin.config import MarginConfig
+from sslzoo.recipe.sections import BackboneConfig, HeadConfig, OptimConfig
+from sslzoo_methods.margin.config import (
+    Combined,
+    Effects,
+    Family,
+    Isolated,
+    MarginConfig,
+    NoMargin,
+    SimCLRConfig,
+    Whole,
+)
 from sslzoo_methods.margin.loss import contrast, margin_loss
 from sslzoo_methods.margin.method import MarginContrast
 
 
-def gradient(embeddings: Tensor, margin: Margin, chunk: int) -> Tensor:
+def gradient(embeddings: Tensor, margin: Margin, chunk: int | None) -> Tensor:
     """Forward and backward of NT-Xent over two views (2N, D); the gradient of the embeddings."""
     z = embeddings.detach().requires_grad_()
     own = torch.arange(len(z))
     positive = (own + len(z) // 2) % len(z)
     pairs = contrast(z, z, positive, own=own, temperature=0.2, chunk=chunk)
-    margin_loss(pairs, margin, temperature=0.2, beta=1.0, slope="full").mean().backward()
+    margin_loss(pairs, margin, temperature=0.2, beta=1.0, detached=False).mean().backward()
     assert z.grad is not None
     return z.grad
 
@@ -50,21 +58,14 @@ def step(method: MarginContrast, batch: Batch) -> None:
     method.loss(batch).backward()
 
 
-def method_with(**changes: Any) -> MarginContrast:
+def method_with(family: Family, effects: Effects) -> MarginContrast:
     """SimCLR on the small encoder, as margin_fashion_mnist has it."""
-    options: dict[str, Any] = {
-        "angular_margin": "10deg",
-        "family": "combined",
-        "effects": ("emphasis", "angle", "logit"),
-    }
     cfg = MarginConfig(
         name="margin",
-        base="simclr",
-        temperature=0.2,
-        subtractive_margin=0.0,
-        beta=1.0,
-        projector=(256, 128),
-        **(options | changes),
+        base=SimCLRConfig(temperature=0.2),
+        family=family,
+        effects=effects,
+        projector=HeadConfig(widths=(256, 128), hidden_norm=False),
     )
     torch.manual_seed(0)
     method = MarginContrast(cfg, *build_backbone(BackboneConfig(name="conv5", in_channels=1)))
@@ -84,19 +85,20 @@ def main() -> int:
     torch.manual_seed(0)
     z = torch.randn(2 * args.batch, args.dim)
     margin = Margin(angular=0.1745, subtractive=0.1)
-    dense, chunked = partial(gradient, z, margin, 0), partial(gradient, z, margin, 256)
+    dense, chunked = partial(gradient, z, margin, None), partial(gradient, z, margin, 256)
     small = partial(gradient, z[:512], margin, 256)
     memory = [extra_mebibytes(run, small) for run in (dense, chunked)]
     worst = float((dense() - chunked()).abs().max() / dense().abs().max())
-    bare = partial(gradient, z, NO_MARGIN, 0)
+    bare = partial(gradient, z, NO_MARGIN, None)
     losses = {"bare": bare, "dense": dense, "chunked": chunked, "products": partial(products, z)}
     loss_times = alternating(losses, args.rounds)
     views = tuple(torch.randn(2, 256, 1, 20, 20))
     batch = Batch((views[0], views[1]), (), torch.arange(256))
+    angular = Combined(angular_margin="10deg", subtractive_margin=0.0)
     methods = {
-        "none": method_with(family="none", effects=(), angular_margin=0.0),
-        "all": method_with(),
-        "one": method_with(effects=("emphasis",)),
+        "none": method_with(NoMargin(), Whole()),
+        "all": method_with(angular, Whole()),
+        "one": method_with(angular, Isolated(emphasis="batch")),
     }
     steps = {name: partial(step, method, batch) for name, method in methods.items()}
     step_times = alternating(steps, 4 * args.rounds)

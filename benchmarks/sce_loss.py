@@ -21,7 +21,7 @@ from measure import alternating, extra_mebibytes
 from torch import Tensor
 
 from sslzoo.nn.numerics import normalize
-from sslzoo_methods.sce.loss import sce_loss, sce_multicrop_loss
+from sslzoo_methods.sce.loss import Pair, TermWeights, sce_loss, sce_multicrop_loss
 
 TEMPERATURES = {"temperature": 0.1, "target_temperature": 0.07}
 TIME_LIMIT = 1.35  # times the bare products
@@ -50,14 +50,11 @@ def lean(q: Tensor, k: Tensor, bank: Tensor) -> None:
     out = sce_multicrop_loss(
         [q],
         [k],
-        [(0, 0)],
-        [1.0],
+        [Pair(0, 0, 1.0)],
         keys=None,
         first_row=0,
         queue=bank,
-        contrastive_weight=0.5,
-        relational_weight=0.5,
-        ceil_weight=0.5,
+        weights=TermWeights.sce(0.5),
         target_positive="zero_logit",
         **TEMPERATURES,
     )

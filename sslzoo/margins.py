@@ -217,15 +217,20 @@ def gradient_factors(pairs: Pairs, margin: Margin, *, temperature: float | Tenso
 
 
 def negative_logsumexp(
-    anchors: Tensor, candidates: Tensor, excluded: Tensor, *, temperature: float | Tensor, chunk: int = 0
+    anchors: Tensor,
+    candidates: Tensor,
+    excluded: Tensor,
+    *,
+    temperature: float | Tensor,
+    chunk: int | None,
 ) -> Tensor:
     """n (N,): log of the sum of exp(cosine / tau) over the candidates (M, D) of each anchor (N, D).
 
     Rows are unit vectors. ``excluded`` (N, k) holds each anchor's candidates that are no negatives: its
-    positive, and itself where it is among them. With ``chunk`` > 0 that many anchors are taken at a time:
+    positive, and itself where it is among them. With a ``chunk`` that many anchors are taken at a time:
     memory O(chunk x M), same value, differentiable once.
     """
-    if chunk > 0:
+    if chunk is not None:
         scale = torch.as_tensor(1 / temperature, dtype=anchors.dtype, device=anchors.device)
         return _ChunkedLogSumExp.apply(anchors, candidates, excluded, scale, chunk)  # type: ignore[no-any-return]
     logits = (anchors / temperature) @ candidates.T

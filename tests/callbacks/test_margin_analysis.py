@@ -357,7 +357,7 @@ def test_analyze_writes_scalars_table_pictures_and_page(tmp_path: Path, capsys: 
     summary = json.loads((out / "margins.json").read_text())
     assert summary["samples"] == 512 and summary["seed"] == 42 and summary["temperature"] == 0.2
     assert [look["step"] for look in summary["checkpoints"]] == [46, 92]
-    assert summary["recipe"]["method"]["base"] == "simclr"
+    assert summary["recipe"]["method"]["base"]["name"] == "simclr"
     table = pq.read_table(out / "samples.parquet")
     assert table.num_rows == 1024 and set(table["margin"].to_pylist()) == {"m1=10deg,m2=0", "m1=-5deg,m2=0.1"}
     assert len(set(table["sample_id"].to_pylist())) == 512 and set(table["pair"].to_pylist()) == {"global"}
@@ -438,7 +438,13 @@ def test_what_is_not_finite_makes_valid_json(
         (["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--margin", "10"], "--margin '10'"),
         (["--checkpoint", "x.ckpt", "--recipe", "simclr_fashion_mnist"], "give the recipe of its run"),
         (
-            ["method.projector=[64, 32]", "--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist"],
+            [
+                "method.projector.widths=[64, 32]",
+                "--checkpoint",
+                "x.ckpt",
+                "--recipe",
+                "margin_fashion_mnist",
+            ],
             "give that of its run",
         ),
     ],

@@ -21,10 +21,12 @@ from sslzoo.optim.schedules import ema_momentum, interpolate, warmup_cosine
 from sslzoo.recipe.sections import OptimConfig
 from sslzoo_methods.sce import loss as loss_module
 from sslzoo_methods.sce.loss import (
+    RESSL,
+    Pair,
     SCEDense,
     SCEOutput,
+    TermWeights,
     crop_pairs,
-    pair_weights,
     sce_loss,
     sce_multicrop_loss,
 )
@@ -56,12 +58,9 @@ def lean(online: Tensor, target: Tensor, weight: float, **options: Any) -> SCEOu
     return sce_multicrop_loss(
         [online],
         [target],
-        [(0, 0)],
-        [1.0],
+        [Pair(0, 0, 1.0)],
         keys=None if keys is None else [keys],
-        contrastive_weight=weight,
-        relational_weight=1 - weight,
-        ceil_weight=1 - weight,
+        weights=TermWeights.sce(weight),
         **options,
     )
 
@@ -144,7 +143,7 @@ def pairwise_mean(online: list[Tensor], target: list[Tensor], pairs: Any, **opti
     keys = options.pop("keys")
     losses = [
         sce_loss(online[j], target[i], keys=None if keys is None else keys[i], **options).terms.loss
-        for i, j in pairs
+        for i, j, _ in pairs
     ]
     return torch.stack(losses).mean()
 
@@ -165,24 +164,15 @@ def step_loss(
         "first_row": first_row,
         "temperature": hyper["tau"],
         "target_temperature": hyper["tau_m"],
-        "contrastive_weight": hyper["lambda"],
         "target_positive": "masked" if hyper["use_keys"] else hyper.get("target_positive", "zero_logit"),
     }
-    target = [key[first_row : first_row + rows] for key in keys]
+    target, weight = [key[first_row : first_row + rows] for key in keys], hyper["lambda"]
 
     def compute(queue: Tensor) -> Tensor:
         if dense:
-            return pairwise_mean(online, target, pairs, queue=queue, **options)
-        rest = 1 - hyper["lambda"]
+            return pairwise_mean(online, target, pairs, queue=queue, contrastive_weight=weight, **options)
         return sce_multicrop_loss(
-            online,
-            target,
-            pairs,
-            pair_weights(pairs, "flat"),
-            queue=queue,
-            relational_weight=rest,
-            ceil_weight=rest,
-            **options,
+            online, target, pairs, queue=queue, weights=TermWeights.sce(weight), **options
         ).terms.loss
 
     return compute
@@ -203,7 +193,7 @@ def _stateful(case: GoldenCase, precision: str, *, dense: bool) -> Arrays:
     x, h = case.tensors(precision), case.hyper
     crops, symmetric = h["num_global_crops"] + h["num_local_crops"], h["symmetric"]
     views = h["num_global_crops"] if symmetric else 1
-    pairs = crop_pairs(views, crops, symmetric=symmetric)
+    pairs = crop_pairs(views, crops, symmetric=symmetric, weighting="flat")
     queue, out = new_queue(x["queue0"]), {}
     for step in range(h["steps"]):
         raw = [x[f"s{step}_crop{c}_raw"] for c in range(crops)]  # (world, b, D)
@@ -276,7 +266,7 @@ def _train_loop(case: GoldenCase, precision: str, *, dense: bool) -> Arrays:
     optimizer = build_optimizer([{"named": named}], optim)
     crops, symmetric = h["num_global_crops"] + h["num_local_crops"], h["symmetric"]
     views = h["num_global_crops"] if symmetric else 1
-    pairs = crop_pairs(views, crops, symmetric=symmetric)
+    pairs = crop_pairs(views, crops, symmetric=symmetric, weighting="flat")
     queue, out, total = new_queue(x["queue0"]), {}, h["total_steps"]
     for step in range(h["steps"]):
         batch = [x[f"s{step}_crop{c}"] for c in range(crops)]
@@ -426,34 +416,25 @@ def features_of(n: int = 5, dim: int = 7, crops: int = 1) -> list[Tensor]:
 @pytest.mark.parametrize("weighting", ["flat", "per_online_crop"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_multicrop_form_equals_the_dense_one(variant: str, symmetric: bool, weighting: str) -> None:
+def test_multicrop_form_equals_the_dense_one(variant: str, symmetric: bool, weighting: Any) -> None:
     views, crops = (2, 4) if symmetric else (1, 3)
     options = candidates(variant, views)
     raw = features_of(crops=crops if symmetric else crops - 1)
-    pairs = crop_pairs(views, crops, symmetric=symmetric)
-    weights = pair_weights(pairs, weighting)
-    assert sum(weights) == pytest.approx(1)
+    pairs = crop_pairs(views, crops, symmetric=symmetric, weighting=weighting)
+    assert sum(pair.weight for pair in pairs) == pytest.approx(1)
     online = [normalize(r) for r in raw]
-    fast = sce_multicrop_loss(
-        online,
-        pairs=pairs,
-        weights=weights,
-        contrastive_weight=0.3,
-        relational_weight=0.7,
-        ceil_weight=0.7,
-        **options,
-    )
+    fast = sce_multicrop_loss(online, pairs=pairs, weights=TermWeights.sce(0.3), **options)
     keys, target = options.pop("keys"), options.pop("target")
     dense = [
         sce_loss(
             online[j], target[i], keys=None if keys is None else keys[i], contrastive_weight=0.3, **options
         ).terms
-        for i, j in pairs
+        for i, j, _ in pairs
     ]
     for field in fast.terms._fields:
-        expected = sum(w * getattr(d, field) for w, d in zip(weights, dense, strict=True))
+        expected = sum(p.weight * getattr(d, field) for p, d in zip(pairs, dense, strict=True))
         torch.testing.assert_close(getattr(fast.terms, field), expected, rtol=1e-12, atol=1e-12)
-    slow = torch.stack([w * d.loss for w, d in zip(weights, dense, strict=True)]).sum()
+    slow = torch.stack([p.weight * d.loss for p, d in zip(pairs, dense, strict=True)]).sum()
     got = torch.autograd.grad(fast.terms.loss, raw, retain_graph=True)
     torch.testing.assert_close(got, torch.autograd.grad(slow, raw), rtol=1e-11, atol=1e-12)
 
@@ -476,11 +457,8 @@ def test_queue_longer_than_a_tile(variant: str, monkeypatch: pytest.MonkeyPatch)
 def _loss_and_grad(raw: list[Tensor], options: dict[str, Any], weight: float = 0.3) -> list[Tensor]:
     out = sce_multicrop_loss(
         [normalize(r) for r in raw],
-        pairs=[(0, j) for j in range(len(raw))],
-        weights=[1 / len(raw)] * len(raw),
-        contrastive_weight=weight,
-        relational_weight=1 - weight,
-        ceil_weight=1 - weight,
+        pairs=[Pair(0, j, 1 / len(raw)) for j in range(len(raw))],
+        weights=TermWeights.sce(weight),
         **options,
     )
     return [out.terms.loss.detach(), *torch.autograd.grad(out.terms.loss, raw)]
@@ -493,11 +471,8 @@ def test_gradient_is_the_numerical_one(variant: str) -> None:
     def f(q: Tensor) -> Tensor:
         return sce_multicrop_loss(
             [normalize(q)],
-            pairs=[(0, 0)],
-            weights=[1.0],
-            contrastive_weight=0.4,
-            relational_weight=0.5,
-            ceil_weight=0.2,
+            pairs=[Pair(0, 0, 1.0)],
+            weights=TermWeights(0.4, 0.5, 0.2),
             **options,
         ).terms.loss
 
@@ -512,11 +487,8 @@ def test_gradient_reaches_the_online_branch_only() -> None:
         leaf.requires_grad_()
     out = sce_multicrop_loss(
         features_of(),
-        pairs=[(0, 0)],
-        weights=[1.0],
-        contrastive_weight=0.5,
-        relational_weight=0.5,
-        ceil_weight=0.5,
+        pairs=[Pair(0, 0, 1.0)],
+        weights=TermWeights.sce(0.5),
         **options,
     )
     out.terms.loss.backward()
@@ -557,11 +529,8 @@ def test_ressl_has_the_positive_on_neither_side() -> None:
     q, k, queue = normalize(raw[0]), options["target"][0], options["queue"]
     out = sce_multicrop_loss(
         [q],
-        pairs=[(0, 0)],
-        weights=[1.0],
-        contrastive_weight=0.0,
-        relational_weight=1.0,
-        ceil_weight=0.0,
+        pairs=[Pair(0, 0, 1.0)],
+        weights=RESSL,
         **options,
     )
     target = (k @ queue.T / options["target_temperature"]).softmax(1)
@@ -591,11 +560,8 @@ def test_health_is_that_of_the_target_distribution() -> None:
     options = candidates("keys+queue-masked")
     out = sce_multicrop_loss(
         [normalize(x) for x in features_of()],
-        pairs=[(0, 0)],
-        weights=[1.0],
-        contrastive_weight=0.5,
-        relational_weight=0.5,
-        ceil_weight=0.5,
+        pairs=[Pair(0, 0, 1.0)],
+        weights=TermWeights.sce(0.5),
         **options,
     )
     dense = sce_loss(
@@ -677,7 +643,6 @@ def test_loss_refuses_what_has_no_meaning() -> None:
         ({"queue": None}, "needs negatives"),
         ({"queue": None, "keys": k}, "needs negatives"),
         ({"keys": k, "target_positive": "zero_logit"}, "zero_logit is defined"),
-        ({"target_positive": "zero"}, "target_positive must be one of"),
     ]
     for changes, message in refused:
         with pytest.raises(ValueError, match=message):
@@ -685,11 +650,9 @@ def test_loss_refuses_what_has_no_meaning() -> None:
 
 
 def test_pairs_and_their_weights() -> None:
-    assert crop_pairs(1, 3, symmetric=False) == [(0, 0), (0, 1)]
-    pairs = crop_pairs(2, 6, symmetric=True)
-    assert len(pairs) == 10
-    assert (0, 0) not in pairs
-    local = [w for w, (_, j) in zip(pair_weights(pairs, "flat"), pairs, strict=True) if j > 1]
-    assert sum(local) == pytest.approx(8 / 10)
-    local = [w for w, (_, j) in zip(pair_weights(pairs, "per_online_crop"), pairs, strict=True) if j > 1]
-    assert sum(local) == pytest.approx(4 / 6)
+    assert crop_pairs(1, 3, symmetric=False, weighting="flat") == [(0, 0, 0.5), (0, 1, 0.5)]
+    for weighting, share in (("flat", 8 / 10), ("per_online_crop", 4 / 6)):
+        pairs = crop_pairs(2, 6, symmetric=True, weighting=weighting)  # type: ignore[arg-type]
+        assert len(pairs) == 10
+        assert not any(pair.target == pair.online for pair in pairs)
+        assert sum(pair.weight for pair in pairs if pair.online > 1) == pytest.approx(share)

@@ -18,20 +18,11 @@ from sslzoo.nn.backbones import build_backbone
 from sslzoo.nn.batchnorm import SplitBatchNorm, to_sync
 from sslzoo.nn.numerics import normalize
 from sslzoo.optim.schedules import learning_rate
-from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import method_class, recipes
-from sslzoo.recipe.sections import (
-    BackboneConfig,
-    DataConfig,
-    EvalConfig,
-    HeadConfig,
-    OptimConfig,
-    ProbeConfig,
-    Recipe,
-    ViewConfig,
-)
-from sslzoo_methods.sce.config import SCEConfig, TermsConfig, WarmupConfig
+from sslzoo.recipe.sections import HeadConfig, OptimConfig
+from sslzoo_methods.sce.config import ReSSLLoss, SCEConfig, SCELoss, ThreeTermLoss, Warmup
 from sslzoo_methods.sce.method import SCE
 from tests.ranks import run_ranks
 
@@ -40,7 +31,7 @@ BASE = SCEConfig(
     name="sce",
     temperature=0.1,
     target_temperature=0.07,
-    contrastive_weight=0.5,
+    loss=SCELoss(contrastive_weight=0.5),
     queue_size=48,
     momentum=0.9,
     momentum_schedule="cosine",
@@ -48,11 +39,12 @@ BASE = SCEConfig(
     projector=HeadConfig(widths=(8, 6), output_norm="batch_no_affine", output_bias=False),
     predictor=HeadConfig(widths=(8, 6), output_bias=False),
 )
+MASKED = SCELoss(contrastive_weight=0.5, target_positive="masked")
 CONFIGS = {
     "symmetric": BASE,
     "asymmetric": replace(BASE, symmetric=False, predictor=None, momentum_schedule="constant"),
-    "keys+queue": replace(BASE, batch_keys=True, target_positive="masked", queue_size=30),
-    "keys": replace(BASE, batch_keys=True, target_positive="masked", queue_size=0),
+    "keys+queue": replace(BASE, batch_negatives=True, loss=MASKED, queue_size=30),
+    "keys": replace(BASE, batch_negatives=True, loss=MASKED, queue_size=None),
     "joint": replace(BASE, crop_batching="joint", pair_weighting="per_online_crop"),
 }
 N = 12  # global batch
@@ -241,7 +233,7 @@ def test_a_skipped_step_queues_its_keys_and_leaves_the_momentum_encoder() -> Non
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "cosine_epoch"])
-def test_momentum_schedule(schedule: str) -> None:
+def test_momentum_schedule(schedule: Any) -> None:
     method = make(replace(BASE, momentum_schedule=schedule))
     seen = []
     for step in range(10):  # 2 epochs of 5 steps
@@ -257,10 +249,10 @@ def test_momentum_schedule(schedule: str) -> None:
 def test_warmups_start_at_their_start_and_end_at_the_option() -> None:
     warm = replace(
         BASE,
-        target_temperature_warmup=WarmupConfig(start=0.04, epochs=1.0, shape="cosine"),
-        contrastive_weight_warmup=WarmupConfig(start=1.0, epochs=1.0),
+        target_temperature_warmup=Warmup(start=0.04, epochs=1.0, shape="cosine"),
+        loss=SCELoss(contrastive_weight=0.5, contrastive_weight_warmup=Warmup(start=1.0, epochs=1.0)),
     )
-    at_start = make(replace(BASE, target_temperature=0.04, contrastive_weight=1.0))
+    at_start = make(replace(BASE, target_temperature=0.04, loss=SCELoss(contrastive_weight=1.0)))
     method = make(warm)
     torch.testing.assert_close(method.loss(batch_of(0)), at_start.loss(batch_of(0)), rtol=0, atol=0)
     method, plain = make(warm), make(BASE)
@@ -359,80 +351,102 @@ def test_a_single_image_without_queue_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("overrides", "said"),
     [
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"target_temperature": -0.1}, "target_temperature must be positive"),
-        ({"contrastive_weight": 1.5}, "contrastive_weight must lie in"),
-        ({"momentum": 1.1}, "momentum must lie in"),
-        ({"queue_size": -1}, "queue_size must not be negative"),
-        ({"queue_size": 0}, "queue_size must be positive, or there are no negatives"),
+        ("method.temperature=0", "method.temperature: must be positive, got 0.0"),
+        ("method.target_temperature=-0.1", "method.target_temperature: must be positive, got -0.1"),
+        ("method.momentum=1.1", "method.momentum: must lie in [0, 1], got 1.1"),
+        ("method.queue_size=0", "method.queue_size: must be positive, or null for no queue; got 0"),
         (
-            {"batch_keys": True},
-            "target_positive must be masked with method.batch_keys=true: zero_logit is defined for the queue alone",
+            "method.queue_size=null",
+            "method.queue_size: must be a number, or there are no negatives; or set method.batch_negatives=true",
         ),
-        ({"momentum_schedule": "linear"}, "momentum_schedule must be one of"),
-        ({"momentum_batchnorm": "sync"}, "momentum_batchnorm must be one of"),
-        ({"target_positive": "zero"}, "target_positive must be one of"),
-        ({"pair_weighting": "even"}, "pair_weighting must be one of"),
-        ({"terms": TermsConfig(relational=1, ceil=0)}, "target_positive must be masked with method.terms"),
-        ({"ressl": True, "target_positive": "masked"}, "set method.contrastive_weight=0"),
+        ("method.loss.contrastive_weight=1.5", "method.loss.contrastive_weight: must lie in [0, 1], got 1.5"),
         (
-            {"target_temperature_warmup": WarmupConfig(start=0.0, epochs=1)},
-            "target_temperature_warmup.start must be positive",
+            "method.batch_negatives=true",
+            "method.loss.target_positive: must be masked with method.batch_negatives=true: "
+            "zero_logit is defined for the queue alone",
         ),
         (
-            {"contrastive_weight_warmup": WarmupConfig(start=2.0, epochs=1)},
-            "contrastive_weight_warmup.start must lie in",
+            "method.loss={name: ressl, contrastive_weight: 0.5}",
+            "method.loss.contrastive_weight: not a key of method.loss ressl, but of sce, three_terms",
         ),
+        (
+            "method.loss={name: three_terms, contrastive_weight: 0.5, relational_weight: -1, ceil_weight: 0}",
+            "method.loss.relational_weight: must not be negative, got -1.0",
+        ),
+        (
+            "method.loss.contrastive_weight_warmup={start: 2, epochs: 1}",
+            "method.loss.contrastive_weight_warmup.start: must lie in [0, 1], got 2.0",
+        ),
+        (
+            "method.target_temperature_warmup={start: 0, epochs: 1}",
+            "method.target_temperature_warmup.start: must be positive, got 0.0",
+        ),
+        (
+            "method.target_temperature_warmup={start: 1, epochs: 0}",
+            "method.target_temperature_warmup.epochs: must be positive, got 0.0",
+        ),
+        (
+            "method.momentum_batchnorm=split; trainer.sync_batchnorm=true",
+            "method.momentum_batchnorm: split and trainer.sync_batchnorm=true undo one another: keep one of the two",
+        ),
+        (
+            "views.0.count=1",
+            "views: must hold what SCE needs: a global view and a further one, got 1 global of 1",
+        ),
+        (
+            "views.0.role=local",
+            "views: must hold what SCE needs: a global view and a further one, got 0 global of 2",
+        ),
+        (
+            "method.symmetric=false; method.crop_batching=joint",
+            "method.crop_batching: must be per_crop with two views and method.symmetric=false, "
+            "where each branch sees one",
+        ),
+        (
+            "method.pair_weighting=per_online_crop",
+            "method.pair_weighting: must be flat but with method.symmetric=true, two global views and local ones: "
+            "else all weigh alike",
+        ),
+        (
+            "method.contrastive_weight=0.5",
+            "method.contrastive_weight: renamed: use method.loss.contrastive_weight",
+        ),
+        ("method.ressl=true", "method.ressl: renamed: use method.loss=ressl"),
     ],
 )
-def test_config_refuses(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(BASE, **changes)
+def test_refusals(overrides: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("sce_fashion_mnist", overrides.split("; "))
+    assert said in str(caught.value)
 
 
-def test_parts_of_the_config_refuse() -> None:
-    with pytest.raises(ValueError, match=r"epochs must be positive"):
-        WarmupConfig(start=1.0, epochs=0)
-    with pytest.raises(ValueError, match=r"shape must be one of"):
-        WarmupConfig(start=1.0, epochs=1, shape="square")
-    with pytest.raises(ValueError, match=r"relational must not be negative"):
-        TermsConfig(relational=-1.0, ceil=0.0)
+def test_losses_of_a_recipe() -> None:
+    """By the loss of two steps: ReSSL and the three terms differ from SCE as their weights say."""
+    three = ThreeTermLoss(contrastive_weight=0.5, relational_weight=0.5, ceil_weight=0.5)
+    losses = {
+        name: float(make(replace(BASE, loss=loss)).loss(batch_of(0)).detach())
+        for name, loss in {
+            "masked": MASKED,
+            "three": three,
+            "ressl": ReSSLLoss(),
+            "relational": replace(three, contrastive_weight=0.0, relational_weight=1.0, ceil_weight=0.0),
+            "other": replace(three, ceil_weight=0.1),
+        }.items()
+    }
+    assert losses["masked"] == losses["three"] != losses["other"]
+    assert losses["ressl"] == losses["relational"]
 
 
-def test_weights_of_the_terms() -> None:
-    assert BASE.relational_weights(0.3) == (0.7, 0.7)
-    masked = replace(BASE, target_positive="masked")
-    assert replace(masked, terms=TermsConfig(relational=0.2, ceil=0.1)).relational_weights(0.5) == (0.2, 0.1)
-    assert replace(masked, ressl=True, contrastive_weight=0.0).relational_weights(0.0) == (1.0, 0.0)
-
-
-def recipe(cfg: SCEConfig, views: tuple[ViewConfig, ...], **trainer: Any) -> Recipe:
-    return Recipe(
-        seed=0,
-        backbone=BackboneConfig(name="conv5"),
-        method=cfg,
-        data=DataConfig(dataset="cifar10", global_batch_size=8, mean=(0.5,), std=(0.5,)),
-        views=views,
-        optim=OPTIM,
-        probe=ProbeConfig(lrs=(0.1,)),
-        eval=EvalConfig(every_epochs=1, size=28, knn_k=1, knn_temperature=0.1),
-        trainer=trainer,
+def test_recipes_that_suit_the_method() -> None:
+    load_recipe("sce_fashion_mnist", ["trainer.sync_batchnorm=true"])
+    load_recipe(
+        "sce_fashion_mnist", ["method.loss=ressl", "method.batch_negatives=true", "method.queue_size=null"]
     )
-
-
-def test_recipe_must_suit_the_method() -> None:
-    view = ViewConfig(size=20, scale=(0.2, 1.0))
-    recipe(BASE, (view, view), sync_batchnorm=True)
-    recipe(BASE, (view, replace(view, role="local")))
-    with pytest.raises(ValueError, match="what SCE needs: a global view and a further one"):
-        recipe(BASE, (view,))
-    with pytest.raises(ValueError, match="what SCE needs: a global view and a further one"):
-        recipe(BASE, (replace(view, role="local", count=2),))
-    for kind in ("shuffle", "split"):
-        with pytest.raises(ValueError, match=rf"momentum_batchnorm {kind} and trainer.sync_batchnorm=true"):
-            recipe(replace(BASE, momentum_batchnorm=kind), (view, view), sync_batchnorm=True)
+    more = "views=[{size: 20, scale: [0.2, 1], count: 2}, {size: 12, scale: [0.1, 0.2], role: local}]"
+    load_recipe("sce_fashion_mnist", [more, "method.pair_weighting=per_online_crop"])
+    load_recipe("sce_fashion_mnist", [more, "method.symmetric=false", "method.crop_batching=joint"])
 
 
 def test_no_process_group_is_left_behind() -> None:
@@ -474,7 +488,7 @@ def test_recipes_hold_the_published_numbers(name: str) -> None:
         cfg.momentum_batchnorm,
         sum(v.count for v in r.views),
     ) == ROWS[name]
-    assert (cfg.temperature, cfg.contrastive_weight, cfg.target_positive) == (0.1, 0.5, "zero_logit")
+    assert (cfg.temperature, cfg.loss) == (0.1, SCELoss(contrastive_weight=0.5))
     imagenet = name.startswith("sce_in1k")
     assert cfg.symmetric == imagenet == bool(cfg.predictor) == r.trainer.get("sync_batchnorm", False)
     assert r.optim.name == ("lars" if imagenet else "sgd")

@@ -53,7 +53,7 @@ FAMILIES: dict[str, tuple[str, set[str]]] = {
     ),
     "margin_byol_cifar10": (
         "margin_mocov3_cifar10",
-        {"method.base", "method.beta", "method.temperature", "optim.lr", "optim.weight_decay"},
+        {"method.base", "method.projector", "optim.lr", "optim.weight_decay"},
     ),
     "margin_mocov3_tiny_imagenet": (
         "margin_mocov3_cifar10",

@@ -1,19 +1,46 @@
-"""How the base frameworks pair views: who queries, who is a candidate. Pure: gathering is the method's.
+"""The base frameworks: their parts, what they compare with what, and how that adds up.
 
-N samples on this rank, M on all ranks, D embedding width; the first views are the global ones.
+N samples on this rank, M on all ranks, V global views, D embedding width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sslzoo.margins import Margin, Pairs
-from sslzoo_methods.margin.config import NEGATIVE_FREE, MarginConfig
+from sslzoo.distributed import gather, gather_detached, rank, world_size
+from sslzoo.margins import Pairs
+from sslzoo.nn.heads import build_head
+from sslzoo.nn.momentum import MomentumEncoder
+from sslzoo.nn.numerics import ieee_matmul, normalize
+from sslzoo.nn.queue import FeatureQueue
+from sslzoo.nn.shuffle import shuffle, shuffled_order, unshuffle
+from sslzoo.optim.schedules import ema_momentum
+from sslzoo_methods.margin.config import (
+    BYOLConfig,
+    MoCoV2Config,
+    MoCoV3Config,
+    SimCLRConfig,
+    SimSiamConfig,
+)
 from sslzoo_methods.margin.loss import attract, contrast, contrast_queue
+
+ConfigT = TypeVar("ConfigT", SimCLRConfig, MoCoV2Config, MoCoV3Config, BYOLConfig, SimSiamConfig)
+MomentumT = TypeVar("MomentumT", MoCoV2Config, MoCoV3Config, BYOLConfig)
+
+
+class Crops(NamedTuple):
+    """A batch after the online branch."""
+
+    views: tuple[Tensor, ...]  # the global views, as images
+    projected: list[Tensor]  # (N, D) of each global view, then of each local one
+    queries: list[Tensor]  # the same after the predictor, where the base has one
+    seed: int  # random orders are functions of seed and step
+    step: int
 
 
 class Term(NamedTuple):
@@ -24,74 +51,195 @@ class Term(NamedTuple):
     local: bool  # a local crop queries
 
 
-# Projectors as the base's published recipes have them: norms between layers, norm and bias at the output.
-HEADS: dict[str, dict[str, Any]] = {
-    "simclr": {"hidden_norm": False},
-    "mocov2": {"hidden_norm": False},
-    "mocov3": {"output_norm": "batch_no_affine", "output_bias": False},
-    "byol": {},
-    "simsiam": {"output_norm": "batch_no_affine", "output_bias": False},
-}
-# MoCo v3's predictor ends in a norm for vision transformers only (solo-learn: for ResNets, last_bn=False).
-PREDICTORS: dict[str, dict[str, Any]] = {"mocov3": {"output_bias": False}}
-# Times the mean over the terms: both view orders are summed, not averaged.
-VIEW_ORDERS = {"mocov3": 2.0, "byol": 2.0}
-# Added to each term: BYOL's loss is 2 - 2 cos.
-CONSTANT = {"byol": 2.0}
+class Base(ABC, Generic[ConfigT]):
+    """A base framework. Its parts are modules of the method, which saves them under its own names."""
+
+    predictor: nn.Module | None = None
+
+    def __init__(self, cfg: ConfigT, backbone: nn.Module, projector: nn.Module, width: int) -> None:
+        self.cfg = cfg
+
+    @abstractmethod
+    def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
+        """What is compared."""
+
+    def total(self, mean: Tensor) -> Tensor:
+        """The loss, from the mean over the terms."""
+        return mean
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Move what moves once per optimiser step."""
+
+    def after_skipped_step(self) -> None:
+        """Drop what waits for :meth:`after_step`."""
 
 
-def margin_of(cfg: MarginConfig, negatives: int, ramp: float) -> Margin:
-    """The recipe's margin at the share ``ramp`` of its full size, for so many ``negatives`` an anchor."""
-    if cfg.family == "sphereface":
-        return Margin(angular=0.0, subtractive=0.0, multiplier=cfg.sphere_multiplier)
-    subtractive = cfg.eqco_margin(negatives) if cfg.family == "eqco" else cfg.subtractive_margin
-    return Margin(angular=ramp * cfg.radians, subtractive=ramp * subtractive, wide_angle=cfg.wide_angle)
+class SimCLR(Base[SimCLRConfig]):
+    """NT-Xent: both views are anchors against both views of the global batch. With more crops each of them is an
+    anchor against every other global view."""
 
-
-def key_views(base: str, views: int, symmetric: bool) -> range:
-    """Which of the ``views`` global views are keys: MoCo v2 without symmetrisation has the second alone."""
-    return range(1, 2) if base == "mocov2" and not symmetric else range(views)
-
-
-def pair_views(
-    cfg: MarginConfig,
-    queries: Sequence[Tensor],
-    keys: Mapping[int, Tensor],
-    queue: Tensor | None,
-    *,
-    views: int,
-    offset: int,
-    temperature: float | Tensor,
-) -> list[Term]:
-    """A term for every query view (N, D) and key view other than it. The first ``views`` queries are global.
-
-    ``keys`` by view: (M, D) with this rank's rows at ``offset`` for simclr and mocov3, which contrast
-    within the batch; (N, D) for the others, which do not. Nothing is normalised but the ``queue`` (K, D).
-    SimCLR with two views is NT-Xent, whose candidates are both views.
-    """
-    base, chunk = cfg.base, cfg.chunk_size
-    rows = torch.arange(len(queries[0]), device=queries[0].device)
-    if base == "simclr" and len(queries) == 2:
-        m = len(keys[0])
-        own = torch.cat([rows, rows + m]) + offset
-        positive = torch.cat([rows + m, rows]) + offset
-        candidates = torch.cat([keys[0], keys[1]])
-        pairs = contrast(
-            torch.cat(list(queries)), candidates, positive, own=own, temperature=temperature, chunk=chunk
+    def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
+        """The keys are the projections of all ranks, with gradient."""
+        views, chunk = len(crops.views), self.cfg.chunk_size
+        keys = gather(torch.stack(crops.projected[:views], dim=1)).unbind(dim=1)  # (M, D) of each view
+        rows, m = _own_rows(crops.queries[0]), len(keys[0])
+        if len(crops.queries) == 2:
+            candidates, own = torch.cat(keys), torch.cat([rows, rows + m])
+            anchors, positive = torch.cat(crops.queries), torch.cat([rows + m, rows])
+            with ieee_matmul():
+                pairs = contrast(anchors, candidates, positive, own=own, temperature=temperature, chunk=chunk)
+            return [Term(pairs, 2 * m - 2, local=False)]
+        return _cross_views(
+            crops,
+            dict(enumerate(keys)),
+            lambda q, k: contrast(q, k, rows, own=None, temperature=temperature, chunk=chunk),
+            negatives=m - 1,
         )
-        return [Term(pairs, 2 * m - 2, False)]
-    terms = []
-    for a, query in enumerate(queries):
-        for b, key in keys.items():
-            if a == b:
-                continue
-            if base in NEGATIVE_FREE:
-                pairs, negatives = attract(query, key), 0
-            elif queue is not None:
-                pairs = contrast_queue(query, key, queue, temperature=temperature, chunk=chunk)
-                negatives = len(queue)
-            else:
-                pairs = contrast(query, key, rows + offset, own=None, temperature=temperature, chunk=chunk)
-                negatives = len(key) - 1
-            terms.append(Term(pairs, negatives, local=a >= views))
-    return terms
+
+
+class MomentumBase(Base[MomentumT]):
+    """A base whose keys come from a momentum encoder."""
+
+    def __init__(self, cfg: MomentumT, backbone: nn.Module, projector: nn.Module, width: int) -> None:
+        super().__init__(cfg, backbone, projector, width)
+        self.online = (backbone, projector)
+        self.target = MomentumEncoder(*self.online)
+
+    def encode(self, views: tuple[Tensor, ...]) -> Tensor:
+        """Keys (N, V, D) of this rank, without gradient."""
+        return torch.stack([self.target(view) for view in views], dim=1)
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Let the momentum encoder follow."""
+        start, end = self.cfg.momentum_start, self.cfg.momentum_end
+        coefficient = ema_momentum(step, total_steps=total_steps, start=start, schedule="cosine", end=end)
+        self.target.update(*self.online, coefficient=coefficient)
+
+
+class MoCoV2(MomentumBase[MoCoV2Config]):
+    """Queries against their own momentum key and a queue of earlier keys, the only negatives: the mean over the
+    orders of the views."""
+
+    def __init__(self, cfg: MoCoV2Config, backbone: nn.Module, projector: nn.Module, width: int) -> None:
+        super().__init__(cfg, backbone, projector, width)
+        self.queue = FeatureQueue(cfg.queue_size, width)
+        self.pending: list[Tensor] = []  # keys (M, V, D) of the step's micro-batches, for the queue
+
+    def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
+        """Every global view is a key, or without symmetrisation the second alone."""
+        keyed = range(len(crops.views)) if self.cfg.symmetric else range(1, 2)
+        keys = self._keys(crops, tuple(crops.views[v] for v in keyed))
+        self.pending.append(normalize(keys))
+        own = keys[_own_rows(crops.queries[0])].unbind(dim=1)
+        queue = self.queue.features.clone()  # after_step writes it in place
+        return _cross_views(
+            crops,
+            dict(zip(keyed, own, strict=True)),
+            lambda q, k: contrast_queue(q, k, queue, temperature=temperature, chunk=self.cfg.chunk_size),
+            negatives=len(queue),
+        )
+
+    def _keys(self, crops: Crops, views: tuple[Tensor, ...]) -> Tensor:
+        """(M, V, D) of all ranks."""
+        if self.cfg.momentum_batchnorm == "same":
+            return gather_detached(self.encode(views))
+        order = shuffled_order(
+            len(views[0]) * world_size(),
+            seed=crops.seed,
+            step=crops.step,
+            micro_batch=len(self.pending),
+            device=views[0].device,
+        )
+        keys = self.encode(tuple(shuffle(view, order) for view in views))
+        return unshuffle(gather_detached(keys), order)
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Push the step's keys, in the order of the global batch; let the momentum encoder follow."""
+        self.queue.push(torch.cat(self.pending).transpose(0, 1).flatten(0, 1))
+        self.pending = []
+        super().after_step(step, total_steps)
+
+    def after_skipped_step(self) -> None:
+        """Drop the step's keys."""
+        self.pending = []
+
+
+class MoCoV3(MomentumBase[MoCoV3Config]):
+    """Predictions against the momentum keys of the global batch: 2 tau (L12 + L21)."""
+
+    def __init__(self, cfg: MoCoV3Config, backbone: nn.Module, projector: nn.Module, width: int) -> None:
+        super().__init__(cfg, backbone, projector, width)
+        self.predictor = build_head(width, cfg.predictor)
+
+    def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
+        """The positive is the same image's key; the other images' keys are the negatives."""
+        keys = gather_detached(self.encode(crops.views))  # (M, V, D)
+        rows, chunk = _own_rows(crops.queries[0]), self.cfg.chunk_size
+        return _cross_views(
+            crops,
+            dict(enumerate(keys.unbind(dim=1))),
+            lambda q, k: contrast(q, k, rows, own=None, temperature=temperature, chunk=chunk),
+            negatives=len(keys) - 1,
+        )
+
+    def total(self, mean: Tensor) -> Tensor:
+        """Both orders of the views are summed."""
+        scale = 2 * self.cfg.temperature if self.cfg.loss_scale is None else self.cfg.loss_scale
+        return 2 * scale * mean
+
+
+class BYOL(MomentumBase[BYOLConfig]):
+    """Predictions towards momentum targets: 2 - 2 cos, summed over both orders of the views."""
+
+    def __init__(self, cfg: BYOLConfig, backbone: nn.Module, projector: nn.Module, width: int) -> None:
+        super().__init__(cfg, backbone, projector, width)
+        self.predictor = build_head(width, cfg.predictor)
+
+    def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
+        """No negatives, hence nothing to gather."""
+        keys = dict(enumerate(self.encode(crops.views).unbind(dim=1)))
+        return _cross_views(crops, keys, attract, negatives=0)
+
+    def total(self, mean: Tensor) -> Tensor:
+        """Both orders of the views are summed."""
+        return 2 * (mean + 2)
+
+
+class SimSiam(Base[SimSiamConfig]):
+    """Predictions towards projections without gradient: -cos, the mean over the orders of the views."""
+
+    def __init__(self, cfg: SimSiamConfig, backbone: nn.Module, projector: nn.Module, width: int) -> None:
+        super().__init__(cfg, backbone, projector, width)
+        self.predictor = build_head(width, cfg.predictor)
+
+    def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
+        """No negatives, hence nothing to gather."""
+        keys = {v: crops.projected[v].detach() for v in range(len(crops.views))}
+        return _cross_views(crops, keys, attract, negatives=0)
+
+
+BASES: dict[str, type[Base[Any]]] = {
+    "simclr": SimCLR,
+    "mocov2": MoCoV2,
+    "mocov3": MoCoV3,
+    "byol": BYOL,
+    "simsiam": SimSiam,
+}
+
+
+def _cross_views(
+    crops: Crops, keys: Mapping[int, Tensor], compare: Callable[[Tensor, Tensor], Pairs], *, negatives: int
+) -> list[Term]:
+    """A term for every query view and other key view; ``keys`` by view. Local crops only query."""
+    with ieee_matmul():
+        return [
+            Term(compare(query, key), negatives, local=a >= len(crops.views))
+            for a, query in enumerate(crops.queries)
+            for b, key in keys.items()
+            if a != b
+        ]
+
+
+def _own_rows(x: Tensor) -> Tensor:
+    """Where this rank's rows (N, ...) are among those of all ranks, (N,)."""
+    return torch.arange(len(x), device=x.device) + rank() * len(x)

@@ -4,272 +4,398 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import inf, isfinite, log, pi, radians
+from math import pi, radians
+from typing import ClassVar, Literal
 
-from sslzoo.checks import check_field, one_of
-from sslzoo.recipe.sections import MethodConfig, refuse_idle
+from sslzoo.checks import ConfigError, check_field, check_fraction, check_positive
+from sslzoo.recipe.sections import HeadConfig, MethodConfig, Recipe
 
-BASES = ("simclr", "mocov2", "mocov3", "byol", "simsiam")
-NEGATIVE_FREE = ("byol", "simsiam")
-WITH_TARGET = ("mocov2", "mocov3", "byol")  # a momentum encoder makes the keys
-WITH_PREDICTOR = ("mocov3", "byol", "simsiam")
-SUBTRACTIVE = ("cosface", "am_softmax", "eqco")  # no angular margin
-FAMILIES = ("none", "cosface", "am_softmax", "arcface", "combined", "sphereface", "eqco", "macl")
-EFFECTS = ("emphasis", "angle", "logit")
-WIDE_ANGLES = ("exact", "arcface", "clamp", "easy")
-
-
-def angle(value: float | str) -> float:
-    """Radians of ``0.1745`` or ``10deg``."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*deg\s*", value)
-    check_field(match is not None, "angular_margin", f"must be radians or text such as 10deg; got {value!r}")
-    return radians(float(match[1])) if match else 0.0
+# -- the base framework: what is contrasted with what ----------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarginConfig(MethodConfig):
-    """A base framework and the margin on its positives. ``family`` names the kind of margin and is held
-    to the numbers beside it."""
+class SimCLRConfig:
+    """Both views against both (NT-Xent, arXiv:2002.05709)."""
 
-    base: str  # whose loss it is: simclr, mocov2, mocov3, byol, simsiam
-    family: str  # none, cosface (= am_softmax), arcface, combined, sphereface, eqco, macl
-    temperature: float  # tau; byol has 0.5 and simsiam 1, which are their losses
-    angular_margin: float | str  # m1 in radians, or "10deg"
-    subtractive_margin: float  # m2, of the cosine
-    beta: float  # weight of the log-partition: 1 InfoNCE, 0 without negatives (byol, simsiam)
-    effects: tuple[str, ...]  # of emphasis, angle, logit; all three are the margin itself, none the base
-    projector: tuple[int, ...]  # widths after the backbone, embedding last
-    predictor: tuple[int, ...] = ()  # widths after the projector; mocov3, byol, simsiam
-    momentum_start: float = 0.0  # EMA coefficient at step 0; mocov2, mocov3, byol
-    momentum_end: float = 1.0  # a cosine takes it there
-    queue_size: int = 0  # mocov2
-    symmetric: bool = True  # mocov2: both views query
-    momentum_batchnorm: str = "same"  # mocov2: or shuffle over ranks, where batch norm is not synchronised
-    wide_angle: str = "exact"  # or arcface, clamp, easy: what becomes of psi near and beyond pi
-    slope: str = "full"  # logit_only: the margin changes the cosine's value and not its slope
-    logit_on: str = "both"  # or positive, negative: what the effect logit alone scales
-    emphasis_scale: float = 0.0  # a constant in place of E1; 0 takes E1 from the batch
-    value_preserving: bool = True  # isolated effects report the base's loss, not A times it
-    factor_range: tuple[float, float] = (-10.0, 100.0)  # of a positive's isolated factor
-    schedule: str = "constant"  # or linear, cosine: the margins' ramp from 0
-    schedule_epochs: float = 0.0  # its length
-    loss_scale: float = 0.0  # 0 takes the base's own: 2 tau for mocov3, else 1
-    chunk_size: int = 0  # anchors whose similarities are held at a time; 0 holds all
-    sphere_multiplier: int = 4  # sphereface
-    eqco_alpha: float = 65536.0  # eqco: m2 = tau ln(alpha / negatives), in place of subtractive_margin
-    macl_alpha: float = 0.5  # macl: tau (1 + alpha (A - A0)), A the mean cosine of the positives
-    macl_alignment: float = 0.0  # macl: A0
+    name: Literal["simclr"] = "simclr"
+    temperature: float  # tau
+    beta: float = 1.0  # weight of the log-partition: 1 is InfoNCE, 0 has no negatives
+    chunk_size: int | None = None  # anchors whose similarities are held at a time; None: all
 
     def __post_init__(self) -> None:
-        one_of("base", self.base, BASES)
-        one_of("family", self.family, FAMILIES)
-        one_of("wide_angle", self.wide_angle, WIDE_ANGLES)
-        one_of("slope", self.slope, ("full", "logit_only"))
-        one_of("logit_on", self.logit_on, ("both", "positive", "negative"))
-        one_of("schedule", self.schedule, ("constant", "linear", "cosine"))
-        self._check_margin()
-        self._check_base()
-        self._check_effects()
-        self._check_idle()
+        check_positive(self, "temperature", "chunk_size")
+        check_fraction(self, "beta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCoV2Config:
+    """Queries against their own momentum key and a queue of earlier keys (arXiv:2003.04297)."""
+
+    name: Literal["mocov2"] = "mocov2"
+    temperature: float  # tau
+    beta: float = 1.0  # weight of the log-partition: 1 is InfoNCE, 0 has no negatives
+    queue_size: int
+    momentum_start: float  # EMA coefficient at step 0
+    momentum_end: float = 1.0  # a cosine takes it there
+    symmetric: bool = True  # every view queries; false: the second makes the keys for the others
+    momentum_batchnorm: Literal["same", "shuffle"] = "same"  # as the online branch, or shuffled over ranks
+    chunk_size: int | None = None  # anchors whose similarities are held at a time; None: all
+
+    def __post_init__(self) -> None:
+        check_positive(self, "temperature", "queue_size", "chunk_size")
+        check_fraction(self, "beta")
+        check_momentum(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCoV3Config:
+    """Predictions against the momentum keys of the global batch (arXiv:2104.02057)."""
+
+    name: Literal["mocov3"] = "mocov3"
+    temperature: float  # tau
+    beta: float = 1.0  # weight of the log-partition: 1 is InfoNCE, 0 has no negatives
+    predictor: HeadConfig
+    momentum_start: float  # EMA coefficient at step 0
+    momentum_end: float = 1.0  # a cosine takes it there
+    loss_scale: float | None = None  # times the sum over both orders of the views; None: 2 tau
+    chunk_size: int | None = None  # anchors whose similarities are held at a time; None: all
+
+    def __post_init__(self) -> None:
+        check_positive(self, "temperature", "loss_scale", "chunk_size")
+        check_fraction(self, "beta")
+        check_momentum(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BYOLConfig:
+    """Predictions towards momentum targets (arXiv:2006.07733): 2 - 2 cos."""
+
+    name: Literal["byol"] = "byol"
+    temperature: ClassVar[float] = 0.5  # what that amounts to
+    beta: ClassVar[float] = 0.0
+    predictor: HeadConfig
+    momentum_start: float  # EMA coefficient at step 0
+    momentum_end: float = 1.0  # a cosine takes it there
+
+    def __post_init__(self) -> None:
+        check_momentum(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimSiamConfig:
+    """Predictions towards projections without gradient (arXiv:2011.10566): -cos."""
+
+    name: Literal["simsiam"] = "simsiam"
+    temperature: ClassVar[float] = 1.0  # what that amounts to
+    beta: ClassVar[float] = 0.0
+    predictor: HeadConfig
+
+
+BaseConfig = SimCLRConfig | MoCoV2Config | MoCoV3Config | BYOLConfig | SimSiamConfig
+
+
+def check_momentum(base: MoCoV2Config | MoCoV3Config | BYOLConfig) -> None:
+    """Refuse an EMA coefficient that is none, or that falls."""
+    check_fraction(base, "momentum_end")
+    check_field(
+        0 <= base.momentum_start <= base.momentum_end,
+        "momentum_start",
+        f"must lie in [0, momentum_end={base.momentum_end}], got {base.momentum_start}",
+    )
+
+
+# -- the family: which margin on the positives -----------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The margin has its full size from the start."""
+
+    name: Literal["constant"] = "constant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ramp:
+    """The margin grows from 0 over the first ``epochs``."""
+
+    name: Literal["linear", "cosine"]
+    epochs: float
+
+    def __post_init__(self) -> None:
+        check_positive(self, "epochs")
+
+
+Schedule = Constant | Ramp
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoMargin:
+    """The base alone."""
+
+    name: Literal["none"] = "none"
+    schedule: ClassVar[Schedule] = Constant()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Angular:
+    """A margin with an angle m1."""
+
+    name: str
+    angular_margin: float | str  # m1, in radians or as text such as 10deg
+
+    def __post_init__(self) -> None:
+        check_field(
+            -pi < self.radians < pi,
+            "angular_margin",
+            f"must lie within (-pi, pi) radians, got {self.radians} (10deg is text)",
+        )
 
     @property
     def radians(self) -> float:
         """m1, whatever unit the recipe has it in."""
-        return angle(self.angular_margin)
+        if not isinstance(text := self.angular_margin, str):
+            return text
+        match = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*deg\s*", text)
+        if match is None:
+            raise ConfigError("angular_margin", f"must be radians or text such as 10deg, got {text!r}")
+        return radians(float(match[1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined(Angular):
+    """cos(theta + m1) - m2."""
+
+    name: Literal["combined"] = "combined"
+    subtractive_margin: float  # m2
+    wide_angle: Literal["exact", "arcface", "clamp", "easy"] = "exact"  # where theta + m1 nears or passes pi
+    schedule: Schedule = Constant()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArcFace(Angular):
+    """cos(theta + m1), and cos(theta) - m1 sin(m1) beyond pi - m1 (arXiv:1801.07698)."""
+
+    name: Literal["arcface"] = "arcface"
+    schedule: Schedule = Constant()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosFace:
+    """cos(theta) - m2 (arXiv:1801.09414, 1801.05599)."""
+
+    name: Literal["cosface", "am_softmax"] = "cosface"
+    subtractive_margin: float  # m2
+    schedule: Schedule = Constant()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqCo:
+    """cos(theta) - m2 with m2 = tau ln(alpha / K) for K negatives (arXiv:2010.01929)."""
+
+    name: Literal["eqco"] = "eqco"
+    alpha: float = 65536.0
+    schedule: Schedule = Constant()
+
+    def __post_init__(self) -> None:
+        check_positive(self, "alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SphereFace:
+    """(-1)^k cos(m theta) - 2k, k = floor(m theta / pi) (arXiv:1704.08063)."""
+
+    name: Literal["sphereface"] = "sphereface"
+    multiplier: int = 4  # m
+    schedule: ClassVar[Schedule] = Constant()
+
+    def __post_init__(self) -> None:
+        check_field(self.multiplier >= 2, "multiplier", f"must be at least 2, got {self.multiplier}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MACL:
+    """tau (1 + alpha (A - A0)), A the mean cosine of the positives, in place of tau (arXiv:2207.07874). No margin."""
+
+    name: Literal["macl"] = "macl"
+    alpha: float = 0.5
+    alignment: float = 0.0  # A0
+    schedule: ClassVar[Schedule] = Constant()
+
+    def __post_init__(self) -> None:
+        check_field(
+            -1 <= self.alignment <= 1,
+            "alignment",
+            f"must be a cosine, in [-1, 1], got {self.alignment}",
+        )
+        check_field(
+            abs(self.alpha) + self.alpha * self.alignment < 1,  # then 1 + alpha (A - A0) > 0 for any cosine A
+            "alpha",
+            f"must keep the temperature above 0, got {self.alpha}: |alpha| + alpha * alignment must be below 1",
+        )
+
+
+Family = NoMargin | Combined | ArcFace | CosFace | EqCo | SphereFace | MACL
+
+
+# -- the effects: what of the margin's gradient is trained -----------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """The margin itself."""
+
+    name: Literal["whole"] = "whole"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detached:
+    """The margin changes the value of the cosine and not its slope, as ArcFace code does that computes it without
+    gradient. That is the effect ``logit``."""
+
+    name: Literal["detached"] = "detached"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Isolated:
+    """The loss without margin; its gradient is scaled by the chosen factors of the margin's gradient."""
+
+    name: Literal["isolated"] = "isolated"
+    emphasis: Literal["batch"] | float | None = None  # of positives: E1 of the global batch, or a constant
+    angle: bool = False  # E2, of each positive by its angle
+    logit: Literal["both", "positive", "negative"] | None = None  # E3, of positives, negatives or both
+    factor_range: tuple[float, float] = (-10.0, 100.0)  # of emphasis times angle
+    value_preserving: bool = True  # false: logit scales the reported loss too
+
+    def __post_init__(self) -> None:
+        if self.emphasis != "batch":
+            check_positive(self, "emphasis")
+        check_field(
+            self.emphasis is not None or self.angle or self.logit is not None,
+            "name",
+            "isolated needs one of emphasis, angle and logit; for the base alone set method.family=none",
+        )
+        low, high = self.factor_range
+        check_field(low <= 1 <= high, "factor_range", f"must contain 1, got {self.factor_range}")
+        check_field(
+            self.emphasis is not None or self.angle or self.factor_range == Isolated.factor_range,
+            "factor_range",
+            "is that of emphasis and angle: set one of them",
+        )
+        check_field(
+            self.value_preserving or self.logit == "both",
+            "value_preserving",
+            "can be false only with logit: both, which scales the loss as a whole",
+        )
+
+
+Effects = Whole | Detached | Isolated
+
+# -- the method ------------------------------------------------------------------------------------
+
+
+MOVED = {
+    "base": "temperature beta predictor momentum_start momentum_end queue_size symmetric momentum_batchnorm "
+    "loss_scale chunk_size",
+    "family": "angular_margin subtractive_margin wide_angle schedule",
+    "effects": "value_preserving factor_range",
+}
+NO_ANGLE = "without an angular margin other than 0"
+NO_NEGATIVES = "without negatives (byol, simsiam, and method.base.beta=0)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginConfig(MethodConfig):
+    """A base framework, and a margin on its positives."""
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        **{key: f"{section}.{key}" for section, keys in MOVED.items() for key in keys.split()},
+        "schedule_epochs": "family.schedule.epochs",
+        "sphere_multiplier": "family.multiplier",
+        "eqco_alpha": "family.alpha",
+        "macl_alpha": "family.alpha",
+        "macl_alignment": "family.alignment",
+        "slope": "effects",
+        "logit_on": "effects.logit",
+        "emphasis_scale": "effects.emphasis",
+    }
+
+    base: BaseConfig
+    family: Family
+    effects: Effects = Whole()
+    projector: HeadConfig
+
+    def __post_init__(self) -> None:
+        predictor = getattr(self.base, "predictor", None)
+        check_field(
+            predictor is None or predictor.widths[-1] == self.projector.widths[-1],
+            "base.predictor.widths",
+            f"must end in the width of method.projector, {self.projector.widths[-1]}",
+        )
+        self._check_family()
+        self._check_effects()
 
     @property
-    def own_scale(self) -> float:
-        """The factor on the loss of one pair of views."""
-        return self.loss_scale or (2 * self.temperature if self.base == "mocov3" else 1.0)
+    def contrast_temperature(self) -> float:
+        """tau of the base."""
+        return self.base.temperature
 
-    @property
-    def isolated(self) -> bool:
-        """Whether a part of the margin's effects acts, or all with a change, rather than the margin."""
-        whole = set(self.effects) == set(EFFECTS)
-        return bool(self.effects) and not (whole and self.logit_on == "both" and not self.emphasis_scale)
-
-    def eqco_margin(self, negatives: int) -> float:
-        """tau ln(alpha / K) for K negatives an anchor (arXiv:2010.01929)."""
-        return self.temperature * log(self.eqco_alpha / negatives)
-
-    def _check_margin(self) -> None:
-        m1, m2, family = self.radians, self.subtractive_margin, self.family
+    def check(self, recipe: Recipe) -> None:
+        """The views and the batch norms of ``recipe`` must suit the base."""
+        views = sum(view.count for view in recipe.views if view.role == "global")
+        check_field(views >= 2, "views", f"must hold the two global views that margin compares, got {views}")
+        shuffled = isinstance(self.base, MoCoV2Config) and self.base.momentum_batchnorm == "shuffle"
         check_field(
-            -pi < m1 < pi,
-            "angular_margin",
-            f"must lie within (-pi, pi) radians; got {m1} (10deg is text)",
-        )
-        check_field(isfinite(m2), "subtractive_margin", f"must be finite, got {m2}")
-        check_field(
-            m1 == 0 or family in ("arcface", "combined"),
-            "angular_margin",
-            f"must be 0 for family {family}, got {self.angular_margin}; set method.family=combined",
-        )
-        check_field(
-            m2 == 0 or family in ("cosface", "am_softmax", "combined"),
-            "subtractive_margin",
-            f"must be 0 for family {family}, got {m2}; set method.family=combined",
-        )
-        check_field(
-            family != "arcface" or self.wide_angle == "arcface",
-            "wide_angle",
-            "must be arcface for family arcface; for the others set method.family=combined",
-        )
-        check_field(self.sphere_multiplier >= 2, "sphere_multiplier", "must be at least 2")
-        check_field(
-            0 < self.eqco_alpha < inf, "eqco_alpha", f"must be positive and finite, got {self.eqco_alpha}"
-        )
-        alpha, initial = self.macl_alpha, self.macl_alignment
-        check_field(-1 <= initial <= 1, "macl_alignment", f"must be a cosine, in [-1, 1]; got {initial}")
-        check_field(
-            abs(alpha) + alpha * initial < 1,  # the least of 1 + alpha (A - A0) over A in [-1, 1] is positive
-            "macl_alpha",
-            f"must keep the temperature above 0, got {alpha}: |macl_alpha| + macl_alpha * "
-            "macl_alignment must be below 1",
-        )
-        check_field(
-            (self.schedule == "constant") == (self.schedule_epochs == 0) and 0 <= self.schedule_epochs < inf,
-            "schedule_epochs",
-            "must be positive with a linear or cosine method.schedule, and 0 without",
-        )
-        check_field(
-            self.schedule == "constant" or family not in ("sphereface", "macl", "none"),
-            "schedule",
-            f"must be constant for family {family}: it has no margin to scale",
+            not shuffled or not recipe.trainer.get("sync_batchnorm", False),
+            "method.base.momentum_batchnorm",
+            "shuffle and trainer.sync_batchnorm=true undo one another: keep one of the two",
         )
 
-    def _check_base(self) -> None:
-        base, free = self.base, self.base in NEGATIVE_FREE
+    def _check_family(self) -> None:
+        base, family = self.base, self.family
         check_field(
-            0 < self.temperature < inf,
-            "temperature",
-            f"must be positive and finite, got {self.temperature}",
-        )
-        fixed = {"byol": 0.5, "simsiam": 1.0}.get(base, self.temperature)
-        check_field(
-            self.temperature == fixed,
-            "temperature",
-            f"must be {fixed} for base {base}: its loss is the margin loss at it",
-        )
-        check_field(0 <= self.beta <= 1, "beta", f"must lie in [0, 1], got {self.beta}")
-        check_field(not free or self.beta == 0, "beta", f"must be 0 for base {base}: it has no negatives")
-        check_field(
-            not free or self.family not in ("eqco", "macl"),
+            not isinstance(family, MACL) or (isinstance(base, SimCLRConfig) and base.beta == 1),
             "family",
-            f"must not be {self.family} for base {base}: it has no negatives",
+            "macl is a loss of SimCLR: set method.base.name=simclr and method.base.beta=1",
         )
         check_field(
-            self.family != "macl" or (base == "simclr" and self.beta == 1),
+            base.beta > 0 or not self._subtracts,
             "family",
-            "macl is a SimCLR loss: set method.base=simclr and method.beta=1",
+            f"must not subtract from the cosine {NO_NEGATIVES}: there it has no gradient; set "
+            "method.family.subtractive_margin=0, or another family",
         )
-        check_field(len(self.projector) > 0, "projector", "needs at least the embedding width")
-        check_field(
-            bool(self.predictor) == (base in WITH_PREDICTOR),
-            "predictor",
-            f"is for bases {', '.join(WITH_PREDICTOR)}, which need it; got base {base}",
-        )
-        check_field(
-            not self.predictor or self.predictor[-1] == self.projector[-1],
-            "predictor",
-            "must end in the width of method.projector",
-        )
-        check_field(
-            0 <= self.momentum_start <= self.momentum_end <= 1,
-            "momentum_start",
-            f"must lie in [0, method.momentum_end], got {self.momentum_start}",
-        )
-        check_field(
-            (self.momentum_start > 0) == (base in WITH_TARGET),
-            "momentum_start",
-            f"is for bases {', '.join(WITH_TARGET)}, which need it; got base {base}",
-        )
-        check_field(
-            (self.queue_size > 0) == (base == "mocov2"),
-            "queue_size",
-            f"is for base mocov2, which needs it; got {self.queue_size} with {base}",
-        )
-        one_of("momentum_batchnorm", self.momentum_batchnorm, ("same", "shuffle"))
-        check_field(
-            0 <= self.loss_scale < inf,
-            "loss_scale",
-            f"must be finite and not negative, got {self.loss_scale}",
-        )
-        check_field(self.chunk_size >= 0, "chunk_size", f"must not be negative, got {self.chunk_size}")
 
     def _check_effects(self) -> None:
-        for effect in self.effects:
-            one_of("effects", effect, EFFECTS)
+        family, effects = self.family, self.effects
+        turns = isinstance(family, SphereFace) or (isinstance(family, Angular) and family.radians != 0)
         check_field(
-            len(set(self.effects)) == len(self.effects), "effects", f"names one twice: {self.effects}"
-        )
-        check_field(
-            self.family not in ("none", "macl") or not self.effects,
+            isinstance(effects, Whole) or not isinstance(family, NoMargin | MACL),
             "effects",
-            f"must be [] for family {self.family}, which has no margin",
+            f"must be whole for family {family.name}, which has no margin",
         )
-        check_field(
-            self.slope == "full" or (len(self.effects) == len(EFFECTS) and not self.isolated),
-            "slope",
-            "logit_only is a form of the whole margin: set method.effects to all three, "
-            "method.logit_on=both and method.emphasis_scale=0",
-        )
-        check_field(
-            self.logit_on == "both" or "logit" in self.effects,
-            "logit_on",
-            "needs logit in method.effects",
-        )
-        check_field(
-            self.emphasis_scale == 0 or (0 < self.emphasis_scale < inf and "emphasis" in self.effects),
-            "emphasis_scale",
-            "must be positive and finite, and needs emphasis in method.effects",
-        )
-        check_field(
-            self.value_preserving
-            or (self.isolated and "logit" in self.effects and self.logit_on == "both" and self.beta == 1),
-            "value_preserving",
-            "can be off only for isolated effects with logit on both and method.beta=1",
-        )
-        check_field(
-            self.factor_range[0] <= 1 <= self.factor_range[1],
-            "factor_range",
-            f"must contain 1, got {self.factor_range}",
-        )
+        if isinstance(effects, Detached):
+            check_field(turns, "effects", f"must not be detached {NO_ANGLE}: it would be the whole margin")
+            check_field(
+                self.base.beta > 0, "effects", f"must not be detached {NO_NEGATIVES}: nothing would be left"
+            )
+        if isinstance(effects, Isolated):
+            check_field(turns or not effects.angle, "effects.angle", f"must be false {NO_ANGLE}")
+            check_field(
+                turns or effects.emphasis != "batch", "effects.emphasis", f"must not be batch {NO_ANGLE}"
+            )
+            check_field(
+                self.base.beta > 0 or effects.logit is None, "effects.logit", f"must be null {NO_NEGATIVES}"
+            )
+            check_field(
+                turns or self._subtracts or effects.logit is None,
+                "effects.logit",
+                "must be null for a margin of 0",
+            )
 
-    def _check_idle(self) -> None:
-        """Refuse what would change nothing, but for points of a sweep over effects or margins: ``factor_range``
-        with the whole margin, a margin of 0, and m2 without negatives."""
-        base, family, beta = self.base, self.family, self.beta
-        heeded = {
-            "symmetric": (base == "mocov2", "base mocov2"),
-            "momentum_batchnorm": (base == "mocov2", "base mocov2"),
-            "momentum_end": (base in WITH_TARGET, f"bases {', '.join(WITH_TARGET)}"),
-            "chunk_size": (base not in NEGATIVE_FREE, "bases with negatives"),
-            "wide_angle": (family in ("arcface", "combined"), "families arcface and combined"),
-            "slope": (family not in SUBTRACTIVE and beta > 0, "an angular margin and method.beta above 0"),
-            "logit_on": (beta > 0, "method.beta above 0"),
-            "schedule": (bool(self.effects), "method.effects that are not []"),
-            "sphere_multiplier": (family == "sphereface", "family sphereface"),
-            "eqco_alpha": (family == "eqco", "family eqco"),
-            "macl_alpha": (family == "macl", "family macl"),
-            "macl_alignment": (family == "macl", "family macl"),
-        }
-        refuse_idle(self, heeded)
-        check_field(
-            beta > 0 or family not in SUBTRACTIVE or (family != "eqco" and self.subtractive_margin == 0),
-            "family",
-            f"must not be {family} with method.beta=0: a subtractive margin has no gradient without "
-            "negatives; set method.family=combined and method.angular_margin",
-        )
-        turns = self.radians != 0 or family == "sphereface"  # else the slope factor B is 1
-        shifts = turns or self.subtractive_margin != 0 or family == "eqco"
-        logit = "logit" in self.effects and beta > 0 and shifts
-        pull = self.emphasis_scale > 0 or (turns and set(self.effects) != {"logit"})
-        check_field(
-            not self.isolated or logit or pull,
-            "effects",
-            f"must hold one that acts, got {list(self.effects)}: logit needs a margin and "
-            "method.beta above 0, emphasis and angle need method.angular_margin other than 0",
-        )
+    @property
+    def _subtracts(self) -> bool:
+        """Whether there is an m2."""
+        match self.family:
+            case Combined() | CosFace():
+                return self.family.subtractive_margin != 0
+            case _:
+                return isinstance(self.family, EqCo)

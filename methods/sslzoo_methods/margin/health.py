@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sslzoo.margins import NO_MARGIN, Margin, at_pole, gradient_factors
 from sslzoo_methods.margin.bases import Term
-from sslzoo_methods.margin.config import MarginConfig
+from sslzoo_methods.margin.config import Isolated, MarginConfig
 from sslzoo_methods.margin.loss import margin_loss, positive_factor
 
 
@@ -30,10 +30,9 @@ def health(
         rows: dict[str, list[Tensor]] = {}
         for term, own in kind:
             f = gradient_factors(term.pairs, margin, temperature=temperature, sums=own)
-            plain = margin_loss(term.pairs, NO_MARGIN, temperature=temperature, beta=cfg.beta, slope="full")
-            low, high = cfg.factor_range
-            b = positive_factor(f.slope, f.emphasis, cfg.effects, cfg.emphasis_scale)
-            clamped = ((b < low) | (b > high)) & ~at_pole(term.pairs.theta)
+            plain = margin_loss(
+                term.pairs, NO_MARGIN, temperature=temperature, beta=cfg.base.beta, detached=False
+            )
             values = {
                 "theta_degrees": torch.rad2deg(term.pairs.theta),
                 "loss_without_margin": plain,
@@ -42,7 +41,9 @@ def health(
             }
             if term.negatives:
                 values |= {"positive_probability": f.p0, "logit_factor": f.logit}
-            if cfg.isolated:
+            if isinstance(cfg.effects, Isolated):
+                b, (low, high) = positive_factor(f, cfg.effects), cfg.effects.factor_range
+                clamped = ((b < low) | (b > high)) & ~at_pole(term.pairs.theta)
                 values["clamped_factors"] = clamped.float()
             for name, value in values.items():
                 rows.setdefault(name, []).append(value.mean())

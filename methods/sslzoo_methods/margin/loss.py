@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sslzoo.margins import (
     NO_MARGIN,
+    Factors,
     Margin,
     Pairs,
     at_pole,
@@ -22,6 +23,7 @@ from sslzoo.margins import (
     negative_logsumexp,
 )
 from sslzoo.nn.numerics import autocast_off, normalize
+from sslzoo_methods.margin.config import Isolated
 
 
 def contrast(
@@ -31,7 +33,7 @@ def contrast(
     *,
     own: Tensor | None,
     temperature: float | Tensor,
-    chunk: int,
+    chunk: int | None,
 ) -> Pairs:
     """Anchors (N, D) against candidates (M, D), neither normalised; gradients reach both.
 
@@ -47,7 +49,7 @@ def contrast(
 
 
 def contrast_queue(
-    queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float | Tensor, chunk: int
+    queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float | Tensor, chunk: int | None
 ) -> Pairs:
     """Queries (N, D) against their own key (N, D) and a queue (K, D) of unit rows, the only negatives.
     Keys and queue are constants."""
@@ -66,17 +68,16 @@ def attract(predictions: Tensor, targets: Tensor) -> Pairs:
 
 
 def margin_loss(
-    pairs: Pairs, margin: Margin, *, temperature: float | Tensor, beta: float, slope: str
+    pairs: Pairs, margin: Margin, *, temperature: float | Tensor, beta: float, detached: bool
 ) -> Tensor:
     """L_i (N,) = -l + beta log(e^l + e^n), with l = (psi(theta) - m2) / tau the positive's logit.
 
     The margin stands in numerator and denominator. beta = 1 is InfoNCE, beta = 0 drops the negatives, and
     pairs without negatives have no other.
-    ``slope`` of ``logit_only`` changes the value of the cosine and not its slope, as ArcFace code does that
-    computes the margin without gradient. No factor is clamped here.
+    ``detached``: the margin changes the value of the cosine and not its slope. No factor is clamped here.
     """
     psi = margin.cosine(pairs.theta, pairs.cosine)
-    if slope == "logit_only":
+    if detached:
         psi = pairs.cosine + (psi - pairs.cosine).detach()
     positive = (psi - margin.subtractive) / temperature
     if pairs.negatives is None:
@@ -89,34 +90,29 @@ def margin_loss(
 def isolated_loss(
     pairs: Pairs,
     margin: Margin,
+    effects: Isolated,
     *,
     temperature: float | Tensor,
     beta: float,
-    effects: tuple[str, ...],
-    logit_on: str,
-    emphasis_scale: float,
-    factor_range: tuple[float, float],
-    value_preserving: bool,
     sums: Tensor,
 ) -> Tensor:
     """L_i (N,) without the margin, whose gradient carries the chosen ``effects`` of the margin only.
 
-    ``emphasis`` (E1, or the constant ``emphasis_scale`` if not 0) and ``angle`` (E2) scale the positive,
-    ``logit`` (E3) the positive, the negatives or both (``logit_on``). All three give the gradient of
-    :func:`margin_loss`. The factors are constants; the positive's lies in ``factor_range`` and is 0 at the
-    poles, where it would be infinite. The value is that of the loss without margin, or with
-    ``value_preserving`` off A_i times that (beta = 1, logit on both). ``sums``: global pull_sums.
+    ``emphasis`` (E1, or a constant in its place) and ``angle`` (E2) scale the positive, ``logit`` (E3) the
+    positive, the negatives or both. All three give the gradient of :func:`margin_loss`. The factors are
+    constants; the positive's lies in ``factor_range`` and is 0 at the poles, where it would be infinite. The
+    value is that of the loss without margin, or with ``value_preserving`` off A_i times that. ``sums``: global
+    pull_sums.
     """
     f = gradient_factors(pairs, margin, temperature=temperature, sums=sums)
     beta = 0.0 if pairs.negatives is None else beta
-    logit = "logit" in effects
-    pulls = 1 - beta + beta * (f.one_minus_p if logit and logit_on != "negative" else f.one_minus_p0)
-    pushes = beta * (f.one_minus_p if logit and logit_on != "positive" else f.one_minus_p0)
-    factor = positive_factor(f.slope, f.emphasis, effects, emphasis_scale).clamp(*factor_range)
+    pulls = 1 - beta + beta * (f.one_minus_p if effects.logit in ("both", "positive") else f.one_minus_p0)
+    pushes = beta * (f.one_minus_p if effects.logit in ("both", "negative") else f.one_minus_p0)
+    factor = positive_factor(f, effects).clamp(*effects.factor_range)
     if not margin.keeps_angle:
         factor = factor.masked_fill(at_pole(pairs.theta), 0.0)
-    value = margin_loss(pairs, NO_MARGIN, temperature=temperature, beta=beta, slope="full").detach()
-    if logit and not value_preserving:
+    value = margin_loss(pairs, NO_MARGIN, temperature=temperature, beta=beta, detached=False).detach()
+    if not effects.value_preserving:
         value = f.logit * value
     # dL/dC of the positive and, through n, of all negatives at once.
     surrogate = -factor * pulls / temperature * (pairs.cosine - pairs.cosine.detach())
@@ -125,16 +121,16 @@ def isolated_loss(
     return value + surrogate
 
 
-def positive_factor(
-    slope: Tensor, emphasis: Tensor, effects: tuple[str, ...], emphasis_scale: float
-) -> Tensor:
+def positive_factor(factors: Factors, effects: Isolated) -> Tensor:
     """b (N,), before its range is enforced: the product of E1 (or its constant) and E2, where chosen."""
-    if "angle" not in effects:
-        strength = torch.full_like(emphasis, emphasis_scale) if emphasis_scale else emphasis
-        return (strength if "emphasis" in effects else torch.ones_like(emphasis)).expand_as(slope)
-    if "emphasis" not in effects:
-        return slope / emphasis
-    return slope * (emphasis_scale / emphasis) if emphasis_scale else slope
+    slope, e1 = factors.slope, factors.emphasis
+    match effects.emphasis:
+        case None:
+            return slope / e1 if effects.angle else torch.ones_like(slope)
+        case "batch":
+            return slope if effects.angle else e1.expand_as(slope)
+        case constant:
+            return slope * (constant / e1) if effects.angle else torch.full_like(slope, constant)
 
 
 def view_alignment(embeddings: Sequence[Tensor]) -> Tensor:

@@ -4,100 +4,115 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from sslzoo.checks import check_field, check_not_negative, one_of
+from sslzoo.checks import check_field, check_fraction, check_not_negative, check_positive
 from sslzoo.recipe.sections import CropBatching, HeadConfig, MethodConfig, Recipe
+
+TargetPositive = Literal["zero_logit", "masked"]
+PairWeighting = Literal["flat", "per_online_crop"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupConfig:
-    """From ``start`` to the option's own value over the first ``epochs``."""
+class Warmup:
+    """From ``start`` to the number whose warm-up it is, over the first ``epochs``."""
 
     start: float
     epochs: float
-    shape: str = "linear"  # or cosine, half a period
+    shape: Literal["linear", "cosine"] = "linear"  # cosine: half a period
 
     def __post_init__(self) -> None:
-        check_field(self.epochs > 0, "epochs", f"must be positive, got {self.epochs}")
-        one_of("shape", self.shape, ("linear", "cosine"))
+        check_positive(self, "epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TermsConfig:
-    """Free weights of the two relational terms: the loss ablation of the paper."""
+class SCELoss:
+    """The loss of the paper: both relational terms have the weight 1 - ``contrastive_weight``."""
 
-    relational: float  # mu, on L_ReSSL
-    ceil: float  # eta, on L_Ceil
+    name: Literal["sce"] = "sce"
+    contrastive_weight: float  # lambda: 1 is InfoNCE, 0 the relational terms (ReSSL + Ceil)
+    contrastive_weight_warmup: Warmup | None = None
+    target_positive: TargetPositive = "zero_logit"  # official code, queue alone | masked, as in the paper
 
     def __post_init__(self) -> None:
-        check_not_negative(self, "relational", "ceil")
+        check_fraction(self, "contrastive_weight")
+        if self.contrastive_weight_warmup is not None:
+            start = self.contrastive_weight_warmup.start
+            check_field(
+                0 <= start <= 1, "contrastive_weight_warmup.start", f"must lie in [0, 1], got {start}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReSSLLoss:
+    """The relational term alone: the positive is a candidate on neither side."""
+
+    name: Literal["ressl"] = "ressl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreeTermLoss:
+    """A free weight for each term, with the positive masked: the loss ablation of the paper."""
+
+    name: Literal["three_terms"] = "three_terms"
+    contrastive_weight: float  # lambda, on L_InfoNCE
+    relational_weight: float  # mu, on L_ReSSL
+    ceil_weight: float  # eta, on L_Ceil
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "contrastive_weight", "relational_weight", "ceil_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SCEConfig(MethodConfig):
     """Numbers that the published recipes vary have no default."""
 
-    RENAMED: ClassVar[Mapping[str, str]] = {"crop_pass": "crop_batching"}
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "contrastive_weight": "loss.contrastive_weight",
+        "contrastive_weight_warmup": "loss.contrastive_weight_warmup",
+        "target_positive": "loss.target_positive",
+        "terms": "loss={name: three_terms, ...}",
+        "ressl": "loss=ressl",
+        "batch_keys": "batch_negatives",
+        "crop_pass": "crop_batching",
+    }
 
+    loss: SCELoss | ReSSLLoss | ThreeTermLoss
     temperature: float  # tau, of the online prediction
     target_temperature: float  # tau_m, of the momentum branch's target; sharper, hence below temperature
-    contrastive_weight: float  # lambda: 1 is InfoNCE, 0 the relational loss (ReSSL + Ceil)
-    queue_size: int  # keys, over all ranks; 0: no queue
+    target_temperature_warmup: Warmup | None = None
+    queue_size: int | None  # keys, over all ranks; None: no queue
+    batch_negatives: bool = False  # the other images of the global batch are candidates too
     momentum: float  # of the EMA, at step 0
-    momentum_schedule: str  # constant | cosine | cosine_epoch, to 1 at the last step or epoch
+    momentum_schedule: Literal["constant", "cosine", "cosine_epoch"]  # to 1 at the last step or epoch
+    momentum_batchnorm: Literal["same", "shuffle", "split"] = "same"  # as online | over ranks | in 8 on each
     symmetric: bool  # false: the first view goes to the momentum branch only, the others online only
+    pair_weighting: PairWeighting = "flat"  # over pairs
+    crop_batching: CropBatching = "per_crop"  # the others: batch norm sees several crops at once
     projector: HeadConfig
     predictor: HeadConfig | None = None  # online branch only
-    momentum_batchnorm: str = "same"  # as the online branch | shuffle over ranks | split in 8 on each
-    batch_keys: bool = False  # the other images of the global batch are candidates too
-    target_positive: str = "zero_logit"  # official code, queue alone | masked, as in the paper
-    pair_weighting: str = "flat"  # over pairs | per_online_crop
-    crop_batching: CropBatching = "per_crop"  # the others: batch norm sees several crops at once
-    target_temperature_warmup: WarmupConfig | None = None
-    contrastive_weight_warmup: WarmupConfig | None = None
-    terms: TermsConfig | None = None  # None: both 1 - contrastive_weight, which is SCE
-    ressl: bool = False  # the positive is a candidate on neither side: L_ReSSL alone
 
     def __post_init__(self) -> None:
-        for key in ("temperature", "target_temperature"):
-            check_field(getattr(self, key) > 0, key, f"must be positive, got {getattr(self, key)}")
-        for key in ("contrastive_weight", "momentum"):
-            check_field(0 <= getattr(self, key) <= 1, key, f"must lie in [0, 1], got {getattr(self, key)}")
-        check_field(self.queue_size >= 0, "queue_size", f"must not be negative, got {self.queue_size}")
-        one_of("momentum_schedule", self.momentum_schedule, ("constant", "cosine", "cosine_epoch"))
-        one_of("momentum_batchnorm", self.momentum_batchnorm, ("same", "shuffle", "split"))
-        one_of("target_positive", self.target_positive, ("zero_logit", "masked"))
-        one_of("pair_weighting", self.pair_weighting, ("flat", "per_online_crop"))
-        masked = self.target_positive == "masked"
+        check_positive(self, "temperature", "target_temperature")
         check_field(
-            self.queue_size > 0 or self.batch_keys,
+            self.queue_size is None or self.queue_size > 0,
             "queue_size",
-            "must be positive, or there are no negatives; or set method.batch_keys=true",
+            f"must be positive, or null for no queue; got {self.queue_size}",
         )
+        check_fraction(self, "momentum")
+        if self.target_temperature_warmup is not None:
+            start = self.target_temperature_warmup.start
+            check_field(start > 0, "target_temperature_warmup.start", f"must be positive, got {start}")
         check_field(
-            masked or not self.batch_keys,
-            "target_positive",
-            "must be masked with method.batch_keys=true: zero_logit is defined for the queue alone",
+            self.queue_size is not None or self.batch_negatives,
+            "queue_size",
+            "must be a number, or there are no negatives; or set method.batch_negatives=true",
         )
+        zero_logit = isinstance(self.loss, SCELoss) and self.loss.target_positive == "zero_logit"
         check_field(
-            masked or not (self.terms or self.ressl),
-            "target_positive",
-            "must be masked with method.terms and with method.ressl",
-        )
-        check_field(
-            not (self.ressl and (self.terms or self.contrastive_weight or self.contrastive_weight_warmup)),
-            "ressl",
-            "true is the relational term alone: set method.contrastive_weight=0, "
-            "without method.terms and method.contrastive_weight_warmup",
-        )
-        warmup = self.target_temperature_warmup
-        check_field(warmup is None or warmup.start > 0, "target_temperature_warmup.start", "must be positive")
-        warmup = self.contrastive_weight_warmup
-        check_field(
-            warmup is None or 0 <= warmup.start <= 1,
-            "contrastive_weight_warmup.start",
-            "must lie in [0, 1]",
+            not (zero_logit and self.batch_negatives),
+            "loss.target_positive",
+            "must be masked with method.batch_negatives=true: zero_logit is defined for the queue alone",
         )
 
     @property
@@ -119,11 +134,13 @@ class SCEConfig(MethodConfig):
             "method.momentum_batchnorm",
             f"{self.momentum_batchnorm} and trainer.sync_batchnorm=true undo one another: keep one of the two",
         )
-
-    def relational_weights(self, contrastive_weight: float) -> tuple[float, float]:
-        """(mu, eta) beside a lambda of ``contrastive_weight``."""
-        if self.ressl:
-            return 1.0, 0.0
-        if self.terms is not None:
-            return self.terms.relational, self.terms.ceil
-        return 1 - contrastive_weight, 1 - contrastive_weight
+        check_field(
+            self.crop_batching == "per_crop" or self.symmetric or crops > 2,
+            "method.crop_batching",
+            "must be per_crop with two views and method.symmetric=false, where each branch sees one",
+        )
+        check_field(
+            self.pair_weighting == "flat" or (self.symmetric and 1 < global_views < crops),
+            "method.pair_weighting",
+            "must be flat but with method.symmetric=true, two global views and local ones: else all weigh alike",
+        )

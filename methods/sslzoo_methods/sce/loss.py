@@ -11,6 +11,7 @@ autocast off: half-precision similarities over 0.07 cost 0.6 to 2.7 % of the gra
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslzoo.checks import one_of, require
+from sslzoo.checks import require
 from sslzoo.nn.numerics import at_least_float32, autocast_off, ieee_matmul
+from sslzoo_methods.sce.config import PairWeighting, TargetPositive
 
-TARGET_POSITIVES = ("zero_logit", "masked")
 # Logits at a time: what a CPU's cache holds; elsewhere 32 MiB of float32, for launches cost more there.
 TILE = {"cpu": 2**20}
 MIN_WIDTH = 64
@@ -38,6 +39,22 @@ class SCETerms(NamedTuple):
     contrastive: Tensor  # L_InfoNCE
     relational: Tensor  # L_ReSSL: the positive is a candidate on neither side
     ceil: Tensor  # L_Ceil: the prediction's mass off the positive
+
+
+class TermWeights(NamedTuple):
+    """lambda, mu and eta: what the three terms weigh."""
+
+    contrastive: float
+    relational: float
+    ceil: float
+
+    @classmethod
+    def sce(cls, contrastive: float) -> TermWeights:
+        """Of SCE, where the relational terms share what lambda leaves."""
+        return cls(contrastive, 1 - contrastive, 1 - contrastive)
+
+
+RESSL = TermWeights(0.0, 1.0, 0.0)
 
 
 class SCEDense(NamedTuple):
@@ -58,7 +75,7 @@ def sce_loss(
     temperature: float,
     target_temperature: float,
     contrastive_weight: float,
-    target_positive: str,
+    target_positive: TargetPositive,
 ) -> SCEDense:
     """Cross-entropy from a soft target over the candidates to the online view's prediction.
 
@@ -121,52 +138,51 @@ class SCEOutput(NamedTuple):
         return {name: value for name, value in named.items() if name not in ("loss", "terms")}
 
 
-def crop_pairs(targets: int, crops: int, *, symmetric: bool) -> list[tuple[int, int]]:
-    """The pairs (momentum view, online crop) of the loss, as indices into the lists that the branches see.
+class Pair(NamedTuple):
+    """A momentum view and an online crop, as indices into the lists that the branches see."""
+
+    target: int
+    online: int
+    weight: float  # in the loss; those of all pairs sum to 1
+
+
+def crop_pairs(targets: int, crops: int, *, symmetric: bool, weighting: PairWeighting) -> list[Pair]:
+    """The pairs of the loss.
 
     Symmetric: the online branch sees all ``crops``, the momentum branch the first ``targets`` of them; a
     crop is not paired with itself. Asymmetric: crop 0 is the momentum view and the online list starts at crop 1.
-    """
-    if not symmetric:
-        return [(0, j) for j in range(crops - 1)]
-    return [(i, j) for i in range(targets) for j in range(crops) if i != j]
 
-
-def pair_weights(pairs: Sequence[tuple[int, int]], weighting: str) -> list[float]:
-    """A weight per pair; they sum to 1.
-
-    ``flat``: all pairs alike (the official code), so that in 2 + 4 crops the local ones carry 8/10.
+    ``flat``: all pairs weigh alike (the official code), so that in 2 + 4 crops the local ones carry 8/10.
     ``per_online_crop``: all online crops alike, each one's pairs sharing its weight.
     """
-    one_of("weighting", weighting, ("flat", "per_online_crop"))
+    if symmetric:
+        pairs = [(i, j) for i in range(targets) for j in range(crops) if i != j]
+    else:
+        pairs = [(0, j) for j in range(crops - 1)]
     if weighting == "flat":
-        return [1 / len(pairs)] * len(pairs)
-    count = [sum(j == other for _, other in pairs) for _, j in pairs]
-    crops = len({j for _, j in pairs})
-    return [1 / (crops * c) for c in count]
+        return [Pair(i, j, 1 / len(pairs)) for i, j in pairs]
+    online = Counter(j for _, j in pairs)
+    return [Pair(i, j, 1 / (len(online) * online[j])) for i, j in pairs]
 
 
 def sce_multicrop_loss(
     online: Sequence[Tensor],
     target: Sequence[Tensor],
-    pairs: Sequence[tuple[int, int]],
-    weights: Sequence[float],
+    pairs: Sequence[Pair],
     *,
     keys: Sequence[Tensor] | None,
     first_row: int,
     queue: Tensor | None,
     temperature: float,
     target_temperature: float,
-    contrastive_weight: float,
-    relational_weight: float,
-    ceil_weight: float,
-    target_positive: str,
+    weights: TermWeights,
+    target_positive: TargetPositive,
 ) -> SCEOutput:
-    """Weighted mean of :func:`sce_loss` over ``pairs`` of (index into ``target``, index into ``online``).
+    """Weighted mean of :func:`sce_loss` over ``pairs``.
 
     ``online`` and ``target`` are lists of (N, D), ``keys`` a list of (M, D) beside ``target``, or None. With
-    ``relational_weight`` = ``ceil_weight`` = 1 - ``contrastive_weight`` this is SCE; (0, 1, 0) is ReSSL,
-    and anything else the three-coefficient loss of the paper's ablation (``masked`` only).
+    ``weights`` of :meth:`TermWeights.sce` this is SCE, with :data:`RESSL` ReSSL, and with any others the
+    three-coefficient loss of the paper's ablation (these two ``masked`` only).
 
     With b = softmax(q.Q / tau) Q and log-sum-exp L over the negatives per online crop, and the same
     barycentre m at tau_m per momentum view, a row of a pair costs (a = q.k / tau the positive's logit):
@@ -186,8 +202,8 @@ def sce_multicrop_loss(
             shared = _Spread(*_spread(rows, at_least_float32(queue.detach()), None)).split(n)
         online_spread: dict[tuple[int, int], _Spread] = {}
         target_spread: dict[int, _Spread] = {}
-        for i in dict.fromkeys(i for i, _ in pairs):
-            partners = [j for other, j in pairs if other == i]
+        for i in dict.fromkeys(pair.target for pair in pairs):
+            partners = [pair.online for pair in pairs if pair.target == i]
             spreads = [shared[j] for j in (*partners, crops + i)] if shared else []
             if keys is not None:
                 rows = torch.cat([*(scaled_q[j] for j in partners), scaled_k[i]])
@@ -198,7 +214,7 @@ def sce_multicrop_loss(
             target_spread[i] = spreads[-1]
 
         loss, terms = q[0].new_zeros(()), q[0].new_zeros(4)
-        for (i, j), weight in zip(pairs, weights, strict=True):
+        for i, j, weight in pairs:
             rest, relations = online_spread[i, j].log_sum, target_spread[i]
             positive = _rows_dot(scaled_q[j], k[i])  # (N,), a
             contrastive = -F.logsigmoid(positive - rest)
@@ -206,10 +222,10 @@ def sce_multicrop_loss(
             ceil = -F.logsigmoid(rest - positive)
             # zero_logit: the positive's mass in the target's softmax, exp(0) among exp(log_sum).
             s = torch.sigmoid(-relations.log_sum) if target_positive == "zero_logit" else 0.0
-            pair = (contrastive_weight + (1 - contrastive_weight) * s) * contrastive + (1 - s) * (
-                relational_weight * relational + ceil_weight * ceil
+            mixed = (weights.contrastive + (1 - weights.contrastive) * s) * contrastive + (1 - s) * (
+                weights.relational * relational + weights.ceil * ceil
             )
-            loss = loss + weight * pair.mean()
+            loss = loss + weight * mixed.mean()
             with torch.no_grad():
                 parts = torch.stack([contrastive, relational, ceil, positive * temperature]).mean(dim=1)
                 terms = terms + weight * parts
@@ -304,8 +320,7 @@ def _rows_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=1)
 
 
-def _check(keys: Tensor | None, queue: Tensor | None, target_positive: str) -> None:
-    one_of("target_positive", target_positive, TARGET_POSITIVES)
+def _check(keys: Tensor | None, queue: Tensor | None, target_positive: TargetPositive) -> None:
     require(
         queue is not None or (keys is not None and keys.shape[0] > 1),
         "SCE needs negatives: a queue, or batch keys of at least two samples over all ranks",

@@ -18,8 +18,8 @@ from sslzoo.nn.passes import forward_crops
 from sslzoo.nn.queue import FeatureQueue, warn_of_stale_keys
 from sslzoo.nn.shuffle import shuffle, shuffled_order, unshuffle
 from sslzoo.optim.schedules import ema_momentum, interpolate
-from sslzoo_methods.sce.config import SCEConfig, WarmupConfig
-from sslzoo_methods.sce.loss import SCEOutput, crop_pairs, pair_weights, sce_multicrop_loss
+from sslzoo_methods.sce.config import ReSSLLoss, SCEConfig, SCELoss, ThreeTermLoss, Warmup
+from sslzoo_methods.sce.loss import RESSL, SCEOutput, TermWeights, crop_pairs, sce_multicrop_loss
 
 SPLITS = 8  # groups of the simulated devices, as in the official CIFAR runs
 
@@ -66,28 +66,22 @@ class SCE(SSLMethod[SCEConfig]):
         online = [normalize(z) for z in outputs]
         n = online[0].shape[0]
         first_row = rank() * n
-        weight = self._scheduled(cfg.contrastive_weight, cfg.contrastive_weight_warmup)
-        relational_weight, ceil_weight = cfg.relational_weights(weight)
-        pairs = crop_pairs(len(views), len(crops), symmetric=cfg.symmetric)
         out = sce_multicrop_loss(
             online,
             [key[first_row : first_row + n] for key in keys],
-            pairs,
-            pair_weights(pairs, cfg.pair_weighting),
-            keys=keys if cfg.batch_keys else None,
+            crop_pairs(len(views), len(crops), symmetric=cfg.symmetric, weighting=cfg.pair_weighting),
+            keys=keys if cfg.batch_negatives else None,
             first_row=first_row,
             queue=None if self.queue is None else self.queue.features,
             temperature=cfg.temperature,
-            target_temperature=self._scheduled(cfg.target_temperature, cfg.target_temperature_warmup),
-            contrastive_weight=weight,
-            relational_weight=relational_weight,
-            ceil_weight=ceil_weight,
-            target_positive=cfg.target_positive,
+            target_temperature=self._warmed_up(cfg.target_temperature, cfg.target_temperature_warmup),
+            weights=self._term_weights(),
+            target_positive=cfg.loss.target_positive if isinstance(cfg.loss, SCELoss) else "masked",
         )
         self._record_health(out, online[0].detach())
         if self.queue is not None:
             if self.step == 0 and not self.pending:
-                warn_of_stale_keys(self.cfg.queue_size, len(views) * self.plan.dataset_size)
+                warn_of_stale_keys(len(self.queue.features), len(views) * self.plan.dataset_size)
             self.pending.append(torch.cat(keys))
         return out.terms.loss
 
@@ -147,7 +141,15 @@ class SCE(SSLMethod[SCEConfig]):
         h = self.backbone(x)
         return {"backbone": h, "projector": self.projector(h)}
 
-    def _scheduled(self, value: float, warmup: WarmupConfig | None) -> float:
+    def _term_weights(self) -> TermWeights:
+        loss = self.cfg.loss
+        if isinstance(loss, ReSSLLoss):
+            return RESSL
+        if isinstance(loss, ThreeTermLoss):
+            return TermWeights(loss.contrastive_weight, loss.relational_weight, loss.ceil_weight)
+        return TermWeights.sce(self._warmed_up(loss.contrastive_weight, loss.contrastive_weight_warmup))
+
+    def _warmed_up(self, value: float, warmup: Warmup | None) -> float:
         if warmup is None:
             return value
         return interpolate(self.step, self.plan.steps(warmup.epochs), warmup.start, value, warmup.shape)
