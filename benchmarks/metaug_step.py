@@ -18,28 +18,31 @@ from measure import alternating, ratio
 from sslzoo.batch import Batch
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.sections import BackboneConfig, OptimConfig
-from sslzoo_methods.metaug.config import MetAugConfig
+from sslzoo.recipe.sections import BackboneConfig, HeadConfig, OptimConfig
+from sslzoo_methods.metaug.config import (
+    SGD,
+    GeneratorConfig,
+    MarginConfig,
+    MetaConfig,
+    MetAugConfig,
+    SeparateTerms,
+)
 from sslzoo_methods.metaug.method import MetAug
 
+META = MetaConfig(virtual_lr=1e-3, optimizer=SGD(lr=0.03, weight_decay=1e-4))
 CONFIG = MetAugConfig(
     name="metaug",
-    aug_weight=1e-5,
-    margin_weight=1e-11,
-    margin_pos_weight=1e-4,
-    virtual_lr=1e-3,
-    generator_optim="sgd",
-    generator_lr=0.03,
-    generator_weight_decay=1e-4,
-    proj_hidden=2048,
-    proj_dim=128,
-    gen_hidden=2048,
+    projector=HeadConfig(widths=(2048, 128)),
+    generator=GeneratorConfig(hidden=(2048, 2048)),
+    terms=SeparateTerms(generated_weight=1e-5),
+    margin=MarginConfig(weight=1e-11, positive_weight=1e-4),
+    meta=META,
 )
 # The form, and the most that it may cost over the plain step.
 FORMS = {
-    "second order": (CONFIG, 4.5),
-    "first order": (replace(CONFIG, meta_order=1), None),
-    "projector": (replace(CONFIG, virtual_params="projector"), 0.6),
+    "second order": (META, 4.5),
+    "first order": (replace(META, order=1), None),
+    "projector": (replace(META, virtual_params="projector"), 0.6),
 }
 OPTIM = OptimConfig(name="sgd", lr=0.03, lr_scaling="none", weight_decay=5e-4, warmup_epochs=0)
 
@@ -66,9 +69,8 @@ def main() -> int:
         method.loss(batch).backward()
         encoder.step()
 
-    def meta(cfg: MetAugConfig) -> None:
-        method.cfg = cfg
-        method.meta_step(batch, generators)
+    def meta(cfg: MetaConfig) -> None:
+        method.meta_step(batch, generators, cfg)
 
     contenders = {"plain": plain} | {name: partial(meta, cfg) for name, (cfg, _) in FORMS.items()}
     seconds = alternating(contenders, args.rounds)

@@ -16,6 +16,7 @@ from sslzoo.distributed import all_reduce_mean, gather
 from sslzoo.nn.batchnorm import SyncBatchNorm
 from sslzoo.nn.numerics import normalize
 from sslzoo_methods.metaug.banks import MemoryBanks
+from sslzoo_methods.metaug.config import Circle
 from sslzoo_methods.metaug.loss import (
     Contrast,
     Margin,
@@ -31,9 +32,10 @@ from sslzoo_methods.metaug.meta import mean_over_ranks, meta_gradient
 from tests.golden_cases import DTYPES, GoldenCase
 from tests.ranks import run_ranks
 
-PLAIN = Contrast(16.0, 16.0, "none", False, 0.25)
-CIRCLE = Contrast(32.0, 16.0, "circle", True, 0.25)
-LARGE = Margin("large", 1.0, False)
+PLAIN = Contrast(16.0, 16.0, None)
+CIRCLE = Contrast(32.0, 16.0, Circle(m=0.25))
+SHIFTED = Contrast(3.0, 16.0, Circle(m=0.25, weights=False))
+LARGE = Margin(weight=0.3, positive_weight=1.0, thresholds="large", detach_thresholds=False)
 OFFICIAL = ("l", "ab", "ori")
 # (query, key) of the official columns: l<-ab, ab<-l, l<-ori, ori<-l, ori<-ab, ab<-ori
 COLUMNS = [(1, 0), (0, 1), (2, 0), (0, 2), (1, 2), (2, 1)]
@@ -57,23 +59,20 @@ SPEC = {
 
 
 def _contrast(hyper: Mapping[str, Any]) -> Contrast:
-    return Contrast(
-        hyper["gamma"],
-        hyper.get("scale", 16.0),
-        hyper.get("weighting", "none"),
-        hyper.get("shift", False),
-        hyper.get("m", 0.25),
-    )
+    weights, shift = hyper.get("weighting", "none") == "circle", hyper.get("shift", False)
+    circle = Circle(m=hyper.get("m", 0.25), weights=weights, shift=shift) if weights or shift else None
+    return Contrast(hyper["gamma"], hyper.get("scale", 16.0), circle)
 
 
-def _margin(hyper: Mapping[str, Any]) -> Margin:
-    return Margin(hyper.get("margin", "large"), hyper["margin_pos_weight"], hyper.get("detach_sigma", False))
-
-
-def _weights(hyper: Mapping[str, Any], *, encoder_step: bool = False) -> dict[str, Any]:
+def _margin(hyper: Mapping[str, Any], *, encoder_step: bool = False) -> Margin:
     where = hyper.get("margin_in", "both")
     off = where == "none" or (encoder_step and where == "generator")
-    return {"aug_weight": hyper["aug_weight"], "margin_weight": 0.0 if off else hyper["margin_weight"]}
+    return Margin(
+        weight=0.0 if off else hyper.get("margin_weight", 0.0),
+        positive_weight=hyper["margin_pos_weight"],
+        thresholds=hyper.get("margin", "large"),
+        detach_thresholds=hyper.get("detach_sigma", False),
+    )
 
 
 def _check_oucl(case: GoldenCase, precision: str) -> None:
@@ -90,7 +89,7 @@ def _check_margin(case: GoldenCase, precision: str) -> None:
     leaves = [arrays[name].requires_grad_() for name in names]
     got: dict[str, Any] = {}
     for suffix, detach in (("", False), ("_detached", True)):
-        margin = _margin(case.hyper)._replace(detach_sigma=detach)
+        margin = _margin(case.hyper)._replace(detach_thresholds=detach)
         reference = score(leaves[0], leaves[1], PLAIN)
         generated = score(leaves[2], leaves[3], PLAIN)
         loss, sigma_pos, sigma_neg = margin_regulariser([reference], [generated], margin)
@@ -114,10 +113,7 @@ def _check_banks(case: GoldenCase, precision: str) -> None:
     while f"s{t}_y" in arrays:
         z = [arrays[f"s{t}_z_{name}"].requires_grad_() for name in OFFICIAL]
         keys = banks.rows[:, arrays[f"s{t}_idx"]]
-        one = Margin("large", 0.0, True)
-        objective = bank_objective(
-            z, z, [keys] * 5, contrast=contrast, margin=one, aug_weight=0.0, margin_weight=0.0
-        )
+        objective = bank_objective(z, z, [keys] * 5, contrast=contrast, margin=None, generated_weight=0.0)
         grads = torch.autograd.grad(objective.loss, z)
         similar = {(u, v): (1 + torch.einsum("nd,nkd->nk", z[u], keys[v])) / 2 for u, v in COLUMNS}
         banks.update(arrays[f"s{t}_y"], torch.stack(z))
@@ -133,7 +129,7 @@ def _check_banks(case: GoldenCase, precision: str) -> None:
 
 
 def _in_batch(
-    z: list[Tensor], generated: list[Tensor], hyper: Mapping[str, Any], rank: int, **weights: Any
+    z: list[Tensor], generated: list[Tensor], hyper: Mapping[str, Any], rank: int, encoder_step: bool
 ) -> Objective:
     return batch_objective(
         z,
@@ -141,12 +137,12 @@ def _in_batch(
         torch.stack([gather(x) for x in z]),
         offset=rank * len(z[0]),
         contrast=_contrast(hyper),
-        margin=_margin(hyper),
+        margin=_margin(hyper, encoder_step=encoder_step),
+        generated_weight=hyper["aug_weight"],
         query_keys=torch.stack([gather(x) for x in (*z, *generated)])
         if hyper.get("same_view_negatives", False)
         else None,
         unified=hyper.get("contrast_set", "terms") == "unified",
-        **weights,
     )
 
 
@@ -160,10 +156,11 @@ def _objective_rank(
     views = sum(name.startswith("zt") for name in arrays)
     names = [f"{kind}{u}" for kind in ("z", "zt") for u in range(views)]
     leaves = [_shard(arrays[name], rank, world).requires_grad_() for name in names]
-    out = _in_batch(leaves[:views], leaves[views:], hyper, rank, **_weights(hyper))
+    out = _in_batch(leaves[:views], leaves[views:], hyper, rank, encoder_step=False)
+    assert out.regulariser is not None
     grads = torch.autograd.grad(out.loss, leaves)
     got = {f"grad_{name}": gather(grad) / world for name, grad in zip(names, grads, strict=True)}
-    scalars = {"loss": out.loss, "terms": out.terms, "R": out.regulariser}
+    scalars = {"loss": out.loss, "terms": out.terms, "R": out.regulariser.value}
     return got | {name: all_reduce_mean(value).detach() for name, value in scalars.items()}
 
 
@@ -289,7 +286,7 @@ def _meta_rank(rank: int, world: int, arrays: dict[str, Tensor], hyper: dict[str
         inputs = [_shard(arrays[f"s{t}_x{u}"], rank, world) for u in range(views)]
 
         def evaluate(z: list[Tensor], generated: list[Tensor], call: int) -> Objective:
-            return _in_batch(z, generated, hyper, rank, **_weights(hyper, encoder_step=call == 0))
+            return _in_batch(z, generated, hyper, rank, encoder_step=call == 0)
 
         out = _iteration(encoder, generators, optimizers, inputs, evaluate, hyper)
         enc, gen = _named(encoder, ["enc"]), _named(generators, prefixes)
@@ -326,9 +323,9 @@ def _check_official(case: GoldenCase, precision: str) -> None:
             generated,
             keys + [banks.rows[:, own] for own in rows[1:]],
             contrast=_contrast(hyper),
-            margin=_margin(hyper),
+            margin=_margin(hyper, encoder_step=call == 0),
+            generated_weight=hyper["aug_weight"],
             official_pairs=hyper.get("margin_pairs", "official") == "official",
-            **_weights(hyper, encoder_step=call == 0),
         )
 
     while f"s{t}_x" in arrays:
@@ -372,8 +369,7 @@ def _features(views: int, n: int = 5, dim: int = 4, seed: int = 0) -> list[Tenso
 
 
 def _batch(z: list[Tensor], generated: list[Tensor], **changes: Any) -> Objective:
-    options: dict[str, Any] = {"offset": 0, "contrast": PLAIN, "margin": LARGE}
-    options |= {"aug_weight": 0.5, "margin_weight": 0.3}
+    options: dict[str, Any] = {"offset": 0, "contrast": PLAIN, "margin": LARGE, "generated_weight": 0.5}
     return batch_objective(z, generated, torch.stack(z), **(options | changes))
 
 
@@ -413,7 +409,8 @@ def test_terms_by_loops(views: int) -> None:
 @pytest.mark.parametrize("kind", ["large", "small", "mean"])
 def test_margin_by_loops(kind: str) -> None:
     z, zt = _features(2), _features(2, seed=1)
-    got = _batch(z, zt, margin=Margin(kind, 0.7, False))
+    got = _batch(z, zt, margin=LARGE._replace(thresholds=kind, positive_weight=0.7))
+    assert got.regulariser is not None
     s, st = ([(1 + q @ k.T) / 2 for q, k in ((x[0], z[1]), (x[1], z[0]))] for x in (z, zt))
     above, below = [], []
     for i in range(5):
@@ -425,7 +422,7 @@ def test_margin_by_loops(kind: str) -> None:
         above += [max(float(x[i, i]) - low, 0) for x in st]
         below += [max(high - float(x[i, j]), 0) for x in st for j in range(5) if j != i]
     expected = 0.7 * sum(above) / len(above) + sum(below) / len(below)
-    assert float(got.regulariser) == pytest.approx(expected, rel=1e-12)
+    assert float(got.regulariser.value) == pytest.approx(expected, rel=1e-12)
     assert float(got.loss) == pytest.approx(
         float(got.terms[0] + 0.5 * got.terms[1:].sum()) + 0.3 * expected, rel=1e-12
     )
@@ -436,7 +433,7 @@ def test_official_pairs_are_the_codes_columns() -> None:
     z, zt = _features(3), _features(3, seed=1)
     # (view, sample, own row and 3 negatives, dim)
     keys = [torch.stack([torch.stack(_features(5, 4, seed=10 * t + v)) for v in range(3)]) for t in range(5)]
-    options: dict[str, Any] = {"contrast": PLAIN, "margin": LARGE, "aug_weight": 0.5, "margin_weight": 0.3}
+    options: dict[str, Any] = {"contrast": PLAIN, "margin": LARGE, "generated_weight": 0.5}
     got = bank_objective(z, zt, keys, official_pairs=True, **options)
 
     def columns(t: int) -> list[Tensor]:
@@ -447,21 +444,23 @@ def test_official_pairs_are_the_codes_columns() -> None:
     hard = [*of_l[:4], *[of_ab[c] for c in (0, 1, 4, 5)], *of_ori[2:]]
     reference = [*of_ori[:2], *of_ab[2:4], *of_l[4:]]
     blocks = [[score(c[:, :1], c[:, 1:], PLAIN) for c in columns] for columns in (reference, hard)]
-    expected, sigma_pos, _ = margin_regulariser(blocks[0], blocks[1], LARGE)
-    torch.testing.assert_close(got.regulariser, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(got.sigma_pos, sigma_pos, rtol=0, atol=0)
+    assert got.regulariser is not None
+    expected = margin_regulariser(blocks[0], blocks[1], LARGE)
+    torch.testing.assert_close(got.regulariser.value, expected.value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.regulariser.sigma_pos, expected.sigma_pos, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("contrast", [PLAIN, PLAIN._replace(gamma=3.0, shift=True), CIRCLE])
+@pytest.mark.parametrize("contrast", [PLAIN, SHIFTED, CIRCLE])
 def test_oucl_gradients_in_closed_form(contrast: Contrast) -> None:
     g = torch.Generator().manual_seed(0)
     pos, neg = (torch.rand(4, k, generator=g, dtype=torch.float64).requires_grad_() for k in (2, 6))
     loss = oucl([score(pos, neg, contrast)], contrast)
     got = torch.autograd.grad(loss, [pos, neg])
     up = torch.ones_like(pos), torch.ones_like(neg)
-    if contrast.weighting == "circle":
+    circle = contrast.circle
+    if circle is not None and circle.weights:
         up = ((1.25 - pos).clamp_min(0), (neg + 0.25).clamp_min(0))
-    shift = (0.75, 0.25) if contrast.shift else (0.0, 0.0)
+    shift = (0.75, 0.25) if circle is not None and circle.shift else (0.0, 0.0)
     logits = -contrast.gamma * up[0] * (pos - shift[0]), contrast.gamma * up[1] * (neg - shift[1])
     sigma = (logits[0].logsumexp(1) + logits[1].logsumexp(1)).sigmoid()[:, None] * contrast.scale / 4
     expected = -sigma * logits[0].softmax(1) * up[0], sigma * logits[1].softmax(1) * up[1]
@@ -482,6 +481,13 @@ def test_extreme_gamma_in_float32(gamma: float) -> None:
         found.append((loss.double(), *[x.double() for x in torch.autograd.grad(loss, leaves)]))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[1][1:], found[0][1:], rtol=max(2e-5, 1e-6 * gamma), atol=1e-6)
+
+
+def test_without_the_regulariser() -> None:
+    z, zt = _features(2), _features(2, seed=1)
+    got = _batch(z, zt, margin=None)
+    assert got.regulariser is None
+    torch.testing.assert_close(got.loss, got.terms[0] + 0.5 * got.terms[1:].sum())
 
 
 def test_collapsed_and_duplicate_features_stay_finite() -> None:

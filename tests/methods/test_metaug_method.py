@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +21,28 @@ from sslzoo.distributed import all_reduce_mean
 from sslzoo.nn.backbones import build_backbone, parameter_count
 from sslzoo.nn.batchnorm import to_sync
 from sslzoo.optim.schedules import learning_rate
-from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import recipes
-from sslzoo.recipe.sections import BackboneConfig, OptimConfig, Recipe
+from sslzoo.recipe.sections import BackboneConfig, HeadConfig, OptimConfig, Recipe
 from sslzoo.run.build import load_weights
 from sslzoo.run.trainer import build_trainer
 from sslzoo_methods.metaug.color import normalized, rgb_to_lab, rgb_to_ycbcr
-from sslzoo_methods.metaug.config import MetAugConfig
+from sslzoo_methods.metaug.config import (
+    SGD,
+    Adam,
+    BankKeys,
+    BatchKeys,
+    Circle,
+    ColorChannels,
+    Crops,
+    GeneratorConfig,
+    MarginConfig,
+    MetaConfig,
+    MetAugConfig,
+    SeparateTerms,
+    UnifiedTerm,
+)
 from sslzoo_methods.metaug.encoders import ThreeViewBackbone
 from sslzoo_methods.metaug.method import MetAug
 from sslzoo_methods.metaug.objective import ENCODER
@@ -37,31 +52,43 @@ from tests.ranks import run_ranks
 # Rates at which a step on tiny batch norms does not blow rounding up: ten times these, a change of the last bit of
 # the images moves the second step by 5e-10.
 OPTIM = OptimConfig(name="sgd", lr=0.01, lr_scaling="none", weight_decay=1e-3, warmup_epochs=0.0)
+META = MetaConfig(virtual_lr=0.02, optimizer=SGD(lr=0.01, weight_decay=1e-3))
+GENERATOR = GeneratorConfig(hidden=(6, 6))
+MARGIN = MarginConfig(weight=0.3, positive_weight=0.5)
 BASE = MetAugConfig(
     name="metaug",
-    aug_weight=0.5,
-    margin_weight=0.3,
-    margin_pos_weight=0.5,
-    virtual_lr=0.02,
-    generator_optim="sgd",
-    generator_lr=0.01,
-    generator_weight_decay=1e-3,
-    proj_hidden=7,
-    proj_dim=5,
-    gen_hidden=6,
+    projector=HeadConfig(widths=(7, 5)),
+    generator=GENERATOR,
+    terms=SeparateTerms(generated_weight=0.5),
+    margin=MARGIN,
+    meta=META,
 )
-BANK = replace(BASE, keys="bank", bank_negatives=6)
+FIRST_ORDER = replace(META, order=1, optimizer=Adam(lr=0.01, weight_decay=1e-3))
+BANK = replace(BASE, keys=BankKeys(negatives=6))
 CONFIGS = {
     "second order": BASE,
-    "first order": replace(BASE, meta_order=1, generator_optim="adam", margin="small"),
-    "projector": replace(BASE, virtual_params="projector", share_generator=True, margin="mean"),
-    "unified": replace(
-        BASE, aug_weight=0.0, contrast_set="unified", weighting="circle", shift=True, detach_sigma=True
+    "first order": replace(BASE, meta=FIRST_ORDER, margin=replace(MARGIN, thresholds="small")),
+    "projector": replace(
+        BASE,
+        meta=replace(META, virtual_params="projector"),
+        generator=replace(GENERATOR, shared=True),
+        margin=None,
     ),
-    "same view": replace(BASE, same_view_negatives=True, margin_in="generator"),
-    "three views": replace(BASE, n_views=3, ramp_epochs=1.0),
+    "unified": replace(
+        BASE, terms=UnifiedTerm(), circle=Circle(m=0.25), margin=replace(MARGIN, detach_thresholds=True)
+    ),
+    "same view": replace(
+        BASE, keys=BatchKeys(same_view_negatives=True), margin=replace(MARGIN, steps="generator")
+    ),
+    "three views": replace(BASE, views=Crops(count=3), ramp_epochs=1.0),
     "bank": BANK,
-    "official": replace(BANK, views="lab", n_views=3, bank_updates="official", margin_pairs="official"),
+    "official": replace(
+        BASE,
+        views=ColorChannels(),
+        projector=HeadConfig(widths=(7, 5), hidden_bias=True),
+        keys=BankKeys(negatives=6, updates="official"),
+        margin=replace(MARGIN, pairs="official"),
+    ),
 }
 N = 6  # global batch
 SIZE = 5 * N  # data set
@@ -85,8 +112,9 @@ def batch_of(
 ) -> Batch:
     """Rows of the global batch of a step; with crops, local ones too. A sample comes twice."""
     g = torch.Generator().manual_seed(100 + step)
-    crops = 1 if cfg.views == "lab" else cfg.n_views
-    sizes = [4] * crops + [3] * (cfg.views == "crops")
+    colors = isinstance(cfg.views, ColorChannels)
+    crops = 1 if colors else cfg.views.count
+    sizes = [4] * crops + [3] * (not colors)
     views = [torch.rand(N, 3, s, s, generator=g, dtype=torch.float64).to(dtype)[rows] for s in sizes]
     ids = torch.randint(SIZE, (N,), generator=g)
     ids[3] = ids[0]
@@ -114,7 +142,8 @@ def train(
             group["lr"] = learning_rate(method.step, OPTIM, method.plan) * group["lr_factor"]
         encoder.step()
         before = [p.clone() for p in method.generators.parameters()]
-        method.meta_step(batch, generators)
+        assert method.cfg.meta is not None
+        method.meta_step(batch, generators, method.cfg.meta)
         moved = zip(method.generators.parameters(), before, strict=True)
         got |= {f"omega{i}": p.detach() - old for i, (p, old) in enumerate(moved)}
         method.finish_step()
@@ -149,7 +178,7 @@ def test_ranks_equal_one_process(name: str, world: int) -> None:
 
 
 def test_a_virtual_step_of_each_rank_is_another_thing() -> None:
-    cfg = replace(BASE, virtual_step_sync=False)
+    cfg = replace(BASE, meta=replace(META, sync_virtual_step=False))
     (_, together), (_, apart) = (run_ranks(2, _rank, c)[0] for c in (BASE, cfg))
     keys = [key for key in together if key.startswith("generators.") and key.endswith("weight")]
     assert any(not torch.equal(together[key], apart[key]) for key in keys)
@@ -166,7 +195,16 @@ def test_a_virtual_step_of_each_rank_is_another_thing() -> None:
 @pytest.mark.parametrize("name", ["second order", "projector", "unified", "same view", "three views", "bank"])
 def test_meta_gradient_by_finite_differences(name: str) -> None:
     """Of the outer loss along a random direction of the generators, the virtual step recomputed each time."""
-    cfg = replace(CONFIGS[name], gen_hidden=4, detach_sigma=False, weighting="none", ramp_epochs=0.0)
+    cfg, meta = CONFIGS[name], CONFIGS[name].meta
+    assert meta is not None
+    cfg = replace(
+        cfg,
+        generator=replace(cfg.generator, hidden=(4, 4)),
+        margin=cfg.margin and replace(cfg.margin, detach_thresholds=False),
+        circle=cfg.circle and replace(cfg.circle, weights=False),
+        ramp_epochs=0.0,
+    )
+    count = cfg.views.count
     method = make(cfg)
     for net in method.generators.nets:  # smooth, so that differences converge
         for i, layer in enumerate(net):  # type: ignore[arg-type]
@@ -176,18 +214,18 @@ def test_meta_gradient_by_finite_differences(name: str) -> None:
         if isinstance(layer, nn.ReLU):
             method.projector[i] = nn.Softplus()  # type: ignore[index]
     batch, trained = batch_of(cfg, 0), dict(method.network().named_parameters())
-    if cfg.virtual_params == "projector":
+    if meta.virtual_params == "projector":
         trained = {k: p for k, p in trained.items() if k.startswith("projector.")}
     omega = {k: p.detach().clone() for k, p in method.generators.named_parameters()}
 
     def loss(theta: Mapping[str, Tensor], w: dict[str, Tensor], call: int) -> Tensor:
         z = functional_call(method.network(), dict(theta), (method._views(batch),))[1]
-        made = functional_call(method.generators, w, (z[: cfg.n_views],))
+        made = functional_call(method.generators, w, (z[:count],))
         return method._objective(batch, z, made, call).loss
 
     def value(w: dict[str, Tensor]) -> Tensor:
         h = torch.autograd.grad(loss(trained, w, 1), list(trained.values()))
-        moved = {k: p - cfg.virtual_lr * g for (k, p), g in zip(trained.items(), h, strict=True)}
+        moved = {k: p - meta.virtual_lr * g for (k, p), g in zip(trained.items(), h, strict=True)}
         return loss(moved, w, 2).detach()
 
     direction = {k: torch.randn_like(p) for k, p in omega.items()}
@@ -198,9 +236,9 @@ def test_meta_gradient_by_finite_differences(name: str) -> None:
     steps: dict[int, float] = {}
     for order in (1, 2):
         twin = copy.deepcopy(method)
-        twin.cfg = replace(cfg, meta_order=order)
         before = [p.clone() for p in twin.generators.parameters()]
-        twin.meta_step(batch, torch.optim.SGD(twin.generators.parameters(), lr=1.0))
+        sgd = torch.optim.SGD(twin.generators.parameters(), lr=1.0)
+        twin.meta_step(batch, sgd, replace(meta, order=order))
         moved = zip(before, twin.generators.parameters(), direction.values(), strict=True)
         steps[order] = float(sum(((a - b) * d).sum() for a, b, d in moved))
     assert steps[2] == pytest.approx(float(slope), rel=2e-6, abs=1e-9)
@@ -216,12 +254,13 @@ def test_meta_step_leaves_the_encoder_and_moves_statistics_once(name: str) -> No
     state = {k: v.clone() for k, v in method.state_dict().items()}
     assert all(int(state[k]) == 0 for k in counters)
     grads = {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
-    method.meta_step(batch, method.configure_optimizers()[1])
+    assert method.cfg.meta is not None
+    method.meta_step(batch, method.configure_optimizers()[1], method.cfg.meta)
     after = method.state_dict()
     for key, value in state.items():
         if not key.startswith(("generators.", "banks.")):
             assert torch.equal(after[key], value), key
-    per_pass = method.cfg.n_views if method.cfg.share_generator else 1
+    per_pass = method.cfg.views.count if method.cfg.generator.shared else 1
     assert all(int(after[k]) == per_pass for k in counters)
     assert any(
         not torch.equal(after[k], state[k]) for k in after if k.startswith("generators") and "weight" in k
@@ -248,14 +287,14 @@ class Products(TorchDispatchMode):
 
 
 def test_all_terms_come_from_one_product() -> None:
-    method = make(replace(BASE, n_views=3))
+    method = make(replace(BASE, views=Crops(count=3)))
     z = [torch.nn.functional.normalize(torch.randn(N, 5, dtype=torch.float64), dim=1) for _ in range(6)]
     with Products(2 * 3 * N, 3 * N) as products, torch.no_grad():
         method._objective(batch_of(method.cfg, 0), z[:3], z[3:], ENCODER)
     assert products.count == 1
 
 
-def test_the_ramp_starts_at_zero_and_margin_in_says_where() -> None:
+def test_the_ramp_starts_at_zero_and_the_margin_says_where() -> None:
     method = make(CONFIGS["three views"])
     batch = batch_of(method.cfg, 0)
     z = method.network()(method._views(batch))[1]
@@ -264,26 +303,26 @@ def test_the_ramp_starts_at_zero_and_margin_in_says_where() -> None:
     assert torch.equal(starts.loss, starts.terms[0])
     method.optimizer_steps = 5
     full = method._objective(batch, z, made, ENCODER)
-    expected = full.terms[0] + 0.5 * full.terms[1:].sum() + 0.3 * full.regulariser
-    torch.testing.assert_close(full.loss, expected)
-    for where, weights in {"generator": (0, 0.3, 0.3), "none": (0, 0, 0)}.items():
-        method.cfg = replace(method.cfg, margin_in=where)
+    assert full.regulariser is not None
+    plain = full.terms[0] + 0.5 * full.terms[1:].sum()
+    torch.testing.assert_close(full.loss, plain + 0.3 * full.regulariser.value)
+    for margin, weights in ((replace(MARGIN, steps="generator"), (0, 0.3, 0.3)), (None, (0, 0, 0))):
+        method.cfg = replace(method.cfg, margin=margin)
         for call, weight in enumerate(weights):
             got = method._objective(batch, z, made, call)
-            torch.testing.assert_close(got.loss, expected + (weight - 0.3) * full.regulariser)
+            torch.testing.assert_close(got.loss, plain + weight * full.regulariser.value)
 
 
 # -- Lightning ----------------------------------------------------------------------------------
 
 SMALL = (
-    "method.proj_hidden=16",
-    "method.proj_dim=8",
-    "method.gen_hidden=16",
+    "method.projector.widths=[16, 8]",
+    "method.generator.hidden=[16, 16]",
     "views.0.size=8",
     "logging.checkpoint_every_steps=2",
     "logging.every_steps=2",
 )
-BANKS = ("method.keys=bank", "method.bank_negatives=8", "method.bank_updates=official")
+BANKS = ("method.keys={name: bank, negatives: 8, updates: official}",)
 JOB = Job(recipe="metaug_fashion_mnist", overrides=SMALL, epochs=2, samples=48, batch=16)
 
 
@@ -349,10 +388,10 @@ def difference(got: list[Tensor], expected: list[Tensor]) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("meta_precision", [32, 16])
-def test_bfloat16_is_finite_and_close(tmp_path: Path, meta_precision: int) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_finite_and_close(tmp_path: Path, autocast: bool) -> None:
     """The first step's loss, and where it takes the encoder. Later losses are of other weights."""
-    cfg = replace(BASE, meta_precision=meta_precision)
+    cfg = replace(BASE, meta=replace(META, autocast=autocast))
     exact, half = fit(cfg, tmp_path, "32-true", steps=1), fit(cfg, tmp_path, "bf16-mixed", steps=1)
     for name in ("train/loss", "method/contrast"):
         assert float(half.recorded[name]) != float(exact.recorded[name])
@@ -365,17 +404,16 @@ def test_bfloat16_is_finite_and_close(tmp_path: Path, meta_precision: int) -> No
         assert p.isfinite().all() and p.dtype == torch.float32, name
 
 
-@pytest.mark.parametrize("meta_precision", [32, 16])
-def test_autocast_reaches_the_bilevel_step_only_if_asked(meta_precision: int) -> None:
-    cfg = replace(BASE, meta_precision=meta_precision)
-    after = []
-    for autocast in (False, True):
-        method = make(cfg, dtype=torch.float32)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            method.meta_step(batch_of(cfg, 0, dtype=torch.float32), method.configure_optimizers()[1])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_autocast_reaches_the_bilevel_step_only_if_asked(autocast: bool) -> None:
+    meta, after = replace(META, autocast=autocast), []
+    for enabled in (False, True):
+        method = make(BASE, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            method.meta_step(batch_of(BASE, 0, dtype=torch.float32), method.configure_optimizers()[1], meta)
         after.append([p.clone() for p in method.generators.parameters()])
         assert all(p.isfinite().all() and p.dtype == torch.float32 for p in after[-1])
-    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True)) is (meta_precision == 32)
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True)) is not autocast
 
 
 def test_weights_alone_start_with_their_own_banks(tmp_path: Path) -> None:
@@ -406,9 +444,9 @@ def _meta_scalars(rank: int, world: int) -> tuple[float, float]:
     return float(seen["method/second_order_share"]), float(seen["method/generator_gradient"])
 
 
-@pytest.mark.parametrize(("every", "due"), [(0, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])
+@pytest.mark.parametrize(("every", "due"), [(None, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])
 def test_the_generators_step_when_due(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, due: list[int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None, due: list[int]
 ) -> None:
     taken, meta_step = [], MetAug.meta_step
 
@@ -418,7 +456,8 @@ def test_the_generators_step_when_due(
 
     monkeypatch.setattr(MetAug, "meta_step", noted)
     start = make(BASE, dtype=torch.float32).generators.state_dict()
-    after = fit(replace(BASE, meta_every=every), tmp_path, "32-true", steps=5).generators.state_dict()
+    cfg = replace(BASE, meta=every and replace(META, every_steps=every))
+    after = fit(cfg, tmp_path, "32-true", steps=5).generators.state_dict()
     assert taken == due
     assert any(not torch.equal(after[k], v) for k, v in start.items()) is bool(due)
 
@@ -438,7 +477,7 @@ def test_what_is_published_and_recorded() -> None:
         method = make(CONFIGS[name])
         batch = batch_of(method.cfg, 0)
         method.loss(batch)
-        method.meta_step(batch, method.configure_optimizers()[1])
+        method.meta_step(batch, method.configure_optimizers()[1], META)
         plain = method.eval().features(batch.global_views[0])
         for features in (method.published, plain):
             got = [features[k].shape for k in ("backbone", "projector", "backbone+generated")]
@@ -512,77 +551,64 @@ def test_the_official_encoders_have_the_official_size() -> None:
 
 # -- config -------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"gamma": 0.0}, "gamma must be positive"),
-        ({"aug_weight": -1.0}, "aug_weight must not be negative"),
-        ({"bank_momentum": 1.0}, "bank_momentum must lie in"),
-        ({"margin": "huge"}, "margin must be one of"),
-        ({"meta_order": 3}, "meta_order must be 1 or 2"),
-        ({"meta_every": -1}, "meta_every must not be negative"),
-        ({"meta_precision": 64}, "meta_precision must be 16 or 32"),
-        ({"n_views": 1}, "n_views must be at least 2"),
-        ({"views": "lab"}, "n_views must be 3 with method.views=lab, got 2"),
-        ({"margin_pairs": "official"}, "margin_pairs official is defined for"),
-        ({"bank_updates": "official"}, "bank_updates official goes with"),
-        ({"keys": "bank", "contrast_set": "unified"}, "keys must be batch with"),
-        ({"keys": "bank", "same_view_negatives": True}, "keys must be batch with"),
-        ({"m": 2.0}, "m must lie in"),
-        ({"contrast_set": "unified"}, "set method.aug_weight=0"),
-        (
-            {"bank_negatives": 7},
-            "bank_negatives must be 1024, got 7: it acts only with method.keys=bank",
-        ),
-        ({"color_space": "ycbcr"}, "it acts only with method.views=lab"),
-        (
-            {"generator_optim": "adam", "generator_momentum": 0.5},
-            "it acts only with method.generator_optim=sgd",
-        ),
-        ({"m": 0.5}, "it acts only with method.weighting=circle"),
-    ],
-)
-def test_config_refuses(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(BASE, **changes)
+NOTHING_GENERATED = ["method.margin=null", "method.terms.generated_weight=0", "method.ramp_epochs=0"]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "changes", "message"),
+    ("overrides", "said"),
     [
-        ("metaug_cifar10", {"accumulate_grad_batches": 2}, "accumulate_grad_batches must be 1"),
-        ("metaug_cifar10", {"gradient_clip_val": 1.0}, "gradient_clip_val must be left out"),
-        ("metaug_cifar10", {"precision": "bf16-true"}, "use bf16-mixed"),
+        (["method.aug_weight=1"], "aug_weight: renamed: use method.terms.generated_weight"),
+        (["method.meta_every=0"], "meta_every: renamed: use method.meta.every_steps"),
+        (["method.generator_lr=9"], "generator_lr: renamed: use method.meta.optimizer.lr"),
+        (["method.gamma=0"], "method.gamma: must be positive"),
+        (["method.views.count=1"], "method.views.count: must be at least 2"),
+        (["method.views.count=3"], "views: must hold 3 global view(s) for method.views crops with count=3, got 2"),
+        (["method.views={name: crops, space: lab}"], "method.views.space: not a key of method.views crops"),
+        (["method.views={name: color, count: 3}"], "method.views.count: not a key of method.views color"),
+        (["method.views=color"], "views: must hold 1 global view(s) for method.views color, got 2"),
+        (["method.views=color", "views.0.count=1"], "data.mean: must be [0, 0, 0]"),
+        (["method.views=color", "views.0.count=1", "views.0.role=local"], "views: must hold 1 global view(s)"),
+        (["method.keys.negatives=7"], "method.keys.negatives: not a key of method.keys batch, but of bank"),
+        (["method.keys={name: bank, momentum: 1}"], "method.keys.momentum: must lie in [0, 1)"),
+        (["method.keys={name: bank, same_view_negatives: true}"], "not a key of method.keys bank, but of batch"),
+        (["method.keys=bank", "method.terms=unified"], "method.terms: must be separate with method.keys bank"),
+        (["method.terms={name: unified, generated_weight: 1}"], "not a key of method.terms unified, but of separ"),
+        (["method.terms.generated_weight=-1"], "method.terms.generated_weight: must not be negative"),
+        (["method.circle={m: 2}"], "method.circle.m: must lie in [0, 1]"),
+        (["method.circle={m: 0.2, weights: false, shift: false}"], "method.circle.weights: and shift are both false"),
+        (["method.margin.thresholds=huge"], "method.margin.thresholds: must be one of large, small, mean"),
+        (["method.margin.weight=0"], "method.margin.weight: must be positive"),
+        (["method.margin.pairs=official"], "method.margin.pairs: official is defined for method.keys bank"),
+        (["method.margin.steps=generator", "method.meta=null"], "method.margin.steps: must be both with method.meta"),
+        (["method.generator.hidden=[0]"], "method.generator.hidden: must be positive"),
+        (["method.meta.order=3"], "method.meta.order: must be one of 1, 2; got 3"),
+        (["method.meta.every_steps=0"], "method.meta.every_steps: must be positive"),
+        (["method.meta.optimizer.momentum=0.5"], "momentum: not a key of method.meta.optimizer adam, but of sgd"),
+        (["method.meta.optimizer.lr=0"], "method.meta.optimizer.lr: must be positive"),
+        (NOTHING_GENERATED, "method.meta: must be null"),
+        ([*NOTHING_GENERATED[:2], "method.meta=null"], "method.ramp_epochs: must be 0"),
+        (["trainer.accumulate_grad_batches=2"], "accumulate_grad_batches: must be 1"),
+        (["trainer.gradient_clip_val=1"], "gradient_clip_val: must be left out"),
+        (["trainer.precision=bf16-true"], "trainer.precision: must not be bf16-true"),
+        (["method.meta.autocast=true"], "method.meta.autocast: must be false with trainer.precision=32-true"),
+        (["method.meta.autocast=true", "trainer.precision=16"], "must be false with trainer.precision=16-mixed"),
     ],
-)
-def test_recipe_must_suit_the_method(recipe: str, changes: dict[str, Any], message: str) -> None:
-    r = load_recipe(recipe).recipe
-    with pytest.raises(ValueError, match=message):
-        replace(r, trainer={**r.trainer, **changes})
+)  # fmt: skip
+def test_what_a_recipe_may_not_say(overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        load_recipe("metaug_fashion_mnist", overrides)
 
 
-@pytest.mark.parametrize("precision", ["16-mixed", "16", 16])
-def test_fp16_is_not_for_the_bilevel_step(precision: str | int) -> None:
-    r = load_recipe("metaug_cifar10").recipe
-    r = replace(r, trainer={**r.trainer, "precision": precision})
-    with pytest.raises(ValueError, match=r"method\.meta_precision must be 32"):
-        replace(r, method=replace(r.method, meta_precision=16))
-
-
-def test_views_must_suit_the_method() -> None:
-    r = load_recipe("metaug_cifar10").recipe
-    (view,) = r.views
-    replace(r, views=(view, replace(view, role="local", size=16)))
-    with pytest.raises(ValueError, match=r"views must hold 2 global view\(s\) .*, got 3"):
-        replace(r, views=(replace(view, count=3),))
-    lab = load_recipe("metaug_official_cifar10").recipe
+def test_what_a_recipe_may_say() -> None:
+    for overrides in (
+        [*NOTHING_GENERATED, "method.meta=null"],
+        ["method.meta.autocast=true", "trainer.precision=bf16"],
+        ["method.terms=unified", "method.margin=null", "method.ramp_epochs=0"],
+    ):
+        load_recipe("metaug_fashion_mnist", overrides)
+    r = load_recipe("metaug_official_cifar10").recipe
     with pytest.raises(ValueError, match="views must not be local"):
-        replace(lab, views=(*lab.views, replace(view, role="local")))
-    with pytest.raises(ValueError, match=r"data\.mean must be"):
-        replace(lab, data=r.data)
-    with pytest.raises(ValueError, match="wants 2 global views, got 1"):
-        make(BASE).loss(batch_of(CONFIGS["official"], 0))
+        replace(r, views=(*r.views, replace(r.views[0], role="local")))
 
 
 def test_one_sample_without_banks_is_refused() -> None:
@@ -598,7 +624,7 @@ ROWS = {
     "metaug_stl10": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
     "metaug_in100": ("resnet50", 256, 200, 0.03, 1e-4, "crops", "batch", 1e-5),
     "metaug_in1k": ("resnet50", 2048, 200, 2.4, 1e-6, "crops", "batch", 1e-5),
-    "metaug_official_cifar10": (OFFICIAL, 64, 300, 0.03, 1e-4, "lab", "bank", 1e-5),
+    "metaug_official_cifar10": (OFFICIAL, 64, 300, 0.03, 1e-4, "color", "bank", 1e-5),
     "metaug_fashion_mnist": ("conv5", 128, 12, 2e-3, 1e-4, "crops", "batch", 0.1),
 }
 
@@ -615,10 +641,11 @@ def test_recipes_hold_the_card_s_numbers(name: str) -> None:
     assert isinstance(cfg, MetAugConfig)
     rate = pytest.approx(plan.scaled_lr(r.optim))
     row = (r.backbone.name, plan.global_batch_size, plan.max_epochs, rate, r.optim.weight_decay)
-    assert (*row, cfg.views, cfg.keys, cfg.aug_weight) == ROWS[name]
-    assert (cfg.gamma, cfg.scale, cfg.m) == (16, 16, 0.25)
-    assert (cfg.weighting, cfg.shift) == ("none", False)
-    assert cfg.detach_sigma == (cfg.margin_weight > 1e-3)
+    assert isinstance(cfg.terms, SeparateTerms)
+    assert (*row, cfg.views.name, cfg.keys.name, cfg.terms.generated_weight) == ROWS[name]
+    assert (cfg.gamma, cfg.scale, cfg.circle) == (16, 16, None)
+    assert cfg.margin is not None
+    assert cfg.margin.detach_thresholds == (cfg.margin.weight > 1e-3)
 
 
 def test_every_recipe_of_the_method_is_in_the_table() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sslzoo.nn.numerics import autocast_off
+from sslzoo_methods.metaug.config import ColorSpace
 
 # Linear sRGB to XYZ (IEC 61966-2-1) and the white of D65 seen at 2 degrees.
 XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
@@ -43,7 +44,7 @@ def rgb_to_ycbcr(rgb: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def normalized(rgb: Tensor, color_space: str) -> Tensor:
+def normalized(rgb: Tensor, color_space: ColorSpace) -> Tensor:
     """RGB in [0, 1] (N, 3, H, W) in ``lab`` or ``ycbcr``, by the official mean and deviation."""
     with autocast_off(rgb):
         converted = rgb_to_lab(rgb) if color_space == "lab" else rgb_to_ycbcr(rgb)

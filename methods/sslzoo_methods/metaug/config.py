@@ -1,55 +1,225 @@
-"""What a MetAug recipe states under ``method:``."""
+"""What a MetAug recipe states under ``method:``. Greek letters and equation numbers are the card's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from sslzoo.checks import check_field, one_of
-from sslzoo.recipe.sections import MethodConfig, Recipe, refuse_idle
+from sslzoo.checks import check_field, check_not_negative, check_positive
+from sslzoo.recipe.sections import HeadConfig, MethodConfig, Recipe
+
+ColorSpace = Literal["lab", "ycbcr"]
+Thresholds = Literal["large", "small", "mean"]
+
+
+# Views and keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """The recipe's global crops, with one encoder."""
+
+    encoders: ClassVar[int] = 1
+
+    name: Literal["crops"] = "crops"
+    count: int = 2
+
+    def __post_init__(self) -> None:
+        check_field(self.count >= 2, "count", f"must be at least 2, got {self.count}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColorChannels:
+    """The first channel of one crop in another colour space, the other two, and all three; an encoder for each."""
+
+    count: ClassVar[int] = 3
+    encoders: ClassVar[int] = 3
+
+    name: Literal["color"] = "color"
+    space: ColorSpace = "lab"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchKeys:
+    """The original features of the global batch."""
+
+    name: Literal["batch"] = "batch"
+    same_view_negatives: bool = False  # other samples of the query's own view repel too
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankKeys:
+    """Memory banks, as the official code: the latest features of every training image."""
+
+    name: Literal["bank"] = "bank"
+    negatives: int = 1024  # K
+    momentum: float = 0.5  # of the old row
+    updates: Literal["once", "official"] = "once"  # official: thrice a step, at last by the virtual encoder
+
+    def __post_init__(self) -> None:
+        check_positive(self, "negatives")
+        check_field(0 <= self.momentum < 1, "momentum", f"must lie in [0, 1), got {self.momentum}")
+
+
+# The objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circle:
+    """What circle loss adds to the logits (paper)."""
+
+    m: float
+    weights: bool = True  # each pair weighted by its distance from the optimum
+    shift: bool = True  # decision margins 1 - m and m
+
+    def __post_init__(self) -> None:
+        check_field(0 <= self.m <= 1, "m", f"must lie in [0, 1], got {self.m}")
+        check_field(self.weights or self.shift, "weights", "and shift are both false: use method.circle=null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeparateTerms:
+    """A term of the originals, one for each view replaced by its generated features, one for all replaced."""
+
+    name: Literal["separate"] = "separate"
+    generated_weight: float  # alpha: of all but the first
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "generated_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnifiedTerm:
+    """One term with original and generated queries."""
+
+    name: Literal["unified"] = "unified"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginConfig:
+    """The regulariser R, which keeps generated features hard."""
+
+    weight: float  # beta
+    positive_weight: float  # lambda+, of R's positives: 1 in the paper, 1e-4 in the official code
+    thresholds: Thresholds = "large"
+    detach_thresholds: bool = False
+    pairs: Literal["generated", "official"] = "generated"  # official: with banks and three views
+    steps: Literal["both", "generator"] = "both"  # generator: R is not in the encoder's step
+
+    def __post_init__(self) -> None:
+        check_field(self.weight > 0, "weight", f"must be positive, got {self.weight}; without R: margin=null")
+        check_not_negative(self, "positive_weight")
+
+
+# The generators and their step
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """An MLP for each view, from embedding to embedding."""
+
+    hidden: tuple[int, ...]  # widths of the hidden layers
+    shared: bool = False  # one for all views
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    """Of the generators, at a constant rate."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: float
+    weight_decay: float
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_positive(self, "lr")
+        check_not_negative(self, "weight_decay")
+        check_field(0 <= self.momentum < 1, "momentum", f"must lie in [0, 1), got {self.momentum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam:
+    """Of the generators, at a constant rate."""
+
+    name: Literal["adam"] = "adam"
+    lr: float
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        check_positive(self, "lr")
+        check_not_negative(self, "weight_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaConfig:
+    """The generators' step: they minimise the objective after a virtual step of the encoder."""
+
+    virtual_lr: float  # eta_v
+    optimizer: SGD | Adam
+    every_steps: int = 1
+    order: Literal[1, 2] = 2  # 1: without second derivatives
+    virtual_params: Literal["all", "projector"] = "all"  # what the virtual step moves
+    sync_virtual_step: bool = True  # false: each rank steps on its own gradient; not world-size invariant
+    loss_scale: float = 1.0  # of the outer loss, hence of the generators' gradient
+    autocast: bool = False  # forward passes in bfloat16, as the rest of a bf16-mixed run
+
+    def __post_init__(self) -> None:
+        check_positive(self, "virtual_lr", "every_steps", "loss_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetAugConfig(MethodConfig):
     """Numbers without a default stand in every recipe; the switches default to the two-crop plug-in."""
 
-    aug_weight: float  # alpha: weight of the terms with generated features
-    margin_weight: float  # beta: weight of the margin-injected regulariser R
-    margin_pos_weight: float  # lambda+: weight of R's positives; 1 in the paper, 1e-4 in the official code
-    virtual_lr: float  # eta_v: the encoder's virtual step
-    generator_optim: str  # sgd | adam
-    generator_lr: float  # constant
-    generator_weight_decay: float
-    proj_hidden: int  # projector: features -> proj_hidden -> proj_dim
-    proj_dim: int
-    gen_hidden: int  # width of a generator's hidden layers
-    gen_layers: int = 3  # linear layers of a generator
-    share_generator: bool = False  # one for all views
-    generator_momentum: float = 0.9  # sgd
-    generator_loss_scale: float = 1.0  # of the outer loss, hence of the generators' gradient
-    views: str = "crops"  # lab: L, ab and all of CIELAB of one crop, an encoder each
-    n_views: int = 2  # global crops; 3 with lab
-    color_space: str = "lab"  # ycbcr; for views: lab
-    keys: str = "batch"  # bank: memory banks, as the official code
-    bank_negatives: int = 1024  # K
-    bank_momentum: float = 0.5  # of the old row
-    bank_updates: str = "once"  # official: three times a step, once with the virtual encoder's features
-    gamma: float = 16.0
-    scale: float = 16.0
-    weighting: str = "none"  # circle (paper)
-    shift: bool = False  # decision margins 1 - m and m (paper)
-    m: float = 0.25
-    contrast_set: str = "terms"  # unified: one term with original and generated queries
-    same_view_negatives: bool = False  # other samples of the query's own view repel too
-    margin: str = "large"  # small | mean
-    margin_in: str = "both"  # generator (R in the generators' step only) | none
-    margin_pairs: str = "generated"  # official (three views, banks)
-    detach_sigma: bool = False  # no gradient through R's thresholds
-    meta_order: int = 2  # 1: without second derivatives
-    meta_every: int = 1  # steps; 0: never, generators stay as initialised
-    meta_precision: int = 32  # 16: the bilevel step's forward passes under the run's autocast
-    virtual_params: str = "all"  # projector: the virtual step moves the projector alone
-    virtual_step_sync: bool = True  # false: each rank steps on its own gradient; not world-size invariant
-    ramp_epochs: float = 0.0  # aug_weight and margin_weight grow from 0 over so many
+    RENAMED: ClassVar[dict[str, str]] = {
+        "aug_weight": "terms.generated_weight",
+        "contrast_set": "terms.name",
+        "margin_weight": "margin.weight",
+        "margin_pos_weight": "margin.positive_weight",
+        "margin_in": "margin.steps",
+        "margin_pairs": "margin.pairs",
+        "detach_sigma": "margin.detach_thresholds",
+        "weighting": "circle.weights",
+        "shift": "circle.shift",
+        "m": "circle.m",
+        "proj_hidden": "projector.widths",
+        "proj_dim": "projector.widths",
+        "gen_hidden": "generator.hidden",
+        "gen_layers": "generator.hidden",
+        "share_generator": "generator.shared",
+        "n_views": "views.count",
+        "color_space": "views.space",
+        "same_view_negatives": "keys.same_view_negatives",
+        "bank_negatives": "keys.negatives",
+        "bank_momentum": "keys.momentum",
+        "bank_updates": "keys.updates",
+        "meta_every": "meta.every_steps",
+        "meta_order": "meta.order",
+        "meta_precision": "meta.autocast",
+        "virtual_lr": "meta.virtual_lr",
+        "virtual_params": "meta.virtual_params",
+        "virtual_step_sync": "meta.sync_virtual_step",
+        "generator_loss_scale": "meta.loss_scale",
+        "generator_optim": "meta.optimizer.name",
+        "generator_lr": "meta.optimizer.lr",
+        "generator_weight_decay": "meta.optimizer.weight_decay",
+        "generator_momentum": "meta.optimizer.momentum",
+    }
+
+    views: Crops | ColorChannels = Crops()
+    keys: BatchKeys | BankKeys = BatchKeys()
+    projector: HeadConfig
+    generator: GeneratorConfig
+    gamma: float = 16.0  # sharpness: a softmax temperature of 2 / gamma on the cosine
+    scale: float = 16.0  # the loss is scale / gamma times the softplus, so that gamma leaves its slope
+    circle: Circle | None = None
+    terms: SeparateTerms | UnifiedTerm
+    margin: MarginConfig | None
+    ramp_epochs: float = 0.0  # over so many the weights of generated terms and of R grow from 0
+    meta: MetaConfig | None  # null: generators stay as initialised
 
     @property
     def published_layers(self) -> tuple[str, ...]:
@@ -62,74 +232,32 @@ class MetAugConfig(MethodConfig):
         return 2 / self.gamma
 
     def __post_init__(self) -> None:
-        for name, allowed in {
-            "generator_optim": ("sgd", "adam"),
-            "views": ("crops", "lab"),
-            "color_space": ("lab", "ycbcr"),
-            "keys": ("batch", "bank"),
-            "bank_updates": ("once", "official"),
-            "weighting": ("none", "circle"),
-            "contrast_set": ("terms", "unified"),
-            "margin": ("large", "small", "mean"),
-            "margin_in": ("both", "generator", "none"),
-            "margin_pairs": ("generated", "official"),
-            "virtual_params": ("all", "projector"),
-        }.items():
-            one_of(name, getattr(self, name), allowed)
-        for name in ("virtual_lr", "generator_lr", "generator_loss_scale", "gamma", "scale"):
-            check_field(getattr(self, name) > 0, name, f"must be positive, got {getattr(self, name)}")
-        for name in ("proj_hidden", "proj_dim", "gen_hidden", "gen_layers", "bank_negatives"):
-            check_field(getattr(self, name) > 0, name, f"must be positive, got {getattr(self, name)}")
-        for name in ("aug_weight", "margin_weight", "margin_pos_weight", "generator_weight_decay"):
-            check_field(getattr(self, name) >= 0, name, f"must not be negative, got {getattr(self, name)}")
-        for name in ("bank_momentum", "generator_momentum"):
-            check_field(0 <= getattr(self, name) < 1, name, f"must lie in [0, 1), got {getattr(self, name)}")
-        check_field(0 <= self.m <= 1, "m", f"must lie in [0, 1], got {self.m}")
-        check_field(self.meta_order in (1, 2), "meta_order", f"must be 1 or 2, got {self.meta_order}")
-        check_field(self.meta_every >= 0, "meta_every", f"must not be negative, got {self.meta_every}")
+        check_positive(self, "gamma", "scale")
+        check_not_negative(self, "ramp_epochs")
+        bank, separate = isinstance(self.keys, BankKeys), isinstance(self.terms, SeparateTerms)
+        check_field(separate or not bank, "terms", "must be separate with method.keys bank")
+        margin, weighted = self.margin, self.margin is not None
+        if isinstance(self.terms, SeparateTerms):
+            weighted = weighted or self.terms.generated_weight > 0
         check_field(
-            self.meta_precision in (16, 32),
-            "meta_precision",
-            f"must be 16 or 32, got {self.meta_precision}",
-        )
-        check_field(self.ramp_epochs >= 0, "ramp_epochs", f"must not be negative, got {self.ramp_epochs}")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        bank = self.keys == "bank"
-        check_field(self.n_views >= 2, "n_views", f"must be at least 2, got {self.n_views}")
-        check_field(
-            self.views == "crops" or self.n_views == 3,
-            "n_views",
-            f"must be 3 with method.views=lab, got {self.n_views}",
+            weighted or self.ramp_epochs == 0, "ramp_epochs", "must be 0: no weight is there that could grow"
         )
         check_field(
-            self.margin_pairs == "generated" or (bank and self.n_views == 3),
-            "margin_pairs",
-            "official is defined for method.keys=bank and three views",
+            weighted or not separate or self.meta is None,
+            "meta",
+            "must be null: with margin null and terms.generated_weight 0 no generated feature enters the loss",
         )
-        check_field(
-            bank or self.bank_updates == "once", "bank_updates", "official goes with method.keys=bank"
-        )
-        check_field(
-            not bank or (self.contrast_set == "terms" and not self.same_view_negatives),
-            "keys",
-            "must be batch with method.contrast_set=unified and with method.same_view_negatives",
-        )
-
-        check_field(
-            self.contrast_set == "terms" or self.aug_weight == 0,
-            "contrast_set",
-            "unified has one term, which nothing weighs: set method.aug_weight=0",
-        )
-        heeded = {
-            "bank_negatives": (bank, "method.keys=bank"),
-            "bank_momentum": (bank, "method.keys=bank"),
-            "color_space": (self.views == "lab", "method.views=lab"),
-            "generator_momentum": (self.generator_optim == "sgd", "method.generator_optim=sgd"),
-            "m": (self.weighting == "circle" or self.shift, "method.weighting=circle or method.shift=true"),
-        }
-        refuse_idle(self, heeded)
+        if margin is not None:
+            check_field(
+                margin.pairs == "generated" or (bank and self.views.count == 3),
+                "margin.pairs",
+                "official is defined for method.keys bank and three views",
+            )
+            check_field(
+                margin.steps == "both" or self.meta is not None,
+                "margin.steps",
+                "must be both with method.meta null: there is no generators' step",
+            )
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what manual optimisation, half precision or the views cannot do."""
@@ -152,26 +280,28 @@ class MetAugConfig(MethodConfig):
             f"must not be {precision}: a virtual step is lost in half-precision weights; use bf16-mixed",
         )
         check_field(
-            precision != "16-mixed" or self.meta_precision == 32,
-            "method.meta_precision",
-            "must be 32 with trainer.precision=16-mixed, where the generators' gradients underflow or overflow",
+            self.meta is None or not self.meta.autocast or precision == "bf16-mixed",
+            "method.meta.autocast",
+            f"must be false with trainer.precision={precision}: it needs bf16-mixed (in float16 the generators' "
+            "gradients underflow or overflow)",
         )
+        colors = isinstance(self.views, ColorChannels)
         crops = sum(view.count for view in recipe.views if view.role == "global")
-        wanted = 1 if self.views == "lab" else self.n_views
+        wanted = 1 if colors else self.views.count
         check_field(
             crops == wanted,
             "views",
-            f"must hold {wanted} global view(s) for method.views={self.views} with method.n_views={self.n_views}, "
-            f"got {crops}",
+            f"must hold {wanted} global view(s) for method.views {self.views.name}"
+            f"{'' if colors else f' with count={wanted}'}, got {crops}",
         )
-        if self.views == "lab":
+        if colors:
             check_field(
                 crops == sum(view.count for view in recipe.views),
                 "views",
-                "must not be local with method.views=lab",
+                "must not be local with method.views color",
             )
             check_field(
                 tuple(data.mean) == (0, 0, 0) and tuple(data.std) == (1, 1, 1),
                 "data.mean",
-                "must be [0, 0, 0], and data.std [1, 1, 1], with method.views=lab, which converts RGB in [0, 1] itself",
+                "must be [0, 0, 0], and data.std [1, 1, 1], with method.views color, which converts RGB itself",
             )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sslzoo.checks import require
-from sslzoo.nn.heads import mlp
 from sslzoo.nn.numerics import normalize
 from sslzoo_methods.metaug.color import normalized
+from sslzoo_methods.metaug.config import ColorSpace
 
 
 def reinitialised(backbone: nn.Module, channels: int) -> nn.Module:
@@ -21,7 +21,7 @@ def reinitialised(backbone: nn.Module, channels: int) -> nn.Module:
     first = next((m for m in new.modules() if isinstance(m, nn.Conv2d)), None)
     require(
         first is not None and first.groups == 1,
-        "method.views=lab needs a backbone that begins with a convolution",
+        "method.views color needs a backbone that begins with a convolution",
     )
     assert first is not None
     first.in_channels = channels
@@ -36,9 +36,9 @@ class ThreeViewBackbone(nn.Module):
     """Three encoders of one RGB image in [0, 1]: of its first channel in another colour space, of the other
     two, and of all three. Output (N, 3F): their features side by side."""
 
-    def __init__(self, backbone: nn.Module, color_space: str) -> None:
+    def __init__(self, backbone: nn.Module, color_space: ColorSpace) -> None:
         super().__init__()
-        self.color_space = color_space
+        self.color_space: ColorSpace = color_space
         self.parts = nn.ModuleList(reinitialised(backbone, channels) for channels in (1, 2, 3))
 
     def each(self, rgb: Tensor) -> list[Tensor]:
@@ -78,10 +78,3 @@ class Network(nn.Module):
             z for group, h in zip(groups, passed, strict=True) for z in self.projector(h).chunk(len(group))
         ]
         return passed, [normalize(z) for z in outputs]
-
-
-def build_projector(width: int, hidden: int, dim: int, *, views: str) -> nn.Module:
-    """An MLP on ``width`` features; three, with the official code's biases, for ``views=lab``."""
-    if views == "lab":
-        return nn.ModuleList(mlp((width, hidden, dim), hidden_bias=True) for _ in range(3))
-    return mlp((width, hidden, dim))

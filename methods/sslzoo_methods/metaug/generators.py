@@ -9,21 +9,20 @@ from torch import Tensor, nn
 
 from sslzoo.nn.heads import mlp
 from sslzoo.nn.numerics import normalize
-from sslzoo_methods.metaug.config import MetAugConfig
+from sslzoo_methods.metaug.config import SGD, Adam, GeneratorConfig
 
 
 class Generators(nn.Module):
-    """One MLP a view, or one for all: from the view's normalised embedding to another one.
+    """One MLP for each of ``views``, or one for all: from the view's normalised embedding to another one.
 
     Linear, batch norm, ReLU, ... Linear, with biases everywhere; no skip connection and no noise. Frozen, so
     that DDP's reducer leaves them alone and the encoder's step sends no gradient into them: the bilevel step
     differentiates copies.
     """
 
-    def __init__(self, cfg: MetAugConfig) -> None:
+    def __init__(self, cfg: GeneratorConfig, *, views: int, dim: int) -> None:
         super().__init__()
-        widths = (cfg.proj_dim, *[cfg.gen_hidden] * (cfg.gen_layers - 1), cfg.proj_dim)
-        count = 1 if cfg.share_generator else cfg.n_views
+        widths, count = (dim, *cfg.hidden, dim), 1 if cfg.shared else views
         self.nets = nn.ModuleList(mlp(widths, hidden_bias=True) for _ in range(count))
         self.requires_grad_(False)
 
@@ -33,9 +32,9 @@ class Generators(nn.Module):
         return [normalize(self.nets[u % len(self.nets)](z)) for u, z in enumerate(embeddings)]
 
 
-def generator_optimizer(generators: Generators, cfg: MetAugConfig) -> torch.optim.Optimizer:
+def generator_optimizer(generators: Generators, cfg: SGD | Adam) -> torch.optim.Optimizer:
     """One optimiser for all generators, at a constant rate; decay acts on every parameter."""
-    omega, lr, decay = generators.parameters(), cfg.generator_lr, cfg.generator_weight_decay
-    if cfg.generator_optim == "sgd":
-        return torch.optim.SGD(omega, lr=lr, momentum=cfg.generator_momentum, weight_decay=decay)
+    omega, lr, decay = generators.parameters(), cfg.lr, cfg.weight_decay
+    if isinstance(cfg, SGD):
+        return torch.optim.SGD(omega, lr=lr, momentum=cfg.momentum, weight_decay=decay)
     return torch.optim.Adam(omega, lr=lr, weight_decay=decay)

@@ -19,12 +19,13 @@ def health(out: Objective, z: Sequence[Tensor], generated: Sequence[Tensor]) -> 
     names = ("positive", "negative", "generated_positive", "generated_negative")
     values = dict(zip((f"{name}_similarity" for name in names), out.similarity, strict=True))
     cosine = torch.stack([(a * b).sum(1).mean() for a, b in zip(z, generated, strict=False)]).mean()
+    values["contrast"] = out.terms[0]
+    values["generated_contrast"] = out.terms[1:].mean() if len(out.terms) > 1 else out.terms[0]
+    if out.regulariser is not None:
+        values["margin"] = out.regulariser.value
+        values["sigma_pos"] = out.regulariser.sigma_pos.mean()
+        values["sigma_neg"] = out.regulariser.sigma_neg.mean()
     return values | {
-        "contrast": out.terms[0],
-        "generated_contrast": out.terms[1:].mean() if len(out.terms) > 1 else out.terms[0],
-        "margin": out.regulariser,
-        "sigma_pos": out.sigma_pos.mean(),
-        "sigma_neg": out.sigma_neg.mean(),
         "generated_cosine": cosine,
         "online_std": z[0].std(dim=0, correction=0).mean() * z[0].shape[1] ** 0.5,
     }

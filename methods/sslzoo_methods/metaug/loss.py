@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sslzoo.checks import require
 from sslzoo.nn.numerics import at_least_float32, autocast_off, ieee_matmul
+from sslzoo_methods.metaug.config import Circle, Thresholds
 
 Pair = tuple[int, int]  # (query view, key view)
 
@@ -27,17 +28,24 @@ class Contrast(NamedTuple):
 
     gamma: float  # sharpness: a softmax temperature of 2 / gamma on the cosine
     scale: float  # the loss is scale / gamma times the softplus, so that gamma leaves its slope
-    weighting: str  # none | circle (each pair weighted by its distance from the optimum)
-    shift: bool  # decision margins 1 - m and m
-    m: float
+    circle: Circle | None
 
 
 class Margin(NamedTuple):
     """How generated features are pushed to be hard."""
 
-    kind: str  # large | small | mean
-    pos_weight: float  # lambda+, of the positives' part
-    detach_sigma: bool  # no gradient through the thresholds
+    weight: float  # beta
+    positive_weight: float  # lambda+, of the positives' part
+    thresholds: Thresholds
+    detach_thresholds: bool  # no gradient through them
+
+
+class Regulariser(NamedTuple):
+    """R, unweighted, and the thresholds it is of."""
+
+    value: Tensor  # ()
+    sigma_pos: Tensor  # (N,)
+    sigma_neg: Tensor  # (N,)
 
 
 class Block(NamedTuple):
@@ -56,9 +64,7 @@ class Objective(NamedTuple):
 
     loss: Tensor  # ()
     terms: Tensor  # (M+2,): originals, view u replaced by its generated features, all replaced
-    regulariser: Tensor  # ()
-    sigma_pos: Tensor  # (N,)
-    sigma_neg: Tensor  # (N,)
+    regulariser: Regulariser | None
     similarity: Tensor  # (4,) detached means: positives, negatives, the same of generated queries
 
 
@@ -73,11 +79,12 @@ def score(
     require(
         neg.shape[1] > owned, "MetAug needs negatives: a batch of one sample has none; use method.keys=bank"
     )
-    shift_pos, shift_neg = (1 - contrast.m, contrast.m) if contrast.shift else (0.0, 0.0)
+    circle = contrast.circle
+    shift_pos, shift_neg = (1 - circle.m, circle.m) if circle is not None and circle.shift else (0.0, 0.0)
     logit_pos, logit_neg = -contrast.gamma * (pos - shift_pos), contrast.gamma * (neg - shift_neg)
-    if contrast.weighting == "circle":
-        logit_pos = logit_pos * (1 + contrast.m - pos.detach()).clamp_min(0)
-        logit_neg = logit_neg * (contrast.m + neg.detach()).clamp_min(0)
+    if circle is not None and circle.weights:
+        logit_pos = logit_pos * (1 + circle.m - pos.detach()).clamp_min(0)
+        logit_neg = logit_neg * (circle.m + neg.detach()).clamp_min(0)
     if own is not None:
         logit_neg = logit_neg.masked_fill(own, -torch.inf)
     return Block(pos, neg, own, neg.shape[1] - owned, logit_pos.logsumexp(1), logit_neg.logsumexp(1))
@@ -97,17 +104,15 @@ def thresholds(blocks: Sequence[Block], margin: Margin) -> tuple[Tensor, Tensor]
     lowest = torch.stack([b.pos.amin(1) for b in blocks]).amin(0)
     negatives = [b.neg if b.own is None else b.neg.masked_fill(b.own, -torch.inf) for b in blocks]
     highest = torch.stack([neg.amax(1) for neg in negatives]).amax(0)
-    if margin.detach_sigma:
+    if margin.detach_thresholds:
         lowest, highest = lowest.detach(), highest.detach()
-    if margin.kind == "mean":
+    if margin.thresholds == "mean":
         return (lowest + highest) / 2, (lowest + highest) / 2
     low, high = torch.minimum(lowest, highest), torch.maximum(lowest, highest)
-    return (low, high) if margin.kind == "large" else (high, low)
+    return (low, high) if margin.thresholds == "large" else (high, low)
 
 
-def margin_regulariser(
-    reference: Sequence[Block], generated: Sequence[Block], margin: Margin
-) -> tuple[Tensor, Tensor, Tensor]:
+def margin_regulariser(reference: Sequence[Block], generated: Sequence[Block], margin: Margin) -> Regulariser:
     """R and the thresholds, which come from ``reference``.
 
     Positives of ``generated`` pay for what they exceed sigma+ by, negatives for what they lack of sigma-;
@@ -120,7 +125,7 @@ def margin_regulariser(
     count = sum(b.negatives * len(b.neg) for b in generated)
     positives = torch.stack([x.sum() for x in above]).sum() / sum(x.numel() for x in above)
     negatives = torch.stack([x.sum() for x in below]).sum() / count
-    return margin.pos_weight * positives + negatives, sigma_pos, sigma_neg
+    return Regulariser(margin.positive_weight * positives + negatives, sigma_pos, sigma_neg)
 
 
 def view_pairs(views: int) -> list[Pair]:
@@ -135,9 +140,8 @@ def batch_objective(
     *,
     offset: int,
     contrast: Contrast,
-    margin: Margin,
-    aug_weight: float,
-    margin_weight: float,
+    margin: Margin | None,
+    generated_weight: float,
     local: Sequence[Tensor] = (),
     query_keys: Tensor | None = None,
     unified: bool = False,
@@ -178,7 +182,7 @@ def batch_objective(
             [blocks[u + views if u == replaced else u, v] for u, v in pairs] for replaced in range(views)
         ]
         terms = [first + last] if unified else [first, *single, last]
-        return _assemble(terms, (first, last), (first, last), contrast, margin, aug_weight, margin_weight)
+        return _assemble(terms, (first, last), (first, last), contrast, margin, generated_weight)
 
 
 def bank_objective(
@@ -187,9 +191,8 @@ def bank_objective(
     keys: Sequence[Tensor],
     *,
     contrast: Contrast,
-    margin: Margin,
-    aug_weight: float,
-    margin_weight: float,
+    margin: Margin | None,
+    generated_weight: float,
     local: Sequence[Tensor] = (),
     official_pairs: bool = False,
 ) -> Objective:
@@ -216,7 +219,7 @@ def bank_objective(
             reference = [tables[1 + views - u - v][u, v] for u, v in pairs]  # the third of the views 0, 1, 2
             hard = [tables[1 + w][pair] for w in range(views) for pair in pairs if w in pair]
         shown = (terms[0], terms[-1])
-        return _assemble(terms, (reference, hard), shown, contrast, margin, aug_weight, margin_weight)
+        return _assemble(terms, (reference, hard), shown, contrast, margin, generated_weight)
 
 
 def _bank_blocks(
@@ -238,15 +241,16 @@ def _assemble(
     regularised: tuple[Sequence[Block], Sequence[Block]],
     shown: tuple[Sequence[Block], Sequence[Block]],
     contrast: Contrast,
-    margin: Margin,
-    aug_weight: float,
-    margin_weight: float,
+    margin: Margin | None,
+    generated_weight: float,
 ) -> Objective:
     values = torch.stack([oucl(blocks, contrast) for blocks in terms])
-    r, sigma_pos, sigma_neg = margin_regulariser(*regularised, margin)
-    loss = values[0] + aug_weight * values[1:].sum() + margin_weight * r
+    loss, r = values[0] + generated_weight * values[1:].sum(), None
+    if margin is not None:
+        r = margin_regulariser(*regularised, margin)
+        loss = loss + margin.weight * r.value
     means = [mean for blocks in shown for mean in _means(blocks)]
-    return Objective(loss, values, r, sigma_pos, sigma_neg, torch.stack(means))
+    return Objective(loss, values, r, torch.stack(means))
 
 
 @torch.no_grad()

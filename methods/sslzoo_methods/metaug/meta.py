@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sslzoo.distributed import all_reduce_mean, world_size
 from sslzoo.nn.numerics import autocast_off
-from sslzoo_methods.metaug.config import MetAugConfig
+from sslzoo_methods.metaug.config import MetaConfig
 from sslzoo_methods.metaug.loss import Objective
 from sslzoo_methods.metaug.objective import INNER, OUTER
 
@@ -103,17 +103,18 @@ def bilevel(
     network: nn.Module,
     generators: nn.Module,
     views: Sequence[Tensor],
+    global_views: int,
     objective: Callable[[list[Tensor], list[Tensor], int], Objective],
-    cfg: MetAugConfig,
+    cfg: MetaConfig,
 ) -> MetaGradient:
     """Equations 6 to 9 for the modules as they stand.
 
-    ``objective`` takes embeddings, generated features and the pass. Parameters,
+    ``objective`` takes embeddings, generated features of the first ``global_views``, and the pass. Parameters,
     ``.grad`` and the network's buffers stay as they are; the generators' running statistics move once, in the
     outer pass. Nothing is averaged over the ranks but the inner gradient.
     """
     torch.clear_autocast_cache()  # it holds half-precision copies of the weights as they were before the step
-    full = autocast_off(views[0]) if cfg.meta_precision == 32 else nullcontext()
+    full = nullcontext() if cfg.autocast else autocast_off(views[0])
     with full, sdpa_kernel(SDPBackend.MATH):  # flash attention has no second derivative
         theta = {n: p.detach().requires_grad_() for n, p in network.named_parameters() if p.requires_grad}
         omega = {n: p.detach().requires_grad_() for n, p in generators.named_parameters()}
@@ -125,15 +126,15 @@ def bilevel(
 
         def evaluate(params: Parameters, statistics: Parameters, call: int) -> Tensor:
             z = functional_call(network, {**params, **copied_buffers(network)}, (views, passed))[1]
-            generated = functional_call(generators, {**omega, **statistics}, (z[: cfg.n_views],))
+            generated = functional_call(generators, {**omega, **statistics}, (z[:global_views],))
             return objective(z, generated, call).loss
 
         return meta_gradient(
             lambda t: evaluate(t, copied_buffers(generators), INNER),
-            lambda t: evaluate(t, {}, OUTER) * cfg.generator_loss_scale,
+            lambda t: evaluate(t, {}, OUTER) * cfg.loss_scale,
             theta,
             list(omega.values()),
             virtual_lr=cfg.virtual_lr,
-            order=cfg.meta_order,
-            sync=cfg.virtual_step_sync,
+            order=cfg.order,
+            sync=cfg.sync_virtual_step,
         )

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sslzoo.batch import Batch
-from sslzoo.checks import require
 from sslzoo.method import SSLMethod
+from sslzoo.nn.heads import build_head
 from sslzoo.nn.numerics import autocast_off
 from sslzoo.optim.optimizers import build_optimizer, set_learning_rate
 from sslzoo.optim.schedules import interpolate, learning_rate
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import OptimConfig
 from sslzoo_methods.metaug.banks import MemoryBanks
-from sslzoo_methods.metaug.config import MetAugConfig
-from sslzoo_methods.metaug.encoders import Network, ThreeViewBackbone, build_projector
+from sslzoo_methods.metaug.config import BankKeys, ColorChannels, MetaConfig, MetAugConfig
+from sslzoo_methods.metaug.encoders import Network, ThreeViewBackbone
 from sslzoo_methods.metaug.generators import Generators, generator_optimizer
 from sslzoo_methods.metaug.health import health, meta_health
 from sslzoo_methods.metaug.loss import Objective
@@ -36,30 +36,32 @@ class MetAug(SSLMethod[MetAugConfig]):
     per_sample_state = ("banks",)
 
     def __init__(self, cfg: MetAugConfig, backbone: nn.Module, feature_dim: int) -> None:
-        lab = cfg.views == "lab"
-        whole = ThreeViewBackbone(backbone, cfg.color_space) if lab else backbone
-        super().__init__(cfg, whole, feature_dim * (3 if lab else 1))
+        views = cfg.views
+        whole = ThreeViewBackbone(backbone, views.space) if isinstance(views, ColorChannels) else backbone
+        super().__init__(cfg, whole, feature_dim * views.encoders)
         self.automatic_optimization = False
-        self.projector = build_projector(feature_dim, cfg.proj_hidden, cfg.proj_dim, views=cfg.views)
-        self.generators = Generators(cfg)
+        heads = [build_head(feature_dim, cfg.projector) for _ in range(views.encoders)]
+        self.projector = nn.ModuleList(heads) if isinstance(views, ColorChannels) else heads[0]
+        self.generators = Generators(cfg.generator, views=views.count, dim=cfg.projector.widths[-1])
         self.banks: MemoryBanks | None = None
 
     def prepare(self, plan: TrainingPlan, optim: OptimConfig, seed: int) -> None:
         """Make the banks, where the keys are theirs."""
         super().prepare(plan, optim, seed)
-        cfg = self.cfg
-        if cfg.keys == "bank":
-            options: dict[str, Any] = {"negatives": cfg.bank_negatives, "momentum": cfg.bank_momentum}
-            self.banks = MemoryBanks(cfg.n_views, plan.dataset_size, cfg.proj_dim, seed=seed, **options)
+        cfg, keys = self.cfg, self.cfg.keys
+        if isinstance(keys, BankKeys):
+            shape = cfg.views.count, plan.dataset_size, cfg.projector.widths[-1]
+            self.banks = MemoryBanks(*shape, negatives=keys.negatives, momentum=keys.momentum, seed=seed)
 
     def configure_optimizers(self) -> Any:
-        """The recipe's optimiser for the encoder, and the generators' own."""
-        encoder = build_optimizer(self.parameter_groups(), self.optim)
-        return [encoder, generator_optimizer(self.generators, self.cfg)]
+        """The recipe's optimiser for the encoder, and the generators' own, where they learn."""
+        encoder, meta = build_optimizer(self.parameter_groups(), self.optim), self.cfg.meta
+        return encoder if meta is None else [encoder, generator_optimizer(self.generators, meta.optimizer)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """The encoder's optimiser step, then, where due, the generators' with the new encoder."""
-        encoder, generators = self.optimizers()  # type: ignore[misc]
+        meta, optimizers = self.cfg.meta, self.optimizers()
+        encoder: Any = optimizers[0] if isinstance(optimizers, list) else optimizers
         lr = learning_rate(self.step, self.optim, self.plan)
         set_learning_rate(encoder, lr)
         loss = self.loss(batch)
@@ -69,9 +71,10 @@ class MetAug(SSLMethod[MetAugConfig]):
         scale = self._loss_scale()
         encoder.step()
         skipped = self._loss_scale() < scale  # fp16: the scaler met an overflow
-        if not skipped and self.cfg.meta_every and self.step % self.cfg.meta_every == 0:
+        if not skipped and meta is not None and self.step % meta.every_steps == 0:
+            assert isinstance(optimizers, list)
             # Not Lightning's wrapper: its scaler and its count of steps are the encoder's.
-            self.meta_step(batch, generators.optimizer)
+            self.meta_step(batch, optimizers[1].optimizer, meta)
         self.record("train/loss", loss)
         self.setting("opt/lr", lr)
         self.finish_step(skipped=skipped)
@@ -80,21 +83,23 @@ class MetAug(SSLMethod[MetAugConfig]):
         """Equation 5 with the generators held fixed; local crops are queries of its first term only."""
         passed, z = self.network()(self._views(batch))
         statistics = copied_buffers(self.generators)
-        generated = functional_call(self.generators, statistics, (z[: self.cfg.n_views],))
+        views, keys = self.cfg.views.count, self.cfg.keys
+        generated = functional_call(self.generators, statistics, (z[:views],))
         out = self._objective(batch, z, generated, ENCODER)
-        if self.banks is not None and self.cfg.bank_updates == "once":
-            self.banks.update(batch.sample_id, torch.stack(z[: self.cfg.n_views]).detach())
+        if self.banks is not None and isinstance(keys, BankKeys) and keys.updates == "once":
+            self.banks.update(batch.sample_id, torch.stack(z[:views]).detach())
         self.publish(**self._named(passed, z, generated, len(batch.sample_id)))
         for name, value in health(out, z, generated).items():
             self.record(f"method/{name}", value)
         return out.loss
 
-    def meta_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+    def meta_step(self, batch: Batch, optimizer: torch.optim.Optimizer, cfg: MetaConfig) -> None:
         """One step of the generators, at the encoder as it stands."""
         evaluate = partial(self._objective, batch)
-        found = bilevel(self.network(), self.generators, self._views(batch), evaluate, self.cfg)
+        views, count = self._views(batch), self.cfg.views.count
+        found = bilevel(self.network(), self.generators, views, count, evaluate, cfg)
         gradient, indirect = mean_over_ranks(found.total), found.indirect
-        if self.cfg.meta_order == 2:
+        if cfg.order == 2:
             indirect = mean_over_ranks(indirect)
         for p, g in zip(self.generators.parameters(), gradient, strict=True):
             p.grad = g
@@ -118,7 +123,7 @@ class MetAug(SSLMethod[MetAugConfig]):
 
     def contrasted(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """With three encoders of one crop: that of the first channel against that of the other two."""
-        if self.cfg.views == "crops":
+        if not isinstance(self.cfg.views, ColorChannels):
             return super().contrasted(batch)
         first, others, _ = self.network()(batch.global_views)[1]
         return {"global": (first, others)}
@@ -127,14 +132,12 @@ class MetAug(SSLMethod[MetAugConfig]):
         self, passed: Sequence[Tensor], z: Sequence[Tensor], generated: Sequence[Tensor], n: int
     ) -> dict[str, Tensor]:
         """Features of the first view, or of all three of a crop."""
-        count = 3 if self.cfg.views == "lab" else 1
+        count = self.cfg.views.encoders
         h = torch.cat([part[:n] for part in passed[:count]], dim=1)
         made = torch.cat([h, *generated[:count]], dim=1)
         return {"backbone": h, "projector": torch.cat(list(z[:count]), dim=1), "backbone+generated": made}
 
     def _views(self, batch: Batch) -> tuple[Tensor, ...]:
-        wanted, got = 1 if self.cfg.views == "lab" else self.cfg.n_views, len(batch.global_views)
-        require(got == wanted, f"method.n_views={self.cfg.n_views} wants {wanted} global views, got {got}")
         return (*batch.global_views, *batch.local_views)
 
     def _objective(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslzoo.distributed import gather, rank
 from sslzoo_methods.metaug.banks import MemoryBanks
-from sslzoo_methods.metaug.config import MetAugConfig
+from sslzoo_methods.metaug.config import BatchKeys, MarginConfig, MetAugConfig, SeparateTerms, UnifiedTerm
 from sslzoo_methods.metaug.loss import Contrast, Margin, Objective, bank_objective, batch_objective
 
 ENCODER, INNER, OUTER = range(3)  # the passes of a step
@@ -30,26 +30,32 @@ def objective(
     """Equation 5 for the embeddings ``z`` (N, D) of the M views, then of local crops, and the views' generated
     features. ``ramp`` multiplies alpha and beta. Collective; official bank updates happen in here, after the
     first term's keys are drawn."""
-    original, local = list(z[: cfg.n_views]), z[cfg.n_views :]
-    regularised = cfg.margin_in == "both" or (cfg.margin_in == "generator" and call != ENCODER)
+    views, terms = cfg.views.count, cfg.terms
+    original, local = list(z[:views]), z[views:]
     options: dict[str, Any] = {
-        "contrast": Contrast(cfg.gamma, cfg.scale, cfg.weighting, cfg.shift, cfg.m),
-        "margin": Margin(cfg.margin, cfg.margin_pos_weight, cfg.detach_sigma),
-        "aug_weight": cfg.aug_weight * ramp,
-        "margin_weight": cfg.margin_weight * ramp * regularised,
+        "contrast": Contrast(cfg.gamma, cfg.scale, cfg.circle),
+        "margin": None if cfg.margin is None else _margin(cfg.margin, ramp, call),
+        "generated_weight": terms.generated_weight * ramp if isinstance(terms, SeparateTerms) else 0.0,
         "local": local,
     }
-    if banks is None:
-        shared = [*original, *generated] if cfg.same_view_negatives else original
+    if isinstance(cfg.keys, BatchKeys):
+        same_view = cfg.keys.same_view_negatives
+        shared = [*original, *generated] if same_view else original
         keys = gather(torch.stack(shared, dim=1)).transpose(0, 1)  # (M or 2M, G, D)
-        options["query_keys"] = keys if cfg.same_view_negatives else None
-        options |= {"unified": cfg.contrast_set == "unified", "offset": rank() * len(sample_id)}
-        return batch_objective(original, generated, keys[: cfg.n_views], **options)
-    terms = cfg.n_views + 2
-    draws = [call * terms + t for t in range(terms)]  # each term its own
+        options["query_keys"] = keys if same_view else None
+        options |= {"unified": isinstance(terms, UnifiedTerm), "offset": rank() * len(sample_id)}
+        return batch_objective(original, generated, keys[:views], **options)
+    assert banks is not None
+    draws = [call * (views + 2) + t for t in range(views + 2)]  # each term its own
     keys_of_terms = [banks.draw(sample_id, step=step, call=draws[0])]
-    if cfg.bank_updates == "official":
+    if cfg.keys.updates == "official":
         banks.update(sample_id, torch.stack(original).detach())
     keys_of_terms += [banks.draw(sample_id, step=step, call=draw) for draw in draws[1:]]
-    official = cfg.margin_pairs == "official"
+    official = cfg.margin is not None and cfg.margin.pairs == "official"
     return bank_objective(original, generated, keys_of_terms, official_pairs=official, **options)
+
+
+def _margin(cfg: MarginConfig, ramp: float, call: int) -> Margin:
+    idle = cfg.steps == "generator" and call == ENCODER
+    weight = 0.0 if idle else cfg.weight * ramp
+    return Margin(weight, cfg.positive_weight, cfg.thresholds, cfg.detach_thresholds)
