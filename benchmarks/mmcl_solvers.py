@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from sslzoo_methods.mmcl.kernels import Kernel
 from sslzoo_methods.mmcl.loss import dual_problem
 from sslzoo_methods.mmcl.solvers import DualProblem, solve_adaptive, solve_inv, solve_pgd, start_point
 
@@ -45,13 +46,11 @@ def problem(n: int, mean_cosine: float, sigma: float) -> DualProblem:
     return dual_problem(
         features(n, mean_cosine),
         anchors=n,
-        kernel="rbf",
-        sigma=sigma,
-        sigma_rule="fixed",
-        self_kernel="one",
-        C=-1,
+        kernel=Kernel("rbf", sigma),
+        self_term="one",
+        C=None,
         reg=REG,
-    )[0]
+    )
 
 
 def batched_hessians(x: Tensor, sigma: float) -> Tensor:
@@ -142,8 +141,7 @@ def compare_pgd() -> None:
             start,
             theta=theta,
             variant="nesterov",
-            step="fixed",
-            eta=ETA,
+            step=ETA,
             max_iter=ITERATIONS,
             stop="relative_change",
             tol=1e-12,
@@ -171,7 +169,7 @@ def converge() -> None:
     for sigma in (0.5, 5.0, 10.0, 50.0):
         ours = problem(N, 0.0, sigma)
         stopped = solve_adaptive(ours, max_iter=1000, tol=1e-3).iterations
-        objective, exact = ours.objective(solve_adaptive(ours, max_iter=60, tol=0).duals), optimum(ours)
+        objective, exact = ours.objective(solve_adaptive(ours, max_iter=60, tol=None).duals), optimum(ours)
         excess = ((objective - exact) / exact.abs()).max().item()
         print(
             f"pgd_adaptive N={N} sigma={sigma:g}: stops at 1e-3 after {stopped} iterations; "

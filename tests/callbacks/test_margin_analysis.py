@@ -216,7 +216,7 @@ def test_every_method_of_the_zoo_has_a_temperature(name: str, temperature: float
 
 
 def test_a_recipe_whose_method_has_none_must_give_one() -> None:
-    for without in ("method.kernel=linear", "method.sigma_milestones=[5]"):
+    for without in ("method.kernel=linear", "method.kernel.sigma_schedule={name: step, milestones: [5]}"):
         with pytest.raises(RecipeError, match=r"logging\.margins\.temperature: must be given"):
             load_recipe("mmcl_fashion_mnist", [without, "logging.margins={margins: [[10.0, 0.0]]}"])
     given = ["method.kernel=linear", "logging.margins={margins: [[10.0, 0.0]], temperature: 0.2}"]

@@ -1,127 +1,230 @@
 """What an MMCL recipe states under ``method:``."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sslzoo.checks import check_field, one_of
-from sslzoo.recipe.sections import CropBatching, MethodConfig
+from sslzoo.checks import check_field, check_positive
+from sslzoo.recipe.sections import CropBatching, HeadConfig, MethodConfig, Recipe
 
-SOLVERS = ("inv", "pgd", "pgd_adaptive", "exact")
-KERNELS = ("rbf", "linear", "poly", "tanh", "min")
-SIGMA_RULES = ("fixed", "auto", "median")
-SELF_KERNELS = ("one", "true")
-ALPHA_NORMALIZE = ("none", "mean")
-VARIANTS = ("nesterov", "vanilla")
-STEPS = ("fixed", "frobenius", "lipschitz")
-STOPS = ("relative_change", "kkt")
-INITS = ("gaussian", "zero", "inv")
+KernelName = Literal["rbf", "linear", "poly", "tanh", "min"]
+SigmaRule = Literal["fixed", "auto", "median"]
+SelfTerm = Literal["one", "kernel"]
+AlphaNormalize = Literal["none", "mean"]
+Variant = Literal["nesterov", "vanilla"]
+Step = float | Literal["frobenius", "lipschitz"]
+Stop = Literal["relative_change", "kkt"]
+Init = Literal["gaussian", "zero", "inv"]
+
+# -- kernels -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGDConfig:
-    """``solver: pgd``, with the authors' values."""
+class ConstantSigma:
+    """Stays what the recipe says."""
 
-    variant: str = "nesterov"
-    step: str = "fixed"
-    eta: float = 1e-3  # of the fixed step; unstable where it exceeds 1/lambda_max (nesterov) or twice that
+    name: Literal["constant"] = "constant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSigma:
+    """Times ``gamma`` at the start of each epoch in ``milestones``."""
+
+    name: Literal["step"] = "step"
+    milestones: tuple[int, ...]  # counted from 1
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        given = list(self.milestones)
+        check_field(
+            len(given) > 0 and given[0] > 1 and given == sorted(set(given)),
+            "milestones",
+            f"must increase and be above 1 (epochs are counted from 1), got {given}",
+        )
+        check_field(0 < self.gamma != 1, "gamma", f"must be positive and not 1, got {self.gamma}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bandwidth:
+    """What kernels with a bandwidth have."""
+
+    name: str
+    sigma: float  # rbf divides a squared distance by it, tanh multiplies
+    sigma_rule: SigmaRule = "fixed"  # unit of sigma: 1 | auto: 1 / embedding width | median squared distance
+    sigma_schedule: ConstantSigma | StepSigma = ConstantSigma()
+
+    def __post_init__(self) -> None:
+        check_positive(self, "sigma")
+
+    def sigma_at(self, epoch: int) -> float:
+        """sigma of ``epoch``, counted from 0."""
+        if isinstance(self.sigma_schedule, ConstantSigma):
+            return self.sigma
+        passed = sum(epoch >= m - 1 for m in self.sigma_schedule.milestones)
+        return self.sigma * self.sigma_schedule.gamma**passed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RBF(Bandwidth):
+    """exp(-|a - b|^2 / sigma)."""
+
+    name: Literal["rbf"] = "rbf"
+    self_term: ClassVar[SelfTerm] = "one"  # which k(x, x) is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tanh(Bandwidth):
+    """tanh(sigma a.b), which is no valid kernel."""
+
+    name: Literal["tanh"] = "tanh"
+    self_term: SelfTerm  # s_j: one (official) | kernel: k(x_j, x_j)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """a.b."""
+
+    name: Literal["linear"] = "linear"
+    self_term: ClassVar[SelfTerm] = "one"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolyOrMin:
+    """poly: (a.b + 0.5)^3; min: sum_d min(relu a_d, relu b_d)."""
+
+    name: Literal["poly", "min"]
+    self_term: SelfTerm  # as for tanh
+
+
+# -- solvers -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class INV:
+    """The unconstrained minimiser, clipped."""
+
+    name: Literal["inv"] = "inv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD:
+    """Projected gradient, with the authors' values."""
+
+    name: Literal["pgd"] = "pgd"
+    variant: Variant = "nesterov"
+    step: Step = 1e-3  # unstable above 1 / lambda_max (nesterov) or twice that; or 1 / a bound of lambda_max
     max_iter: int = 1000
-    stop: str = "relative_change"
+    stop: Stop = "relative_change"
     tol: float = 0.01
-    init: str = "gaussian"
+    init: Init = "gaussian"
 
     def __post_init__(self) -> None:
-        one_of("variant", self.variant, VARIANTS)
-        one_of("step", self.step, STEPS)
-        one_of("stop", self.stop, STOPS)
-        one_of("init", self.init, INITS)
-        check_field(self.eta > 0, "eta", f"must be positive, got {self.eta}")
-        check_field(self.max_iter > 0, "max_iter", f"must be positive, got {self.max_iter}")
-        check_field(self.tol > 0, "tol", f"must be positive, got {self.tol}")
+        check_field(
+            isinstance(self.step, str) or self.step > 0,
+            "step",
+            f"must be positive, frobenius or lipschitz, got {self.step}",
+        )
+        check_positive(self, "max_iter", "tol")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveConfig:
-    """``solver: pgd_adaptive``."""
+class AdaptivePGD:
+    """The optimum, by FISTA with a step and restarts for each anchor."""
 
+    name: Literal["pgd_adaptive"] = "pgd_adaptive"
     max_iter: int = 1000
-    tol: float = (
-        1e-3  # worst relative KKT residual; 0: always max_iter updates, without waiting for the device
-    )
+    tol: float | None = 1e-3  # worst relative KKT residual; None: max_iter updates, no wait for the device
 
     def __post_init__(self) -> None:
-        check_field(self.max_iter > 0, "max_iter", f"must be positive, got {self.max_iter}")
-        check_field(self.tol >= 0, "tol", f"must not be negative, got {self.tol}")
+        check_positive(self, "max_iter")
+        check_field(
+            self.tol is None or self.tol > 0,
+            "tol",
+            f"must be positive, or null to make max_iter updates; got {self.tol}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """The optimum in float64, slow: for debugging."""
+
+    name: Literal["exact"] = "exact"
+
+
+# -- the method ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class MMCLConfig(MethodConfig):
     """What recipes vary has no default; what the authors never varied has theirs."""
 
-    RENAMED: ClassVar[Mapping[str, str]] = {"crop_pass": "crop_batching"}
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "sigma": "kernel.sigma",
+        "sigma_rule": "kernel.sigma_rule",
+        "sigma_milestones": "kernel.sigma_schedule={name: step, milestones: ...}",
+        "sigma_gamma": "kernel.sigma_schedule={name: step, milestones: ..., gamma: ...}",
+        "self_kernel": "kernel.self_term",
+        "pgd": "solver={name: pgd, ...}",
+        "adaptive": "solver={name: pgd_adaptive, ...}",
+        "projector_norm": "projector.output_norm",
+        "crop_pass": "crop_batching",
+    }
 
-    solver: str  # inv | pgd | pgd_adaptive | exact (float64, slow, for debugging)
-    kernel: str  # rbf | linear | poly | tanh | min
-    sigma: float  # bandwidth, in the unit of sigma_rule: rbf divides by it, tanh multiplies
-    C: float  # upper bound of the duals; -1: none
-    self_kernel: str  # s_j: one (official) | true (k(x_j, x_j)); the same for rbf and linear
-    projector: tuple[int, ...]  # layer widths after the backbone, embedding last
-    projector_norm: Literal["none", "batch_no_shift"]  # with bias (CIFAR code) | BN, no shift (ImageNet code)
-    crop_batching: (
-        CropBatching  # per_crop: CIFAR code; per_resolution, one batch norm for both views: ImageNet code
-    )
-    sigma_rule: str = "fixed"  # unit of sigma: 1 | auto: 1 / embedding width | median squared distance
-    sigma_milestones: tuple[int, ...] = ()  # epochs, counted from 1, at whose start sigma takes a factor
-    sigma_gamma: float = 0.1  # that factor
+    kernel: RBF | Linear | PolyOrMin | Tanh
+    solver: INV | PGD | AdaptivePGD | Exact
+    C: float | None  # upper bound of the duals; None: none
     reg: float = 0.1  # ridge of the dual problem
     symmetric: bool = False  # average with view 2 as anchors; a second Gram matrix and solve
-    negatives: str = "view1"  # or both: the 2N - 2 views of the other images
-    alpha_normalize: str = "none"  # mean: duals divided by the mean of alpha_x, a scale for plain SGD
+    negatives: Literal["view1", "both"] = "view1"  # both: the 2N - 2 views of the other images
+    alpha_normalize: AlphaNormalize = "none"  # mean: duals over the mean of alpha_x, a scale for plain SGD
     gather: bool = True  # negatives of all ranks; false: of the own
-    pgd: PGDConfig = field(default_factory=PGDConfig)
-    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+    projector: HeadConfig
+    crop_batching: CropBatching  # per_crop: CIFAR code; per_resolution: ImageNet code
+
+    @property
+    def contrast_temperature(self) -> float | None:
+        """sigma / 2 of the rbf kernel, which on unit vectors is exp(cos / (sigma / 2)) but for a constant; none
+        where sigma changes or the kernel is another."""
+        kernel = self.kernel
+        if not isinstance(kernel, RBF) or kernel.sigma_rule != "fixed":
+            return None
+        return kernel.sigma / 2 if isinstance(kernel.sigma_schedule, ConstantSigma) else None
 
     @property
     def published_layers(self) -> tuple[str, ...]:
         """Before and after the projector."""
         return ("backbone", "projector")
 
-    @property
-    def contrast_temperature(self) -> float | None:
-        """sigma / 2 of the rbf kernel, which on unit vectors is exp(cos / (sigma / 2)) but for a constant; none
-        where sigma changes or the kernel is another."""
-        constant = self.sigma_rule == "fixed" and not self.sigma_milestones
-        return self.sigma / 2 if self.kernel == "rbf" and constant else None
-
     def __post_init__(self) -> None:
-        one_of("solver", self.solver, SOLVERS)
-        one_of("kernel", self.kernel, KERNELS)
-        one_of("self_kernel", self.self_kernel, SELF_KERNELS)
-        one_of("sigma_rule", self.sigma_rule, SIGMA_RULES)
-        one_of("negatives", self.negatives, ("view1", "both"))
-        one_of("alpha_normalize", self.alpha_normalize, ALPHA_NORMALIZE)
-        check_field(self.sigma > 0, "sigma", f"must be positive, got {self.sigma}")
-        check_field(self.sigma_gamma > 0, "sigma_gamma", f"must be positive, got {self.sigma_gamma}")
+        check_positive(self, "reg")
         check_field(
-            all(m > 1 for m in self.sigma_milestones)
-            and list(self.sigma_milestones) == sorted(set(self.sigma_milestones)),
-            "sigma_milestones",
-            f"must increase and be above 1 (epochs are counted from 1), got {self.sigma_milestones}",
+            self.C is None or self.C > 0, "C", f"must be positive, or null for no bound; got {self.C}"
         )
-        check_field(self.C == -1 or self.C > 0, "C", f"must be positive, or -1 for no bound, got {self.C}")
-        check_field(self.reg > 0, "reg", f"must be positive, got {self.reg}")
-        check_field(len(self.projector) > 0, "projector", "needs the embedding width, such as [2048, 128]")
         check_field(
-            self.C > 0 or self.kernel != "tanh",
+            self.C is not None or not isinstance(self.kernel, Tanh),
             "C",
-            "must be positive with method.kernel=tanh, which is no valid kernel: the duals have no bound",
+            "must be a number with method.kernel tanh, which is no valid kernel: the duals have no bound",
         )
         check_field(
-            self.C > 0
-            or self.solver == "inv"
-            or self.kernel not in ("poly", "min")
-            or self.self_kernel == "true",
-            "self_kernel",
-            f"must be true with method.kernel={self.kernel}, method.C=-1 and "
-            f"method.solver={self.solver}: the problem may have no minimum",
+            self.C is not None
+            or isinstance(self.solver, INV)
+            or not isinstance(self.kernel, PolyOrMin)
+            or self.kernel.self_term == "kernel",
+            "kernel.self_term",
+            f"must be kernel with method.kernel {self.kernel.name}, method.C=null and method.solver "
+            f"{self.solver.name}: the problem may have no minimum",
+        )
+
+    def check(self, recipe: Recipe) -> None:
+        """There must be anchors and queries."""
+        global_views = sum(view.count for view in recipe.views if view.role == "global")
+        crops = sum(view.count for view in recipe.views)
+        wanted = 2 if self.symmetric or self.negatives == "both" else 1
+        check_field(
+            global_views >= wanted and crops > 1,
+            "views",
+            f"must hold two views or more, {wanted} of them global, as MMCL is configured; "
+            f"got {global_views} global of {crops}",
         )

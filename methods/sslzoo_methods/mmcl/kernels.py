@@ -10,61 +10,70 @@ Letters: M and N rows, D embedding width, sigma the bandwidth.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sslzoo.checks import one_of
-from sslzoo_methods.mmcl.config import KERNELS, SIGMA_RULES
+from sslzoo.nn.numerics import autocast_off, normalize
+from sslzoo_methods.mmcl.config import KernelName, SigmaRule
 
 CDIST_ELEMENTS = 2**22  # on CUDA the backward of cdist holds rows x N x D numbers: bound them
 
 
-def kernel_shift(kernel: str, sigma: float | Tensor) -> float | Tensor:
+class Kernel(NamedTuple):
+    """A kernel and its bandwidth."""
+
+    name: KernelName
+    sigma: float | Tensor | None  # None where the kernel has none
+
+
+def kernel_shift(kernel: Kernel) -> float | Tensor:
     """The constant that :func:`shifted_kernel` and :func:`shifted_gram` leave out."""
-    one_of("method.kernel", kernel, KERNELS)
-    if kernel == "tanh":
+    if kernel.name == "tanh":
+        sigma = _sigma(kernel)
         return sigma.tanh() if isinstance(sigma, Tensor) else math.tanh(sigma)
-    return {"rbf": 1.0, "linear": 1.0, "poly": 1.5**3, "min": 0.0}[kernel]
+    return {"rbf": 1.0, "linear": 1.0, "poly": 1.5**3, "min": 0.0}[kernel.name]
 
 
-def shifted_kernel(a: Tensor, b: Tensor, *, kernel: str, sigma: float | Tensor, centre: Tensor) -> Tensor:
+def shifted_kernel(a: Tensor, b: Tensor, *, kernel: Kernel, centre: Tensor) -> Tensor:
     """k(a_i, b_j) less :func:`kernel_shift` (M, N), with gradient to ``a`` (M, D) and ``b`` (N, D).
 
     ``a`` and ``b`` are L2-normalised; ``centre`` (D,) is any point near them. Nothing is clamped, or
     near-duplicates would lose their gradient. The gradient is right in the tangent of the sphere,
     which is all that passes a normalisation.
     """
-    if kernel == "min":
+    if kernel.name == "min":
         return _overlap(a, b)
-    return _of_gap(_cosine_gap(a, b, centre), kernel, sigma)
+    return _of_gap(_cosine_gap(a, b, centre), kernel)
 
 
 @torch.no_grad()
-def shifted_gram(x: Tensor, *, kernel: str, sigma: float | Tensor) -> Tensor:
+def shifted_gram(x: Tensor, *, kernel: Kernel) -> Tensor:
     """The Gram matrix of ``x`` (N, D) less :func:`kernel_shift` (N, N), detached."""
-    if kernel == "min":
+    if kernel.name == "min":
         return _overlap(x, x)
     gap = _cosine_gap(x, x, x.mean(dim=0)).clamp_(max=0)
     gap.diagonal().copy_(-_shortness(x))
-    return _of_gap(gap, kernel, sigma)
+    return _of_gap(gap, kernel)
 
 
 @torch.no_grad()
-def bandwidth(x: Tensor, *, sigma: float, rule: str) -> float | Tensor:
-    """sigma, in the unit that ``rule`` names, for the L2-normalised ``x`` (N, D).
+def bandwidth(pool: Tensor, *, sigma: float, rule: SigmaRule) -> float | Tensor:
+    """sigma, in the unit that ``rule`` names, for ``pool`` (N, D), whose rows of any norm are normalised here.
 
     ``fixed``: 1. ``auto``: 1/D, the official meaning, so that the RBF exponent is -D |a-b|^2 / sigma.
     ``median``: the median squared distance between two rows.
     """
-    one_of("method.sigma_rule", rule, SIGMA_RULES)
     if rule == "fixed":
         return sigma
     if rule == "auto":
-        return sigma / x.shape[1]
-    gap = _cosine_gap(x, x, x.mean(dim=0))
-    rows, columns = torch.triu_indices(len(x), len(x), 1, device=x.device)
-    return sigma * (-2 * gap[rows, columns]).median().clamp(min=torch.finfo(x.dtype).eps)
+        return sigma / pool.shape[1]
+    x = normalize(pool)
+    with autocast_off(x):
+        gap = _cosine_gap(x, x, x.mean(dim=0))
+        rows, columns = torch.triu_indices(len(x), len(x), 1, device=x.device)
+        return sigma * (-2 * gap[rows, columns]).median().clamp(min=torch.finfo(x.dtype).eps)
 
 
 def _cosine_gap(a: Tensor, b: Tensor, centre: Tensor) -> Tensor:
@@ -81,18 +90,23 @@ def _shortness(x: Tensor) -> Tensor:
     return torch.where(gap > 64 * torch.finfo(x.dtype).eps, gap, torch.zeros_like(gap))
 
 
-def _of_gap(gap: Tensor, kernel: str, sigma: float | Tensor) -> Tensor:
-    if kernel == "rbf":
-        exponent = 2 * gap / sigma
+def _sigma(kernel: Kernel) -> float | Tensor:
+    assert kernel.sigma is not None, f"{kernel.name} needs a bandwidth"
+    return kernel.sigma
+
+
+def _of_gap(gap: Tensor, kernel: Kernel) -> Tensor:
+    if kernel.name == "rbf":
+        exponent = 2 * gap / _sigma(kernel)
         # expm1 differentiates as its result + 1, which forgets small kernel values.
         return torch.where(exponent > -0.5, exponent.expm1(), exponent.exp() - 1)
-    if kernel == "linear":
+    if kernel.name == "linear":
         return gap
-    if kernel == "poly":  # (gap + 1.5)^3 - 1.5^3
+    if kernel.name == "poly":  # (gap + 1.5)^3 - 1.5^3
         return gap * (6.75 + gap * (4.5 + gap))
-    one_of("method.kernel", kernel, KERNELS)
     # tanh p - tanh q = tanh(p - q) (1 - tanh p tanh q)
-    return torch.tanh(sigma * gap) * (1 - torch.tanh(sigma * (gap + 1)) * kernel_shift(kernel, sigma))
+    sigma = _sigma(kernel)
+    return torch.tanh(sigma * gap) * (1 - torch.tanh(sigma * (gap + 1)) * kernel_shift(kernel))
 
 
 def _overlap(a: Tensor, b: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from sslzoo.checks import one_of, require
+from sslzoo.checks import require
 from sslzoo.nn.numerics import autocast_off, normalize
-from sslzoo_methods.mmcl.config import ALPHA_NORMALIZE, SELF_KERNELS
-from sslzoo_methods.mmcl.kernels import bandwidth, kernel_shift, shifted_gram, shifted_kernel
+from sslzoo_methods.mmcl.config import AlphaNormalize, SelfTerm
+from sslzoo_methods.mmcl.kernels import Kernel, kernel_shift, shifted_gram, shifted_kernel
 from sslzoo_methods.mmcl.solvers import DualProblem
 
 
@@ -23,18 +23,16 @@ def dual_problem(
     pool: Tensor,
     *,
     anchors: int,
-    kernel: str,
-    sigma: float,
-    sigma_rule: str,
-    self_kernel: str,
-    C: float,
+    kernel: Kernel,
+    self_term: SelfTerm,
+    C: float | None,
     reg: float,
-) -> tuple[DualProblem, float | Tensor]:
-    """The SVM duals (2.2) of a batch, and the bandwidth in use. No gradient.
+) -> DualProblem:
+    """The SVM duals (2.2) of a batch. No gradient.
 
     ``pool`` (M, D): projections of the anchors, then, for the 2N - 2 variant, of their other views in the
-    same order; of any norm. ``self_kernel``: ``one`` puts s_j = 1 (the official code), ``true`` puts
-    k(x_j, x_j) (the exact derivation). ``C`` of -1 is no bound. Raises ``ValueError`` for fewer than two anchors.
+    same order; of any norm. ``self_term``: ``one`` puts s_j = 1 (the official code), ``kernel`` puts
+    k(x_j, x_j) (the exact derivation). ``C`` of None is no bound. Raises ``ValueError`` for fewer than two anchors.
     """
     require(
         anchors > 1,
@@ -42,22 +40,19 @@ def dual_problem(
         "raise data.global_batch_size",
     )
     assert len(pool) in (anchors, 2 * anchors)
-    one_of("method.self_kernel", self_kernel, SELF_KERNELS)
     x = normalize(pool)
     with autocast_off(x):
-        width = bandwidth(x, sigma=sigma, rule=sigma_rule)
-        gram = shifted_gram(x, kernel=kernel, sigma=width)
+        gram = shifted_gram(x, kernel=kernel)
         own = gram.diagonal()[:anchors]
-        if self_kernel == "one":
-            own = torch.zeros_like(own) + (1 - kernel_shift(kernel, width))
-    problem = DualProblem(
+        if self_term == "one":
+            own = torch.zeros_like(own) + (1 - kernel_shift(kernel))
+    return DualProblem(
         gram=gram,
         self_term=own.clone(),
-        upper=math.inf if C == -1 else C,
+        upper=math.inf if C is None else C,
         reg=reg,
-        definite=kernel != "tanh",
+        definite=kernel.name != "tanh",
     )
-    return problem, width
 
 
 def mmcl_loss(
@@ -66,9 +61,8 @@ def mmcl_loss(
     duals: Tensor,
     *,
     first: int,
-    kernel: str,
-    sigma: float | Tensor,
-    alpha_normalize: str,
+    kernel: Kernel,
+    alpha_normalize: AlphaNormalize,
 ) -> Tensor:
     """Minus the mean SVM score of the queries, equation 2.4: mean_j sum_i alpha_ji (k(x_i, z_j) - k(x_j, z_j)).
 
@@ -78,7 +72,6 @@ def mmcl_loss(
     ``alpha_normalize`` of ``mean`` divides the duals by the mean of alpha_x,j = sum_i alpha_ji.
     No temperature; unbounded scale, usually negative.
     """
-    one_of("method.alpha_normalize", alpha_normalize, ALPHA_NORMALIZE)
     z, x = normalize(queries), normalize(pool)
     with autocast_off(x):
         rows, duals = slice(first, first + len(z)), duals.detach()
@@ -87,19 +80,17 @@ def mmcl_loss(
             duals, total = duals / total.mean(), total / total.mean()
         signed = duals[rows].clone()  # the multipliers of negatives and, at the anchor's own place, positive
         signed.diagonal(first).copy_(-total[rows])
-        scores = shifted_kernel(z, x, kernel=kernel, sigma=sigma, centre=x.detach().mean(dim=0))  # (n, M)
+        scores = shifted_kernel(z, x, kernel=kernel, centre=x.detach().mean(dim=0))  # (n, M)
         return (signed * scores).sum() / len(z)
 
 
 @torch.no_grad()
-def kernel_means(
-    queries: Tensor, pool: Tensor, *, first: int, kernel: str, sigma: float | Tensor
-) -> tuple[Tensor, Tensor]:
+def kernel_means(queries: Tensor, pool: Tensor, *, first: int, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """Mean of k(x_j, z_j), and of k(x_i, z_j) over i != j, over view 1 in ``pool`` (N, D)."""
     z, x = normalize(queries), normalize(pool)
     with autocast_off(x):
-        values = shifted_kernel(z, x, kernel=kernel, sigma=sigma, centre=x.mean(dim=0))
-        values = values + kernel_shift(kernel, sigma)
+        values = shifted_kernel(z, x, kernel=kernel, centre=x.mean(dim=0))
+        values = values + kernel_shift(kernel)
         own = values.diagonal(first).sum()
         return own / len(z), (values.sum() - own) / (values.numel() - len(z))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from sslzoo.batch import Batch
 from sslzoo.distributed import gather, rank
 from sslzoo.method import SSLMethod
-from sslzoo.nn.heads import mlp
+from sslzoo.nn.heads import build_head
 from sslzoo.nn.passes import forward_crops
-from sslzoo_methods.mmcl.config import MMCLConfig
+from sslzoo_methods.mmcl.config import INV, AdaptivePGD, Bandwidth, Exact, MMCLConfig
+from sslzoo_methods.mmcl.kernels import Kernel, bandwidth
 from sslzoo_methods.mmcl.loss import dual_health, dual_problem, kernel_means, mmcl_loss
 from sslzoo_methods.mmcl.solvers import (
     DualProblem,
@@ -37,28 +39,12 @@ class MMCL(SSLMethod[MMCLConfig]):
 
     def __init__(self, cfg: MMCLConfig, backbone: nn.Module, feature_dim: int) -> None:
         super().__init__(cfg, backbone, feature_dim)
-        self.projector = mlp(
-            (feature_dim, *cfg.projector),
-            output_norm=cfg.projector_norm,
-            output_bias=cfg.projector_norm == "none",
-        )
-
-    @property
-    def sigma(self) -> float:
-        """The bandwidth of this epoch; milestone m acts from the m-th epoch, which is number m - 1 from 0."""
-        passed = sum(self.epoch >= m - 1 for m in self.cfg.sigma_milestones)
-        return self.cfg.sigma * self.cfg.sigma_gamma**passed
+        self.projector = build_head(feature_dim, cfg.projector)
 
     def loss(self, batch: Batch) -> Tensor:
         """SVMs from the first global view, every other crop a query; ``symmetric``: from the second one too."""
         cfg = self.cfg
         crops = (*batch.global_views, *batch.local_views)
-        pairs = cfg.symmetric or cfg.negatives == "both"
-        if len(crops) < 2 or (pairs and len(batch.global_views) < 2):
-            kind = "two global views" if pairs else "two views, the first global"
-            raise ValueError(
-                f"MMCL needs {kind} as configured, got {len(crops)}; add to views, or raise count"
-            )
         features, z = forward_crops(self.backbone, self.projector, crops, cfg.crop_batching)
         self.publish(backbone=features[0], projector=z[0])
         return torch.stack([self._term(z, anchor) for anchor in range(1 + cfg.symmetric)]).mean()
@@ -73,13 +59,12 @@ class MMCL(SSLMethod[MMCLConfig]):
         cfg, n = self.cfg, len(z[0])
         views = [z[anchor]] if cfg.negatives == "view1" else [z[anchor], z[1 - anchor]]
         pool = torch.cat([gather(view) for view in views] if cfg.gather else views)
-        problem, sigma = dual_problem(
+        kernel = Kernel(cfg.kernel.name, self._sigma(pool))
+        problem = dual_problem(
             pool,
             anchors=len(pool) // len(views),
-            kernel=cfg.kernel,
-            sigma=self.sigma,
-            sigma_rule=cfg.sigma_rule,
-            self_kernel=cfg.self_kernel,
+            kernel=kernel,
+            self_term=cfg.kernel.self_term,
             C=cfg.C,
             reg=cfg.reg,
         )
@@ -88,59 +73,56 @@ class MMCL(SSLMethod[MMCLConfig]):
         queries = z[:anchor] + z[anchor + 1 :]
         if anchor == 0:
             own = pool[: problem.anchors]
-            positive, negative = kernel_means(queries[0], own, first=first, kernel=cfg.kernel, sigma=sigma)
+            positive, negative = kernel_means(queries[0], own, first=first, kernel=kernel)
             health = dual_health(problem, solution.duals)
             health |= {"pos_kernel_mean": positive, "neg_kernel_mean": negative}
             for name, value in health.items():
                 self.record(f"method/{name}", value)
             # Not torch.tensor(number, device=...), whose copy to the device waits for it.
             self.record("method/iterations", solution.duals.new_full((), solution.iterations))
-            if isinstance(sigma, Tensor):
-                self.record("method/bandwidth", sigma)
-            else:
-                self.setting("method/sigma", sigma)
-        losses = [
-            mmcl_loss(
-                query,
-                pool,
-                solution.duals,
-                first=first,
-                kernel=cfg.kernel,
-                sigma=sigma,
-                alpha_normalize=cfg.alpha_normalize,
-            )
-            for query in queries
-        ]
-        return torch.stack(losses).mean()
+            if isinstance(kernel.sigma, Tensor):
+                self.record("method/bandwidth", kernel.sigma)
+            elif kernel.sigma is not None:
+                self.setting("method/sigma", kernel.sigma)
+        options: dict[str, Any] = {"first": first, "kernel": kernel, "alpha_normalize": cfg.alpha_normalize}
+        return torch.stack([mmcl_loss(query, pool, solution.duals, **options) for query in queries]).mean()
+
+    def _sigma(self, pool: Tensor) -> float | Tensor | None:
+        """The bandwidth of this epoch; none where the kernel has none."""
+        kernel = self.cfg.kernel
+        if not isinstance(kernel, Bandwidth):
+            return None
+        return bandwidth(pool, sigma=kernel.sigma_at(self.epoch), rule=kernel.sigma_rule)
 
     def _solve(self, problem: DualProblem, anchor: int) -> Solution:
-        """The duals. ``inv``, and ``pgd_adaptive`` with tol 0, never wait for the device; the others do, to stop."""
-        cfg, pgd = self.cfg, self.cfg.pgd
-        if cfg.solver == "inv":
+        """The duals. ``inv``, and ``pgd_adaptive`` without ``tol``, never wait for the device; others do, to stop."""
+        solver = self.cfg.solver
+        if isinstance(solver, INV):
             return solve_inv(problem)
-        if cfg.solver == "exact":
+        if isinstance(solver, Exact):
             return solve_exact(problem)
-        if cfg.solver == "pgd_adaptive":
-            return solve_adaptive(problem, max_iter=cfg.adaptive.max_iter, tol=cfg.adaptive.tol)
+        if isinstance(solver, AdaptivePGD):
+            return solve_adaptive(problem, max_iter=solver.max_iter, tol=solver.tol)
         generator = torch.Generator(problem.gram.device)
         generator.manual_seed(random.Random(f"mmcl {self.seed} {self.step} {anchor}").getrandbits(63))
-        start, theta = start_point(problem, pgd.init, generator)
+        start, theta = start_point(problem, solver.init, generator)
         solution = solve_pgd(
             problem,
             start,
             theta=theta,
-            variant=pgd.variant,
-            step=pgd.step,
-            eta=pgd.eta,
-            max_iter=pgd.max_iter,
-            stop=pgd.stop,
-            tol=pgd.tol,
+            variant=solver.variant,
+            step=solver.step,
+            max_iter=solver.max_iter,
+            stop=solver.stop,
+            tol=solver.tol,
         )
-        limit = (1 if pgd.variant == "nesterov" else 2) / pgd.eta
-        if pgd.step == "fixed" and solution.curvature is not None and solution.curvature > limit:
-            warnings.warn(
-                f"method.pgd.eta={pgd.eta} bears a curvature of {limit:.0f}, the dual problem has up to "
-                f"{solution.curvature:.0f}: use method.pgd.step=lipschitz, or method.solver=pgd_adaptive",
-                stacklevel=2,
-            )
+        if not isinstance(solver.step, str) and solution.curvature is not None:
+            limit = (1 if solver.variant == "nesterov" else 2) / solver.step
+            if solution.curvature > limit:
+                warnings.warn(
+                    f"method.solver.step={solver.step} is stable up to a curvature of {limit:.0f}, the dual problem "
+                    f"has up to {solution.curvature:.0f}: use method.solver.step=lipschitz or "
+                    "method.solver=pgd_adaptive",
+                    stacklevel=2,
+                )
         return solution

@@ -21,9 +21,8 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from sslzoo.checks import one_of
 from sslzoo.nn.numerics import autocast_off
-from sslzoo_methods.mmcl.config import INITS, STEPS, STOPS, VARIANTS
+from sslzoo_methods.mmcl.config import Init, Step, Stop, Variant
 
 CHECK_EVERY = 10  # iterations between KKT checks: each costs a gradient and waits for the device
 
@@ -64,7 +63,7 @@ class DualProblem:
 
     @property
     def self_gap(self) -> Tensor:
-        """s_j - k(x_j, x_j) (N,): 0 but for ``self_kernel: one`` where k(x, x) is not 1."""
+        """s_j - k(x_j, x_j) (N,): 0 but for ``self_term`` of ``one`` where k(x, x) is not 1."""
         return self.self_term - self.gram.diagonal()[: self.anchors]
 
     def clear(self, duals: Tensor) -> Tensor:
@@ -196,12 +195,11 @@ def solve_inv(problem: DualProblem) -> Solution:
 
 
 @_in_full_precision
-def start_point(problem: DualProblem, init: str, generator: torch.Generator) -> tuple[Tensor, float]:
+def start_point(problem: DualProblem, init: Init, generator: torch.Generator) -> tuple[Tensor, float]:
     """Start (N, M) of :func:`solve_pgd` and theta_0 in [1e-8, 1), both from ``generator``.
 
     ``gaussian`` is the official relu of a standard normal draw, about half exact zeros.
     """
-    one_of("method.pgd.init", init, INITS)
     shape, like = (problem.anchors, len(problem.gram)), problem.gram
     theta = 1e-8 + (1 - 1e-8) * torch.rand((), generator=generator, device=like.device).item()
     if init == "zero":
@@ -218,28 +216,24 @@ def solve_pgd(
     start: Tensor,
     *,
     theta: float,
-    variant: str,
-    step: str,
-    eta: float,
+    variant: Variant,
+    step: Step,
     max_iter: int,
-    stop: str,
+    stop: Stop,
     tol: float,
 ) -> Solution:
     """Projected gradient as the authors run it, all anchors sharing one momentum and one stop.
 
-    ``variant``: ``nesterov`` (momentum from theta_0 = ``theta``, no restart) or ``vanilla``. ``step``: ``fixed``
-    (``eta``), ``frobenius`` (1/|Delta_j|_F) or ``lipschitz`` (1/L_j). ``stop``: ``relative_change``, the mean over all
+    ``variant``: ``nesterov`` (momentum from theta_0 = ``theta``, no restart) or ``vanilla``. ``step``: a
+    number, ``frobenius`` (1/|Delta_j|_F) or ``lipschitz`` (1/L_j). ``stop``: ``relative_change``, the mean over all
     variables of |new - old| / (old + 1e-7) below ``tol``, tested at every update; or ``kkt``, the worst
     :meth:`DualProblem.residual`, at every tenth. Both wait for the device.
     """
-    one_of("method.pgd.variant", variant, VARIANTS)
-    one_of("method.pgd.step", step, STEPS)
-    one_of("method.pgd.stop", stop, STOPS)
     bound = problem.lipschitz()
-    if step == "fixed":
-        rate = bound.new_full((), eta)
-    else:
+    if isinstance(step, str):
         rate = (bound if step == "lipschitz" else problem.frobenius()).reciprocal()[:, None]
+    else:
+        rate = bound.new_full((), step)
     duals = point = start
     change = None
     for iteration in range(1, max_iter + 1):
@@ -264,10 +258,10 @@ def solve_pgd(
 
 
 @_in_full_precision
-def solve_adaptive(problem: DualProblem, *, max_iter: int, tol: float) -> Solution:
+def solve_adaptive(problem: DualProblem, *, max_iter: int, tol: float | None) -> Solution:
     """FISTA from zero, with step 1/L_j and restart for each anchor: the optimum, deterministically.
 
-    Stops at a worst :meth:`DualProblem.residual` below ``tol``, tested at every tenth update; ``tol`` 0 makes
+    Stops at a worst :meth:`DualProblem.residual` below ``tol``, tested at every tenth update; ``tol`` None makes
     exactly ``max_iter`` updates and never waits for the device.
     """
     bound = problem.lipschitz()
@@ -282,7 +276,7 @@ def solve_adaptive(problem: DualProblem, *, max_iter: int, tol: float) -> Soluti
         following = (1 + (1 + 4 * age.square()).sqrt()) / 2
         point = torch.addcmul(new, moved, (age - 1) / following)
         duals, age = new, following
-        if tol > 0 and iteration % CHECK_EVERY == 0 and problem.residual(duals, bound).max() < tol:
+        if tol is not None and iteration % CHECK_EVERY == 0 and problem.residual(duals, bound).max() < tol:
             return Solution(duals, iteration)
     return Solution(duals, max_iter)
 
