@@ -16,16 +16,6 @@ from sslzoo.checks import ConfigError, check_field, check_positive, did_you_mean
 from sslzoo.recipe.class_lists import CLASS_LISTS
 
 
-def refuse_idle(config: MethodConfig, heeded: Mapping[str, tuple[bool, str]]) -> None:
-    """Refuse a field that was changed where it changes nothing: the run would bear the name of a setting that
-    it does not have. ``heeded`` holds, by field, whether it acts, and with what it would."""
-    for name, (acts, where) in heeded.items():
-        value, default = getattr(config, name), getattr(type(config), name)
-        check_field(
-            acts or value == default, name, f"must be {default}, got {value}: it acts only with {where}"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Base of every method's config. ``name`` is the method's registered name, or ``module:Class``."""
