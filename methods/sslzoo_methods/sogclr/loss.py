@@ -65,7 +65,7 @@ def new_entries(log_mixed: Tensor, *, u_write: UWrite, gamma: float) -> Tensor:
     """
     require(
         u_write == "mean" or gamma > 0.5,
-        f"u_write=sum diverges for gamma <= 0.5, got gamma={gamma}; raise method.gamma or set method.u_write=mean",
+        f"u_write=sum diverges for gamma <= 0.5, got {gamma}; raise method.loss.gamma or set method.loss.u_write=mean",
     )
     total = log_mixed.logsumexp(dim=0)
     return total - log(log_mixed.shape[0]) if u_write == "mean" else total
