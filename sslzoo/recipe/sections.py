@@ -379,6 +379,16 @@ class Recipe:
         )
 
     @property
+    def crops(self) -> int:
+        """Views of each image."""
+        return sum(view.count for view in self.views)
+
+    @property
+    def global_crops(self) -> int:
+        """Those of them with the role ``global``."""
+        return sum(view.count for view in self.views if view.role == "global")
+
+    @property
     def max_epochs(self) -> int:
         """The length of the run."""
         return self.trainer["max_epochs"]

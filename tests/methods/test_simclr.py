@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sslzoo.batch import Batch
 from sslzoo.nn.batchnorm import to_sync
 from sslzoo.nn.numerics import normalize
+from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.sections import HeadConfig
 from sslzoo_methods.simclr.config import SimCLRConfig
 from sslzoo_methods.simclr.loss import nt_xent
@@ -90,7 +91,19 @@ def test_world_size_changes_nothing(world):
         torch.testing.assert_close(mean, expected, rtol=1e-10, atol=1e-14)
 
 
-def test_one_global_view_is_refused():
-    view = _views()[0]
-    with pytest.raises(ValueError, match="two global views"):
-        _method().loss(Batch((view,), (), torch.arange(12)))
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("method.temperature=0", "method.temperature: must be positive, got 0.0"),
+        ("method.projector.widths=[]", "method.projector.widths: must hold at least the embedding width"),
+        (
+            "method.projector=[512, 128]",
+            "method.projector: expected a section with the keys widths, hidden_norm",
+        ),
+        ("views.0.count=1", "views: must hold two global views or more, got 1; set count: 2"),
+    ],
+)
+def test_refusals(override, said):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("simclr_fashion_mnist", [override])
+    assert said in str(caught.value)

@@ -341,7 +341,7 @@ class MarginConfig(MethodConfig):
 
     def check(self, recipe: Recipe) -> None:
         """The views and the batch norms of ``recipe`` must suit the base."""
-        views = sum(view.count for view in recipe.views if view.role == "global")
+        views = recipe.global_crops
         check_field(views >= 2, "views", f"must hold the two global views that margin compares, got {views}")
         shuffled = isinstance(self.base, MoCoV2Config) and self.base.momentum_batchnorm == "shuffle"
         check_field(

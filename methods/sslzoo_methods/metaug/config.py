@@ -286,7 +286,7 @@ class MetAugConfig(MethodConfig):
             "gradients underflow or overflow)",
         )
         colors = isinstance(self.views, ColorChannels)
-        crops = sum(view.count for view in recipe.views if view.role == "global")
+        crops = recipe.global_crops
         wanted = 1 if colors else self.views.count
         check_field(
             crops == wanted,
@@ -296,7 +296,7 @@ class MetAugConfig(MethodConfig):
         )
         if colors:
             check_field(
-                crops == sum(view.count for view in recipe.views),
+                crops == recipe.crops,
                 "views",
                 "must not be local with method.views color",
             )

@@ -219,8 +219,7 @@ class MMCLConfig(MethodConfig):
 
     def check(self, recipe: Recipe) -> None:
         """There must be anchors and queries."""
-        global_views = sum(view.count for view in recipe.views if view.role == "global")
-        crops = sum(view.count for view in recipe.views)
+        global_views, crops = recipe.global_crops, recipe.crops
         wanted = 2 if self.symmetric or self.negatives == "both" else 1
         check_field(
             global_views >= wanted and crops > 1,

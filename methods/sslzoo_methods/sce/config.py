@@ -122,8 +122,7 @@ class SCEConfig(MethodConfig):
 
     def check(self, recipe: Recipe) -> None:
         """The views and the batch norms of ``recipe`` must suit the branches."""
-        global_views = sum(view.count for view in recipe.views if view.role == "global")
-        crops = sum(view.count for view in recipe.views)
+        global_views, crops = recipe.global_crops, recipe.crops
         check_field(
             global_views > 0 and crops > 1,
             "views",

@@ -23,8 +23,6 @@ class SimCLR(SSLMethod[SimCLRConfig]):
 
     def loss(self, batch: Batch) -> Tensor:
         """NT-Xent over all views; local crops are anchors only."""
-        if len(batch.global_views) < 2:
-            raise ValueError("SimCLR needs two global views; set views to count: 2 with role: global")
         features = [self.backbone(view) for view in (*batch.global_views, *batch.local_views)]
         projected = [self.projector(h) for h in features]
         self.publish(backbone=features[0], projector=projected[0])

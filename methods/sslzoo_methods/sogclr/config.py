@@ -184,10 +184,10 @@ class SogCLRConfig(MethodConfig):
 
     def check(self, recipe: Recipe) -> None:
         """Refuse views that the loss cannot contrast, and histograms that nothing would show."""
-        count = sum(view.count for view in recipe.views if view.role == "global")
+        count = recipe.global_crops
         check_field(count >= 2, "views", f"must hold two global views or more, got {count}; set count: 2")
         check_field(
-            not isinstance(self.loss, BimodalGCL) or sum(view.count for view in recipe.views) == 2,
+            not isinstance(self.loss, BimodalGCL) or recipe.crops == 2,
             "views",
             "must hold two global views and nothing else with method.loss gcl_bimodal",
         )
