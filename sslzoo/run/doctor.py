@@ -40,7 +40,7 @@ def examine() -> list[Finding]:
         *threads(),
         data(os.environ),
         *shared_memory(Path("/dev/shm")),
-        wandb(os.environ),
+        *wandb(os.environ),
     ]
 
 
@@ -53,6 +53,14 @@ def packages() -> Iterator[Finding]:
         try:
             found = version(requirement.name)
         except PackageNotFoundError:
+            if requirement.marker is not None:
+                yield Finding(
+                    subject=requirement.name,
+                    detail="not installed, and only needed by recipes that ask for it",
+                    state=NOTE,
+                    fix=f"pip install 'sslzoo[{requirement.name}]'",
+                )
+                continue
             yield Finding(
                 subject=requirement.name,
                 detail="not installed",
@@ -178,25 +186,21 @@ def shared_memory(path: Path) -> Iterator[Finding]:
         yield Finding(subject="shared memory", detail=detail)
 
 
-def wandb(environ: Mapping[str, str]) -> Finding:
-    """Where Weights & Biases runs will go. A run never fails for its sake."""
+def wandb(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Where Weights & Biases runs will go, where it is installed."""
     if find_spec("wandb") is None:
-        return Finding(
-            subject="wandb",
-            detail="missing; runs are logged without it",
-            state=NOTE,
-            fix="pip install wandb",
-        )
+        return
     if environ.get("WANDB_MODE") in ("offline", "disabled"):
-        return Finding(subject="wandb", detail=f"{environ['WANDB_MODE']}, by WANDB_MODE")
-    if environ.get("WANDB_API_KEY") or _in_netrc(environ):
-        return Finding(subject="wandb", detail="logged in")
-    return Finding(
-        subject="wandb",
-        detail="not logged in; runs are kept offline in their own folder",
-        state=NOTE,
-        fix="wandb login; later wandb sync RUN_DIR/wandb/offline-* sends what was kept",
-    )
+        yield Finding(subject="wandb", detail=f"{environ['WANDB_MODE']}, by WANDB_MODE")
+    elif environ.get("WANDB_API_KEY") or _in_netrc(environ):
+        yield Finding(subject="wandb", detail="logged in")
+    else:
+        yield Finding(
+            subject="wandb",
+            detail="not logged in; runs are kept offline in their own folder",
+            state=NOTE,
+            fix="wandb login; later wandb sync RUN_DIR/wandb/offline-* sends what was kept",
+        )
 
 
 def _in_netrc(environ: Mapping[str, str]) -> bool:

@@ -17,6 +17,7 @@ from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.build import build_data, build_method, build_plan
+from sslzoo.run.loggers import require_packages
 from sslzoo.run.placement import world_size_of
 from sslzoo.run.summary import human_bytes, run_summary, state_memory
 from sslzoo.run.trainer import build_trainer
@@ -29,6 +30,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
 
     The data need not be there: the catalogue's size stands in. Raises what the real run would raise.
     """
+    require_packages(recipe.logging)
     size = dataset_size(recipe)
     plan = build_plan(recipe, size, world_size_of(recipe))
     method = build_method(recipe, plan)

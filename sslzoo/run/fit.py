@@ -33,7 +33,7 @@ from sslzoo.run.directory import Choice, Run, begin, choose
 from sslzoo.run.ending import Ending, tell_launcher
 from sslzoo.run.explain import REFUSED, explain, one_line, out_of_memory
 from sslzoo.run.lock import RunLock
-from sslzoo.run.loggers import build_loggers
+from sslzoo.run.loggers import build_loggers, require_packages
 from sslzoo.run.messages import Messages
 from sslzoo.run.placement import Placement, check_world_size, place
 from sslzoo.run.rendezvous import Rendezvous
@@ -126,6 +126,8 @@ class _Life:
         meeting = Rendezvous(self.placement)
         self.departure.join(meeting.store)
         with _together(meeting, "built"):
+            if self.placement.is_leader:
+                require_packages(recipe.logging)
             source = open_source(recipe.data)
             plan = build_plan(recipe, len(source), self.placement.world_size)
             data = build_data(recipe, plan, source)

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases beside ``metrics.csv``. Neither can fail a run."""
+"""TensorBoard and Weights & Biases beside ``metrics.csv``. Once a run has begun, neither can fail it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import netrc
 import os
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -17,7 +18,17 @@ from sslzoo.recipe.sections import LoggingConfig, WandbConfig
 
 log = logging.getLogger(__name__)
 
+EXTRAS = ("tensorboard", "wandb")  # keys under logging, packages, and extras of sslzoo that install them
 ONLINE_TIMEOUT = 20.0  # seconds to reach the server at the start, then the run goes on offline
+
+
+def require_packages(cfg: LoggingConfig) -> None:
+    """Raise ``ValueError`` where the package for what ``cfg`` asks is not installed."""
+    for name in EXTRAS:
+        if getattr(cfg, name) and find_spec(name) is None:
+            raise ValueError(
+                f"logging.{name} needs the package {name}: pip install 'sslzoo[{name}]', or leave it out of the recipe"
+            )
 
 
 def build_loggers(

@@ -117,9 +117,25 @@ def test_auto_takes_the_newest_run_that_has_a_checkpoint(tmp_path: Path, folder:
 
 
 def test_wandb_never_fails_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)  # as if it were not installed
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)  # as if its installation were broken
     assert build_loggers(LoggingConfig(wandb=WandbConfig()), tmp_path, "id") == []
     assert sum("W&B" in record.message for record in caplog.records) == 1
+
+
+def _without_extras() -> None:
+    from sslzoo.run import loggers
+
+    loggers.find_spec = lambda name, package=None: None
+
+
+@pytest.mark.parametrize("ask", ["logging.tensorboard=true", "logging.wandb={mode: offline}"])
+def test_a_logger_that_is_not_installed_is_refused_before_the_run(folder: Path, ask: str) -> None:
+    for more in ([], ["--dry-run"]):
+        run = fork(folder, "fit", "--recipe", "tiny.yaml", "--out", "run", *more, ask, before=_without_extras)
+        assert run.wait() == ExitCode.USAGE
+        name = ask.removeprefix("logging.").partition("=")[0]
+        assert f"logging.{name} needs the package {name}: pip install 'sslzoo[{name}]'" in run.err, run.said
+        assert len(run.err.splitlines()) == 1 and not (folder / "run").exists()
 
 
 # -- one run at a time ----------------------------------------------------------------------------------

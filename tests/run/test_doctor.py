@@ -40,6 +40,9 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fine.state == FINE
     assert (old.state, old.fix) == (BROKEN, "pip install 'omegaconf<1'")
     assert (missing.state, missing.detail) == (BROKEN, "not installed")
+    monkeypatch.setattr(doctor, "requires", lambda name: ["no-such-board>=1; extra == 'no-such-board'"])
+    (extra,) = doctor.packages()
+    assert (extra.state, extra.fix) == (NOTE, "pip install 'sslzoo[no-such-board]'")
 
 
 def test_a_method_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,12 +85,17 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     login = tmp_path / "netrc"
     nobody = {"NETRC": str(login)}
-    assert doctor.wandb(nobody).state == NOTE
-    assert doctor.wandb({**nobody, "WANDB_API_KEY": "x"}).detail == "logged in"
-    assert doctor.wandb({**nobody, "WANDB_MODE": "offline"}).detail == "offline, by WANDB_MODE"
+
+    def found(**more: str) -> Finding:
+        (finding,) = doctor.wandb({**nobody, **more})
+        return finding
+
+    assert found().state == NOTE
+    assert found(WANDB_API_KEY="x").detail == "logged in"
+    assert found(WANDB_MODE="offline").detail == "offline, by WANDB_MODE"
     login.write_text(f"machine {doctor.WANDB_HOST} login user password x\n")
-    assert doctor.wandb(nobody).detail == "logged in"
+    assert found().detail == "logged in"
     login.write_text("this is no netrc")
-    assert doctor.wandb(nobody).state == NOTE
+    assert found().state == NOTE
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    assert doctor.wandb(nobody).detail.startswith("missing")
+    assert not list(doctor.wandb(nobody))
