@@ -14,7 +14,6 @@ from measure import alternating, extra_mebibytes, ratio
 from torch import Tensor
 
 from sslzoo.batch import Batch
-from sslzoo.margins import NO_MARGIN, Margin
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import BackboneConfig, HeadConfig, OptimConfig
@@ -28,6 +27,7 @@ from sslzoo_methods.margin.config import (
     SimCLRConfig,
     Whole,
 )
+from sslzoo_methods.margin.factors import NO_MARGIN, Margin
 from sslzoo_methods.margin.loss import contrast, margin_loss
 from sslzoo_methods.margin.method import MarginContrast
 

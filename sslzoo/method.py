@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from sslzoo.batch import Batch, EvalBatch
+from sslzoo.batch import Batch, Contrast, EvalBatch
 from sslzoo.checks import require
 from sslzoo.optim.optimizers import build_optimizer, set_learning_rate
 from sslzoo.optim.schedules import learning_rate
@@ -24,8 +26,8 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
 
     A subclass sets ``Config``, builds heads and state in ``__init__`` and implements :meth:`loss`.
     It may override :meth:`prepare` (state whose size depends on the data), :meth:`after_step` (EMA,
-    queue) with :meth:`after_skipped_step`, :meth:`features` (more layers for probes), and what margin
-    analysis asks: :meth:`embed`, :meth:`embed_key`, :meth:`contrasted`. Everything else is the framework's.
+    queue) with :meth:`after_skipped_step`, :meth:`features` (more layers for probes) and :meth:`contrasted` (what
+    analyses look at). Everything else is the framework's.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -71,35 +73,12 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         """Named representations of a plain view, each (N, F); ``backbone`` is always there."""
         return {"backbone": self.backbone(x)}
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Embeddings (N, D) of a view as the loss's anchors are embedded, but for their length: ``projector``
-        and then ``predictor`` after the backbone, where there are such. A method with other heads overrides it."""
-        z = self.backbone(x)
-        for head in (getattr(self, name, None) for name in ("projector", "predictor")):
-            z = head(z) if isinstance(head, nn.Module) else z
-        return z
+    def contrasted(self, batch: Batch) -> Contrast:
+        """What the loss compares in ``batch``, for analyses; see :meth:`Contrast.of_views`.
 
-    def embed_key(self, x: Tensor) -> Tensor:
-        """The same for the view that anchors are compared with; a method whose keys come from another network
-        overrides it."""
-        return self.embed(x)
-
-    def contrasted(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Anchors and their positives, (N, D) each, by kind of pair: ``global``, which must be there, and any
-        other. The first global view, and under ``local`` the first local one, against the second global view.
-
-        Margin analysis calls it, in training mode and without gradient. It may change nothing but buffers
-        and random numbers, which are put back.
+        Called inside :meth:`untouched`: it may change nothing but buffers and random numbers.
         """
-        require(
-            len(batch.global_views) >= 2,
-            "margin analysis compares two global views; set views to count: 2",
-        )
-        anchors = {"global": batch.global_views[0]}
-        if batch.local_views:
-            anchors["local"] = batch.local_views[0]
-        key = self.embed_key(batch.global_views[1])
-        return {kind: (self.embed(view), key) for kind, view in anchors.items()}
+        raise ValueError(f"{self.cfg.name} does not say what it compares: give it a method contrasted(batch)")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups of ``(name, parameter)`` pairs under ``named``; ``lr_factor`` scales a group's rate."""
@@ -144,6 +123,18 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
     def forward(self, x: Tensor) -> Tensor:
         """Backbone features (N, feature_dim): what k-NN and export see."""
         return self.backbone(x)
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Nothing inside needs gradients; afterwards buffers and random numbers are what they were."""
+        saved = [(buffer, buffer.detach().clone()) for buffer in self.buffers()]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            try:
+                yield
+            finally:
+                for buffer, value in saved:
+                    buffer.copy_(value)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch under automatic optimisation."""

@@ -1,11 +1,11 @@
-"""List methods, recipes and data sets.
+"""List methods, analyses, recipes and data sets.
 
 Recipes come with method, training data, encoder, epochs and two figures, linear top-1 in per cent: the
 published one and the mean of our own runs, whose sources and seeds are in the recipe's header. Below them
 stand variants: overrides to add after `sslzoo fit --recipe`. The options choose among recipes and variants
 by a name or a part of one.
 
-  sslzoo ls recipes --method sce --data imagenet
+  sslzoo ls recipes --method NAME --data imagenet
   sslzoo ls recipes --data cifar100
 """
 
@@ -24,7 +24,7 @@ from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import DATASETS
 from sslzoo.recipe.header import Variant, read_header
 
-KINDS = ("methods", "recipes", "datasets")
+KINDS = ("methods", "analyses", "recipes", "datasets")
 FILTERS = ("method", "data", "backbone")
 WIDTH = 100
 KEYS = {"data": "data.dataset", "backbone": "backbone.name", "epochs": "trainer.max_epochs"}
@@ -56,7 +56,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         if wanted and kind != "recipes":
             raise _Refused(f"--{next(iter(wanted))} chooses among recipes; write sslzoo ls recipes")
-        listings = {"methods": _methods, "recipes": lambda: _recipes(wanted), "datasets": _datasets}
+        listings = {
+            "methods": _methods,
+            "analyses": _analyses,
+            "recipes": lambda: _recipes(wanted),
+            "datasets": _datasets,
+        }
         shown = listings if kind is None else {kind: listings[kind]}
         texts = [
             "\n".join(lines()) if kind else "\n".join([f"{name}:", *lines()]) for name, lines in shown.items()
@@ -79,6 +84,11 @@ def _methods() -> list[str]:
         + [(name, str(rows.count(name)), point.value) for name, point in registry.methods().items()],
         right=(1,),
     )
+
+
+def _analyses() -> list[str]:
+    rows = [(name, point.value) for name, point in registry.analyses().items()]
+    return _table([("analysis", "code"), *rows])
 
 
 def _datasets() -> list[str]:

@@ -33,8 +33,11 @@ def verbs() -> dict[str, ModuleType]:
     return {name.replace("_", "-"): import_module(f"sslzoo.cli.{name}") for name in sorted(names)}
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
-    """The command's, and each verb's."""
+def _parsers(
+    arguments: Sequence[str],
+) -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The command's, and each verb's; complete for the verb that ``arguments`` begin with."""
+    typed, word = (*arguments, "", "")[:2]
     parser = _Parser(prog="sslzoo", description=sslzoo.__doc__)
     parser.add_argument("--version", action="version", version=f"sslzoo {sslzoo.__version__}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -48,13 +51,15 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(child)
+        if verb == typed and word and not word.startswith("-") and hasattr(module, "add_arguments_of"):
+            module.add_arguments_of(child, word)
         child.set_defaults(run=module.run)
     return parser, subparsers.choices
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """The arguments, where overrides of a recipe may stand before, between and after the options."""
-    parser, children = _parsers()
+    parser, children = _parsers(arguments)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in children:
         parser.error(f"no verb {arguments[0]!r}{did_you_mean(arguments[0], children)}")
     args, left = parser.parse_known_args(arguments)

@@ -1,4 +1,4 @@
-"""Methods by entry point, recipes by file. Listing them imports no torch."""
+"""Methods and analyses by entry point, recipes by file. Listing them imports no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sslzoo.checks import did_you_mean
-from sslzoo.recipe.sections import MethodConfig
+from sslzoo.recipe.sections import AnalysisConfig, MethodConfig
 
 GROUP = "sslzoo.methods"
 CONFIGS = "sslzoo.configs"
+ANALYSES = "sslzoo.analyses"
 
 
 @cache
@@ -30,6 +31,12 @@ def configs() -> dict[str, EntryPoint]:
 
 
 @cache
+def analyses() -> dict[str, EntryPoint]:
+    """Registered analyses by name."""
+    return {point.name: point for point in sorted(entry_points(group=ANALYSES), key=lambda p: p.name)}
+
+
+@cache
 def recipes() -> dict[str, Path]:
     """Bundled recipes by name."""
     folder = files("sslzoo_recipes")
@@ -39,28 +46,42 @@ def recipes() -> dict[str, Path]:
 
 def method_class(name: str) -> type[Any]:
     """The method's class, an ``SSLMethod``, by registered name or ``module:Class``. Imports torch."""
-    if is_plugin(name):
-        return plugin(name, "method.name")
-    point = _registered(methods(), name)
-    try:
-        return point.load()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"method.name={name!r} cannot be loaded: {error}") from error
+    return _loaded(name, methods(), "method", "method.name")
 
 
 def method_config(name: str) -> type[MethodConfig]:
     """The method's config class: what the group ``sslzoo.configs`` registers under the same name, which spares
     importing torch, else the ``Config`` of the method's class."""
     if not is_plugin(name):
-        _registered(methods(), name)
+        _registered(methods(), name, "method")
         if name in configs():
             return configs()[name].load()
     return method_class(name).Config
 
 
-def _registered(known: dict[str, EntryPoint], name: str) -> EntryPoint:
+def analysis_class(name: str) -> type[Any]:
+    """The analysis's class, an ``Analysis``, by registered name or ``module:Class``."""
+    return _loaded(name, analyses(), "analysis", "analyses.name")
+
+
+def analysis_config(name: str) -> type[AnalysisConfig]:
+    """The analysis's config class."""
+    return analysis_class(name).Config
+
+
+def _loaded(name: str, known: dict[str, EntryPoint], kind: str, key: str) -> type[Any]:
+    if is_plugin(name):
+        return plugin(name, key)
+    point = _registered(known, name, kind)
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{key}={name!r} cannot be loaded: {error}") from error
+
+
+def _registered(known: dict[str, EntryPoint], name: str, kind: str) -> EntryPoint:
     if name not in known:
-        raise ValueError(f"unknown method {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
+        raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
     return known[name]
 
 

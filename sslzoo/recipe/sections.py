@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf, isfinite
 from typing import Any, ClassVar, Literal
 
 from sslzoo.checks import ConfigError, check_field, check_positive, did_you_mean, one_of
@@ -25,15 +24,6 @@ class MethodConfig:
     ] = {}  # keys of earlier versions, dotted below the section: what to use now
 
     name: str
-
-    @property
-    def contrast_temperature(self) -> float | None:
-        """What divides the cosines in the method's loss, which a margin analysis takes: the field
-        ``temperature`` or ``tau`` where that is a number. None: the method has no such number."""
-        for name in ("temperature", "tau"):
-            if isinstance(value := getattr(self, name, None), (int, float)):
-                return float(value)
-        return None
 
     @property
     def published_layers(self) -> tuple[str, ...]:
@@ -310,30 +300,6 @@ class WandbConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarginAnalysisConfig:
-    """What margins would do to the embeddings, reported while any contrastive method trains."""
-
-    margins: tuple[tuple[float, float], ...]  # each the angular one in degrees and the subtractive one
-    every_steps: int = 100  # optimiser steps between two looks
-    temperature: float = 0.0  # 0: the method's own
-
-    def __post_init__(self) -> None:
-        check_field(len(self.margins) > 0, "margins", "must list margins, such as [[10.0, 0.0]]")
-        for m1, m2 in self.margins:
-            check_field(
-                abs(m1) < 180 and isfinite(m2),
-                "margins",
-                f"lists pairs of an angle within (-180, 180) degrees and a finite number, got [{m1}, {m2}]",
-            )
-        check_field(self.every_steps > 0, "every_steps", f"must be positive, got {self.every_steps}")
-        check_field(
-            0 <= self.temperature < inf,
-            "temperature",
-            f"must not be negative, got {self.temperature}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """``metrics.csv`` is always written; the rest by choice."""
 
@@ -342,7 +308,6 @@ class LoggingConfig:
     keep_epochs: tuple[int, ...] = ()  # epochs whose checkpoint is kept for good
     tensorboard: bool = False
     wandb: WandbConfig | None = None
-    margins: MarginAnalysisConfig | None = None
 
     def __post_init__(self) -> None:
         check_field(self.every_steps > 0, "every_steps", f"must be positive, got {self.every_steps}")
@@ -351,6 +316,21 @@ class LoggingConfig:
             "checkpoint_every_steps",
             f"must be positive, got {self.checkpoint_every_steps}",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisConfig:
+    """Base of every analysis's config. ``name`` is its registered name, or ``module:Class``.
+
+    A field of a subclass is an option of ``sslzoo analyze`` too; its metadata may say ``help``, ``metavar``, and
+    ``option`` where that is called differently.
+    """
+
+    name: str
+    every_steps: int = 100  # optimiser steps between two looks while a method trains
+
+    def __post_init__(self) -> None:
+        check_positive(self, "every_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,16 +347,16 @@ class Recipe:
     eval: EvalConfig
     trainer: dict[str, Any]  # to lightning.Trainer as it is
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    analyses: tuple[AnalysisConfig, ...] = ()
     name: str = "unnamed"  # the file's stem
 
     def __post_init__(self) -> None:
+        names = [analysis.name for analysis in self.analyses]  # what they log and remember goes by these
+        for i, name in enumerate(names):
+            check_field(
+                name not in names[:i], f"analyses.{i}.name", f"{name} stands in the list twice; keep one"
+            )
         self.method.check(self)
-        margins = self.logging.margins
-        check_field(
-            margins is None or margins.temperature > 0 or self.method.contrast_temperature is not None,
-            "logging.margins.temperature",
-            f"must be given, such as 0.2: {self.method.name} has none of its own",
-        )
 
     @property
     def crops(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sslzoo.checks import ConfigError, closest, did_you_mean
 from sslzoo.recipe import registry
-from sslzoo.recipe.sections import MethodConfig, Recipe
+from sslzoo.recipe.sections import AnalysisConfig, MethodConfig, Recipe
 from sslzoo.recipe.trainer_keys import OWNED, trainer_arguments
 
 
@@ -45,8 +45,8 @@ def _tags(kind: Any) -> tuple[str, ...]:
 
 def section(kind: Any, values: Any, key: str, variants: Mapping[str, type] | None = None) -> Any:
     """The dataclass ``kind`` from a mapping; ``variants`` are those, by tag, of which it is one."""
-    if kind is MethodConfig:
-        kind = _method_config(values, key)
+    if kind in (MethodConfig, AnalysisConfig):
+        kind = _named_config(kind, values, key)
     if not isinstance(values, dict):
         raise ConfigError(
             key, f"expected a section with the keys {', '.join(_hints(kind))}; got {shown(values)}"
@@ -83,19 +83,24 @@ def _present(values: Any, path: list[str]) -> bool:
     return True
 
 
-def _method_config(values: Any, key: str) -> type[MethodConfig]:
+def _named_config(base: type, values: Any, key: str) -> type:
+    """The config of the method or analysis that ``values`` name."""
     if not isinstance(values, dict):
-        return MethodConfig  # refused by the caller, like any section that is none
+        return base  # refused by the caller, like any section that is none
+    what, several = ("method", "methods") if base is MethodConfig else ("analysis", "analyses")
+    config_of = registry.method_config if base is MethodConfig else registry.analysis_config
     if values.get("name") is None:
-        raise ConfigError(join(key, "name"), "missing key; name a registered method (see sslzoo ls methods)")
+        raise ConfigError(
+            join(key, "name"), f"missing key; name a registered {what} (see sslzoo ls {several})"
+        )
     name = _typed(str, values["name"], join(key, "name"))
     try:
-        config = registry.method_config(name)
+        config = config_of(name)
     except (ValueError, ImportError, AttributeError) as error:
         raise ConfigError(join(key, "name"), str(error)) from None
-    if not (isinstance(config, type) and issubclass(config, MethodConfig)):
+    if not (isinstance(config, type) and issubclass(config, base)):
         raise ConfigError(
-            join(key, "name"), f"{name} is no method: its Config is {config!r}, not a MethodConfig"
+            join(key, "name"), f"{name} is no {what}: its Config is {config!r}, not a {base.__name__}"
         )
     return config
 
@@ -275,6 +280,8 @@ def _unknown(
 
 def _unknown_key(at: str, name: str, names: list[str]) -> str:
     """Why ``name`` is not among the keys ``names`` of the section ``at``, and the nearest right one."""
+    if name in registry.analyses():
+        return f"unknown key; {name} is an analysis, which belongs to the list analyses: [{{name: {name}}}]"
     near = closest(name, names, cutoff=0.7)
     if not near:
         for key in _all_keys():

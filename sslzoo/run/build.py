@@ -9,22 +9,23 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.pytorch import Callback
 
+from sslzoo.analysis import Analysis
 from sslzoo.callbacks.batchnorm import BroadcastBatchNormStats
 from sslzoo.callbacks.cadence import EvaluationCadence
 from sslzoo.callbacks.checkpoint import ExactCheckpoint
 from sslzoo.callbacks.knn import KNN
 from sslzoo.callbacks.linear_probe import LinearProbe
-from sslzoo.callbacks.margin_analysis import MarginAnalysis
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.seeding import StepSeeding
+from sslzoo.callbacks.watch import Watch
 from sslzoo.checkpoints import load_checkpoint, newest_sound
 from sslzoo.checks import require
 from sslzoo.data.datasets import ImageSource, open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.registry import method_class
+from sslzoo.recipe.registry import analysis_class, method_class
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.departure import Departure
 from sslzoo.run.directory import Run
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from sslzoo.method import SSLMethod
 
 log = logging.getLogger(__name__)
+
+TRIAL = 8  # images
 
 
 def build_plan(recipe: Recipe, dataset_size: int, world_size: int) -> TrainingPlan:
@@ -71,6 +74,20 @@ def build_data(recipe: Recipe, plan: TrainingPlan, source: ImageSource | None = 
     )
 
 
+def build_analyses(recipe: Recipe) -> list[Analysis[Any]]:
+    """What looks at the method while it trains."""
+    return [analysis_class(cfg.name)(cfg) for cfg in recipe.analyses]
+
+
+def try_analyses(recipe: Recipe, method: SSLMethod[Any], data: SSLDataModule) -> None:
+    """Let the recipe's analyses look at a few images, which raises what they have against method or views."""
+    analyses = build_analyses(recipe)
+    if analyses:
+        batch = data.example_batch(min(TRIAL, method.plan.dataset_size))
+        for analysis in analyses:
+            analysis.describe([analysis.observe(method, batch)])
+
+
 def build_callbacks(
     recipe: Recipe, run: Run, data: SSLDataModule, departure: Departure | None = None
 ) -> dict[str, Callback]:
@@ -90,10 +107,7 @@ def build_callbacks(
     }
     if data.eval_sets():
         callbacks |= {"probe": LinearProbe(recipe.probe, seed=recipe.seed), "knn": KNN(recipe.eval)}
-    if (margins := recipe.logging.margins) is not None:
-        callbacks["margins"] = MarginAnalysis(
-            margins.margins, every_steps=margins.every_steps, temperature=margins.temperature
-        )
+    callbacks |= {f"analysis {a.cfg.name}": Watch(a) for a in build_analyses(recipe)}
     meter = Meter(run.path, every_steps=recipe.logging.every_steps)
     return callbacks | {"meter": meter, "progress": ProgressDisplay()}
 

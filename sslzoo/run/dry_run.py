@@ -11,12 +11,13 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from sslzoo.callbacks.seeding import StepSeeding
+from sslzoo.callbacks.watch import Watch
 from sslzoo.data.sources import fake_source
 from sslzoo.method import SSLMethod
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import Recipe
-from sslzoo.run.build import build_data, build_method, build_plan
+from sslzoo.run.build import build_analyses, build_data, build_method, build_plan
 from sslzoo.run.loggers import require_packages
 from sslzoo.run.placement import world_size_of
 from sslzoo.run.summary import human_bytes, run_summary, state_memory
@@ -73,7 +74,9 @@ def one_step(recipe: Recipe, method: SSLMethod[Any]) -> int:
         "gradient_clip_val": recipe.trainer.get("gradient_clip_val"),
     }
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(options, run_dir=Path(folder), callbacks=[StepSeeding()])
+        trainer = build_trainer(
+            options, run_dir=Path(folder), callbacks=[StepSeeding(), *map(Watch, build_analyses(recipe))]
+        )
         trainer.fit(method, datamodule=build_data(small, plan, source))
     if method.optimizer_steps != 1:
         raise RuntimeError(

@@ -27,7 +27,14 @@ from sslzoo.exits import ExitCode, RunError
 from sslzoo.recipe.load import LoadedRecipe, plain
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import name_of
-from sslzoo.run.build import build_callbacks, build_data, build_method, build_plan, load_weights
+from sslzoo.run.build import (
+    build_callbacks,
+    build_data,
+    build_method,
+    build_plan,
+    load_weights,
+    try_analyses,
+)
 from sslzoo.run.departure import Departure
 from sslzoo.run.directory import Choice, Run, begin, choose
 from sslzoo.run.ending import Ending, tell_launcher
@@ -134,6 +141,7 @@ class _Life:
             method = build_method(recipe, plan)
             if init_from is not None:
                 load_weights(method, init_from)
+            try_analyses(recipe, method, data)
 
         def decide() -> dict[str, Any]:
             choice = choose(self.loaded, plan, fingerprint=data.fingerprint, out=out, resume=resume)

@@ -15,15 +15,21 @@ from typing import IO
 
 from rich.text import Text
 
+from sslzoo.recipe import registry
 from sslzoo.run.directory import Run
 from sslzoo.run.placement import Placement
 from sslzoo.terminal import ERR
 
-LOGGERS = ("sslzoo", "sslzoo_methods", "lightning.pytorch", "py.warnings")
 _FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
 _STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
 # `path:line: Category: text`, then the line of source: what Python makes of warnings.warn(text).
 _PYTHON_WARNING = re.compile(r"\A.*?:\d+: \w+: (?P<text>.*?)(?:\n  .*)?\s*\Z", re.DOTALL)
+
+
+def packages() -> set[str]:
+    """The framework, and every package that registers a method or an analysis."""
+    points = (*registry.methods().values(), *registry.analyses().values())
+    return {"sslzoo", *(point.module.partition(".")[0] for point in points)}
 
 
 class Messages:
@@ -35,6 +41,8 @@ class Messages:
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
+        self._packages = packages()
+        self._loggers = [*self._packages, "lightning.pytorch", "py.warnings"]
         self._early = _Early()
         self._handlers: list[logging.Handler] = [self._early]
         if placement.is_leader:
@@ -44,12 +52,12 @@ class Messages:
         self._terminal: int | None = None  # stderr as it was
 
     def start(self) -> None:
-        """Listen to the framework, to Lightning and to Python's warnings."""
+        """Listen to the framework, to methods, to Lightning and to Python's warnings."""
         logging.captureWarnings(True)
         logging.raiseExceptions = False  # a log that cannot be written is no page of its own on the terminal
-        for name in ("sslzoo", "sslzoo_methods"):
+        for name in self._packages:
             logging.getLogger(name).setLevel(logging.INFO)
-        for name in LOGGERS:
+        for name in self._loggers:
             for handler in self._handlers:
                 logging.getLogger(name).addHandler(handler)
 
@@ -79,7 +87,7 @@ class Messages:
             handler.setFormatter(_FORMAT)
             for record in self._early.records:
                 handler.handle(record)
-        for name in LOGGERS:
+        for name in self._loggers:
             logger = logging.getLogger(name)
             logger.removeHandler(self._early)
             for handler in files:
@@ -110,7 +118,7 @@ class Messages:
     def close(self) -> None:
         """Stop listening, close the files."""
         logging.captureWarnings(False)
-        for name in LOGGERS:
+        for name in self._loggers:
             for handler in self._handlers:
                 logging.getLogger(name).removeHandler(handler)
         for handler in self._handlers:

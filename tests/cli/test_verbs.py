@@ -85,7 +85,12 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
 
 
 def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
-    listed = {"methods": registry.methods(), "recipes": registry.recipes(), "datasets": DATASETS}
+    listed = {
+        "methods": registry.methods(),
+        "analyses": registry.analyses(),
+        "recipes": registry.recipes(),
+        "datasets": DATASETS,
+    }
     parts = []
     for kind, names in listed.items():
         code, out, _ = run(capsys, "ls", kind)

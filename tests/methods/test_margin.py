@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslzoo.batch import Batch
 from sslzoo.distributed import all_reduce_mean
-from sslzoo.margins import NO_MARGIN, Factors, Margin, Pairs, angle_histogram, gradient_factors, pull_sums
 from sslzoo.nn.batchnorm import to_sync
 from sslzoo.nn.numerics import normalize
 from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import recipes
 from sslzoo.recipe.sections import HeadConfig, OptimConfig
+from sslzoo_methods.margin.analysis.observe import angle_histogram
 from sslzoo_methods.margin.config import (
     MACL,
     ArcFace,
@@ -47,6 +47,14 @@ from sslzoo_methods.margin.config import (
     SimCLRConfig,
     SimSiamConfig,
     Whole,
+)
+from sslzoo_methods.margin.factors import (
+    NO_MARGIN,
+    Factors,
+    Margin,
+    Pairs,
+    gradient_factors,
+    pull_sums,
 )
 from sslzoo_methods.margin.loss import (
     attract,

@@ -483,7 +483,7 @@ def test_what_is_published_and_recorded() -> None:
             got = [features[k].shape for k in ("backbone", "projector", "backbone+generated")]
             assert got == [(N, width) for width in widths]
         assert not any(v.requires_grad for v in method.published.values())
-        assert method.embed(batch.global_views[0]).shape == (N, 5)
+        assert {z.shape for z in method.contrasted(batch).pairs["global"]} == {(N, 5)}
         values = {k: float(v) for k, v in method.recorded.items()}
         assert -1 <= values["method/generated_cosine"] <= 1
         assert values["method/second_order_share"] > 0

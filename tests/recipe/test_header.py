@@ -62,7 +62,7 @@ FAMILIES: dict[str, tuple[str, set[str]]] = {
     # The same data, views and optimiser for every method that needs no others.
     "sogclr_fashion_mnist": ("simclr_fashion_mnist", {"method", "optim.warmup_ramp"}),
     "mmcl_fashion_mnist": ("simclr_fashion_mnist", {"method"}),
-    "margin_fashion_mnist": ("simclr_fashion_mnist", {"method", "logging.margins"}),
+    "margin_fashion_mnist": ("simclr_fashion_mnist", {"method", "analyses"}),
     "sce_fashion_mnist": ("simclr_fashion_mnist", {"method", "eval.every_epochs", "trainer.max_epochs"}),
     "metaug_fashion_mnist": ("simclr_fashion_mnist", {"method", "eval.every_epochs", "trainer.max_epochs"}),
 }

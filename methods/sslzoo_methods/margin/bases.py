@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from sslzoo.distributed import gather, gather_detached, rank, world_size
-from sslzoo.margins import Pairs
 from sslzoo.nn.heads import build_head
 from sslzoo.nn.momentum import MomentumEncoder
 from sslzoo.nn.numerics import ieee_matmul, normalize
@@ -27,6 +26,7 @@ from sslzoo_methods.margin.config import (
     SimCLRConfig,
     SimSiamConfig,
 )
+from sslzoo_methods.margin.factors import Pairs
 from sslzoo_methods.margin.loss import attract, contrast, contrast_queue
 
 ConfigT = TypeVar("ConfigT", SimCLRConfig, MoCoV2Config, MoCoV3Config, BYOLConfig, SimSiamConfig)

@@ -334,11 +334,6 @@ class MarginConfig(MethodConfig):
         self._check_family()
         self._check_effects()
 
-    @property
-    def contrast_temperature(self) -> float:
-        """tau of the base."""
-        return self.base.temperature
-
     def check(self, recipe: Recipe) -> None:
         """The views and the batch norms of ``recipe`` must suit the base."""
         views = recipe.global_crops

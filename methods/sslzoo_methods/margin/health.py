@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sslzoo.margins import NO_MARGIN, Margin, at_pole, gradient_factors
 from sslzoo_methods.margin.bases import Term
 from sslzoo_methods.margin.config import Isolated, MarginConfig
+from sslzoo_methods.margin.factors import NO_MARGIN, Margin, at_pole, gradient_factors
 from sslzoo_methods.margin.loss import margin_loss, positive_factor
 
 

@@ -1,7 +1,7 @@
 """Margin losses for contrastive and negative-free learning. Pure: no module, no state, no process group.
 
 arXiv:2306.11526; the paper's body was not available, the equations follow from the definition of the loss
-(see the card). Letters as in sslzoo.margins: N anchors, M candidates, D embedding width, K queue rows.
+(see the card). Letters as in sslzoo_methods.margin.factors: N anchors, M candidates, D embedding width, K queue rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslzoo.margins import (
+from sslzoo.nn.numerics import autocast_off, normalize
+from sslzoo_methods.margin.config import Isolated
+from sslzoo_methods.margin.factors import (
     NO_MARGIN,
     Factors,
     Margin,
@@ -22,8 +24,6 @@ from sslzoo.margins import (
     gradient_factors,
     negative_logsumexp,
 )
-from sslzoo.nn.numerics import autocast_off, normalize
-from sslzoo_methods.margin.config import Isolated
 
 
 def contrast(

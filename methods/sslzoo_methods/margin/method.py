@@ -7,15 +7,15 @@ from math import log
 import torch
 from torch import Tensor, nn
 
-from sslzoo.batch import Batch
+from sslzoo.batch import Batch, Contrast
 from sslzoo.distributed import all_reduce_mean, all_reduce_sum
-from sslzoo.margins import NO_MARGIN, Margin, pull_sums
 from sslzoo.method import SSLMethod
 from sslzoo.nn.heads import build_head
 from sslzoo.optim.schedules import interpolate
 from sslzoo_methods.margin import config
 from sslzoo_methods.margin.bases import BASES, Crops, MoCoV2, MomentumBase, Term
 from sslzoo_methods.margin.config import MarginConfig
+from sslzoo_methods.margin.factors import NO_MARGIN, Margin, pull_sums
 from sslzoo_methods.margin.health import health
 from sslzoo_methods.margin.loss import (
     isolated_loss,
@@ -104,9 +104,14 @@ class MarginContrast(SSLMethod[MarginConfig]):
             loss = margin_loss(term.pairs, margin, temperature=temperature, beta=beta, detached=detached)
         return loss.mean()
 
-    def embed_key(self, x: Tensor) -> Tensor:
-        """Of the momentum encoder, where the base has one; else the projection."""
-        return self.projector(self.backbone(x)) if self.target is None else self.target(x)
+    def contrasted(self, batch: Batch) -> Contrast:
+        """Predictions, or projections where nothing predicts, against the momentum encoder's keys, or projections."""
+        return Contrast.of_views(
+            batch,
+            lambda x: self.predictor(self.projector(self.backbone(x))),
+            (lambda x: self.projector(self.backbone(x))) if self.target is None else self.target,
+            temperature=self.cfg.base.temperature,
+        )
 
     def after_step(self, step: int) -> None:
         """Move what the base has in motion."""

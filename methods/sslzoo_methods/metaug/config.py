@@ -226,11 +226,6 @@ class MetAugConfig(MethodConfig):
         """Before and after the projector; the backbone's with the generated features beside them."""
         return ("backbone", "projector", "backbone+generated")
 
-    @property
-    def contrast_temperature(self) -> float:
-        """2 / gamma: gamma multiplies (1 + cos) / 2."""
-        return 2 / self.gamma
-
     def __post_init__(self) -> None:
         check_positive(self, "gamma", "scale")
         check_not_negative(self, "ramp_epochs")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sslzoo.batch import Batch
+from sslzoo.batch import Batch, Contrast
 from sslzoo.method import SSLMethod
 from sslzoo.nn.heads import build_head
 from sslzoo.nn.numerics import autocast_off
@@ -117,16 +117,16 @@ class MetAug(SSLMethod[MetAugConfig]):
         passed, z = self.network()([x])
         return self._named(passed, z, self.generators(z), len(x))
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Of a plain view; with three encoders, that of the one that sees all channels."""
-        return self.network()([x])[1][-1]
+    def contrasted(self, batch: Batch) -> Contrast:
+        """Projections of two views; of one, where three encoders see it: of its first channel and of the other two.
 
-    def contrasted(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """With three encoders of one crop: that of the first channel against that of the other two."""
+        gamma multiplies (1 + cos) / 2, hence the temperature.
+        """
+        network, temperature = self.network(), 2 / self.cfg.gamma
         if not isinstance(self.cfg.views, ColorChannels):
-            return super().contrasted(batch)
-        first, others, _ = self.network()(batch.global_views)[1]
-        return {"global": (first, others)}
+            return Contrast.of_views(batch, lambda x: network([x])[1][-1], temperature=temperature)
+        first, others, _ = network(batch.global_views)[1]
+        return Contrast({"global": (first, others)}, temperature)
 
     def _named(
         self, passed: Sequence[Tensor], z: Sequence[Tensor], generated: Sequence[Tensor], n: int

@@ -184,7 +184,7 @@ class MMCLConfig(MethodConfig):
     crop_batching: CropBatching  # per_crop: CIFAR code; per_resolution: ImageNet code
 
     @property
-    def contrast_temperature(self) -> float | None:
+    def softmax_temperature(self) -> float | None:
         """sigma / 2 of the rbf kernel, which on unit vectors is exp(cos / (sigma / 2)) but for a constant; none
         where sigma changes or the kernel is another."""
         kernel = self.kernel

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslzoo.batch import Batch
+from sslzoo.batch import Batch, Contrast
 from sslzoo.distributed import gather, rank
 from sslzoo.method import SSLMethod
 from sslzoo.nn.heads import build_head
@@ -48,6 +48,11 @@ class MMCL(SSLMethod[MMCLConfig]):
         features, z = forward_crops(self.backbone, self.projector, crops, cfg.crop_batching)
         self.publish(backbone=features[0], projector=z[0])
         return torch.stack([self._term(z, anchor) for anchor in range(1 + cfg.symmetric)]).mean()
+
+    def contrasted(self, batch: Batch) -> Contrast:
+        """Projections of two views."""
+        temperature = self.cfg.softmax_temperature
+        return Contrast.of_views(batch, lambda x: self.projector(self.backbone(x)), temperature=temperature)
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
         """``backbone`` and ``projector``."""

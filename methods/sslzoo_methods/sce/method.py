@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sslzoo.batch import Batch
+from sslzoo.batch import Batch, Contrast
 from sslzoo.distributed import gather_detached, rank, world_size
 from sslzoo.method import SSLMethod
 from sslzoo.nn.batchnorm import to_split
@@ -125,16 +125,17 @@ class SCE(SSLMethod[SCEConfig]):
             self.queue.push(torch.cat(self.pending))
             self.pending = []
 
-    def embed_key(self, x: Tensor) -> Tensor:
-        """Of the momentum branch."""
-        return self.momentum_encoder(x)
-
-    def contrasted(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Asymmetric, the first view is the momentum branch's and the second the online branch's."""
+    def contrasted(self, batch: Batch) -> Contrast:
+        """The online branch against the momentum branch, to which the first view belongs where they are asymmetric."""
         if not self.cfg.symmetric:
             first, second, *rest = batch.global_views
             batch = batch._replace(global_views=(second, first, *rest))
-        return super().contrasted(batch)
+        return Contrast.of_views(
+            batch,
+            lambda x: self.predictor(self.projector(self.backbone(x))),
+            self.momentum_encoder,
+            temperature=self.cfg.temperature,
+        )
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
         """``backbone`` and ``projector``."""

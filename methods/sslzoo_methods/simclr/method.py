@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sslzoo.batch import Batch
+from sslzoo.batch import Batch, Contrast
 from sslzoo.distributed import gather, rank
 from sslzoo.method import SSLMethod
 from sslzoo.nn.heads import build_head
@@ -32,6 +32,12 @@ class SimCLR(SSLMethod[SimCLRConfig]):
             self.record("method/positive_similarity", (embeddings[0] * embeddings[1]).sum(dim=1).mean())
         offset = rank() * len(batch.sample_id)
         return nt_xent(embeddings, candidates, offset=offset, temperature=self.cfg.temperature)
+
+    def contrasted(self, batch: Batch) -> Contrast:
+        """Projections of two views."""
+        return Contrast.of_views(
+            batch, lambda x: self.projector(self.backbone(x)), temperature=self.cfg.temperature
+        )
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
         """``backbone`` and ``projector``."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslzoo.batch import Batch
+from sslzoo.batch import Batch, Contrast
 from sslzoo.checks import require
 from sslzoo.distributed import rank
 from sslzoo.method import SSLMethod
@@ -107,6 +107,12 @@ class SogCLR(SSLMethod[SogCLRConfig]):
         if isinstance(self.rule, LearnableTemperature):
             loss = loss + global_temperature_loss(self.tau, learned, rho=self.rule.rho)
         return loss
+
+    def contrasted(self, batch: Batch) -> Contrast:
+        """Projections of two views; at the recipe's temperature, also where it is learnt."""
+        return Contrast.of_views(
+            batch, lambda x: self.projector(self.backbone(x)), temperature=self.cfg.temperature
+        )
 
     def after_step(self, step: int) -> None:
         """Keep the learnable temperature above its lower bound."""

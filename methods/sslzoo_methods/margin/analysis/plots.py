@@ -12,13 +12,13 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from sslzoo.margins import Margin
-from sslzoo.run.report import BLUE, GREEN, ORANGE
+from sslzoo_methods.margin.factors import Margin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PURPLE, YELLOW, SKY = "#CC79A7", "#E69F00", "#56B4E9"
+# Okabe and Ito's, as in the curves of a run.
+BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY)
 LINES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)))  # with the colours: 30 strokes
 GREY = "0.78"

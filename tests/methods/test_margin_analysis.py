@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,22 +16,12 @@ from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor, nn
 
-from sslzoo.batch import Batch
-from sslzoo.callbacks.margin_analysis import MarginAnalysis
+from sslzoo.batch import Batch, Contrast
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.seeding import StepSeeding
+from sslzoo.callbacks.watch import Watch
 from sslzoo.cli.main import main
 from sslzoo.data.sources import FakeSource
-from sslzoo.evaluate.margin_report import _moments
-from sslzoo.evaluate.margins import (
-    describe,
-    margin_statistics,
-    observe,
-    observe_batch,
-    per_sample,
-    temperature_of,
-)
-from sslzoo.margins import Margin
 from sslzoo.method import SSLMethod
 from sslzoo.nn.numerics import normalize
 from sslzoo.recipe.load import RecipeError, load_recipe
@@ -38,6 +29,11 @@ from sslzoo.recipe.registry import recipes
 from sslzoo.recipe.sections import MethodConfig
 from sslzoo.run.build import build_data, build_method, build_plan
 from sslzoo.run.trainer import build_trainer
+from sslzoo_methods.margin.analysis.config import MarginsConfig
+from sslzoo_methods.margin.analysis.margins import Margins
+from sslzoo_methods.margin.analysis.observe import Seen, margin_statistics, observe, per_sample
+from sslzoo_methods.margin.analysis.report import _moments
+from sslzoo_methods.margin.factors import Margin
 from sslzoo_methods.margin.method import MarginContrast
 from sslzoo_methods.sce.method import SCE
 from tests.chaos import digest
@@ -121,21 +117,17 @@ def test_every_rank_sees_the_whole_batch(world: int) -> None:
 # -- training is left alone ---------------------------------------------------------------------
 
 
-class StrangeConfig(MethodConfig):
-    """No temperature."""
+class Strange(SSLMethod[MethodConfig]):
+    """Somebody's contrastive method: another head, dropout, no temperature."""
 
+    Config = MethodConfig
 
-class Strange(SSLMethod[StrangeConfig]):
-    """Somebody's contrastive method: another head, dropout, its own way to embed."""
-
-    Config = StrangeConfig
-
-    def __init__(self, cfg: StrangeConfig, backbone: nn.Module, feature_dim: int) -> None:
+    def __init__(self, cfg: MethodConfig, backbone: nn.Module, feature_dim: int) -> None:
         super().__init__(cfg, backbone, feature_dim)
         self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(feature_dim, 8), nn.BatchNorm1d(8))
 
-    def embed(self, x: Tensor) -> Tensor:
-        return self.head(self.backbone(x))
+    def contrasted(self, batch: Batch) -> Contrast:
+        return Contrast.of_views(batch, lambda x: self.head(self.backbone(x)))
 
     def loss(self, batch: Batch) -> Tensor:
         h = [self.backbone(view) for view in batch.global_views]
@@ -153,7 +145,16 @@ SMALL = (
 STRANGE = "strange"
 
 
-def train(name: str, folder: Path, watching: bool, epochs: int = 2) -> tuple[str, MarginAnalysis | None]:
+def asking(*margins: tuple[float, float], **options: Any) -> Margins:
+    """The analysis, of 10 degrees where nothing else is said."""
+    return Margins(MarginsConfig(name="margins", margins=margins or ((10.0, 0.0),), **options))
+
+
+def look(method: SSLMethod[Any], batch: Batch, **options: Any) -> Seen:
+    return asking(**options).observe(method, batch)
+
+
+def train(name: str, folder: Path, watching: bool, epochs: int = 2) -> tuple[str, Watch | None]:
     """Four steps an epoch on generated images, with batch norm and, of the stranger's, dropout. Returns a
     digest of weights, state and the random numbers that come next."""
     recipe = load_recipe(f"{'margin' if name == STRANGE else name}_fashion_mnist", SMALL).recipe
@@ -161,16 +162,14 @@ def train(name: str, folder: Path, watching: bool, epochs: int = 2) -> tuple[str
     if name == STRANGE:
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12))
-        method: SSLMethod[Any] = Strange(StrangeConfig(name=name), encoder, 12)
+        method: SSLMethod[Any] = Strange(MethodConfig(name=name), encoder, 12)
         method.prepare(plan, recipe.optim, 0)
     else:
         method = build_method(recipe, plan)
     torch.manual_seed(1)
     data = build_data(recipe, plan, FakeSource(64, 1, 8, 4))
-    given = 0.3 if name == STRANGE else 0.0
-    analysis = (
-        MarginAnalysis([(10.0, 0.0), (0.0, 0.1)], every_steps=3, temperature=given) if watching else None
-    )
+    given = 0.3 if name == STRANGE else None
+    analysis = Watch(asking((10.0, 0.0), (0.0, 0.1), every_steps=3, temperature=given)) if watching else None
     callbacks: list[Callback] = [StepSeeding()]
     callbacks += [] if analysis is None else [analysis]
     options = {**recipe.trainer, "limit_val_batches": 0, "max_epochs": epochs}
@@ -197,36 +196,10 @@ def test_training_is_bit_identical_with_and_without(name: str, tmp_path: Path) -
     assert "margins/theta_mean" in (tmp_path / "b" / "metrics.csv").read_text()
 
 
-def test_the_methods_temperature_unless_one_is_given() -> None:
-    method = Strange(StrangeConfig(name="strange"), nn.Identity(), 4)
-    assert temperature_of(method, 0.3) == 0.3
-    with pytest.raises(ValueError, match=r"strange has no temperature .* give --temperature"):
-        temperature_of(method)
-    with pytest.raises(ValueError, match="must be positive and finite"):
-        temperature_of(method, -0.2)
-
-
-@pytest.mark.parametrize(
-    ("name", "temperature"),
-    [("sce", 0.1), ("mmcl", 1.0), ("sogclr", 0.2), ("metaug", 0.125), ("simclr", 0.2)],
-)
-def test_every_method_of_the_zoo_has_a_temperature(name: str, temperature: float) -> None:
-    config = load_recipe(f"{name}_fashion_mnist", ["logging.margins={margins: [[10.0, 0.0]]}"]).recipe.method
-    assert config.contrast_temperature == pytest.approx(temperature)
-
-
-def test_a_recipe_whose_method_has_none_must_give_one() -> None:
-    for without in ("method.kernel=linear", "method.kernel.sigma_schedule={name: step, milestones: [5]}"):
-        with pytest.raises(RecipeError, match=r"logging\.margins\.temperature: must be given"):
-            load_recipe("mmcl_fashion_mnist", [without, "logging.margins={margins: [[10.0, 0.0]]}"])
-    given = ["method.kernel=linear", "logging.margins={margins: [[10.0, 0.0]], temperature: 0.2}"]
-    assert load_recipe("mmcl_fashion_mnist", given)
-
-
 @pytest.mark.parametrize("margin", ["[.nan, 0.0]", "[200.0, 0.0]", "[10.0, .inf]"])
 def test_a_recipe_refuses_margins_that_are_none(margin: str) -> None:
-    with pytest.raises(RecipeError, match=r"logging\.margins\.margins.*: (lists pairs|must be finite)"):
-        load_recipe("simclr_fashion_mnist", [f"logging.margins={{margins: [{margin}]}}"])
+    with pytest.raises(RecipeError, match=r"analyses\.0\.margins.*: must be (pairs|finite)"):
+        load_recipe("simclr_fashion_mnist", [f"analyses=[{{name: margins, margins: [{margin}]}}]"])
 
 
 # -- what is compared -----------------------------------------------------------------------------
@@ -243,19 +216,39 @@ def built(name: str, *overrides: str) -> tuple[SSLMethod[Any], Batch]:
     return method, Batch(crops[:count], crops[2:] if count == 2 else (), torch.arange(8))
 
 
+@pytest.mark.parametrize(
+    ("name", "temperature"),
+    [("sce", 0.1), ("mmcl", 1.0), ("sogclr", 0.2), ("metaug", 0.125), ("simclr", 0.2), ("margin", 0.2)],
+)
+def test_every_method_of_the_zoo_has_a_temperature(name: str, temperature: float) -> None:
+    method, batch = built(f"{name}_fashion_mnist")
+    assert look(method, batch).temperature == pytest.approx(temperature)
+    assert look(method, batch, temperature=0.3).temperature == 0.3
+
+
+@pytest.mark.parametrize(
+    "without", ["method.kernel=linear", "method.kernel.sigma_schedule={name: step, milestones: [5]}"]
+)
+def test_where_the_method_has_no_temperature_one_must_be_given(without: str) -> None:
+    method, batch = built("mmcl_fashion_mnist", without)
+    with pytest.raises(ValueError, match=r"mmcl has no temperature .* such as temperature: 0.2"):
+        look(method, batch)
+    assert look(method, batch, temperature=0.2).temperature == 0.2
+
+
 @pytest.mark.parametrize("base", ["mocov3", "byol"])
 def test_anchors_are_predictions_and_positives_the_momentum_encoders(base: str) -> None:
     method, batch = built(f"margin_{base}_cifar10", "views=[{size: 16, scale: [0.3, 1.0], count: 2}]")
     assert isinstance(method, MarginContrast) and method.target is not None
     with torch.no_grad():
-        anchors, positives = method.contrasted(batch)["global"]
+        anchors, positives = method.contrasted(batch).pairs["global"]
         wanted = method.predictor(method.projector(method.backbone(batch.global_views[0])))
         torch.testing.assert_close(anchors, wanted)
         torch.testing.assert_close(positives, method.target(batch.global_views[1]))
     before = {name: buffer.clone() for name, buffer in method.named_buffers()}
-    seen = observe_batch(method, batch, temperature=0.2)
+    seen = look(method, batch).by_kind["global"]
     torch.testing.assert_close(
-        seen["global"].cosine, (normalize(anchors) * normalize(positives)).sum(1), atol=1e-5, rtol=1e-5
+        seen.cosine, (normalize(anchors) * normalize(positives)).sum(1), atol=1e-5, rtol=1e-5
     )
     for name, buffer in method.named_buffers():
         assert torch.equal(buffer, before[name]), name
@@ -280,7 +273,7 @@ def test_sce_anchors_are_the_online_branchs_views(symmetric: bool) -> None:
     online.clear()
     momentum.clear()
     with torch.no_grad():
-        assert set(method.contrasted(batch)) == {"global"}
+        assert set(method.contrasted(batch).pairs) == {"global"}
     for looked, used in zip((online, momentum), trained, strict=True):
         assert any(looked[0].equal(view) for view in used)
     assert not symmetric or len(trained[0]) == 2
@@ -289,22 +282,25 @@ def test_sce_anchors_are_the_online_branchs_views(symmetric: bool) -> None:
 
 def test_local_crops_are_reported_apart() -> None:
     method, batch = built("simclr_fashion_mnist")
-    found = describe(
-        observe_batch(method, batch, temperature=0.2),
-        {"m": Margin(angular=0.1, subtractive=0.0)},
-        temperature=0.2,
-    )
+    analysis = asking()
+    found = analysis.describe([analysis.observe(method, batch)])
     with torch.no_grad():
-        a, b = normalize(method.embed(batch.local_views[0])), normalize(method.embed(batch.global_views[1]))
+        h = [method.backbone(view) for view in (batch.local_views[0], batch.global_views[1])]
+        a, b = (normalize(method.projector(x)) for x in h)  # type: ignore[operator]
     angle = torch.rad2deg(torch.arccos((a * b).sum(1))).mean()
-    assert found["local"]["margins"]["m"]["theta_mean"] == pytest.approx(float(angle), rel=1e-3)
-    assert found["margins"]["m"]["theta_mean"] != found["local"]["margins"]["m"]["theta_mean"]
+    assert found["local"]["margins"]["m1=10deg,m2=0"]["theta_mean"] == pytest.approx(float(angle), rel=1e-3)
+    assert (
+        found["margins"]["m1=10deg,m2=0"]["theta_mean"]
+        != found["local"]["margins"]["m1=10deg,m2=0"]["theta_mean"]
+    )
     assert sum(found["local"]["histogram"]) == 8
+    logged = analysis.metrics(found)
+    assert logged["margins/local/theta_mean"] != logged["margins/theta_mean"]
 
 
 def test_three_encoders_of_one_crop_are_compared_with_one_another() -> None:
     method, batch = built("metaug_official_cifar10")
-    found = observe_batch(method, batch, temperature=0.125)
+    found = look(method, batch).by_kind
     assert list(found) == ["global"] and len(found["global"].theta) == 8
 
 
@@ -312,7 +308,7 @@ def test_the_history_is_in_checkpoints(tmp_path: Path) -> None:
     _, analysis = train("margin", tmp_path, watching=True)
     assert analysis is not None
     torch.save(analysis.state_dict(), tmp_path / "x.ckpt")
-    other = MarginAnalysis([(10.0, 0.0)], every_steps=3)
+    other = Watch(asking())
     other.load_state_dict(torch.load(tmp_path / "x.ckpt", weights_only=True))
     assert other.history == analysis.history
 
@@ -338,7 +334,7 @@ def save_checkpoint(path: Path, history: list[dict[str, Any]], step: int, scale:
         | {"probe.weight": torch.zeros(2)},
         "optimizer_steps": step,
         "epoch": step // 46,
-        "callbacks": {"MarginAnalysis": {"history": history, "last_step": 0}},
+        "callbacks": {Watch(asking()).state_key: {"history": history, "last_step": 0}},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
@@ -350,7 +346,7 @@ def test_analyze_writes_scalars_table_pictures_and_page(tmp_path: Path, capsys: 
     )
     for step in (46, 92):
         save_checkpoint(tmp_path / "checkpoints" / f"step={step:09d}.ckpt", [], step)
-    command = ["analyze", "margins", "--checkpoint", str(tmp_path), "--samples", "300"]
+    command = ["analyze", "margins", str(tmp_path), "--samples", "300"]
     assert main([*command, "--margin", "10,0", "--margin=-5,0.1"]) == 0
     out = tmp_path / "margins"
     assert "m1=-5deg,m2=0.1: angle" in capsys.readouterr().out
@@ -358,12 +354,12 @@ def test_analyze_writes_scalars_table_pictures_and_page(tmp_path: Path, capsys: 
     assert summary["samples"] == 512 and summary["seed"] == 42 and summary["temperature"] == 0.2
     assert [look["step"] for look in summary["checkpoints"]] == [46, 92]
     assert summary["recipe"]["method"]["base"]["name"] == "simclr"
-    table = pq.read_table(out / "samples.parquet")
-    assert table.num_rows == 1024 and set(table["margin"].to_pylist()) == {"m1=10deg,m2=0", "m1=-5deg,m2=0.1"}
-    assert len(set(table["sample_id"].to_pylist())) == 512 and set(table["pair"].to_pylist()) == {"global"}
-    assert json.loads(table.schema.metadata[b"sslzoo.seed"]) == 42
+    with gzip.open(out / "samples.csv.gz", "rt") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 1024 and {row["margin"] for row in rows} == {"m1=10deg,m2=0", "m1=-5deg,m2=0.1"}
+    assert len({row["sample_id"] for row in rows}) == 512 and {row["pair"] for row in rows} == {"global"}
     mean = summary["checkpoints"][-1]["margins"]["m1=10deg,m2=0"]["theta_mean"]
-    assert sum(table["theta"].to_pylist()) / 1024 == pytest.approx(mean, rel=1e-5)
+    assert sum(float(row["theta"]) for row in rows) / 1024 == pytest.approx(mean, rel=1e-5)
     page = (out / "index.html").read_text()
     assert page.count("data:image/png;base64,") == len(PICTURES)
     for name in PICTURES:
@@ -376,7 +372,7 @@ def test_analyze_shows_the_history_of_the_run(tmp_path: Path) -> None:
     _, analysis = train("margin", tmp_path / "run", watching=True)
     assert analysis is not None
     save_checkpoint(tmp_path / "x.ckpt", analysis.history, 8)
-    command = ["analyze", "margins", "--checkpoint", str(tmp_path / "x.ckpt"), "--samples", "256"]
+    command = ["analyze", "margins", str(tmp_path / "x.ckpt"), "--samples", "256"]
     out = ["--recipe", "margin_fashion_mnist", "--out", str(tmp_path / "out")]
     assert main([*command, *out]) == 0
     summary = json.loads((tmp_path / "out" / "margins.json").read_text())
@@ -400,7 +396,7 @@ def test_what_is_not_finite_makes_valid_json(
     recipe = load_recipe("margin_fashion_mnist").recipe
     save_checkpoint(tmp_path / "checkpoints" / "x.ckpt", [], 8, scale=scale)
     (tmp_path / "recipe.yaml").write_text(load_recipe("margin_fashion_mnist").to_yaml())
-    command = ["analyze", "margins", "--checkpoint", str(tmp_path / "checkpoints" / "x.ckpt")]
+    command = ["analyze", "margins", str(tmp_path / "checkpoints" / "x.ckpt")]
     assert main([*command, "--samples", "64", "--temperature", temperature, "--margin", margin]) == 0
     assert ("not finite" in capsys.readouterr().out) == ("log_logit" in infinite)
 
@@ -417,43 +413,16 @@ def test_what_is_not_finite_makes_valid_json(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "nowhere.ckpt", "--recipe", "margin_fashion_mnist"], "there is no checkpoint"),
-        (["--checkpoint", "x.ckpt"], "name its recipe with --recipe"),
-        (
-            ["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--samples", "0"],
-            "--samples must be positive",
-        ),
-        (
-            ["--checkpoint", "x.ckpt", "y/x.ckpt", "--recipe", "margin_fashion_mnist"],
-            "names checkpoints of 2 runs",
-        ),
-        (
-            ["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--temperature=-0.2"],
-            "must be positive and finite, got -0.2",
-        ),
-        (
-            ["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--margin", "nan,0"],
-            "must lie within (-pi, pi), got nan",
-        ),
-        (["--checkpoint", "x.ckpt", "--recipe", "margin_fashion_mnist", "--margin", "10"], "--margin '10'"),
-        (["--checkpoint", "x.ckpt", "--recipe", "simclr_fashion_mnist"], "give the recipe of its run"),
-        (
-            [
-                "method.projector.widths=[64, 32]",
-                "--checkpoint",
-                "x.ckpt",
-                "--recipe",
-                "margin_fashion_mnist",
-            ],
-            "give that of its run",
-        ),
+        (["--temperature=-0.2"], "--temperature TEMPERATURE: must be positive, got -0.2"),
+        (["--temperature=warm"], "--temperature TEMPERATURE: expected a number, got 'warm'"),
+        (["--margin", "nan,0"], "--margin DEGREES,M2: must be finite, got nan"),
+        (["--margin", "190,0"], "--margin DEGREES,M2: must be pairs of an angle within (-180, 180) degrees"),
+        (["--margin", "10"], "--margin DEGREES,M2: expected a list of 2, got ['10']"),
+        (["--margin", "10,x"], "--margin DEGREES,M2: expected a number, got 'x'"),
+        (["--margin", "10,0", "--margin", "10,0"], "--margin DEGREES,M2: must not list a margin twice"),
     ],
 )
-def test_analyze_refuses_in_one_line(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_checkpoint(tmp_path / "x.ckpt", [], 46)
-    assert main(["analyze", "margins", *arguments]) == 2
+def test_analyze_refuses_in_one_line(arguments: list[str], message: str, capsys: Any) -> None:
+    assert main(["analyze", "margins", "x.ckpt", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -74,8 +74,7 @@ class Margin:
         one_of("wide_angle", self.wide_angle, WIDE_ANGLES)
         require(
             -pi < self.angular < pi,
-            f"an angular margin m1 must lie within (-pi, pi), got {self.angular}: here it is in radians, "
-            "at the command line and in logging.margins in degrees, within (-180, 180)",
+            f"an angular margin m1 must lie within (-pi, pi) radians, got {self.angular}",
         )
         require(isfinite(self.subtractive), f"a subtractive margin m2 must be finite, got {self.subtractive}")
         require(self.multiplier >= 1, f"the angle's multiplier must be at least 1, got {self.multiplier}")
@@ -268,11 +267,3 @@ class _ChunkedLogSumExp(torch.autograd.Function):
                     share = logits.sub_(out[rows, None]).exp_()
                     to_candidates.addmm_(share.T, anchors[rows] * weight[rows])
         return centre * weight, to_candidates, None, None, None
-
-
-def angle_histogram(theta: Tensor, bins: int = 36) -> Tensor:
-    """Counts (``bins``,) int64 of angles in equal bins over 0 to 180 degrees: the lower edge belongs to a
-    bin, the last is closed."""
-    degrees = torch.rad2deg(theta.detach().double())
-    index = (degrees * (bins / 180)).floor().long().clamp(0, bins - 1)
-    return torch.bincount(index, minlength=bins)

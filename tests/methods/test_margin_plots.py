@@ -13,9 +13,16 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sslzoo.evaluate.margin_plots import Snapshot, all_plots
-from sslzoo.evaluate.margins import margin_name
-from sslzoo.margins import NO_MARGIN, Margin, Pairs, angle_histogram, gradient_factors, pull_sums
+from sslzoo_methods.margin.analysis.config import margin_name
+from sslzoo_methods.margin.analysis.observe import angle_histogram
+from sslzoo_methods.margin.analysis.plots import Snapshot, all_plots
+from sslzoo_methods.margin.factors import (
+    NO_MARGIN,
+    Margin,
+    Pairs,
+    gradient_factors,
+    pull_sums,
+)
 
 TAU = 0.2
 NEGATIVES = torch.linspace(4.0, 8.0, 200, dtype=torch.float64)  # logsumexp of their logits

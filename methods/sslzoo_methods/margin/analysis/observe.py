@@ -1,29 +1,23 @@
 """What a margin would do, and does, to a batch of embeddings: observations, scalars, a table of samples.
 
-After arXiv:2306.11526. Letters as in sslzoo.margins; N anchors of this rank, M candidates of all ranks.
+After arXiv:2306.11526. Letters as in sslzoo_methods.margin.factors; N anchors of this rank, M candidates of all ranks.
 The margin never enters an observation, so one observation answers for any number of margins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
-from math import inf, pi
-from typing import TYPE_CHECKING, Any, NamedTuple
+from math import pi
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sslzoo.batch import Contrast
 from sslzoo.checks import require
 from sslzoo.distributed import gather_detached, rank
-from sslzoo.margins import Factors, Margin, Pairs, angle_histogram, chord_angle, gradient_factors, pull_sums
 from sslzoo.nn.numerics import autocast_off, ieee_matmul, normalize
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from sslzoo.batch import Batch
-    from sslzoo.method import SSLMethod
+from sslzoo_methods.margin.factors import Factors, Margin, Pairs, chord_angle, gradient_factors, pull_sums
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CHUNK = 1024  # anchors whose similarities are held at a time
@@ -100,7 +94,7 @@ def _observe(u: Tensor, v: Tensor, candidates: Tensor, own: Tensor, temperature:
 
 
 def join(observations: Sequence[Observation]) -> Observation:
-    """Several batches as one. Each anchor keeps the negatives of its own batch."""
+    """Their rows one after the other."""
     return Observation(*(torch.cat(column) for column in zip(*observations, strict=True)))
 
 
@@ -175,59 +169,65 @@ def per_sample(seen: Observation, margin: Margin, *, temperature: float) -> dict
     }
 
 
-def temperature_of(method: SSLMethod[Any], given: float = 0.0) -> float:
-    """``given``, or where it is 0 the method's own (``MethodConfig.contrast_temperature``).
+class Seen(NamedTuple):
+    """What a batch, or several as one, had to show."""
 
-    Raises ``ValueError`` for a method that has none, and for a temperature that is not positive.
+    temperature: float
+    by_kind: dict[str, Observation]  # of pairs: global, and local or any other
+
+
+def see(contrast: Contrast, *, temperature: float | None, name: str) -> Seen:
+    """What the method ``name`` compares, at ``temperature`` or else at its own.
+
+    Raises ``ValueError`` where it has none, and where there are no pairs of global views.
     """
-    value = given or method.cfg.contrast_temperature
-    if value is None:
+    own = contrast.temperature if temperature is None else temperature
+    if own is None:
         raise ValueError(
-            f"{method.cfg.name} has no temperature of its own: margin analysis needs one, such as 0.2; give "
-            "--temperature, in training logging.margins.temperature"
+            f"{name} has no temperature of its own: the analysis margins needs one, such as temperature: 0.2, or "
+            "--temperature 0.2 on the command line"
         )
-    require(0 < value < inf, f"the temperature of a margin analysis must be positive and finite, got {value}")
-    return value
+    require(
+        "global" in contrast.pairs,
+        f"{name}: contrasted() must have the pairs of global views, 'global'",
+    )
+    return Seen(own, {kind: observe(*pair, temperature=own) for kind, pair in contrast.pairs.items()})
 
 
-@contextmanager
-def untouched(method: SSLMethod[Any]) -> Iterator[None]:
-    """Buffers and random numbers are afterwards what they were; nothing inside needs gradients."""
-    saved = [(buffer, buffer.detach().clone()) for buffer in method.buffers()]
-    devices = [method.device] if method.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        try:
-            yield
-        finally:
-            for buffer, value in saved:
-                buffer.copy_(value)
+def together(seen: Sequence[Seen]) -> Seen:
+    """Several batches as one. Each anchor keeps the negatives of its own batch."""
+    temperature, first = seen[0]
+    return Seen(temperature, {kind: join([s.by_kind[kind] for s in seen]) for kind in first})
 
 
-def observe_batch(method: SSLMethod[Any], batch: Batch, *, temperature: float) -> dict[str, Observation]:
-    """What ``method.contrasted`` compares in ``batch``, by kind of pair. In the mode (training or evaluation)
-    that the method is in; leaves no trace in it."""
-    with untouched(method):
-        pairs = method.contrasted(batch)
-        require(
-            "global" in pairs,
-            f"{method.cfg.name}: contrasted() must have the pairs of global views, 'global'",
-        )
-        return {kind: observe(*pair, temperature=temperature) for kind, pair in pairs.items()}
-
-
-def describe(
-    seen: Mapping[str, Observation], margins: Mapping[str, Margin], *, temperature: float
-) -> dict[str, Any]:
-    """The histogram of the angles, 36 bins of 5 degrees, and the scalars of every margin, for the pairs of
-    global views; those of other pairs under the name of their kind."""
+def describe(seen: Seen, margins: Mapping[str, Margin]) -> dict[str, Any]:
+    """The temperature, the histogram of the angles in 36 bins of 5 degrees, and the scalars of every margin, for the
+    pairs of global views; histogram and scalars of other pairs under the name of their kind."""
+    tau = seen.temperature
     found = {
         kind: {
             "histogram": angle_histogram(s.theta).tolist(),
-            "margins": grid_statistics(s, margins, temperature=temperature),
+            "margins": grid_statistics(s, margins, temperature=tau),
         }
-        for kind, s in seen.items()
+        for kind, s in seen.by_kind.items()
     }
-    return found.pop("global") | found
+    return {"temperature": tau} | found.pop("global") | found
+
+
+def metrics(described: Mapping[str, Any]) -> dict[str, float]:
+    """``margins/theta_mean`` and so on for the first margin, ``margins/m1=..,m2=../theta_mean`` for the others, with
+    ``local`` after ``margins`` for local crops."""
+    values = _named("margins", described["margins"])
+    for kind, part in described.items():
+        if isinstance(part, dict) and kind != "margins":
+            values |= _named(f"margins/{kind}", part["margins"])
+    return values
+
+
+def _named(prefix: str, scalars: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    first, *others = scalars
+    values = {f"{prefix}/{key}": value for key, value in scalars[first].items()}
+    return values | {f"{prefix}/{name}/{key}": v for name in others for key, v in scalars[name].items()}
 
 
 def grid_statistics(
@@ -239,6 +239,9 @@ def grid_statistics(
     }
 
 
-def margin_name(degrees: float, subtractive: float) -> str:
-    """``m1=10deg,m2=0.1``."""
-    return f"m1={degrees:g}deg,m2={subtractive:g}"
+def angle_histogram(theta: Tensor, bins: int = 36) -> Tensor:
+    """Counts (``bins``,) int64 of angles in equal bins over 0 to 180 degrees: the lower edge belongs to a
+    bin, the last is closed."""
+    degrees = torch.rad2deg(theta.detach().double())
+    index = (degrees * (bins / 180)).floor().long().clamp(0, bins - 1)
+    return torch.bincount(index, minlength=bins)

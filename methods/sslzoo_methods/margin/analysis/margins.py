@@ -1,0 +1,69 @@
+"""The analysis ``margins``: how margins would act on the positives that a method compares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from math import radians
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sslzoo.analysis import Analysis, Look
+from sslzoo.recipe.sections import Recipe
+from sslzoo_methods.margin.analysis.config import MarginsConfig, margin_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sslzoo.batch import Batch
+    from sslzoo.method import SSLMethod
+    from sslzoo_methods.margin.analysis.observe import Seen
+    from sslzoo_methods.margin.factors import Margin
+
+FILES = "index.html, margins.json, samples.csv.gz and the pictures"
+
+
+class Margins(Analysis[MarginsConfig]):
+    """Asks what margins would do to the embeddings that :meth:`SSLMethod.contrasted` shows.
+
+    An anchor's negatives are the other samples' positives, whatever the loss itself has.
+    """
+
+    Config = MarginsConfig
+
+    @cached_property
+    def margins(self) -> dict[str, Margin]:
+        """Those of the config, by name."""
+        from sslzoo_methods.margin.factors import Margin
+
+        return {
+            margin_name(m1, m2): Margin(angular=radians(m1), subtractive=m2) for m1, m2 in self.cfg.margins
+        }
+
+    def look(self, method: SSLMethod[Any], batch: Batch) -> Seen:
+        """Angles and similarities of one batch."""
+        from sslzoo_methods.margin.analysis.observe import see
+
+        return see(method.contrasted(batch), temperature=self.cfg.temperature, name=method.cfg.name)
+
+    def describe(self, seen: Sequence[Seen]) -> dict[str, Any]:
+        """Histogram of the angles and the scalars of every margin."""
+        from sslzoo_methods.margin.analysis.observe import describe, together
+
+        return describe(together(seen), self.margins)
+
+    def metrics(self, described: Mapping[str, Any]) -> dict[str, float]:
+        """Every scalar, under ``margins/``."""
+        from sslzoo_methods.margin.analysis.observe import metrics
+
+        return metrics(described)
+
+    def write(self, looks: Sequence[Look], *, recipe: Recipe, sample_id: Tensor, out: Path) -> str:
+        """Scalars, a table of samples, pictures, and one page; a line for each margin is printed."""
+        from sslzoo_methods.margin.analysis.observe import together
+        from sslzoo_methods.margin.analysis.report import lines, summarize, write
+
+        last = together(looks[-1].seen)
+        summary = summarize(looks, self.describe, recipe=recipe, samples=len(sample_id))
+        write(out, summary, self.margins, last, sample_id)
+        return "\n".join([*lines(summary), f"written to {out}: {FILES}"])

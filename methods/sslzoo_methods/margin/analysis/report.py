@@ -1,0 +1,195 @@
+"""What ``sslzoo analyze margins`` writes and prints: scalars, a table of samples, pictures, one page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import gzip
+import html
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import rc_context
+from torch import Tensor
+
+from sslzoo.analysis import Look
+from sslzoo.recipe.load import plain
+from sslzoo.recipe.sections import Recipe
+from sslzoo_methods.margin.analysis.observe import Observation, Seen, per_sample
+from sslzoo_methods.margin.analysis.plots import STYLE, Snapshot, all_plots
+from sslzoo_methods.margin.factors import NO_MARGIN, Margin
+
+PAIRS = (
+    "anchors and positives of the views that the loss pairs, through predictor and momentum encoder where it has "
+    "them, each view in a pass of its own; an anchor's negatives are the other samples' positives in its batch, "
+    "also where the loss has more, a queue, a bank or none"
+)
+
+
+def summarize(
+    looks: Sequence[Look],
+    describe: Callable[[Sequence[Any]], dict[str, Any]],
+    *,
+    recipe: Recipe,
+    samples: int,
+) -> dict[str, Any]:
+    """What ``margins.json`` holds: numbers that are infinite or NaN, which JSON does not know, as null."""
+    found = [
+        {"path": str(look.path), "step": look.step, "epoch": look.epoch} | describe(look.seen)
+        for look in looks
+    ]
+    return _finite(
+        {
+            "checkpoints": found,
+            "history": looks[-1].history,
+            "pairs": PAIRS,
+            "samples": samples,
+            "temperature": found[-1]["temperature"],
+            "seed": recipe.seed,
+            "recipe": plain(recipe),
+        }
+    )
+
+
+def lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    """What is printed: the last checkpoint, one line for each margin."""
+    for name, values in summary["checkpoints"][-1]["margins"].items():
+        logs = [key for key in values if key.startswith("log_")]
+        shares = ", ".join(f"{key.removeprefix('log_')} {_text(values[key], '+.3f')}" for key in logs)
+        yield f"{name}: angle {_text(values['theta_q50'], '.1f')} degrees, log effects {shares or 'none'}"
+
+
+def _text(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+def write(
+    out: Path, summary: Mapping[str, Any], margins: Mapping[str, Margin], seen: Seen, sample_id: Tensor
+) -> None:
+    """``margins.json``, ``samples.csv.gz``, the pictures and ``index.html``; ``seen`` is the last checkpoint's."""
+    tables = {
+        kind: {name: per_sample(s, margin, temperature=seen.temperature) for name, margin in margins.items()}
+        for kind, s in seen.by_kind.items()
+    }
+    (out / "margins.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    _write_table(out / "samples.csv.gz", sample_id, tables)
+    _write_pictures(out, summary, margins, seen.by_kind["global"], tables["global"])
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for every number that is infinite or NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _write_table(
+    path: Path, sample_id: Tensor, tables: Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+) -> None:
+    """A row for every kind of pair, margin and sample. Nine digits, which give each float32 back."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    columns = list(next(iter(next(iter(tables.values())).values())))
+    table.writerow(["sample_id", "pair", "margin", *columns])
+    for kind, by_margin in tables.items():
+        for name, values in by_margin.items():
+            rows = torch.stack([values[column].double() for column in columns], dim=1).tolist()
+            for number, row in zip(sample_id.tolist(), rows, strict=True):
+                table.writerow([number, kind, name, *(f"{value:.9g}" for value in row)])
+    path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+
+
+def _write_pictures(
+    out: Path,
+    summary: Mapping[str, Any],
+    margins: Mapping[str, Margin],
+    seen: Observation,
+    tables: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    tau = summary["temperature"]
+    base = per_sample(seen, NO_MARGIN, temperature=tau)
+    figures = all_plots(
+        _moments(summary, next(iter(margins))),
+        margins,
+        {k: v.double().numpy() for k, v in base.items()},
+        {name: {k: v.double().numpy() for k, v in t.items()} for name, t in tables.items()},
+        tau,
+    )
+    note = {
+        "Software": "sslzoo analyze margins",
+        "Description": json.dumps({key: summary[key] for key in ("temperature", "seed", "recipe")}),
+    }
+    sections = []
+    for name, (figure, caption) in figures.items():
+        data = io.BytesIO()
+        with rc_context(STYLE):
+            figure.savefig(data, format="png", metadata=note)
+        (out / f"{name}.png").write_bytes(data.getvalue())
+        image = base64.b64encode(data.getvalue()).decode()
+        sections.append(
+            f'<figure><img src="data:image/png;base64,{image}" alt="{html.escape(caption)}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        )
+    (out / "index.html").write_text(_page(summary, sections), encoding="utf-8")
+
+
+def _moments(summary: Mapping[str, Any], shown: str) -> list[Snapshot]:
+    """The looks of the callback's history where it knows the margin ``shown`` in detail, at the same
+    temperature; then the checkpoints'."""
+    tau = summary["temperature"]
+    looks = [r for r in summary["history"] if shown in r["margins"] and r.get("temperature") == tau]
+    first = summary["checkpoints"][0]["step"] if not looks else looks[-1]["step"] + 1
+    looks = [
+        *looks,
+        *(c for c in summary["checkpoints"] if c["step"] >= first or c is summary["checkpoints"][-1]),
+    ]
+    return [Snapshot(r["step"], r["epoch"], r["histogram"], r["margins"]) for r in looks]
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Margin analysis: {name}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+main {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.5rem }}
+figure {{ margin: 0 }} img {{ width: 100% }} figcaption {{ font-size: .9rem; color: #444 }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
+th:first-child {{ text-align: left }}
+pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .8rem }}
+</style>
+<h1>Margin analysis: {name}</h1>
+<p>{samples:,} samples of the training data at optimiser step {step:,}; τ = {temperature:g}; seed {seed}.
+Angles in degrees. Each margin is asked at the same embeddings: {pairs}.</p>
+<table>{rows}</table>
+<main>{figures}</main>
+<h2>Recipe</h2><pre>{recipe}</pre>
+</html>
+"""
+
+
+def _page(summary: Mapping[str, Any], sections: Sequence[str]) -> str:
+    last = summary["checkpoints"][-1]
+    names = list(last["margins"])
+    rows = ["<tr><th></th>" + "".join(f"<th>{html.escape(n)}</th>" for n in names) + "</tr>"]
+    for key in last["margins"][names[0]]:
+        cells = [last["margins"][n].get(key) for n in names]
+        text = "".join(f"<td>{'' if c is None else f'{c:.4g}'}</td>" for c in cells)
+        rows.append(f"<tr><th>{html.escape(key)}</th>{text}</tr>")
+    return PAGE.format(
+        name=html.escape(summary["recipe"]["name"]),
+        samples=summary["samples"],
+        step=last["step"],
+        temperature=summary["temperature"],
+        seed=summary["seed"],
+        pairs=html.escape(summary["pairs"]),
+        rows="\n".join(rows),
+        figures="\n".join(sections),
+        recipe=html.escape(json.dumps(summary["recipe"], indent=1)),
+    )

@@ -1,0 +1,124 @@
+"""The life of an analysis: which checkpoints, in which order, at which images, and where its report goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sslzoo.analysis import Analysis, Look
+from sslzoo.callbacks.watch import Watch
+from sslzoo.checkpoints import checkpoints, load_checkpoint
+from sslzoo.checks import require
+from sslzoo.data.datasets import open_source
+from sslzoo.recipe.load import load_recipe
+from sslzoo.run.build import build_data, build_method, build_plan
+
+if TYPE_CHECKING:
+    from sslzoo.batch import Batch
+    from sslzoo.data.module import SSLDataModule
+    from sslzoo.method import SSLMethod
+
+
+def analyze(
+    analysis: Analysis[Any],
+    paths: Sequence[Path],
+    *,
+    samples: int,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+) -> str:
+    """Let ``analysis`` look at every checkpoint among ``paths`` with the same training batches, and write its report.
+
+    A run directory stands for all its checkpoints. ``samples`` is rounded up to whole batches of the recipe's size. The
+    report goes to ``out``, or to a folder of the analysis's name in the run directory. Returns what to print.
+
+    Raises ``ValueError`` for whatever is wrong with paths, recipe, data or method.
+    """
+    require(samples > 0, f"--samples must be positive, got {samples}")
+    files = expand(paths)
+    folders = {path.resolve().parent for path in files}
+    require(len(folders) == 1, f"these are checkpoints of {len(folders)} runs; analyse one run at a time")
+    run = folders.pop().parent
+    in_a_run = (run / "recipe.yaml").is_file()
+    require(
+        recipe is not None or in_a_run, f"{files[-1]} lies in no run directory: name its recipe with --recipe"
+    )
+    require(
+        out is not None or in_a_run,
+        f"{files[-1]} lies in no run directory: name a folder for the report with --out",
+    )
+    folder = out or run / analysis.cfg.name.rpartition(":")[2]
+    loaded = load_recipe(recipe or str(run / "recipe.yaml"), overrides).recipe
+    source = open_source(loaded.data)
+    plan = build_plan(loaded, len(source), 1)
+    batches = first_batches(build_data(loaded, plan, source), samples)
+    # As in training: batch norm with the statistics of the batch, as the loss sees it.
+    method = build_method(loaded, plan).train()
+    by_step = {}
+    for path in files:
+        look = look_at(analysis, method, path, batches)
+        by_step[look.step] = look
+    folder.mkdir(parents=True, exist_ok=True)
+    return analysis.write(
+        [by_step[step] for step in sorted(by_step)],
+        recipe=loaded,
+        sample_id=torch.cat([batch.sample_id for batch in batches]),
+        out=folder,
+    )
+
+
+def expand(paths: Sequence[Path]) -> list[Path]:
+    """Checkpoint files; a run directory stands for all of its own.
+
+    Raises ``ValueError`` where there is none.
+    """
+    files: list[Path] = []
+    for path in paths:
+        require(path.exists(), f"{path}: there is no such checkpoint or run directory")
+        if path.is_dir():
+            folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+            found = checkpoints(folder) + sorted(folder.glob("epoch=*.ckpt"))
+            require(len(found) > 0, f"{path}: there is no checkpoint in {folder}")
+            files += found
+        else:
+            files.append(path)
+    return files
+
+
+def first_batches(data: SSLDataModule, samples: int) -> list[Batch]:
+    """The first training batches of epoch 0 as the method gets them, with ``samples`` images or more."""
+    batches: list[Batch] = []
+    for raw in data.train_dataloader():
+        batches.append(data.finish(raw))
+        if sum(len(batch.sample_id) for batch in batches) >= samples:
+            break
+    return batches
+
+
+def look_at(analysis: Analysis[Any], method: SSLMethod[Any], path: Path, batches: Sequence[Batch]) -> Look:
+    """What there is to see of ``method`` with the weights and state of the checkpoint ``path``."""
+    content = load_checkpoint(path)
+    stored, own = content["state_dict"], method.state_dict()
+    missing = [name for name in own if name not in stored]
+    require(
+        not missing, f"{path}: the checkpoint lacks {missing[:3]}; give the recipe of its run by --recipe"
+    )
+    wrong = [name for name, value in own.items() if stored[name].shape != value.shape]
+    require(
+        not wrong,
+        f"{path}: {wrong[:3]} have other shapes than in the recipe; give that of its run by --recipe",
+    )
+    method.load_state_dict({name: stored[name] for name in own})
+    torch.manual_seed(0)  # dropout, where a method has it
+    noted = content.get("callbacks", {}).get(Watch(analysis).state_key, {"history": []})
+    return Look(
+        path=path,
+        step=int(content["optimizer_steps"]),
+        epoch=int(content.get("epoch", 0)),
+        seen=[analysis.observe(method, batch) for batch in batches],
+        history=noted["history"],
+    )
