@@ -99,7 +99,8 @@ DATASETS: dict[str, DatasetInfo] = {
         description="STL-10, 96 px; 100,000 more without labels",
         layout="stl10_binary/{unlabeled_X,train_X,train_y,test_X,test_y}.bin",
         splits=("unlabeled", "train+unlabeled", "train", "test"),
-        mean=(0.4914, 0.4822, 0.4465),  # CIFAR-10's, as in SCE's code and, rounded, in solo-learn's
+        # CIFAR-10's, as in the code of arXiv:2111.14585 and, rounded, in solo-learn's.
+        mean=(0.4914, 0.4822, 0.4465),
         std=(0.2471, 0.2435, 0.2616),
         classes=("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
         sizes={"unlabeled": 100_000, "train+unlabeled": 105_000, "train": 5_000, "test": 8_000},
