@@ -28,8 +28,8 @@ _CMC = """
     n02090622
 """
 
-# The image list of the authors of arXiv:2202.12387: the first 100 synsets in sorted order, animals all of them, although
-# their README says chosen at random.
+# The image list of the authors of arXiv:2202.12387: the first 100 synsets in sorted order, animals all of them,
+# although their README says chosen at random.
 _FIRST = """
     n01440764 n01443537 n01484850 n01491361 n01494475 n01496331 n01498041 n01514668 n01514859 n01518878 n01530575
     n01531178 n01532829 n01534433 n01537544 n01558993 n01560419 n01580077 n01582220 n01592084 n01601694 n01608432
