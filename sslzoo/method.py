@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -13,28 +13,31 @@ from torch import Tensor, nn
 
 from sslzoo.batch import Batch, Contrast, EvalBatch
 from sslzoo.checks import require
+from sslzoo.exits import Diverged
+from sslzoo.nn.per_sample import tables_of
+from sslzoo.nn.undo import Undo
 from sslzoo.optim.optimizers import build_optimizer, set_learning_rate
 from sslzoo.optim.schedules import learning_rate
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import MethodConfig, OptimConfig
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+SMALLEST_SCALE = 2.0**-14  # of fp16's scaler, which begins at 2**16 and halves at every overflow
 
 
 class SSLMethod(LightningModule, Generic[ConfigT]):
     """A backbone, a config and a loss.
 
     A subclass sets ``Config``, builds heads and state in ``__init__`` and implements :meth:`loss`.
-    It may override :meth:`prepare` (state whose size depends on the data), :meth:`after_step` (EMA,
-    queue) with :meth:`after_skipped_step`, :meth:`features` (more layers for probes) and :meth:`contrasted` (what
-    analyses look at). Everything else is the framework's.
+    It may override :meth:`prepare` (state whose size depends on the data, such as a
+    :class:`~sslzoo.nn.per_sample.PerSampleTable`), :meth:`after_step` (EMA, queue) with
+    :meth:`after_skipped_step`, :meth:`features` (more layers for probes) and :meth:`contrasted` (what analyses look
+    at). Everything else is the framework's.
     """
 
     Config: ClassVar[type[MethodConfig]]
     # Set where the method differentiates twice: fused batch-norm kernels cannot, the framework's own can.
     needs_double_backward: ClassVar[bool] = False
-    # Attributes that hold state per training sample: not weights, hence not taken over by --init-from.
-    per_sample_state: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, cfg: ConfigT, backbone: nn.Module, feature_dim: int) -> None:
         super().__init__()
@@ -44,7 +47,9 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         self.plan: TrainingPlan
         self.optim: OptimConfig
         self.seed: int
-        self.optimizer_steps = 0  # real optimiser steps finished; in the checkpoint
+        self.optimizer_steps = 0  # real optimiser steps finished, skipped ones included; in the checkpoint
+        self.step_skipped = False  # whether the last of them was
+        self._undo: Undo | None = None  # while a step is in progress that may be skipped
         self.published: dict[str, Tensor] = {}  # this step's features, detached
         self.recorded: dict[str, Tensor] = {}  # this step's measurements, for the meter
         self.settings: dict[str, float] = {}  # and its settings
@@ -67,7 +72,8 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         """Called once after real optimiser step ``step`` (from 0): EMA, queue."""
 
     def after_skipped_step(self, step: int) -> None:
-        """Called instead where an fp16 overflow made the scaler skip step ``step``: weights are as before."""
+        """Called instead where an fp16 overflow made the scaler skip step ``step``: drop what waits for
+        :meth:`after_step`. Weights, buffers and tables are as before the step."""
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
         """Named representations of a plain view, each (N, F); ``backbone`` is always there."""
@@ -161,26 +167,53 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         lr = learning_rate(self.optimizer_steps, self.optim, self.plan)
         set_learning_rate(optimizer, lr)
         self.setting("opt/lr", lr)
+        happened = self.attempt(
+            lambda: super(SSLMethod, self).optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        )
+        self.finish_step(skipped=not happened)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Keep the way back, from a step's first micro-batch on, where a scaler may skip the step."""
+        if self._undo is None and self._scaler is not None:
+            self._undo = Undo(self)
+
+    def attempt(self, step: Callable[[], Any]) -> bool:
+        """Call ``step``, the optimiser's; whether it happened, the same on all ranks. Methods that own their loop
+        call it, and then :meth:`finish_step`."""
+        before = self._loss_scale()
+        step()
         scale = self._loss_scale()
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        # fp16: an overflowing step is skipped by the scaler, which then lowers its scale.
-        self.finish_step(skipped=self._loss_scale() < scale)
+        if scale < SMALLEST_SCALE:
+            raise Diverged(f"fp16 overflows at any loss scale, even {scale:g}, by step {self.step}")
+        return scale >= before  # an overflowing step is skipped by the scaler, which then lowers its scale
 
     def finish_step(self, *, skipped: bool = False) -> None:
-        """Count a real optimiser step and run :meth:`after_step`. Methods that own their loop call it."""
+        """Count a real optimiser step and run :meth:`after_step`; take back all of a ``skipped`` one. Methods that
+        own their loop call it."""
+        self.step_skipped = skipped
+        if skipped and self._undo is not None:
+            self._undo.take_back()
+        if self._undo is not None:
+            self._undo.close()
+            self._undo = None
         if skipped:
             self.after_skipped_step(self.optimizer_steps)
         else:
             self.after_step(self.optimizer_steps)
         self.optimizer_steps += 1
 
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
     def _loss_scale(self) -> float:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return float(scaler.get_scale()) if scaler is not None else 1.0
+        return float(self._scaler.get_scale()) if self._scaler is not None else 1.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the step count: Lightning's own counts every ``optimizer.step()`` of manual methods."""
+        """Add the step count: Lightning's own counts every ``optimizer.step()`` of manual methods. And say what
+        is not weights."""
         checkpoint["optimizer_steps"] = self.optimizer_steps
+        checkpoint["per_sample"] = list(tables_of(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the step count."""

@@ -27,9 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslzoo.batch import Batch
-from sslzoo.distributed import rank
+from sslzoo.distributed import gather_detached, rank
 from sslzoo.method import SSLMethod
-from sslzoo.recipe.sections import MethodConfig
+from sslzoo.nn.per_sample import PerSampleTable
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import MethodConfig, OptimConfig
 from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +76,9 @@ def write_recipe(folder: Path) -> Path:
 
 
 class Faulty(SSLMethod[MethodConfig]):
-    """A line between two views, with dropout. The faults that ``FAULTS`` (JSON) names happen to it:
+    """A line between two views, with dropout, and a count of each image's visits.
+
+    The faults that ``FAULTS`` (JSON) names happen to it:
 
     ``pause`` and ``evaluation_pause``, seconds a forward pass; ``nan_at``, ``memory_at``, a step; ``raise_at``, a
     rank and a step; ``raise_in_evaluation``, ``hang_in_evaluation``, a rank;
@@ -88,6 +92,11 @@ class Faulty(SSLMethod[MethodConfig]):
         self.head = nn.Sequential(nn.Linear(feature_dim, 8), nn.Dropout(0.2))
         self.faults: dict[str, Any] = json.loads(os.environ.get("FAULTS", "{}"))
         backbone.register_forward_hook(self._on_evaluation)
+
+    def prepare(self, plan: TrainingPlan, optim: OptimConfig, seed: int) -> None:
+        """Nobody was seen yet."""
+        super().prepare(plan, optim, seed)
+        self.visits = PerSampleTable(count=torch.zeros(plan.dataset_size))
 
     def _on_evaluation(self, module: nn.Module, *_: Any) -> None:
         if not module.training:
@@ -110,6 +119,8 @@ class Faulty(SSLMethod[MethodConfig]):
         self.publish(backbone=h)
         z = [F.normalize(self.head(x), dim=1) for x in (h, self.backbone(batch.global_views[1]))]
         loss = 1 - (z[0] * z[1]).sum(1).mean()
+        ids = gather_detached(batch.sample_id)
+        self.visits.write(ids, count=self.visits.read("count", ids) + 1)
         return loss * float("nan") if self.faults.get("nan_at") == self.step else loss
 
 

@@ -54,7 +54,7 @@ class LinearProbe(FeatureEvaluation):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Add the micro-batch; step when the optimiser has stepped."""
+        """Add the micro-batch; step when the optimiser has stepped, drop the sums when it was to and did not."""
         if batch.label is None or "" not in self.classes:
             return
         assert isinstance(pl_module, SSLMethod)
@@ -66,7 +66,9 @@ class LinearProbe(FeatureEvaluation):
             x = published(pl_module, layer)
             probe = self._probe(layer, x)
             probe.accumulate(x, batch.label, held_out)
-            if stepped:
+            if stepped and pl_module.step_skipped:
+                probe.drop()
+            elif stepped:
                 probe.start(factor)
         self._steps = pl_module.optimizer_steps
 

@@ -28,7 +28,8 @@ class Meter(Callback):
     record the same names. Rows come every ``every_steps``
     optimiser steps and at epoch ends; ``step`` counts finished optimiser steps. Throughput goes to
     ``system.csv``, so that ``metrics.csv`` holds nothing that depends on the clock and a resumed run
-    writes the same bytes. The same numbers go to the trainer's loggers.
+    writes the same bytes. The same numbers go to the trainer's loggers. What a step measured that fp16's
+    scaler skipped is left out.
 
     Stands after every callback that records. A ``train/loss`` that is not finite raises
     :class:`Diverged` on all ranks, at the row that would report it.
@@ -39,6 +40,9 @@ class Meter(Callback):
         self.latest: dict[str, float] = {}  # last reported value of every key, for the progress display
         self._file = MetricsFile(Path(folder) / "metrics.csv")
         self._system = MetricsFile(Path(folder) / "system.csv")
+        # Names and values of each micro-batch of the step in progress, and the steps finished before it.
+        self._step: list[tuple[tuple[str, ...], Tensor]] = []
+        self._counted = 0
         # Sums since the last row, of this rank, per set of names that were recorded together.
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._counts: dict[tuple[str, ...], int] = {}
@@ -60,19 +64,25 @@ class Meter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add this micro-batch's values; write a row when one is due."""
+        """Take this micro-batch's values; where it ends a step, add the step's, and write a row when one is due."""
         self._collect(pl_module.recorded)
         self._settings |= pl_module.settings
         self._tick()
         step = pl_module.optimizer_steps
+        if step != self._counted:
+            if not pl_module.step_skipped:
+                self._add_step()
+            self._step, self._counted = [], step
         if step != self._row_step and step % self.every_steps == 0:
             self._write_row(trainer, pl_module)
 
     def _collect(self, recorded: dict[str, Tensor]) -> None:
         if recorded:
-            keys = tuple(recorded)
-            values = torch.stack(list(recorded.values()))
+            self._step.append((tuple(recorded), torch.stack(list(recorded.values()))))
             recorded.clear()
+
+    def _add_step(self) -> None:
+        for keys, values in self._step:
             if keys in self._sums:
                 self._sums[keys].add_(values)
             else:
@@ -202,7 +212,7 @@ class Meter(Callback):
         if trainer.is_global_zero:  # here and nowhere else: a directory deleted later is not brought back
             self._file.path.parent.mkdir(parents=True, exist_ok=True)
         state, self._restored = self._restored, None
-        self._clock_step = pl_module.optimizer_steps
+        self._clock_step = self._counted = pl_module.optimizer_steps
         self._system.resume()
         if state is None:
             self._file.rewind(0, ["step", "epoch"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sslzoo.batch import Batch, EvalBatch
+from sslzoo.checks import require
 from sslzoo.data.crops import crop_batch
 from sslzoo.data.datasets import open_source
 from sslzoo.data.loading import BadImages, EvalDataset, RawBatch, RawEvalBatch, ViewDataset, shard, to_unit
@@ -115,7 +116,13 @@ class SSLDataModule(LightningDataModule):
         return {"position": self.position, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved position."""
+        """Continue from a saved position. ``ValueError`` for other images: no position or table belongs to them."""
+        then = state_dict.get("fingerprint", self.fingerprint)
+        require(
+            then == self.fingerprint,
+            f"the checkpoint was trained on other images: then {then}, now {self.fingerprint}; "
+            "set data.dataset, data.root and data.split back, or take its weights alone",
+        )
         self.position = int(state_dict["position"])
 
     # -- loaders ------------------------------------------------------------------------------

@@ -103,6 +103,11 @@ class SGDProbe:
             self._work = dist.all_reduce(self._sums, async_op=True)
 
     @torch.no_grad()
+    def drop(self) -> None:
+        """Forget the micro-batches added since the last step."""
+        self._sums.zero_()
+
+    @torch.no_grad()
     def finish(self) -> None:
         """Complete the step in flight, if there is one."""
         if self._factor is None:

@@ -33,12 +33,15 @@ class FeatureQueue(nn.Module):
     def push(self, keys: Tensor) -> None:
         """Overwrite the oldest rows with ``keys`` (n, D), already gathered and in rank order.
 
-        With n > K the last K stay, each where writing one by one would have left it.
+        With n > K the last K stay, each where writing one by one would have left it. A key that is not finite leaves
+        the old one in its place.
         """
         size, count = self.features.shape[0], keys.shape[0]
         offset = max(count - size, 0)
         rows = (self.position + offset + torch.arange(count - offset, device=keys.device)) % size
-        self.features.index_copy_(0, rows, keys[offset:].to(self.features.dtype))
+        keys = keys[offset:].to(self.features.dtype)
+        sound = keys.isfinite().all(dim=1, keepdim=True)
+        self.features.index_copy_(0, rows, torch.where(sound, keys, self.features[rows]))
         self.position.add_(count).remainder_(size)
 
 

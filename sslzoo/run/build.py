@@ -24,6 +24,7 @@ from sslzoo.checks import require
 from sslzoo.data.datasets import ImageSource, open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.nn.backbones import build_backbone
+from sslzoo.nn.per_sample import tables_of
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import analysis_class, method_class
 from sslzoo.recipe.sections import Recipe
@@ -116,7 +117,7 @@ def load_weights(method: SSLMethod[Any], path: Path) -> None:
     """Weights and buffers of the checkpoint ``path``, or of the newest in that run directory; of its backbone alone
     if another method wrote it.
 
-    State per training sample stays empty: it belongs to the data of that checkpoint.
+    Tables per training sample are left out: they belong to the images of that checkpoint.
 
     Raises ``ValueError`` where not even the backbone fits.
     """
@@ -124,10 +125,16 @@ def load_weights(method: SSLMethod[Any], path: Path) -> None:
         found = newest_sound(path / "checkpoints")
         require(found is not None, f"--init-from {path}: there is no checkpoint in {path / 'checkpoints'}")
         path = cast(Path, found)
-    per_sample = tuple(f"{name}." for name in method.per_sample_state)
-    everything = load_checkpoint(path)["state_dict"]
-    stored = {k: v for k, v in everything.items() if not k.startswith(per_sample)}
+    content = load_checkpoint(path)
+    # Of either: a table may be there by one recipe and not by the other.
+    names = dict.fromkeys([*content.get("per_sample", ()), *tables_of(method)])
+    per_sample = tuple(f"{name}." for name in names)
+    stored = {k: v for k, v in content["state_dict"].items() if not k.startswith(per_sample)}
     own = method.state_dict()
+    if names:
+        log.warning(
+            "--init-from %s: %s left out, which belongs to the images of that run", path, ", ".join(names)
+        )
     if _same_shapes(stored, {k: v for k, v in own.items() if not k.startswith(per_sample)}):
         method.load_state_dict(own | stored)
         return

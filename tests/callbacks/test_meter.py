@@ -34,7 +34,14 @@ def meter_in():
 
 def _module() -> Any:
     plan = SimpleNamespace(global_batch_size=8)
-    return SimpleNamespace(recorded={}, settings={}, optimizer_steps=0, plan=plan, device=torch.device("cpu"))
+    return SimpleNamespace(
+        recorded={},
+        settings={},
+        optimizer_steps=0,
+        step_skipped=False,
+        plan=plan,
+        device=torch.device("cpu"),
+    )
 
 
 def _trainer(module: Any, meter: Meter, loggers: Any = ()) -> Any:
@@ -116,6 +123,7 @@ def test_a_save_asks_the_other_ranks_only_for_pending_sums(tmp_path, meter_in):
         assert idle["sums"] == [[], [], []]
         assert gpu.notes.collectives == {}
         module.recorded["train/loss"] = torch.tensor(0.5).to(CUDA)
+        module.optimizer_steps = 1
         meter.on_train_batch_end(trainer, module, None, None, 0)
         pending = meter.state_dict()
         assert pending["sums"] == [[0.5], [0.5], [0.5]]
@@ -134,6 +142,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_no_checkpoint_is_made(tmp_pa
     with pytest.raises(SystemExit) as at_row:
         _feed(meter, trainer, 1.0)
     assert before_save.value.code == at_row.value.code == ExitCode.NAN
+
+
+def test_what_a_skipped_step_measured_is_left_out(tmp_path, meter_in):
+    meter, module = meter_in(tmp_path, 2), _module()
+    trainer = _trainer(module, meter)
+    meter.on_train_start(trainer, module)
+    _feed(meter, trainer, 1.0)
+    module.step_skipped = True
+    _feed(meter, trainer, 4.0, closes=False)
+    _feed(meter, trainer, float("nan"))
+    module.step_skipped = False
+    _feed(meter, trainer, 3.0, 5.0)
+    meter.on_train_epoch_end(trainer, module)
+    first, second, end = _rows(tmp_path / "metrics.csv")
+    assert (first["step"], first["train/loss"]) == ("2", "1.0")
+    assert (second["step"], second["train/loss"], end["train/loss_epoch"]) == ("4", "4.0", "3.0")
 
 
 def test_a_failing_logger_is_silenced_once(tmp_path, meter_in, caplog):

@@ -155,6 +155,8 @@ def test_a_restored_position_continues_the_order(position: int, accumulate: int)
     resumed = module()
     resumed.load_state_dict({"position": position})
     assert resumed.state_dict() == {"position": position, "fingerprint": resumed.fingerprint}
+    with pytest.raises(ValueError, match="was trained on other images: then fake/train/9/0, now fake/train/"):
+        resumed.load_state_dict({"position": 0, "fingerprint": "fake/train/9/0"})
     rest = batches(resumed)
     per_epoch = resumed.plan.micro_batches_per_epoch
     assert len(rest) == per_epoch - position % per_epoch

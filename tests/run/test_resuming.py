@@ -297,8 +297,12 @@ def test_the_command_that_is_printed_continues_the_run(folder: Path) -> None:
     assert until(lambda: run.ended or saved(folder / "printed")), run.said
     run.signal(signal.SIGTERM)
     assert run.wait() == ExitCode.PREEMPTED, run.said
+    assert "visits left out, which belongs to the images of that run" in run.err, run.said
     command = shlex.split(run.err.splitlines()[-1].partition("continue with: sslzoo ")[2])
     assert command[-2:] == ["trainer.max_epochs=3", "optim.lr=0.02"], command
     again = fork(folder, *command)
     assert again.wait() == 0, again.said
     assert saved(folder / "printed")[-1] == 3 * STEPS
+    # What --init-from left out: the visits of each image are those of this run.
+    newest = folder / "printed" / "checkpoints" / f"step={3 * STEPS:09d}.ckpt"
+    assert load_checkpoint(newest)["state_dict"]["visits.count"].unique().tolist() == [3.0]

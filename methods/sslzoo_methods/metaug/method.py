@@ -33,7 +33,6 @@ class MetAug(SSLMethod[MetAugConfig]):
 
     Config = MetAugConfig
     needs_double_backward = True
-    per_sample_state = ("banks",)
 
     def __init__(self, cfg: MetAugConfig, backbone: nn.Module, feature_dim: int) -> None:
         views = cfg.views
@@ -68,16 +67,14 @@ class MetAug(SSLMethod[MetAugConfig]):
         encoder.zero_grad()
         with autocast_off(loss):  # this is called inside Lightning's autocast region
             self.manual_backward(loss)
-        scale = self._loss_scale()
-        encoder.step()
-        skipped = self._loss_scale() < scale  # fp16: the scaler met an overflow
-        if not skipped and meta is not None and self.step % meta.every_steps == 0:
+        happened = self.attempt(encoder.step)
+        if happened and meta is not None and self.step % meta.every_steps == 0:
             assert isinstance(optimizers, list)
             # Not Lightning's wrapper: its scaler and its count of steps are the encoder's.
             self.meta_step(batch, optimizers[1].optimizer, meta)
         self.record("train/loss", loss)
         self.setting("opt/lr", lr)
-        self.finish_step(skipped=skipped)
+        self.finish_step(skipped=not happened)
 
     def loss(self, batch: Batch) -> Tensor:
         """Equation 5 with the generators held fixed; local crops are queries of its first term only."""
@@ -94,16 +91,22 @@ class MetAug(SSLMethod[MetAugConfig]):
         return out.loss
 
     def meta_step(self, batch: Batch, optimizer: torch.optim.Optimizer, cfg: MetaConfig) -> None:
-        """One step of the generators, at the encoder as it stands."""
+        """One step of the generators, at the encoder as it stands. A gradient that is not finite counts as zero, and
+        what it came from does not enter their statistics."""
+        before = copied_buffers(self.generators)
         evaluate = partial(self._objective, batch)
         views, count = self._views(batch), self.cfg.views.count
         found = bilevel(self.network(), self.generators, views, count, evaluate, cfg)
         gradient, indirect = mean_over_ranks(found.total), found.indirect
         if cfg.order == 2:
             indirect = mean_over_ranks(indirect)
+        values = meta_health(gradient, indirect)
+        sound = values["generator_gradient"].isfinite()
         for p, g in zip(self.generators.parameters(), gradient, strict=True):
-            p.grad = g
-        for name, value in meta_health(gradient, indirect).items():
+            p.grad = torch.where(sound, g, 0)
+        for name, buffer in self.generators.named_buffers():
+            buffer.copy_(torch.where(sound, buffer, before[name]))
+        for name, value in values.items():
             self.record(f"method/{name}", value)
         optimizer.step()
         optimizer.zero_grad()

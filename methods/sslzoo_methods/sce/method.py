@@ -107,7 +107,9 @@ class SCE(SSLMethod[SCEConfig]):
 
     def after_step(self, step: int) -> None:
         """Queue this step's keys; let the momentum encoder follow."""
-        self._enqueue()
+        if self.queue is not None:
+            self.queue.push(torch.cat(self.pending))
+            self.pending = []
         cfg, now, total = self.cfg, step, self.plan.total_steps
         if cfg.momentum_schedule == "cosine_epoch":
             now, total = step // self.plan.steps_per_epoch, self.plan.max_epochs
@@ -117,13 +119,8 @@ class SCE(SSLMethod[SCEConfig]):
         self.setting("method/momentum", coefficient)
 
     def after_skipped_step(self, step: int) -> None:
-        """The keys come from the momentum encoder, which did not overflow: they are valid."""
-        self._enqueue()
-
-    def _enqueue(self) -> None:
-        if self.queue is not None:
-            self.queue.push(torch.cat(self.pending))
-            self.pending = []
+        """Drop the keys."""
+        self.pending = []
 
     def contrasted(self, batch: Batch) -> Contrast:
         """The online branch against the momentum branch, to which the first view belongs where they are asymmetric."""

@@ -36,7 +36,6 @@ class SogCLR(SSLMethod[SogCLRConfig]):
     """Contrast with all images through a running estimate per image, written once a micro-batch."""
 
     Config = SogCLRConfig
-    per_sample_state = ("tables",)
 
     def __init__(self, cfg: SogCLRConfig, backbone: nn.Module, feature_dim: int) -> None:
         super().__init__(cfg, backbone, feature_dim)
@@ -75,7 +74,7 @@ class SogCLR(SSLMethod[SogCLRConfig]):
         if isinstance(cfg, NTXent):
             return ntxent_loss(z[:count], columns, temperature=self.cfg.temperature, offset=offset)
         tables = [table for table in self.tables if isinstance(table, EstimatorTable)]
-        log_u = [table.read(index) for table in tables]
+        log_u = [table.read("log_u", index) for table in tables]
         tau = [self._temperature(table, index) for table in tables]
         gamma = inner_rate(
             self.step,
@@ -145,5 +144,5 @@ class SogCLR(SSLMethod[SogCLRConfig]):
 
     def _temperature(self, table: EstimatorTable, index: Tensor) -> float | Tensor:
         if isinstance(self.rule, IndividualTemperatures):
-            return table.tau_i[index]
+            return table.read("tau_i", index)
         return self.tau if isinstance(self.rule, LearnableTemperature) else self.cfg.temperature

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sslzoo.checks import require
 from sslzoo.distributed import gather_detached
+from sslzoo.nn.per_sample import PerSampleTable
 from sslzoo_methods.sogclr.loss import Estimates
 
 # Pairs of samples compared at once when looking for duplicates.
@@ -17,25 +17,21 @@ PAIRS = 2**21
 
 
 def mean_over_duplicates(index: Tensor, values: Tensor, *, log_space: bool) -> Tensor:
-    """``values`` (B,) with those of equal ``index`` (B,) replaced by their mean, all by the same bits.
+    """``values`` (B,) with those of equal ``index`` (B,) replaced by their mean.
 
     With ``log_space`` the values are logarithms and the mean is of what they are logarithms of. No host
-    synchronisation, which ``unique`` or a boolean index would cost; a padded sampler repeats samples, and
-    an indexed write would otherwise keep whichever came last.
+    synchronisation, which ``unique`` or a boolean index would cost.
     """
-    batch = index.shape[0]
-    position = torch.arange(batch, device=index.device)
-    step = max(1, PAIRS // batch)
-    merged, first = [], []
-    for start in range(0, batch, step):
+    step = max(1, PAIRS // index.shape[0])
+    merged = []
+    for start in range(0, index.shape[0], step):
         same = index[start : start + step, None] == index  # (R, B)
         count = same.sum(dim=1)
         if log_space:
             merged.append(values.where(same, -torch.inf).logsumexp(dim=1) - count.to(values.dtype).log())
         else:
             merged.append(values.where(same, 0).sum(dim=1) / count)
-        first.append(position.where(same, batch).amin(dim=1))
-    return torch.cat(merged)[torch.cat(first)]
+    return torch.cat(merged)
 
 
 class Descent(NamedTuple):
@@ -53,43 +49,32 @@ class Descent(NamedTuple):
         return (tau - self.eta * average).clamp(self.tau_min, self.tau_max), average
 
 
-class EstimatorTable(nn.Module):
-    """log u of N images (-inf: never visited) and, with ``descent``, a temperature each.
-
-    Persistent buffers in float32, replicated: every rank makes all ranks' writes, so that the copies stay
-    bit-equal whatever ranks the sampler sends an image to.
-    """
+class EstimatorTable(PerSampleTable):
+    """log u of N images (-inf: never visited) and, with ``descent``, a temperature each, in float32."""
 
     log_u: Tensor  # (N,)
     tau_i: Tensor  # (N,), or empty
     tau_grad: Tensor  # (N,), or empty: moving average of the temperatures' gradient
 
     def __init__(self, size: int, *, tau_init: float, descent: Descent | None) -> None:
-        super().__init__()
-        self.descent = descent
         count = size if descent else 0
-        self.register_buffer("log_u", torch.full((size,), -torch.inf, dtype=torch.float32))
-        self.register_buffer("tau_i", torch.full((count,), tau_init, dtype=torch.float32))
-        self.register_buffer("tau_grad", torch.zeros(count, dtype=torch.float32))
-
-    def read(self, index: Tensor) -> Tensor:
-        """log u (b,) of the samples ``index`` (b,)."""
-        require(
-            self.log_u.dtype in (torch.float32, torch.float64),
-            f"the estimator table was cast to {self.log_u.dtype}, too coarse to average in; use "
-            "trainer.precision=bf16-mixed or 16-mixed instead of bf16-true or 16-true",
+        super().__init__(
+            log_u=torch.full((size,), -torch.inf, dtype=torch.float32),
+            tau_i=torch.full((count,), tau_init, dtype=torch.float32),
+            tau_grad=torch.zeros(count, dtype=torch.float32),
         )
-        return self.log_u[index]
+        self.descent = descent
 
     @torch.no_grad()
-    def write(self, index: Tensor, log_u: Tensor, slope: Tensor) -> None:
+    def update(self, index: Tensor, log_u: Tensor, slope: Tensor) -> None:
         """Store the new entries ``log_u`` (B,) of all ranks' samples ``index`` (B,); temperatures descend
         along ``slope`` (B,), once an image."""
-        self.log_u[index] = mean_over_duplicates(index, log_u, log_space=True).to(self.log_u.dtype)
+        rows = {"log_u": mean_over_duplicates(index, log_u, log_space=True)}
         if self.descent:
             slope = mean_over_duplicates(index, slope, log_space=False)
-            tau, average = self.descent.step(self.tau_i[index], self.tau_grad[index], slope)
-            self.tau_i[index], self.tau_grad[index] = tau, average
+            tau, average = self.descent.step(self.read("tau_i", index), self.read("tau_grad", index), slope)
+            rows |= {"tau_i": tau, "tau_grad": average}
+        self.write(index, **rows)
 
     def known(self) -> Tensor:
         """The entries of visited images. Waits for the device."""
@@ -108,4 +93,4 @@ def remember(tables: Sequence[EstimatorTable], index: Tensor, learned: Sequence[
     rows = torch.stack([value for e in learned for value in (e.log_u, e.slope)], dim=1)  # (b, 2 * tables)
     index, rows = gather_detached(index), gather_detached(rows)
     for k, table in enumerate(tables):
-        table.write(index, rows[:, 2 * k], rows[:, 2 * k + 1])
+        table.update(index, rows[:, 2 * k], rows[:, 2 * k + 1])
