@@ -32,14 +32,14 @@ from sslzoo.method import SSLMethod
 from sslzoo.optim.optimizers import build_optimizer, set_learning_rate
 from sslzoo.optim.schedules import learning_rate
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.sections import MethodConfig, OptimConfig, ProbeConfig
+from sslzoo.recipe.sections import AdamConfig, MethodConfig, ProbeConfig
 from sslzoo.run.departure import Departure
 from sslzoo.run.preemption import Preemption
 from sslzoo.run.trainer import build_trainer
 
 BATCH, WIDTH, CLASSES = 64, 32, 10
 TARGET_MS = 1.0
-OPTIM = OptimConfig(name="adamw", lr=1e-3, lr_scaling="none", weight_decay=1e-4, warmup_epochs=0)
+OPTIM = AdamConfig(name="adamw", lr=1e-3, lr_scaling="none", weight_decay=1e-4, warmup_epochs=0)
 
 
 def backbone() -> nn.Module:

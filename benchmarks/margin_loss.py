@@ -16,7 +16,7 @@ from torch import Tensor
 from sslzoo.batch import Batch
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.sections import BackboneConfig, HeadConfig, OptimConfig
+from sslzoo.recipe.sections import BackboneConfig, HeadConfig, SGDConfig
 from sslzoo_methods.margin.config import (
     Combined,
     Effects,
@@ -69,7 +69,7 @@ def method_with(family: Family, effects: Effects) -> MarginContrast:
     )
     torch.manual_seed(0)
     method = MarginContrast(cfg, *build_backbone(BackboneConfig(name="conv5", in_channels=1)))
-    optim = OptimConfig(name="sgd", lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0)
+    optim = SGDConfig(lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0)
     method.prepare(TrainingPlan(dataset_size=256, global_batch_size=256, max_epochs=1), optim, 0)
     return method
 

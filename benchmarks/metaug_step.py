@@ -18,7 +18,7 @@ from measure import alternating, ratio
 from sslzoo.batch import Batch
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.sections import BackboneConfig, HeadConfig, OptimConfig
+from sslzoo.recipe.sections import BackboneConfig, HeadConfig, SGDConfig
 from sslzoo_methods.metaug.config import (
     SGD,
     GeneratorConfig,
@@ -44,7 +44,7 @@ FORMS = {
     "first order": (replace(META, order=1), None),
     "projector": (replace(META, virtual_params="projector"), 0.6),
 }
-OPTIM = OptimConfig(name="sgd", lr=0.03, lr_scaling="none", weight_decay=5e-4, warmup_epochs=0)
+OPTIM = SGDConfig(lr=0.03, lr_scaling="none", weight_decay=5e-4, warmup_epochs=0)
 
 
 def main() -> int:

@@ -70,9 +70,9 @@ def epoch_order(seed: int, epoch: int, size: int) -> Tensor:
     return hash64(key(ORDER, seed, epoch), torch.arange(size)).argsort(stable=True)
 
 
-def subset(seed: int, size: int, keep: int) -> Tensor:
-    """``keep`` of ``range(size)``, ascending; all of them when ``keep`` is 0 or not smaller."""
-    if keep == 0 or keep >= size:
+def subset(seed: int, size: int, keep: int | None) -> Tensor:
+    """``keep`` of ``range(size)``, ascending; all of them when ``keep`` is None or not smaller."""
+    if keep is None or keep >= size:
         return torch.arange(size)
     order = hash64(key(SUBSET, seed), torch.arange(size)).argsort(stable=True)
     return order[:keep].sort().values

@@ -33,12 +33,12 @@ from sslzoo.nn.momentum import MomentumEncoder
 from sslzoo.nn.queue import FeatureQueue
 from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.sections import (
+    AdamConfig,
     BackboneConfig,
     DataConfig,
     EvalConfig,
     LoggingConfig,
     MethodConfig,
-    OptimConfig,
     ProbeConfig,
     Recipe,
     ViewConfig,
@@ -145,7 +145,7 @@ def _recipe(job: Job) -> Recipe:
         method=TinyConfig(name="tests.chaos:Tiny"),
         data=DataConfig(dataset="fake", global_batch_size=job.batch, mean=(0.5,), std=(0.25,)),
         views=(ViewConfig(size=8, scale=(0.3, 1.0), count=2, flip_p=0.5),),
-        optim=OptimConfig(name="adamw", lr=0.01, lr_scaling="none", weight_decay=0.01, warmup_epochs=1),
+        optim=AdamConfig(name="adamw", lr=0.01, lr_scaling="none", weight_decay=0.01, warmup_epochs=1),
         probe=ProbeConfig(lrs=(0.1, 1.0)),
         eval=EvalConfig(every_epochs=1, size=8, knn_k=5, knn_temperature=0.1, batch_size=32),
         logging=LoggingConfig(every_steps=4, checkpoint_every_steps=3, keep_epochs=(2,)),

@@ -120,12 +120,12 @@ def crop_batch(images: Tensor, boxes: Tensor, size: int, interpolation: str) -> 
     return out.clamp_(0, 1) if interpolation == "bicubic" else out  # the cubic kernel overshoots
 
 
-def evaluation_crop(images: Tensor, resize: int, size: int) -> Tensor:
-    """Shorter side to ``resize`` (0: as it is), centre square of ``size``; (..., C, H, W) uint8 to uint8.
+def evaluation_crop(images: Tensor, resize: int | None, size: int) -> Tensor:
+    """Shorter side to ``resize`` (None: as it is), centre square of ``size``; (..., C, H, W) uint8 to uint8.
 
     Raises ``ValueError`` where the image is smaller than ``size``.
     """
-    if resize and (min(images.shape[-2:]) != resize):
+    if resize is not None and min(images.shape[-2:]) != resize:
         images = TF.resize_image(images, [resize], interpolation=InterpolationMode.BILINEAR, antialias=True)
     h, w = images.shape[-2:]
     if min(h, w) < size:

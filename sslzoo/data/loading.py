@@ -127,7 +127,7 @@ class EvalDataset(Dataset[RawEvalBatch]):
     """Labelled samples under the evaluation transform. Indexed by a batch of sample_ids at a time."""
 
     def __init__(self, source: ImageSource, cfg: EvalConfig) -> None:
-        if isinstance(source, ArraySource) and not cfg.resize and min(source.size) < cfg.size:
+        if isinstance(source, ArraySource) and cfg.resize is None and min(source.size) < cfg.size:
             raise ValueError(
                 f"eval.size={cfg.size} is larger than the {source.size[0]} px of {source.name}; "
                 f"set eval.resize={cfg.size} or lower eval.size"

@@ -206,7 +206,7 @@ class SSLDataModule(LightningDataModule):
                 split=split,
                 num_classes=train.num_classes,
                 source=source,
-                sample_id=subset(self.seed, len(source), self.eval.bank_size if split == "train" else 0),
+                sample_id=subset(self.seed, len(source), self.eval.bank_size if split == "train" else None),
             )
             for split, source in (("train", train), ("test", test))
         ]

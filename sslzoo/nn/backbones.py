@@ -40,13 +40,8 @@ def build_backbone(cfg: BackboneConfig) -> tuple[nn.Module, int]:
     Raises ``ValueError`` for an unknown name, naming the closest, and for a stem that the encoder lacks.
     """
     if cfg.name == "conv5":
-        require(
-            cfg.stem == "imagenet" and not cfg.options,
-            "backbone conv5 has one form: no stem, no options",
-        )
         return Conv5(cfg.in_channels), Conv5.num_features
     if is_plugin(cfg.name):
-        require(cfg.stem == "imagenet", f"backbone {cfg.name} builds its own stem: leave backbone.stem out")
         model = plugin(cfg.name, "backbone.name")(cfg.in_channels, **cfg.options)
         width = getattr(model, "num_features", None)
         require(

@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from sslzoo.recipe.sections import OptimConfig
+from sslzoo.recipe.sections import LARSConfig, OptimConfig, SGDConfig
 
 
 class LARS(torch.optim.Optimizer):
@@ -102,15 +102,16 @@ def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.opt
     Each group is split by weight decay; other keys of a group are kept. The rate starts at 0 and is
     set before every step by :func:`set_learning_rate`.
     """
+    decay_1d = not isinstance(cfg, LARSConfig) and cfg.decay_1d
     split: list[dict[str, Any]] = []
     for group in groups:
         extra = {"lr_factor": 1.0} | {key: value for key, value in group.items() if key != "named"}
-        decayed, plain = split_decay(group["named"], decay_1d=cfg.decay_1d)
+        decayed, plain = split_decay(group["named"], decay_1d=decay_1d)
         if decayed:
             split.append({"weight_decay": cfg.weight_decay} | extra | {"params": decayed})
         if plain:
             split.append(extra | {"params": plain, "weight_decay": 0.0})
-    if cfg.name == "lars":
+    if isinstance(cfg, LARSConfig):
         return LARS(
             split,
             lr=0.0,
@@ -119,7 +120,7 @@ def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.opt
             trust_coefficient=cfg.trust_coefficient,
             clip_trust=cfg.clip_trust,
         )
-    if cfg.name == "sgd":
+    if isinstance(cfg, SGDConfig):
         return torch.optim.SGD(split, lr=0.0, momentum=cfg.momentum, nesterov=cfg.nesterov)
     adam = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
     return adam(split, lr=0.0, betas=cfg.betas)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from math import cos, pi
+from typing import Literal
 
 from sslzoo.checks import one_of
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.sections import OptimConfig
+from sslzoo.recipe.sections import CosineSchedule, OptimConfig, StepSchedule
 
 
 def interpolate(step: int, steps: int, start: float, end: float, shape: str = "linear") -> float:
@@ -29,14 +30,13 @@ def warmup_cosine(
     peak: float,
     start: float = 0.0,
     end: float = 0.0,
-    ramp: str = "closed",
+    ramp: Literal["closed", "open", "shifted"] = "closed",
 ) -> float:
     """Linear warm-up over W steps, then half a cosine from ``peak`` to ``end`` at T, kept after T.
 
     Authors' codes have three ramps, hence all three: ``closed`` reaches the peak at step W-1, ``open`` at step W,
     ``shifted`` is (s+1)/(W+1) up to and including W.
     """
-    one_of("ramp", ramp, ("closed", "open", "shifted"))
     w = warmup_steps
     if step < w or (ramp == "shifted" and step <= w):
         fraction = {
@@ -51,15 +51,15 @@ def warmup_cosine(
 
 def learning_rate(step: int, optim: OptimConfig, plan: TrainingPlan) -> float:
     """The learning rate used in optimiser step ``step`` (from 0), after batch scaling."""
-    peak, warmup = plan.scaled_lr(optim), plan.steps(optim.warmup_epochs)
-    if optim.schedule == "cosine":
+    peak, warmup, schedule = plan.scaled_lr(optim), plan.steps(optim.warmup_epochs), optim.schedule
+    if isinstance(schedule, CosineSchedule):
         return warmup_cosine(
             step,
             total_steps=plan.total_steps,
             warmup_steps=warmup,
             peak=peak,
             start=optim.warmup_start_lr,
-            end=optim.min_lr,
+            end=schedule.min_lr,
             ramp=optim.warmup_ramp,
         )
     if step < warmup:
@@ -67,8 +67,10 @@ def learning_rate(step: int, optim: OptimConfig, plan: TrainingPlan) -> float:
         return warmup_cosine(
             step, total_steps=warmup, warmup_steps=warmup, peak=peak, start=start, ramp=optim.warmup_ramp
         )
-    passed = sum(step >= plan.steps(epoch) for epoch in optim.milestones)
-    return peak * optim.gamma**passed
+    if not isinstance(schedule, StepSchedule):
+        return peak
+    passed = sum(step >= plan.steps(epoch) for epoch in schedule.milestones)
+    return peak * schedule.gamma**passed
 
 
 def ema_momentum(step: int, *, total_steps: int, start: float, schedule: str, end: float = 1.0) -> float:

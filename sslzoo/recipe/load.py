@@ -102,9 +102,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
             _apply(raw, override, overridden)
         values = _resolve(raw)
         check_plain(values, "")
+        if isinstance(values.get("trainer"), dict):
+            values["trainer"] = trainer_section(values["trainer"])
         known = _fill_from_data_sets(values)
         recipe = section(Recipe, values, "")
-        recipe = replace(recipe, trainer=trainer_section(recipe.trainer))
         if "name" not in values:
             recipe = replace(recipe, name=source.stem)
         _check_data(recipe)
@@ -338,6 +339,14 @@ def _check_data(recipe: Recipe) -> None:
                 f"{key}.{split}",
                 f"{source.dataset} has no split {source.split!r}{did_you_mean(source.split, info.splits)}"
                 f" (known: {', '.join(info.splits)})",
+            )
+        if not info.layout and source.root and not registry.is_plugin(source.dataset):
+            raise ConfigError(f"{key}.root", f"must be left out: {source.dataset} is inside the package")
+    for source in labelled:
+        train = dataset_info(source.dataset).nominal_size(source.split, source.classes)
+        if train is not None and recipe.eval.knn_k > train:
+            raise ConfigError(
+                "eval.knn_k", f"must be at most {train}, the training samples, got {recipe.eval.knn_k}"
             )
     if len(recipe.data.mean) != recipe.backbone.in_channels:
         raise ConfigError(

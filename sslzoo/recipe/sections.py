@@ -11,8 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from sslzoo.checks import ConfigError, check_field, check_positive, did_you_mean, one_of
+from sslzoo.checks import (
+    ConfigError,
+    check_field,
+    check_fraction,
+    check_not_negative,
+    check_positive,
+    did_you_mean,
+)
 from sslzoo.recipe.class_lists import CLASS_LISTS
+from sslzoo.recipe.trainer_keys import stated_devices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,21 +77,28 @@ class HeadConfig:
 # Crops that pass a network at once, and share the statistics of its batch norms: see sslzoo.nn.passes.
 CropBatching = Literal["per_crop", "per_resolution", "joint"]
 
-STEMS = ("imagenet", "small", "cifar")
-
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Which encoder: ``resnet18`` (torchvision), ``timm/vit_small_patch16_224``, ``conv5`` (ours)."""
+    """Which encoder: ``resnet18`` (torchvision), ``timm/vit_small_patch16_224``, ``conv5`` (ours), ``module:Class``."""
 
     name: str
-    stem: str = "imagenet"  # small: 3x3 stride 1, max-pool kept; cifar: and max-pool removed
+    stem: Literal["imagenet", "small", "cifar"] = (
+        "imagenet"  # small: 3x3 stride 1; cifar: and max-pool removed
+    )
     in_channels: int = 3
     options: dict[str, Any] = field(default_factory=dict)  # constructor arguments, as the library names them
 
     def __post_init__(self) -> None:
-        one_of("stem", self.stem, STEMS)
-        check_field(self.in_channels > 0, "in_channels", f"must be positive, got {self.in_channels}")
+        check_positive(self, "in_channels")
+        check_field(
+            self.stem == "imagenet" or not (self.name == "conv5" or ":" in self.name),
+            "stem",
+            f"must be left out: {self.name} has a stem of its own",
+        )
+        check_field(
+            self.name != "conv5" or not self.options, "options", "must be left out: conv5 has one form"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +148,17 @@ class DataConfig(SourceConfig):
             "std",
             f"must hold one positive number for each of data.mean={list(self.mean)}, got {list(self.std)}",
         )
-        check_field(self.workers >= 0, "workers", f"must not be negative, got {self.workers}")
-        check_field(
-            0 <= self.max_bad_fraction <= 1,
-            "max_bad_fraction",
-            f"must lie in [0, 1], got {self.max_bad_fraction}",
-        )
+        check_not_negative(self, "workers")
+        check_fraction(self, "max_bad_fraction")
+
+
+# The operations of a view: the probability of each, its numbers, and what it does not do with probability 0.
+_OPERATIONS = {
+    "jitter_p": (("brightness", "contrast", "saturation", "hue"), "never jitters"),
+    "blur_p": (("blur_kernel", "blur_sigma"), "never blurs"),
+    "solarize_p": (("solarize_threshold",), "never solarises"),
+}
+_COLOURS = ("saturation", "hue", "grayscale_p")  # what an image of one channel does not have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +170,10 @@ class ViewConfig:
 
     size: int  # pixels, square
     scale: tuple[float, float]  # range of the crop's area, as a fraction of the image
-    role: str = "global"  # or local: seen by the online branch only
+    role: Literal["global", "local"] = "global"  # local: seen by the online branch only
     count: int = 1
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bilinear"  # or bicubic; both antialiased
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # both antialiased
     flip_p: float = 0.0
     jitter_p: float = 0.0
     brightness: float = 0.0
@@ -168,71 +188,174 @@ class ViewConfig:
     solarize_threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        one_of("role", self.role, ("global", "local"))
-        one_of("interpolation", self.interpolation, ("bilinear", "bicubic"))
-        check_positive(self, "size", "count")
+        check_positive(self, "size", "count", "scale", "ratio", "blur_sigma")
         check_field(
-            0 < self.scale[0] <= self.scale[1] <= 1,
+            self.scale[0] <= self.scale[1] <= 1,
             "scale",
             f"must satisfy 0 < low <= high <= 1, got {self.scale}",
         )
-        check_field(
-            0 < self.ratio[0] <= self.ratio[1], "ratio", f"must satisfy 0 < low <= high, got {self.ratio}"
-        )
-        for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"):
-            check_field(0 <= getattr(self, name) <= 1, name, f"is a probability, got {getattr(self, name)}")
-        for name in ("brightness", "contrast", "saturation"):
-            check_field(getattr(self, name) >= 0, name, f"must not be negative, got {getattr(self, name)}")
+        for name in ("ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            check_field(low <= high, name, f"must satisfy 0 < low <= high, got {(low, high)}")
+        check_fraction(self, "flip_p", "grayscale_p", "solarize_threshold", *_OPERATIONS)
+        check_not_negative(self, "brightness", "contrast", "saturation")
         check_field(0 <= self.hue <= 0.5, "hue", f"must lie in [0, 0.5], got {self.hue}")
-        check_field(self.blur_kernel % 2 == 1, "blur_kernel", f"must be odd, got {self.blur_kernel}")
         check_field(
-            0 < self.blur_sigma[0] <= self.blur_sigma[1],
-            "blur_sigma",
-            f"must be positive, got {self.blur_sigma}",
+            self.blur_kernel % 2 == 1 and self.blur_kernel > 1,
+            "blur_kernel",
+            f"must be odd and at least 3, got {self.blur_kernel}",
+        )
+        for chance, (numbers, idle) in _OPERATIONS.items():
+            changed = self._changed(*numbers) if getattr(self, chance) == 0 else []
+            if changed:
+                others = f"; so must {', '.join(changed[1:])}" if len(changed) > 1 else ""
+                stay = f"must stay {getattr(ViewConfig, changed[0])} with {chance}=0, which {idle}{others}"
+                raise ConfigError(changed[0], stay)
+        check_field(
+            self.jitter_p == 0 or bool(self._changed(*_OPERATIONS["jitter_p"][0])),
+            "jitter_p",
+            f"must be 0 without brightness, contrast, saturation or hue, got {self.jitter_p}",
         )
 
+    def _changed(self, *names: str) -> list[str]:
+        """Those of the fields that are not at their default."""
+        return [name for name in names if getattr(self, name) != getattr(ViewConfig, name)]
 
-OPTIMIZERS = ("lars", "sgd", "adamw", "adam")
+    def check_channels(self, channels: int, at: str) -> None:
+        """Refuse colour where there is none; ``at`` is the view's key in the recipe."""
+        for name in self._changed(*_COLOURS, *(["contrast"] if channels > 1 else [])):
+            check_field(
+                channels == 3,
+                f"{at}.{name}",
+                f"must be 0 with backbone.in_channels={channels}: it is for RGB",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """Optimiser and learning-rate schedule; epochs are fractional, steps are derived from them."""
+class CosineSchedule:
+    """Half a cosine from the peak to ``min_lr`` at the last step."""
+
+    name: Literal["cosine"] = "cosine"
+    min_lr: float = 0.0  # absolute, not scaled
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "min_lr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantSchedule:
+    """The peak to the end."""
+
+    name: Literal["constant"] = "constant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSchedule:
+    """The peak times ``gamma`` for each of the ``milestones`` passed."""
+
+    name: Literal["step"] = "step"
+    milestones: tuple[int, ...]  # epochs
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_field(
+            len(self.milestones) > 0 and list(self.milestones) == sorted(set(self.milestones)),
+            "milestones",
+            f"must be increasing epochs, got {list(self.milestones)}",
+        )
+        check_positive(self, "milestones", "gamma")
+        check_field(self.gamma != 1, "gamma", "must not be 1, which changes nothing; use schedule: constant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OptimConfig:
+    """What every optimiser has. Epochs are fractional; steps are derived from them."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "min_lr": "schedule.min_lr",
+        "milestones": "schedule.milestones",
+        "gamma": "schedule.gamma",
+    }
 
     name: str
     lr: float  # before scaling with the global batch
-    lr_scaling: str  # linear: lr * batch / 256; sqrt: lr * sqrt(batch); none
+    lr_scaling: Literal["linear", "sqrt", "none"]  # linear: lr * batch / 256; sqrt: lr * sqrt(batch)
     weight_decay: float
     warmup_epochs: float
-    schedule: str = "cosine"  # cosine | constant | step
-    warmup_ramp: str = "closed"  # closed: s/(W-1); open: s/W; shifted: (s+1)/(W+1)
+    warmup_ramp: Literal["closed", "open", "shifted"] = "closed"  # s/(W-1), s/W, (s+1)/(W+1)
     warmup_start_lr: float = 0.0  # absolute, not scaled
-    min_lr: float = 0.0  # absolute, not scaled
-    milestones: tuple[int, ...] = ()  # epochs, for schedule: step
-    gamma: float = 0.1  # factor at each milestone
-    momentum: float = 0.9
-    nesterov: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
-    decay_1d: bool = False  # weight decay on biases and norm parameters too (LARS never does)
-    trust_coefficient: float = 0.001  # LARS
-    clip_trust: bool = False  # LARS: never step further than plain SGD would
+    schedule: CosineSchedule | ConstantSchedule | StepSchedule = CosineSchedule()
 
     def __post_init__(self) -> None:
-        one_of("name", self.name, OPTIMIZERS)
-        one_of("lr_scaling", self.lr_scaling, ("linear", "sqrt", "none"))
-        one_of("schedule", self.schedule, ("cosine", "constant", "step"))
-        one_of("warmup_ramp", self.warmup_ramp, ("closed", "open", "shifted"))
-        check_field(self.lr > 0, "lr", f"must be positive, got {self.lr}")
-        check_field(self.weight_decay >= 0, "weight_decay", f"must not be negative, got {self.weight_decay}")
+        check_positive(self, "lr")
+        check_not_negative(self, "weight_decay", "warmup_epochs", "warmup_start_lr")
+        for name in ("warmup_ramp", "warmup_start_lr"):
+            default = getattr(_OptimConfig, name)
+            check_field(
+                self.warmup_epochs > 0 or getattr(self, name) == default,
+                name,
+                f"must stay {default} with warmup_epochs=0, got {getattr(self, name)}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LARSConfig(_OptimConfig):
+    """LARS: no weight decay and no adaptation of biases and norm parameters."""
+
+    name: Literal["lars"] = "lars"
+    momentum: float = 0.9
+    trust_coefficient: float = 0.001
+    clip_trust: bool = False  # never step further than plain SGD would
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_momentum(self.momentum)
+        check_positive(self, "trust_coefficient")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDConfig(_OptimConfig):
+    """Stochastic gradient descent with momentum."""
+
+    name: Literal["sgd"] = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = False
+    decay_1d: bool = False  # weight decay on biases and norm parameters too
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_momentum(self.momentum)
+        check_field(self.momentum > 0 or not self.nesterov, "nesterov", "must be false with momentum=0")
+        _check_decay_1d(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamConfig(_OptimConfig):
+    """Adam, whose weight decay is part of the gradient, or AdamW, whose decay is apart from it."""
+
+    name: Literal["adam", "adamw"]
+    betas: tuple[float, float] = (0.9, 0.999)
+    decay_1d: bool = False  # weight decay on biases and norm parameters too
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_field(
-            self.warmup_epochs >= 0, "warmup_epochs", f"must not be negative, got {self.warmup_epochs}"
+            all(0 <= b < 1 for b in self.betas), "betas", f"must lie in [0, 1), got {list(self.betas)}"
         )
-        check_field(0 <= self.momentum < 1, "momentum", f"must lie in [0, 1), got {self.momentum}")
-        check_field(
-            (self.schedule == "step") == bool(self.milestones),
-            "milestones",
-            "goes with optim.schedule=step, and that schedule needs them",
-        )
+        _check_decay_1d(self)
+
+
+OptimConfig = LARSConfig | SGDConfig | AdamConfig
+
+
+def _check_momentum(momentum: float) -> None:
+    check_field(0 <= momentum < 1, "momentum", f"must lie in [0, 1), got {momentum}")
+
+
+def _check_decay_1d(config: SGDConfig | AdamConfig) -> None:
+    check_field(
+        config.weight_decay > 0 or not config.decay_1d, "decay_1d", "must be false with weight_decay=0"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,13 +370,17 @@ class ProbeConfig:
     data: tuple[SourceConfig, ...] = ()  # labelled data elsewhere; empty: the training data's own labels
 
     def __post_init__(self) -> None:
-        check_field(
-            len(self.lrs) > 0 and all(lr > 0 for lr in self.lrs),
-            "lrs",
-            f"must be positive, got {self.lrs}",
-        )
+        check_positive(self, "lrs")
+        check_not_negative(self, "weight_decay")
+        _check_momentum(self.momentum)
         check_field(0 < self.holdout < 1, "holdout", f"must lie in (0, 1), got {self.holdout}")
-        check_field(len(self.layers) > 0, "layers", "must name at least one layer, such as backbone")
+        for name, example in (("lrs", "0.1"), ("layers", "backbone")):
+            values = getattr(self, name)
+            check_field(
+                0 < len(set(values)) == len(values),
+                name,
+                f"must list one or more, such as {example}, each once; got {list(values)}",
+            )
 
 
 PCA_WIDTH = 64  # principal components of the pixels that the final evaluation measures
@@ -267,22 +394,28 @@ class EvalConfig:
     size: int  # pixels of the square that the encoder sees
     knn_k: int
     knn_temperature: float
-    resize: int = 0  # shorter side before the centre crop of ``size``; 0: the image is used as it is
+    resize: int | None = None  # shorter side before the centre crop of ``size``; None: the image as it is
     batch_size: int = 256  # per device
-    bank_size: int = 0  # training samples in the k-NN bank and the probe's held-out part; 0: all
+    bank_size: int | None = None  # training samples in the k-NN bank and the probe's held-out part; None: all
     test_split: str = "test"
     baselines: bool = False  # the final table also shows raw pixels, their PCA and random initialisation
 
     def __post_init__(self) -> None:
-        check_field(self.every_epochs > 0, "every_epochs", f"must be positive, got {self.every_epochs}")
-        check_field(self.knn_k > 0, "knn_k", f"must be positive, got {self.knn_k}")
+        check_positive(self, "every_epochs", "size", "knn_k", "knn_temperature", "batch_size")
         check_field(
-            self.knn_temperature > 0, "knn_temperature", f"must be positive, got {self.knn_temperature}"
+            self.resize is None or self.resize >= self.size,
+            "resize",
+            f"must be at least size={self.size}, got {self.resize}; null leaves the images as they are",
         )
         check_field(
-            self.resize == 0 or self.resize >= self.size,
-            "resize",
-            f"must be 0 or at least eval.size={self.size}, got {self.resize}",
+            self.bank_size is None or self.bank_size > 0,
+            "bank_size",
+            f"must be positive, got {self.bank_size}; null takes all training samples",
+        )
+        check_field(
+            self.bank_size is None or self.knn_k <= self.bank_size,
+            "knn_k",
+            f"must be at most bank_size={self.bank_size}, got {self.knn_k}",
         )
 
 
@@ -291,12 +424,9 @@ class WandbConfig:
     """Weights & Biases; ``auto`` is online where a login exists and offline elsewhere."""
 
     project: str = "sslzoo"
-    entity: str = ""
-    mode: str = "auto"  # auto | online | offline
+    entity: str | None = None  # None: the login's own
+    mode: Literal["auto", "online", "offline"] = "auto"
     tags: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        one_of("mode", self.mode, ("auto", "online", "offline"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,12 +440,7 @@ class LoggingConfig:
     wandb: WandbConfig | None = None
 
     def __post_init__(self) -> None:
-        check_field(self.every_steps > 0, "every_steps", f"must be positive, got {self.every_steps}")
-        check_field(
-            self.checkpoint_every_steps > 0,
-            "checkpoint_every_steps",
-            f"must be positive, got {self.checkpoint_every_steps}",
-        )
+        check_positive(self, "every_steps", "checkpoint_every_steps", "keep_epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,6 +476,20 @@ class Recipe:
     name: str = "unnamed"  # the file's stem
 
     def __post_init__(self) -> None:
+        check_field(
+            self.name not in ("", ".", "..") and self.name.isprintable() and not {"/", "\\"} & set(self.name),
+            "name",
+            f"must be one name of a folder, got {self.name!r}",
+        )
+        for i, view in enumerate(self.views):
+            view.check_channels(self.backbone.in_channels, f"views.{i}")
+        epochs = self.trainer.get("max_epochs")
+        for i, epoch in enumerate(self.logging.keep_epochs):
+            check_field(
+                epochs is None or epoch <= epochs,
+                f"logging.keep_epochs.{i}",
+                f"must be at most trainer.max_epochs={epochs}, got {epoch}",
+            )
         names = [analysis.name for analysis in self.analyses]  # what they log and remember goes by these
         for i, name in enumerate(names):
             check_field(
@@ -386,15 +525,7 @@ class Recipe:
     @property
     def devices(self) -> int | None:
         """Processes on each machine. None: as many as it has GPUs."""
-        devices = self.trainer.get("devices", "auto")
-        if isinstance(devices, str) and "," in devices:
-            devices = [device for device in devices.split(",") if device.strip()]
-        if devices in ("auto", -1, "-1"):
-            return 1 if self.trainer.get("accelerator") == "cpu" else None
-        count = str(len(devices) if isinstance(devices, list) else devices)
-        check_field(
-            count.isdigit() and int(count) > 0,
-            "trainer.devices",
-            f"must be a number of devices, a list of their indices or auto, got {devices!r}",
-        )
-        return int(count)
+        devices = stated_devices(self.trainer.get("devices", "auto"))
+        if devices is None and self.trainer.get("accelerator") == "cpu":
+            return 1
+        return devices

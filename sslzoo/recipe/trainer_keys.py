@@ -11,7 +11,9 @@ from importlib.util import find_spec
 from operator import or_
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, Literal
+
+from sslzoo.checks import ConfigError, check_field
 
 _LENGTH = "the length of a run is trainer.max_epochs, from which all schedules follow"
 _MEASURED = "eval.every_epochs says when features are measured, always on the whole of eval.test_split"
@@ -45,6 +47,64 @@ OWNED = {
     "val_check_interval": _MEASURED,
 }
 
+# Lightning's signature says text, its code takes these.
+CHOICES: dict[str, Any] = {
+    "strategy": Literal["auto", "ddp", "ddp_find_unused_parameters_true"],
+    "precision": Literal[
+        "32-true",
+        "16-mixed",
+        "bf16-mixed",
+        "16-true",
+        "bf16-true",
+        "64-true",
+        "32",
+        "16",
+        "bf16",
+        "64",
+        32,
+        16,
+        64,
+    ]
+    | None,
+    "gradient_clip_algorithm": Literal["norm", "value"] | None,
+}
+
+
+def check_trainer(values: dict[str, Any]) -> None:
+    """Refuse typed ``values`` of the section that mean nothing or change nothing; ``ConfigError`` names the key."""
+    for name in ("max_epochs", "accumulate_grad_batches", "num_nodes"):
+        check_field(values.get(name, 1) >= 1, name, f"must be positive, got {values.get(name)}")
+    clip = values.get("gradient_clip_val")
+    check_field(
+        clip is None or clip > 0,
+        "gradient_clip_val",
+        f"must be positive, got {clip}; leave it out not to clip",
+    )
+    check_field(
+        clip is not None or values.get("gradient_clip_algorithm") is None,
+        "gradient_clip_algorithm",
+        "must be left out without trainer.gradient_clip_val",
+    )
+    stated_devices(values.get("devices", "auto"))
+
+
+def stated_devices(devices: int | str | list[int]) -> int | None:
+    """How many devices of a machine ``trainer.devices`` asks for; None where the machine decides."""
+    if devices in ("auto", "-1", -1):
+        return None
+    listed = devices
+    if isinstance(devices, str):
+        numbers = [part.strip() for part in devices.split(",") if part.strip()]
+        if all(number.isdecimal() for number in numbers):
+            listed = [int(number) for number in numbers] if "," in devices else int(devices)
+    if isinstance(listed, list) and 0 < len(set(listed)) == len(listed) and min(listed) >= 0:
+        return len(listed)
+    if isinstance(listed, int) and listed > 0:
+        return listed
+    raise ConfigError(
+        "devices", f"must be a number from 1 on, a list of different indices, or auto; got {devices!r}"
+    )
+
 
 @cache
 def trainer_arguments() -> dict[str, Any]:
@@ -55,7 +115,7 @@ def trainer_arguments() -> dict[str, Any]:
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ClassDef) and node.name == "Trainer":
             init = next(f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__")
-            return {argument.arg: _annotation(argument.annotation) for argument in init.args.kwonlyargs}
+            return {a.arg: CHOICES.get(a.arg) or _annotation(a.annotation) for a in init.args.kwonlyargs}
     raise AssertionError(f"no class Trainer in {source}")
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from sslzoo.checks import ConfigError, closest, did_you_mean
 from sslzoo.recipe import registry
 from sslzoo.recipe.sections import AnalysisConfig, MethodConfig, Recipe
-from sslzoo.recipe.trainer_keys import OWNED, trainer_arguments
+from sslzoo.recipe.trainer_keys import OWNED, check_trainer, trainer_arguments
 
 
 class OtherVariant(ConfigError):
@@ -256,9 +256,10 @@ def trainer_section(values: dict[str, Any]) -> dict[str, Any]:
     if "max_epochs" not in values:
         raise ConfigError("trainer.max_epochs", "missing key; every recipe states it")
     typed = {name: _typed(known[name], value, f"trainer.{name}") for name, value in values.items()}
-    for name in ("max_epochs", "accumulate_grad_batches", "num_nodes"):
-        if name in typed and _typed(int, typed[name], f"trainer.{name}") < 1:
-            raise ConfigError(f"trainer.{name}", f"must be positive, got {typed[name]}")
+    try:
+        check_trainer(typed)
+    except ConfigError as error:
+        raise ConfigError(f"trainer.{error.field}", error.message) from None
     return typed
 
 

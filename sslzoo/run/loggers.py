@@ -100,7 +100,7 @@ def _start(cfg: WandbConfig, mode: str, run_dir: Path, run_id: str, recipe: dict
         name=f"{run_dir.parent.name}/{run_id}",
         id=run_id,
         save_dir=str(run_dir),
-        entity=cfg.entity or None,
+        entity=cfg.entity,
         tags=list(cfg.tags) or None,
         config=recipe,
         mode=mode,

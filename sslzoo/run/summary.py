@@ -75,7 +75,7 @@ def _rows(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any]) -> Iterato
     yield (
         "optimiser",
         f"{optim.name}, learning rate {plan.scaled_lr(optim):g}{scaling}, "
-        f"{optim.schedule}, weight decay {optim.weight_decay:g}",
+        f"{optim.schedule.name}, weight decay {optim.weight_decay:g}",
     )
     yield "precision", str(recipe.trainer.get("precision", "32-true"))
 

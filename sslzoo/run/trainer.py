@@ -19,7 +19,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.parallel import DistributedDataParallel
 
 from sslzoo.checkpoints import AtomicCheckpointIO
-from sslzoo.checks import require
 from sslzoo.nn.batchnorm import LayerSync
 from sslzoo.run.placement import ALONE, Placement
 
@@ -35,7 +34,6 @@ _BESIDE_THE_POINT = (
     "is smaller than the logging interval",  # the meter has its own
     "across ranks is zero",  # data without labels has nothing to validate on
 )
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 
 
 class Unprofiled(PassThroughProfiler):
@@ -109,7 +107,6 @@ def build_strategy(trainer: Mapping[str, Any], world_size: int) -> DDPStrategy |
     and batch-norm statistics are shared before validation by ``BroadcastBatchNormStats``.
     """
     name = trainer.get("strategy", "auto")
-    require(name in STRATEGIES, f"trainer.strategy must be one of {', '.join(STRATEGIES)}; got {name!r}")
     if world_size == 1:
         return "auto"
     # Renamed in torch 2.14, where the old name warns.

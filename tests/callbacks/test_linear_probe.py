@@ -23,7 +23,7 @@ from sslzoo.evaluate.metrics import within_top
 from sslzoo.evaluate.sgd_probe import EPS, STATISTICS_RATE, SGDProbe
 from sslzoo.method import SSLMethod
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.sections import DataConfig, EvalConfig, MethodConfig, OptimConfig, ProbeConfig, ViewConfig
+from sslzoo.recipe.sections import DataConfig, EvalConfig, MethodConfig, ProbeConfig, SGDConfig, ViewConfig
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -228,7 +228,7 @@ def _run(
     datamodule = SSLDataModule(data, (view,), evaluation, cfg, plan, 0, FakeSource(SIZE, 1, 8, classes))
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8))
     method = Tiny(MethodConfig(name="tiny"), backbone, 8)
-    optim = OptimConfig(name="sgd", lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0)
+    optim = SGDConfig(lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0)
     method.prepare(plan, optim, 0)
     online = LinearProbe(cfg, seed=0)
     trainer = Trainer(

@@ -22,9 +22,9 @@ from sslzoo.recipe.sections import (
     DataConfig,
     EvalConfig,
     MethodConfig,
-    OptimConfig,
     ProbeConfig,
     Recipe,
+    SGDConfig,
     ViewConfig,
 )
 
@@ -81,7 +81,7 @@ def _recipe(baselines: bool) -> Recipe:
         method=MethodConfig(name="tiny"),
         data=DataConfig(dataset="fashion_mnist", global_batch_size=8, mean=(0.5,), std=(0.25,)),
         views=(ViewConfig(size=8, scale=(0.5, 1.0), count=2),),
-        optim=OptimConfig(name="sgd", lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0),
+        optim=SGDConfig(lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0),
         probe=ProbeConfig(lrs=(0.1,), holdout=0.2),
         eval=EvalConfig(
             every_epochs=1, size=8, knn_k=3, knn_temperature=0.1, batch_size=50, baselines=baselines

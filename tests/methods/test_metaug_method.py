@@ -23,7 +23,7 @@ from sslzoo.optim.schedules import learning_rate
 from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import recipes
-from sslzoo.recipe.sections import BackboneConfig, HeadConfig, OptimConfig, Recipe
+from sslzoo.recipe.sections import BackboneConfig, HeadConfig, Recipe, SGDConfig
 from sslzoo.run.build import load_weights
 from sslzoo.run.trainer import build_trainer
 from sslzoo_methods.metaug.color import normalized, rgb_to_lab, rgb_to_ycbcr
@@ -50,7 +50,7 @@ from tests.ranks import run_ranks
 
 # Rates at which a step on tiny batch norms does not blow rounding up: ten times these, a change of the last bit of
 # the images moves the second step by 5e-10.
-OPTIM = OptimConfig(name="sgd", lr=0.01, lr_scaling="none", weight_decay=1e-3, warmup_epochs=0.0)
+OPTIM = SGDConfig(lr=0.01, lr_scaling="none", weight_decay=1e-3, warmup_epochs=0.0)
 META = MetaConfig(virtual_lr=0.02, optimizer=SGD(lr=0.01, weight_decay=1e-3))
 GENERATOR = GeneratorConfig(hidden=(6, 6))
 MARGIN = MarginConfig(weight=0.3, positive_weight=0.5)

@@ -20,7 +20,7 @@ from sslzoo.nn.numerics import normalize
 from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import recipes
-from sslzoo.recipe.sections import HeadConfig, OptimConfig
+from sslzoo.recipe.sections import HeadConfig, SGDConfig
 from sslzoo_methods.mmcl.config import (
     INV,
     PGD,
@@ -539,7 +539,7 @@ def test_memory_of_the_min_kernel():
 # -- the method ----------------------------------------------------------------------------------------
 
 FALLING = RBF(sigma=1.0, sigma_schedule=StepSigma(milestones=(2,)))
-OPTIM = OptimConfig(name="sgd", lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0)
+OPTIM = SGDConfig(lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0)
 
 
 def _config(**changes: Any) -> MMCLConfig:

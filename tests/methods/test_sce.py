@@ -18,7 +18,7 @@ from sslzoo.nn.numerics import normalize
 from sslzoo.nn.queue import FeatureQueue
 from sslzoo.optim.optimizers import LARS, build_optimizer, set_learning_rate
 from sslzoo.optim.schedules import ema_momentum, interpolate, warmup_cosine
-from sslzoo.recipe.sections import OptimConfig
+from sslzoo.recipe.sections import LARSConfig, SGDConfig
 from sslzoo_methods.sce import loss as loss_module
 from sslzoo_methods.sce.loss import (
     RESSL,
@@ -253,15 +253,12 @@ def _train_loop(case: GoldenCase, precision: str, *, dense: bool) -> Arrays:
         prefix = f"init/{name}."
         net.load_state_dict({k.removeprefix(prefix): v for k, v in x.items() if k.startswith(prefix)})
     named = [(f"{n}.{p}", w) for n, net in nets.items() for p, w in net.named_parameters()]
-    optim = OptimConfig(
-        name=h["optimizer"],
-        lr=h["lr"],
-        lr_scaling="none",
-        weight_decay=h["weight_decay"],
-        warmup_epochs=0.0,
-        momentum=h["sgd_momentum"],
-        trust_coefficient=h.get("trust_coefficient", 0.001),
-        decay_1d=h["optimizer"] == "sgd",
+    common: dict[str, Any] = {"lr_scaling": "none", "warmup_epochs": 0.0, "momentum": h["sgd_momentum"]}
+    common |= {name: h[name] for name in ("lr", "weight_decay")}
+    optim = (
+        SGDConfig(**common, decay_1d=h["weight_decay"] > 0)
+        if h["optimizer"] == "sgd"
+        else LARSConfig(**common, trust_coefficient=h.get("trust_coefficient", 0.001))
     )
     optimizer = build_optimizer([{"named": named}], optim)
     crops, symmetric = h["num_global_crops"] + h["num_local_crops"], h["symmetric"]

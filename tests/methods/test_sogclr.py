@@ -24,7 +24,7 @@ from sslzoo.optim.optimizers import LARS, set_learning_rate
 from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import method_class, recipes
-from sslzoo.recipe.sections import HeadConfig, OptimConfig
+from sslzoo.recipe.sections import HeadConfig, LARSConfig
 from sslzoo.run.build import load_weights
 from sslzoo_methods.sogclr.bimodal import bimodal_loss, global_temperature_loss
 from sslzoo_methods.sogclr.config import (
@@ -574,7 +574,7 @@ def _method(flavour: str, world: int = 1, dtype: torch.dtype = torch.float64) ->
     backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
     method = SogCLR(FLAVOURS[flavour], backbone, 8)
     plan = TrainingPlan(dataset_size=IMAGES, global_batch_size=BATCH, max_epochs=2, world_size=world)
-    optim = OptimConfig(name="lars", lr=0.5, lr_scaling="none", weight_decay=1e-3, warmup_epochs=0)
+    optim = LARSConfig(lr=0.5, lr_scaling="none", weight_decay=1e-3, warmup_epochs=0)
     method.prepare(plan, optim, 0)
     converted = to_sync(method).to(dtype)
     assert isinstance(converted, SogCLR)

@@ -9,12 +9,9 @@ import torch
 from torch import nn
 
 from sslzoo.optim.optimizers import LARS, build_optimizer, set_learning_rate, split_decay
-from sslzoo.recipe.sections import OptimConfig
+from sslzoo.recipe.sections import AdamConfig, LARSConfig, OptimConfig, SGDConfig
 
-
-def config(**changes: Any) -> OptimConfig:
-    base = {"name": "lars", "lr": 1.0, "lr_scaling": "none", "weight_decay": 0.1, "warmup_epochs": 0.0}
-    return OptimConfig(**(base | changes))
+BASE: dict[str, Any] = {"lr": 1.0, "lr_scaling": "none", "weight_decay": 0.1, "warmup_epochs": 0.0}
 
 
 def lars(p: nn.Parameter, lr: float = 0.5, **options: Any) -> LARS:
@@ -91,7 +88,7 @@ def test_split_decay_and_groups() -> None:
     assert [p.ndim for p in plain] == [1, 1, 1]
     assert len(split_decay(model.named_parameters(), decay_1d=True)[0]) == 4
     groups = [{"named": list(model[0].named_parameters()), "lr_factor": 10.0, "mark": "x"}]
-    optimizer = build_optimizer(groups, config(name="sgd"))
+    optimizer = build_optimizer(groups, SGDConfig(**BASE))
     assert [(g["weight_decay"], g["lr_factor"], g["mark"]) for g in optimizer.param_groups] == [
         (0.1, 10.0, "x"),
         (0.0, 10.0, "x"),
@@ -101,17 +98,17 @@ def test_split_decay_and_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("config", "kind"),
     [
-        ("lars", LARS),
-        ("sgd", torch.optim.SGD),
-        ("adamw", torch.optim.AdamW),
-        ("adam", torch.optim.Adam),
+        (LARSConfig(**BASE), LARS),
+        (SGDConfig(**BASE), torch.optim.SGD),
+        (AdamConfig(**BASE, name="adamw"), torch.optim.AdamW),
+        (AdamConfig(**BASE, name="adam"), torch.optim.Adam),
     ],
 )
-def test_optimizers_by_name(name: str, kind: type) -> None:
+def test_optimizers_by_config(config: OptimConfig, kind: type) -> None:
     model = nn.Linear(2, 2)
-    optimizer = build_optimizer([{"named": list(model.named_parameters())}], config(name=name))
+    optimizer = build_optimizer([{"named": list(model.named_parameters())}], config)
     assert type(optimizer) is kind
     assert all(g["lr"] == 0.0 for g in optimizer.param_groups)
     assert [g["lr_factor"] for g in optimizer.param_groups] == [1.0, 1.0]
@@ -120,7 +117,7 @@ def test_optimizers_by_name(name: str, kind: type) -> None:
 def test_sgd_with_decay_1d_decays_everything() -> None:
     model = nn.Linear(1, 1)
     optimizer = build_optimizer(
-        [{"named": list(model.named_parameters())}], config(name="sgd", decay_1d=True, momentum=0.0)
+        [{"named": list(model.named_parameters())}], SGDConfig(**BASE, decay_1d=True, momentum=0.0)
     )
     set_learning_rate(optimizer, 1.0)
     with torch.no_grad():

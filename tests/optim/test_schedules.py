@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sslzoo.optim.schedules import ema_momentum, interpolate, learning_rate, warmup_cosine
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.sections import OptimConfig
+from sslzoo.recipe.sections import ConstantSchedule, CosineSchedule, SGDConfig, StepSchedule
 
 PLAN = TrainingPlan(dataset_size=1000, global_batch_size=100, max_epochs=10)  # 10 steps an epoch
 
@@ -55,9 +57,9 @@ def test_warmup_of_one_step_starts_at_its_start_and_of_none_at_the_peak() -> Non
     assert curve(2, warmup_steps=4, start=1.0)[0] == 1.0
 
 
-def optim(**changes: object) -> OptimConfig:
-    base = {"name": "sgd", "lr": 0.4, "lr_scaling": "linear", "weight_decay": 0.0, "warmup_epochs": 1.0}
-    return OptimConfig(**(base | changes))  # type: ignore[arg-type]
+def optim(**changes: Any) -> SGDConfig:
+    base = {"lr": 0.4, "lr_scaling": "linear", "weight_decay": 0.0, "warmup_epochs": 1.0}
+    return SGDConfig(**(base | changes))
 
 
 def test_learning_rate_scales_with_the_batch_and_counts_steps() -> None:
@@ -65,14 +67,14 @@ def test_learning_rate_scales_with_the_batch_and_counts_steps() -> None:
     assert learning_rate(0, optim(), PLAN) == 0.0
     assert learning_rate(9, optim(), PLAN) == pytest.approx(peak)
     assert learning_rate(55, optim(), PLAN) == pytest.approx(peak / 2)
-    assert learning_rate(100, optim(min_lr=0.01), PLAN) == pytest.approx(0.01)
+    assert learning_rate(100, optim(schedule=CosineSchedule(min_lr=0.01)), PLAN) == pytest.approx(0.01)
 
 
 def test_constant_and_step_schedules() -> None:
-    constant = optim(schedule="constant", lr_scaling="none")
+    constant = optim(schedule=ConstantSchedule(), lr_scaling="none")
     assert learning_rate(4, constant, PLAN) == pytest.approx(0.4 * 4 / 9)
     assert learning_rate(99, constant, PLAN) == 0.4
-    steps = optim(schedule="step", milestones=(6, 8), lr_scaling="none", warmup_epochs=0.0)
+    steps = optim(schedule=StepSchedule(milestones=(6, 8)), lr_scaling="none", warmup_epochs=0.0)
     got = [learning_rate(s, steps, PLAN) for s in (0, 59, 60, 79, 80)]
     assert got == [pytest.approx(x) for x in (0.4, 0.4, 0.04, 0.04, 0.004)]
 

@@ -49,7 +49,7 @@ FAMILIES: dict[str, tuple[str, set[str]]] = {
     ),
     "metaug_in100": (
         "metaug_in1k",
-        CLASSES | {"data.global_batch_size", "data.workers", "optim.name", "optim.lr", "optim.weight_decay"},
+        CLASSES | {"data.global_batch_size", "data.workers", "optim"},
     ),
     "margin_byol_cifar10": (
         "margin_mocov3_cifar10",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.sections import OptimConfig
+from sslzoo.recipe.sections import SGDConfig
 
 
 def plan(**changes: int) -> TrainingPlan:
@@ -31,8 +33,8 @@ def test_steps_of_fractional_epochs_are_rounded() -> None:
 
 
 @pytest.mark.parametrize(("scaling", "expected"), [("linear", 0.2), ("sqrt", 0.1 * 512**0.5), ("none", 0.1)])
-def test_learning_rate_scaling(scaling: str, expected: float) -> None:
-    optim = OptimConfig(name="sgd", lr=0.1, lr_scaling=scaling, weight_decay=0.0, warmup_epochs=0.0)
+def test_learning_rate_scaling(scaling: Literal["linear", "sqrt", "none"], expected: float) -> None:
+    optim = SGDConfig(lr=0.1, lr_scaling=scaling, weight_decay=0.0, warmup_epochs=0.0)
     assert plan(global_batch_size=512).scaled_lr(optim) == pytest.approx(expected)
 
 
