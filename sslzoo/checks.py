@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -34,29 +34,37 @@ def check_field(condition: bool, field: str, message: str) -> None:
 
 def check_positive(config: Any, *fields: str) -> None:
     """Refuse those ``fields`` of ``config`` that are not above 0; of a tuple, every number. None passes."""
-    for field in fields:
-        value = getattr(config, field)
-        check_field(all(v > 0 for v in _numbers(value)), field, f"must be positive, got {value}")
+    _check_each(config, fields, lambda number: number > 0, "must be positive")
 
 
 def check_not_negative(config: Any, *fields: str) -> None:
     """Refuse those ``fields`` of ``config`` that are below 0; of a tuple, every number. None passes."""
-    for field in fields:
-        value = getattr(config, field)
-        check_field(all(v >= 0 for v in _numbers(value)), field, f"must not be negative, got {value}")
+    _check_each(config, fields, lambda number: number >= 0, "must not be negative")
 
 
 def check_fraction(config: Any, *fields: str) -> None:
-    """Refuse those ``fields`` of ``config`` that do not lie in [0, 1]."""
+    """Refuse those ``fields`` of ``config`` that do not lie in [0, 1]; of a tuple, every number. None passes."""
+    _check_each(config, fields, lambda number: 0 <= number <= 1, "must lie in [0, 1]")
+
+
+def _check_each(config: Any, fields: tuple[str, ...], holds: Callable[[float], bool], message: str) -> None:
     for field in fields:
         value = getattr(config, field)
-        check_field(0 <= value <= 1, field, f"must lie in [0, 1], got {value}")
+        listed = isinstance(value, tuple)
+        numbers = value if listed else () if value is None else (value,)
+        shown = list(value) if listed else value
+        check_field(all(map(holds, numbers)), field, f"{message}, got {shown}")
 
 
-def _numbers(value: Any) -> tuple[float, ...]:
-    if value is None:
-        return ()
-    return value if isinstance(value, tuple) else (value,)
+def check_plugin_name(name: str, field: str) -> None:
+    """Refuse a ``name`` with a colon that is not ``module:attribute``."""
+    module, colon, attribute = name.partition(":")
+    parts = (*module.split("."), attribute)
+    check_field(
+        not colon or all(part.isidentifier() for part in parts),
+        field,
+        f"must have the form module:attribute, got {name!r}",
+    )
 
 
 def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -74,8 +74,6 @@ def _class_order(cfg: SourceConfig, names: tuple[str, ...]) -> tuple[str, ...]:
             f"classes names {unknown[0]!r}, which {cfg.dataset} at {cfg.root or 'its package'!r} does not have "
             f"({len(names)} classes, such as {', '.join(names[:3])})"
         )
-    if len(set(cfg.class_names)) != len(cfg.class_names):
-        raise ValueError(f"classes of {cfg.dataset} lists a class twice")
     return cfg.class_names or names
 
 

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from sslzoo.checks import ConfigError, did_you_mean
+from sslzoo.checks import ConfigError, check_plugin_name, did_you_mean
 from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import DATASETS, DatasetInfo, dataset_info
 from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
-from sslzoo.recipe.typed import OtherVariant, check_plain, join, section, shown, trainer_section
+from sslzoo.recipe.text import join, lines_of, read, resolve, value_of
+from sslzoo.recipe.typed import OtherVariant, check_plain, section, shown, trainer_section
 
 
 class RecipeError(ValueError):
@@ -47,7 +46,7 @@ class LoadedRecipe:
         if not origins:
             return text
         lines = text.splitlines()
-        marks = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+        marks = lines_of(text)
         width = max(len(line) for line in lines if len(line) <= 60) + 2
         for key, line in marks.items():
             if key in self.origins:
@@ -97,10 +96,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
     lines: dict[str, int] = {}
     overridden: set[str] = set()
     try:
-        raw = _read(source, lines)
+        raw = read(source, lines)
         for override in overrides:
             _apply(raw, override, overridden)
-        values = _resolve(raw)
+        values = resolve(raw)
         check_plain(values, "")
         if isinstance(values.get("trainer"), dict):
             values["trainer"] = trainer_section(values["trainer"])
@@ -154,63 +153,7 @@ def _line(lines: Mapping[str, int], key: str) -> int:
     return lines.get(key, 1)
 
 
-# Reading
-
-
-def _lines(node: yaml.Node | None, key: str = "") -> dict[str, int]:
-    """Line of every key and list item under ``node``. A key written twice is a fault."""
-    found: dict[str, int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            inner = join(key, str(name.value))
-            if inner in found:
-                raise _Duplicate(inner, name.start_mark.line + 1, found[inner])
-            found[inner] = name.start_mark.line + 1
-            found |= _lines(value, inner)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            found[join(key, str(i))] = value.start_mark.line + 1
-            found |= _lines(value, join(key, str(i)))
-    return found
-
-
-class _Duplicate(Exception):
-    def __init__(self, key: str, line: int, first: int) -> None:
-        super().__init__(key)
-        self.key, self.line, self.first = key, line, first
-
-
-def _read(source: Path, lines: dict[str, int]) -> dict[str, Any]:
-    """The file's values, interpolations unresolved; ``lines`` is filled on the way, also when it fails."""
-    try:
-        text = source.read_text(encoding="utf-8")
-        lines |= _lines(yaml.compose(text, Loader=yaml.SafeLoader))
-        config = OmegaConf.create(text)
-    except _Duplicate as error:
-        lines[error.key] = error.line
-        raise ConfigError(error.key, f"written twice, first in line {error.first}; keep one") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        lines[""] = mark.line + 1 if mark else 1
-        raise ConfigError("", f"not YAML: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise ConfigError("", "not a recipe: something in it contains itself") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(_dotted(error), f"bad interpolation: {_first_line(error)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("", f"cannot be read: {error}") from None
-    values = OmegaConf.to_container(config)
-    if not isinstance(values, dict) or not lines:
-        raise ConfigError("", "a recipe is a mapping of sections such as seed, backbone, method")
-    return values  # type: ignore[return-value]
-
-
-def _dotted(error: OmegaConfBaseException) -> str:
-    return re.sub(r"\[(\w+)\]", r".\1", error.full_key or "").strip(".")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ")
+# Overrides
 
 
 def _apply(raw: dict[str, Any], override: str, overridden: set[str]) -> None:
@@ -221,10 +164,7 @@ def _apply(raw: dict[str, Any], override: str, overridden: set[str]) -> None:
         overridden.add(override)
         raise ConfigError(override, "an override has the form dotted.key=value, such as optim.lr=0.3")
     overridden.add(key)
-    try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(key, f"{text!r} is not YAML: {_first_line(error)}") from None
+    value = value_of(text, key)
     names = key.split(".")
     place: Any = raw
     for i, name in enumerate(names):
@@ -245,17 +185,6 @@ def _apply(raw: dict[str, Any], override: str, overridden: set[str]) -> None:
         place = inner
 
 
-def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
-    """``raw`` with its ``${...}`` replaced by what they mean."""
-    try:
-        return OmegaConf.to_container(OmegaConf.create(raw), resolve=True)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        hint = ""
-        if "Environment variable" in str(error):
-            hint = "; set it, or give a default: ${oc.env:NAME,default}"
-        raise ConfigError(_dotted(error), _first_line(error) + hint) from None
-
-
 # What follows from the values
 
 
@@ -270,6 +199,7 @@ def _fill_from_data_sets(values: dict[str, Any]) -> set[str]:
     for key, source in {"data": data, **sources}.items():
         if not isinstance(source, dict) or not isinstance(name := source.get("dataset"), str):
             continue  # refused when it is typed
+        check_plugin_name(name, f"{key}.dataset")
         try:
             info = dataset_info(name)
         except ValueError as error:

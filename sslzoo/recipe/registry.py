@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sslzoo.checks import did_you_mean
+from sslzoo.checks import ConfigError, check_plugin_name, did_you_mean
 from sslzoo.recipe.sections import AnalysisConfig, MethodConfig
 
 GROUP = "sslzoo.methods"
@@ -76,7 +76,7 @@ def _loaded(name: str, known: dict[str, EntryPoint], kind: str, key: str) -> typ
     try:
         return point.load()
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{key}={name!r} cannot be loaded: {error}") from error
+        raise ConfigError(key, f"{name!r} cannot be loaded: {error}") from error
 
 
 def _registered(known: dict[str, EntryPoint], name: str, kind: str) -> EntryPoint:
@@ -93,15 +93,18 @@ def is_plugin(name: str) -> bool:
 def plugin(name: str, key: str) -> Any:
     """What ``module:attribute`` names; the module is installed, or lies beside the recipe or in the working directory.
 
-    ``ValueError`` under the recipe's ``key`` where it cannot be imported.
+    ``ConfigError`` at the recipe's ``key`` where it cannot be imported.
     """
+    check_plugin_name(name, key)
     module, _, attribute = name.partition(":")
     before = list(sys.path)
     sys.path += [folder for folder in (*_BESIDE, str(Path.cwd())) if folder not in sys.path]
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{key}={name!r} cannot be loaded: {error}") from error
+    except Exception as error:  # somebody else's code may raise anything
+        known = isinstance(error, ImportError | AttributeError | ValueError)
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        raise ConfigError(key, f"{name!r} cannot be loaded: {reason}") from error
     finally:
         sys.path[:] = before
 

@@ -16,6 +16,7 @@ from sslzoo.checks import (
     check_field,
     check_fraction,
     check_not_negative,
+    check_plugin_name,
     check_positive,
     did_you_mean,
 )
@@ -90,6 +91,7 @@ class BackboneConfig:
     options: dict[str, Any] = field(default_factory=dict)  # constructor arguments, as the library names them
 
     def __post_init__(self) -> None:
+        check_plugin_name(self.name, "name")
         check_positive(self, "in_channels")
         check_field(
             self.stem == "imagenet" or not (self.name == "conv5" or ":" in self.name),
@@ -118,6 +120,8 @@ class SourceConfig:
                 f"no list of classes {self.classes!r}{hint} (known: {', '.join(CLASS_LISTS)}; "
                 f"for this class alone write [{self.classes}])",
             )
+        names = self.class_names
+        check_field(len(set(names)) == len(names), "classes", "must list each class once")
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -61,9 +61,6 @@ CHOICES: dict[str, Any] = {
         "16",
         "bf16",
         "64",
-        32,
-        16,
-        64,
     ]
     | None,
     "gradient_clip_algorithm": Literal["norm", "value"] | None,
@@ -102,7 +99,7 @@ def stated_devices(devices: int | str | list[int]) -> int | None:
     if isinstance(listed, int) and listed > 0:
         return listed
     raise ConfigError(
-        "devices", f"must be a number from 1 on, a list of different indices, or auto; got {devices!r}"
+        "devices", f"must be a number of devices, a list of different indices, or auto; got {devices!r}"
     )
 
 

@@ -18,16 +18,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from sslzoo.checks import ConfigError, closest, did_you_mean
 from sslzoo.recipe import registry
 from sslzoo.recipe.sections import AnalysisConfig, MethodConfig, Recipe
+from sslzoo.recipe.text import join
 from sslzoo.recipe.trainer_keys import OWNED, check_trainer, trainer_arguments
 
 
 class OtherVariant(ConfigError):
     """A key that the chosen variant does not have, but another has."""
-
-
-def join(*parts: str) -> str:
-    """A dotted key; empty parts are left out."""
-    return ".".join(part for part in parts if part)
 
 
 @cache
@@ -96,7 +92,9 @@ def _named_config(base: type, values: Any, key: str) -> type:
     name = _typed(str, values["name"], join(key, "name"))
     try:
         config = config_of(name)
-    except (ValueError, ImportError, AttributeError) as error:
+    except ConfigError as error:
+        raise ConfigError(join(key, "name"), error.message) from None
+    except Exception as error:  # a stranger's code may raise anything when it is imported
         raise ConfigError(join(key, "name"), str(error)) from None
     if not (isinstance(config, type) and issubclass(config, base)):
         raise ConfigError(
@@ -135,8 +133,8 @@ def _choice(allowed: tuple[Any, ...], value: Any, key: str) -> Any:
         if value == choice and type(value) is type(choice):
             return choice
     names = [str(choice) for choice in allowed]
-    if isinstance(value, str) and value in names:
-        return allowed[names.index(value)]
+    if isinstance(value, str | int) and str(value) in names:  # 16 for "16", and the other way round
+        return allowed[names.index(str(value))]
     hint = did_you_mean(value, names) if isinstance(value, str) else ""
     raise ConfigError(key, f"must be one of {', '.join(names)}; got {shown(value)}{hint}")
 

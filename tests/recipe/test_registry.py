@@ -102,10 +102,10 @@ def test_encoder_and_data_set_of_ones_own_stand_beside_the_recipe(tmp_path: Path
     assert "Faulty on my_plugins:Encoder, 16 features" in run.out and "my_plugins:scans, 96 images" in run.out
 
     for wrong, said in (
-        ("backbone.name=my_plugins:Nothing", "backbone.name='my_plugins:Nothing' cannot be loaded"),
+        ("backbone.name=my_plugins:Nothing", "backbone.name 'my_plugins:Nothing' cannot be loaded"),
         (
             "backbone.name=no_such_module:X",
-            "backbone.name='no_such_module:X' cannot be loaded: No module named",
+            "backbone.name 'no_such_module:X' cannot be loaded: No module named",
         ),
         (
             "data.dataset=my_plugins:nothing",

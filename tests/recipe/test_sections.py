@@ -164,3 +164,75 @@ def test_what_earlier_recipes_said(override: str, said: str) -> None:
 )
 def test_a_setting_without_effect(overrides: tuple[str, ...], said: str) -> None:
     assert refused(ON_FASHION_MNIST, *overrides) == said
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lr=.nan", "optim.lr: must be finite, got nan"),
+        ("optim.lr=nan", "optim.lr: must be finite, got nan"),
+        ("optim.lr=1e999", "optim.lr: must be finite, got inf"),
+        ("probe.lrs=[.inf]", "probe.lrs.0: must be finite, got inf"),
+        ("backbone.options={a: {b: .nan}}", "backbone.options.a.b: must be finite, got nan"),
+        ("trainer.gradient_clip_val=.inf", "trainer.gradient_clip_val: must be finite, got inf"),
+        ("method.temperature=.inf", "method.temperature: must be finite, got inf"),
+        ("seed=99999999999999999999", "seed: must be a number of at most 64 bits"),
+        ("optim.lr=???", "optim.lr: ??? stands for a value to be filled in; write one, or leave the key out"),
+        ("eval.batch_size=-1", "eval.batch_size: must be positive, got -1"),
+        ("eval.size=0", "eval.size: must be positive, got 0"),
+        ("views.0.size=-20", "views.0.size: must be positive, got -20"),
+        ("views.0.scale=[-1,1]", "views.0.scale: must be positive, got [-1.0, 1.0]"),
+        ("method.projector={widths: [-1]}", "method.projector.widths: must be positive, got [-1]"),
+        ("data.workers=-1", "data.workers: must not be negative, got -1"),
+        ("data.max_bad_fraction=2", "data.max_bad_fraction: must lie in [0, 1], got 2.0"),
+        ("logging.keep_epochs=[0]", "logging.keep_epochs: must be positive, got [0]"),
+        ("optim.betas=[2,3]", "optim.betas: must lie in [0, 1), got [2.0, 3.0]"),
+        (
+            "optim.schedule={name: step, milestones: [5,3]}",
+            "optim.schedule.milestones: must be increasing epochs, got [5, 3]",
+        ),
+        (
+            "optim.schedule={name: step, milestones: [5], gamma: 1}",
+            "optim.schedule.gamma: must not be 1, which changes nothing; use schedule: constant",
+        ),
+        ("name=../x", "name: must be one name of a folder, got '../x'"),
+        ("name=..", "name: must be one name of a folder, got '..'"),
+        ("method.name=..:x", "method.name: must have the form module:attribute, got '..:x'"),
+        ("method.name=nope:X", "method.name: 'nope:X' cannot be loaded: No module named 'nope'"),
+        ("backbone.name=a-b:x", "backbone.name: must have the form module:attribute, got 'a-b:x'"),
+        ("data.dataset=..:x", "data.dataset: must have the form module:attribute, got '..:x'"),
+        (
+            "trainer.precision=bf61",
+            "trainer.precision: must be one of 32-true, 16-mixed, bf16-mixed, 16-true, bf16-true, 64-true, 32, 16, "
+            "bf16, 64; got 'bf61'; did you mean bf16?",
+        ),
+        ("trainer.num_nodes=0", "trainer.num_nodes: must be positive, got 0"),
+        ("optim.LR=3", "optim.LR: unknown key; did you mean optim.lr?"),
+        ("Optim.lr=3", "Optim: unknown key; did you mean optim?"),
+    ],
+)
+def test_a_value_that_cannot_be(override: str, said: str) -> None:
+    assert refused(ON_FASHION_MNIST, override) == said
+
+
+@pytest.mark.parametrize("devices", ["0", "-2", "[]", "'0,0'", "[0,0]", "[-1]", "'0'", "'-2'", "two"])
+def test_devices_that_are_none(devices: str) -> None:
+    said = "trainer.devices: must be a number of devices, a list of different indices, or auto; got "
+    assert refused(ON_FASHION_MNIST, f"trainer.devices={devices}").startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"), [("2", 2), ("'2'", 2), ("[0,3]", 2), ("'0,3'", 2), ("'3,'", 1)]
+)
+def test_devices_that_are_counted(devices: str, count: int) -> None:
+    derived = load_recipe(ON_FASHION_MNIST, [f"trainer.devices={devices}"]).derived
+    assert derived["micro_batch_size"] == 128 / count
+
+
+@pytest.mark.parametrize("devices", ["auto", "-1", "'-1'"])
+def test_devices_that_the_machine_counts(devices: str) -> None:
+    assert "micro_batch_size" not in load_recipe(ON_CIFAR, [f"trainer.devices={devices}"]).derived
+
+
+def test_precision_as_a_number() -> None:
+    assert load_recipe(ON_FASHION_MNIST, ["trainer.precision=16"]).recipe.trainer["precision"] == "16"
