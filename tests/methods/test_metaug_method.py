@@ -534,7 +534,7 @@ def test_the_official_encoders_have_the_official_size() -> None:
     encoder = sum(p.numel() for p in method.parameters() if p.requires_grad)
     assert round(encoder / 1e6, 1) == 44.5
     assert round(parameter_count(method.generators) / 3e6, 2) == 4.73
-    with pytest.raises(ValueError, match="builds its own stem"):
+    with pytest.raises(ValueError, match="has a stem of its own"):
         build_backbone(BackboneConfig(name=OFFICIAL, stem="small"))
 
 
