@@ -122,7 +122,7 @@ def test_the_data_set_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (["nobody", "watched"], "unknown analysis 'nobody'"),
-        (["spread:Nothing", "watched"], "analyses.name='spread:Nothing' cannot be loaded"),
+        (["spread:Nothing", "watched"], "analyses.name 'spread:Nothing' cannot be loaded"),
         ([NAME, "seed=3"], "name a run directory or a checkpoint"),
         ([NAME, "nowhere"], "nowhere: there is no such checkpoint or run directory"),
         ([NAME, "watched/eval"], "there is no checkpoint in watched/eval"),
