@@ -26,7 +26,7 @@ SMALL = {
         "method.queue_size=64",
         "method.projector.widths=[32,32,16]",
         "method.predictor.widths=[32,16]",
-        "analyses=[{name: 'sslzoo_methods.margin.analysis.margins:Margins', margins: [[10.0, 0.0]]}]",
+        "analyses=[{name: margins, margins: [[10.0, 0.0]]}]",
     ),
 }
 

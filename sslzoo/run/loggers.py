@@ -18,16 +18,17 @@ from sslzoo.recipe.sections import LoggingConfig, WandbConfig
 
 log = logging.getLogger(__name__)
 
-EXTRAS = ("tensorboard", "wandb")  # keys under logging, packages, and extras of sslzoo that install them
+# Packages that keys under logging need, of the same name, and how pip is asked for them.
+PACKAGES = {"tensorboard": "'sslzoo[tensorboard]'", "wandb": "wandb"}
 ONLINE_TIMEOUT = 20.0  # seconds to reach the server at the start, then the run goes on offline
 
 
 def require_packages(cfg: LoggingConfig) -> None:
     """Raise ``ValueError`` where the package for what ``cfg`` asks is not installed."""
-    for name in EXTRAS:
+    for name, requirement in PACKAGES.items():
         if getattr(cfg, name) and find_spec(name) is None:
             raise ValueError(
-                f"logging.{name} needs the package {name}: pip install 'sslzoo[{name}]', or leave it out of the recipe"
+                f"logging.{name} needs the package {name}: pip install {requirement}, or leave it out of the recipe"
             )
 
 

@@ -24,7 +24,7 @@ from sslzoo.recipe.sections import LoggingConfig, WandbConfig
 from sslzoo.run.directory import Run, begin, choose, newest
 from sslzoo.run.ending import Ending
 from sslzoo.run.lock import HEARTBEAT, STALE, RunLock, read_lock, refuse_if_owned
-from sslzoo.run.loggers import build_loggers
+from sslzoo.run.loggers import PACKAGES, build_loggers
 from tests.command import Command, fork, manifest, saved, shell, until, write_recipe
 
 RECIPE = "simclr_fashion_mnist"
@@ -134,7 +134,7 @@ def test_a_logger_that_is_not_installed_is_refused_before_the_run(folder: Path, 
         run = fork(folder, "fit", "--recipe", "tiny.yaml", "--out", "run", *more, ask, before=_without_extras)
         assert run.wait() == ExitCode.USAGE
         name = ask.removeprefix("logging.").partition("=")[0]
-        assert f"logging.{name} needs the package {name}: pip install 'sslzoo[{name}]'" in run.err, run.said
+        assert f"logging.{name} needs the package {name}: pip install {PACKAGES[name]}," in run.err, run.said
         assert len(run.err.splitlines()) == 1 and not (folder / "run").exists()
 
 
