@@ -114,15 +114,17 @@ def _bars(axes: Axes, histogram: Sequence[int], **style: Any) -> None:
 def angle_histogram(snapshot: Snapshot) -> Figure:
     """How wide the positives' angles are."""
     figure, axes = _figure()
+    limit = _limit(_used(snapshot.histogram))
     _bars(axes, snapshot.histogram, color=SKY, edgecolor="white", linewidth=0.6)
     low, middle, high = (_angle(snapshot, f"theta_q{q}") for q in ("05", "50", "95"))
     if np.isfinite([low, middle, high]).all():
         axes.axvline(middle, color="black", linewidth=1.4)
         axes.axvspan(low, high, color="0.5", alpha=0.12, linewidth=0)
         text = f"median {middle:.1f}°\n5 % to 95 %: {low:.1f}° to {high:.1f}°"
-        axes.text(0.97, 0.95, text, ha="right", va="top", transform=axes.transAxes)
+        x, side = (0.97, "right") if middle < limit / 2 else (0.03, "left")  # away from the bars
+        axes.text(x, 0.95, text, ha=side, va="top", transform=axes.transAxes)
     _tidy(axes, PAIR_ANGLE, "share of pairs (%)")
-    axes.set_xlim(0, _limit(_used(snapshot.histogram)))
+    axes.set_xlim(0, limit)
     return figure
 
 
