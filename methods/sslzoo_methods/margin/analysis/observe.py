@@ -197,6 +197,8 @@ def see(contrast: Contrast, *, temperature: float | None, name: str) -> Seen:
 def together(seen: Sequence[Seen]) -> Seen:
     """Several batches as one. Each anchor keeps the negatives of its own batch."""
     temperature, first = seen[0]
+    if len(seen) == 1:
+        return seen[0]
     return Seen(temperature, {kind: join([s.by_kind[kind] for s in seen]) for kind in first})
 
 
