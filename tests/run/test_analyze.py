@@ -138,7 +138,7 @@ def test_the_data_set_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ([NAME, "watched", "--recipe", "simclr_fashion_mnist"], "give the recipe of its run by --recipe"),
         (
             [NAME, "watched", "backbone.in_channels=3"],
-            "backbone.in_channels: 3 channels, but data.mean has 1",
+            "override: backbone.in_channels: 3 channels, but",
         ),
     ],
 )
