@@ -946,7 +946,7 @@ def test_macl_at_its_limits_has_a_temperature(alpha: float, alignment: float) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"angular": 10.0}, "got 10.0: here it is in radians, at the command line .* in degrees"),
+        ({"angular": 10.0}, "must lie within .* radians, got 10.0"),
         ({"angular": -pi}, "radians"),
         ({"angular": float("nan")}, "got nan"),
         ({"subtractive": float("nan")}, "subtractive margin m2 must be finite, got nan"),
