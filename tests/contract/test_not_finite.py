@@ -39,7 +39,7 @@ BATCH = 8
 
 SMALL = (
     "views.0.size=8",
-    "optim.warmup_epochs=0",
+    "optim.warmup_epochs=0.4",
     "eval.size=8",
     "eval.knn_k=3",
     "eval.every_epochs=1",
