@@ -40,7 +40,7 @@ from sslzoo.data.sources import FileSource, ImageSource
 from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import Recipe
-from sslzoo.run.build import build_method
+from sslzoo.run.build import build_experiment
 from sslzoo.run.trainer import build_trainer
 
 RECIPES = {
@@ -174,8 +174,8 @@ def measure(
         overrides.append(f"trainer.precision={precision}")
     recipe: Recipe = load_recipe(name, overrides).recipe
     source = Pretended()
-    plan = TrainingPlan(dataset_size=IMAGES, global_batch_size=micro, max_epochs=2)
-    method = build_method(recipe, plan)
+    experiment = build_experiment(recipe, source=source)
+    method = experiment.method
     if channels_last:
         method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compile:
@@ -185,7 +185,7 @@ def measure(
         views=recipe.views,
         eval=recipe.eval,
         probe=recipe.probe,
-        plan=plan,
+        plan=experiment.plan,
         seed=recipe.seed,
         source=source,
     )

@@ -43,10 +43,9 @@ from sslzoo.recipe.sections import (
     Recipe,
     ViewConfig,
 )
-from sslzoo.run.build import build_callbacks, build_data, build_method, build_plan
+from sslzoo.run.build import build_run
 from sslzoo.run.directory import Run
 from sslzoo.run.placement import place
-from sslzoo.run.trainer import build_trainer
 from tests.ranks import free_port
 
 LIMIT = 30.0  # seconds; no run here takes a third of it
@@ -93,8 +92,14 @@ class Tiny(SSLMethod[TinyConfig]):
         self.queue.push(self.keys)
 
 
-def _tiny_backbone() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU())
+class TinyBackbone(nn.Sequential):
+    """A layer on images of 8 px."""
+
+    num_features = 16
+
+    def __init__(self, in_channels: int) -> None:
+        width = self.num_features
+        super().__init__(nn.Flatten(), nn.Linear(in_channels * 64, width), nn.BatchNorm1d(width), nn.ReLU())
 
 
 # -- a job ------------------------------------------------------------------------------------
@@ -141,7 +146,7 @@ def _recipe(job: Job) -> Recipe:
         return load_recipe(job.recipe, [*changes, batch, *job.overrides]).recipe
     return Recipe(
         seed=3,
-        backbone=BackboneConfig(name="conv5", in_channels=1),
+        backbone=BackboneConfig(name="tests.chaos:TinyBackbone", in_channels=1),
         method=TinyConfig(name="tests.chaos:Tiny"),
         data=DataConfig(dataset="fake", global_batch_size=job.batch, mean=(0.5,), std=(0.25,)),
         views=(ViewConfig(size=8, scale=(0.3, 1.0), count=2, flip_p=0.5),),
@@ -157,19 +162,10 @@ def _recipe(job: Job) -> Recipe:
 def fit(job: Job, folder: Path, fault: Fault | None) -> None:
     """Train in this process, one of ``job.world``, from the last checkpoint in ``folder``."""
     recipe = _recipe(job)
-    plan = build_plan(recipe, job.samples, job.world)
-    if job.recipe:
-        method: SSLMethod[Any] = build_method(recipe, plan)
-    else:
-        torch.manual_seed(recipe.seed)
-        method = Tiny(TinyConfig(name="tiny"), _tiny_backbone(), 16)
-        method.prepare(plan, recipe.optim, recipe.seed)
-    size = recipe.eval.size
-    data = build_data(recipe, plan, FakeSource(job.samples, recipe.backbone.in_channels, size, 4))
-    callbacks = build_callbacks(recipe, Run(folder, "chaos"), data)
-    disturbed = [*callbacks.values(), _Disturbance(fault, job.pause)]
-    trainer = build_trainer(recipe.trainer, run_dir=folder, callbacks=disturbed, placement=place())
-    trainer.fit(method, datamodule=data, ckpt_path=latest(folder / "checkpoints"))
+    source = FakeSource(job.samples, recipe.backbone.in_channels, recipe.eval.size, 4)
+    built = build_run(recipe, Run(folder, "chaos"), source=source, placement=place())
+    built.trainer.callbacks.append(_Disturbance(fault, job.pause))  # type: ignore[attr-defined]
+    built.trainer.fit(built.method, datamodule=built.data, ckpt_path=latest(built.run.checkpoints))
 
 
 class _Disturbance(Callback):

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Faulty(SSLMethod[MethodConfig]):
 
     ``pause`` and ``evaluation_pause``, seconds a forward pass; ``nan_at``, ``memory_at``, a step; ``raise_at``, a
     rank and a step; ``raise_in_evaluation``, ``hang_in_evaluation``, a rank;
-    ``memory_in_evaluation``.
+    ``memory_in_evaluation``; ``publishes``, another name than its config's; ``saves_code``, in its checkpoints.
     """
 
     Config = MethodConfig
@@ -116,12 +117,18 @@ class Faulty(SSLMethod[MethodConfig]):
         if self.faults.get("memory_at") == self.step:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         h = self.backbone(batch.global_views[0])
-        self.publish(backbone=h)
+        self.publish(**{self.faults.get("publishes", "backbone"): h})
         z = [F.normalize(self.head(x), dim=1) for x in (h, self.backbone(batch.global_views[1]))]
         loss = 1 - (z[0] * z[1]).sum(1).mean()
         ids = gather_detached(batch.sample_id)
         self.visits.write(ids, count=self.visits.read("count", ids) + 1)
         return loss * float("nan") if self.faults.get("nan_at") == self.step else loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The framework's, and the fault."""
+        super().on_save_checkpoint(checkpoint)
+        if self.faults.get("saves_code"):
+            checkpoint["faulty"] = Fraction(1, 3)
 
 
 # -- processes --------------------------------------------------------------------------------------

@@ -50,19 +50,18 @@ from PIL import Image
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sslzoo.callbacks.meter import Meter
 from sslzoo.checkpoints import latest
 from sslzoo.data.datasets import open_source
 from sslzoo.data.sources import FakeSource, ImageSource
-from sslzoo.evaluate import logistic, sgd_probe
-from sslzoo.evaluate.final import final_evaluation
 from sslzoo.nn.batchnorm import to_sync
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run import trainer as launch
-from sslzoo.run.build import build_callbacks, build_data, build_method, build_plan
+from sslzoo.run.build import build_run
 from sslzoo.run.directory import Run
+from sslzoo.run.dry_run import evaluate
+from sslzoo.run.placement import Placement
 
 CUDA = torch.device("cuda:0")
 CPU = torch.device("cpu")
@@ -619,23 +618,17 @@ def train(gpu: PretendedGPU, job: Job, folder: Path, *, stop_at: int | None = No
     """One session of ``job`` on ``gpu``, from the last checkpoint in ``folder``, to step ``stop_at`` or through
     the final evaluation. Saves come at steps 2 and 5 with sums pending, at 4 and 6 with none."""
     recipe, source = _small(job, folder / "images")
-    plan = build_plan(recipe, len(source), job.world)
-    run = Run(folder, "pretended")
     strategy = SingleDeviceStrategy(device=CUDA)
     strategy.world_size = job.world
+    options = {key: value for key, value in recipe.trainer.items() if key not in MACHINE}
+    here = replace(recipe, trainer=options | {"accelerator": _Accelerator(), "devices": 1})
     with gpu, mock.patch.object(launch, "build_strategy", return_value=strategy):
-        data, method = build_data(recipe, plan, source), build_method(recipe, plan)
+        placement = Placement(world_size=job.world)
+        built = build_run(here, Run(folder, "pretended"), source=source, placement=placement, brief=True)
+        method, trainer = built.method, built.trainer
         if recipe.trainer.get("sync_batchnorm"):
             to_sync(method)
-        callbacks = build_callbacks(recipe, run, data)
-        meter = callbacks["meter"]
-        assert isinstance(meter, Meter)
-        options = {key: value for key, value in recipe.trainer.items() if key not in MACHINE}
-        trainer = launch.build_trainer(
-            options | {"accelerator": _Accelerator(), "devices": 1},
-            run_dir=folder,
-            callbacks=[_First(gpu), *callbacks.values(), _Last(gpu, stop_at)],
-        )
+        vars(trainer)["callbacks"] = [_First(gpu), *built.callbacks, _Last(gpu, stop_at)]
         save = trainer.save_checkpoint
 
         def save_noted(*args: Any, **kwargs: Any) -> None:
@@ -643,26 +636,13 @@ def train(gpu: PretendedGPU, job: Job, folder: Path, *, stop_at: int | None = No
                 save(*args, **kwargs)
 
         with mock.patch.object(trainer, "save_checkpoint", save_noted), suppress(_Stop):
-            checkpoint = latest(run.checkpoints)
+            checkpoint = latest(built.run.checkpoints)
             if checkpoint is not None:
                 gpu.enter("resume", int(checkpoint.stem.removeprefix("step=")))
-            trainer.fit(method, datamodule=data, ckpt_path=checkpoint)
+            trainer.fit(method, datamodule=built.data, ckpt_path=checkpoint)
             gpu.enter("evaluation", method.optimizer_steps)
             method.to(CUDA)
-            with (
-                mock.patch.object(sgd_probe, "EPOCHS", 1),
-                mock.patch.object(sgd_probe, "STEPS", 2),
-                mock.patch.object(logistic, "ITERATIONS", 2),
-            ):
-                final_evaluation(
-                    method,
-                    data,
-                    recipe,
-                    online=meter.latest,
-                    initial=lambda: build_method(recipe, plan).backbone,
-                    folder=run.evaluation,
-                    seconds=0.0,
-                )
+            evaluate(built)
 
 
 def _small(job: Job, images: Path) -> tuple[Recipe, ImageSource]:

@@ -21,7 +21,7 @@ class ExactCheckpoint(Callback):
     """Saves ``step=….ckpt`` every ``every_steps`` optimiser steps, at epoch ends and at the end.
 
     A save happens at the *start* of the next micro-batch: then the last step's hooks, validation, epoch
-    end and logging are over and no gradient is half accumulated. Stands right after ``StepSeeding``.
+    end and logging are over and no gradient is half accumulated.
     Keeps the last two files, those of ``keep_epochs`` as ``epoch=….ckpt`` (epochs finished), and
     ``last.ckpt``, a link to the newest.
 

@@ -71,11 +71,8 @@ class FeatureEvaluation(Callback, ABC):
         return self._shards.get((data, split, layer), Shard()).tensors(device)
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        """Learn from the DataModule which sets there are; ``ValueError`` if two share a name."""
+        """Learn from the DataModule which sets there are."""
         self._sets = trainer.datamodule.eval_sets()
-        names = [s.name for s in self._sets if s.split == "train"]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        require(not twice, f"probe.data names {', '.join(twice)} twice; results are reported by data set")
         self.classes = {s.name: s.num_classes for s in self._sets if s.num_classes > 0}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

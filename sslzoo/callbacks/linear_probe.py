@@ -30,12 +30,12 @@ class LinearProbe(FeatureEvaluation):
     Features of plain images are standardised by the statistics of the plain training images.
 
     Labelled data of ``probe.data``, which no training batch shows, is measured by
-    :func:`sslzoo.evaluate.sgd_probe.linear_evaluation`, trained anew each time.
+    :func:`sslzoo.evaluate.sgd_probe.linear_evaluation`, trained anew each time; ``brief``, for one epoch.
     """
 
-    def __init__(self, cfg: ProbeConfig, *, seed: int) -> None:
+    def __init__(self, cfg: ProbeConfig, *, seed: int, brief: bool = False) -> None:
         super().__init__(cfg.layers)
-        self.cfg, self.seed = cfg, seed
+        self.cfg, self.seed, self.brief = cfg, seed, brief
         self.probes: dict[str, SGDProbe] = {}
         self._restored: dict[str, dict[str, Any]] = {}
         self._steps = 0
@@ -100,7 +100,9 @@ class LinearProbe(FeatureEvaluation):
         held_out = is_holdout(ids, self.cfg.holdout, self.seed)
         if data:
             train, test, classes = (train_x, train_y), (test_x, test_y), self.classes[data]
-            found = linear_evaluation(train, test, held_out, self.cfg, classes=classes, seed=self.seed)
+            found = linear_evaluation(
+                train, test, held_out, self.cfg, classes=classes, seed=self.seed, brief=self.brief
+            )
         elif layer in self.probes or layer in self._restored:
             # Plain images are not distributed like augmented views: they have statistics of their own.
             standardize = standardizer(train_x)

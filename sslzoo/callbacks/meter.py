@@ -31,8 +31,7 @@ class Meter(Callback):
     writes the same bytes. The same numbers go to the trainer's loggers. What a step measured that fp16's
     scaler skipped is left out.
 
-    Stands after every callback that records. A ``train/loss`` that is not finite raises
-    :class:`Diverged` on all ranks, at the row that would report it.
+    A ``train/loss`` that is not finite raises :class:`Diverged` on all ranks, at the row that would report it.
     """
 
     def __init__(self, folder: Path, *, every_steps: int) -> None:

@@ -28,7 +28,7 @@ class ProgressDisplay(Callback):
     The line of each epoch also goes to the log, hence to ``train.log``, in every case. A probe that was
     measured some steps ago is shown with the epoch after which it was.
 
-    Reads only what the meter reported, so it costs no synchronisation. Stands after the meter.
+    Reads only what the meter reported, so it costs no synchronisation.
     """
 
     def __init__(self, *, out: Console = OUT, err: Console = ERR) -> None:

@@ -1,4 +1,4 @@
-"""Randomness and sampler position as functions of how far the run is. Must come first among the callbacks."""
+"""Randomness and sampler position as functions of how far the run is."""
 
 from __future__ import annotations
 

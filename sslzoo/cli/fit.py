@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the backbone alone",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build everything, one step on fake data, no files"
+        "--dry-run",
+        action="store_true",
+        help="build the run on the CPU and try each stage once, on a few generated images: one training step, one "
+        "validation batch, probes, a checkpoint; nothing is kept",
     )
     parser.add_argument(
         "overrides",
@@ -59,12 +62,9 @@ def run(args: argparse.Namespace) -> int:
     loaded = load_recipe(args.recipe, args.overrides)  # before torch: a typo answers at once
     try:
         if args.dry_run:
-            from rich.console import Console
-
             from sslzoo.run.dry_run import dry_run
 
-            dry_run(loaded.recipe, Console())
-            return 0
+            return dry_run(loaded.recipe)
         if place().starter == "alone" and world_size_of(loaded.recipe) > 1:
             outlive_readers()
             return launch(args.arguments, loaded)

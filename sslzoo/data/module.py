@@ -169,13 +169,22 @@ class SSLDataModule(LightningDataModule):
     # -- evaluation sets ----------------------------------------------------------------------
 
     def eval_sets(self) -> list[EvalSet]:
-        """Train and test set of the training data, if labelled, then of every entry of ``probe.data``."""
+        """Train and test set of the training data, if labelled, then of every entry of ``probe.data``.
+
+        Raises ``ValueError`` where evaluation has not what it needs: labels, the same classes, images that are large
+        enough, names that tell the sets apart.
+        """
         if self._eval_sets is None:
             sets: list[EvalSet] = []
             if self.train_source.labels is not None:
                 sets += self._pair("", self.data, self.train_source)
             for cfg in self.probe.data:
                 sets += self._pair(cfg.dataset, cfg, self._open(cfg))
+            names = [s.name for s in sets if s.split == "train"]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            require(not twice, f"probe.data names {', '.join(twice)} twice; results are reported by data set")
+            for s in sets:
+                EvalDataset(s.source, self.eval)  # refuses images that are too small
             self._eval_sets = sets
         return self._eval_sets
 

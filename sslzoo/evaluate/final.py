@@ -59,6 +59,7 @@ def final_evaluation(
     seconds: float,
     evaluated_before: float = 0.0,
     progress: EvaluationProgress | None = None,
+    brief: bool = False,
 ) -> dict[str, Any]:
     """Evaluate, write ``folder/summary.json`` on rank 0 and return it on all ranks. Collective.
 
@@ -67,7 +68,7 @@ def final_evaluation(
     starts spent here. With ``eval.baselines`` the trained encoder, the initial one,
     raw pixels and their first 64 principal components get the same linear probe and k-NN; without,
     the summary repeats the online figures. Accuracies are fractions; keys of unmeasured ones are absent.
-    ``progress`` shows how far it is and changes no number.
+    ``progress`` shows how far it is and changes no number; ``brief`` tries everything for one step.
     """
     start = time.perf_counter()
     labelled = [s for s in datamodule.eval_sets() if s.num_classes > 0]
@@ -75,7 +76,7 @@ def final_evaluation(
     if labelled and recipe.eval.baselines:
         protocol = FROZEN
         with progress or EvaluationProgress() as seen:
-            results = _with_baselines(method, datamodule, recipe, initial, seen)
+            results = _with_baselines(method, datamodule, recipe, initial, seen, brief=brief)
     elif labelled:
         protocol = ONLINE
         results = {key: online[metric] for key, metric in _ONLINE_KEYS.items() if metric in online}
@@ -101,6 +102,8 @@ def _with_baselines(
     recipe: Recipe,
     initial: Callable[[], nn.Module],
     progress: EvaluationProgress,
+    *,
+    brief: bool,
 ) -> dict[str, float]:
     trained, fresh = method.backbone, initial().eval()
     fresh = fresh.to(method.device, next(trained.parameters()).dtype)
@@ -121,7 +124,7 @@ def _with_baselines(
         test = extracted("test", progress.stage("extracting test features"))
     finally:
         trained.train(was_training)
-    return _measure(train, test, recipe, progress, classes=primary.num_classes)
+    return _measure(train, test, recipe, progress, classes=primary.num_classes, brief=brief)
 
 
 def _pixels(image: Tensor) -> Tensor:
@@ -132,7 +135,13 @@ def _pixels(image: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _measure(
-    train: Extracted, test: Extracted, recipe: Recipe, progress: EvaluationProgress, *, classes: int
+    train: Extracted,
+    test: Extracted,
+    recipe: Recipe,
+    progress: EvaluationProgress,
+    *,
+    classes: int,
+    brief: bool,
 ) -> dict[str, float]:
     """Probe and k-NN of every feature set, by summary key; raw pixels bring PCA along."""
     pairs = {name: (train.features[name], test.features[name]) for name in train.features}
@@ -149,12 +158,19 @@ def _measure(
         pair, test_pair = (x, train.label), (test_x, test.label)
         report = progress.stage(f"{FEATURES[name]}: linear probe")
         probe = linear_evaluation(
-            pair, test_pair, held_out, recipe.probe, classes=classes, seed=recipe.seed, report=report
+            pair,
+            test_pair,
+            held_out,
+            recipe.probe,
+            classes=classes,
+            seed=recipe.seed,
+            report=report,
+            brief=brief,
         )
         results[f"{name}linear_top1"] = probe.top1
         results[f"{name}linear_top5"] = probe.top5
         report = progress.stage(f"{FEATURES[name]}: logistic regression")
-        regression = linear_probe(*pair, *test_pair, held_out, classes=classes, report=report)
+        regression = linear_probe(*pair, *test_pair, held_out, classes=classes, report=report, brief=brief)
         results[f"{name}logistic_top1"] = regression.top1
         results[f"{name}knn_top1"] = knn_accuracy(
             x,

@@ -47,7 +47,13 @@ class LinearClassifiers(NamedTuple):
 
 @torch.no_grad()
 def fit_linear(
-    x: Tensor, y: Tensor, *, classes: int, strengths: tuple[float, ...], report: Report = unseen
+    x: Tensor,
+    y: Tensor,
+    *,
+    classes: int,
+    strengths: tuple[float, ...],
+    report: Report = unseen,
+    brief: bool = False,
 ) -> LinearClassifiers:
     """Minimise mean cross-entropy + l2/2 |W|^2 for each of ``strengths``; the bias is not penalised.
 
@@ -69,7 +75,8 @@ def fit_linear(
 
     weight = z.new_zeros(len(strengths), classes, z.shape[1])
     ahead, inertia = weight.clone(), z.new_ones(len(strengths), 1, 1)
-    for iteration in range(ITERATIONS):
+    iterations = 1 if brief else ITERATIONS
+    for iteration in range(iterations):
         gradient = all_reduce_sum(_cross_entropy_gradient(z, y, ahead)) / count + decay * ahead
         new = ahead - gradient / curvature
         # Restart a problem's momentum where it points uphill.
@@ -78,7 +85,7 @@ def fit_linear(
         following = (1 + (1 + 4 * inertia * inertia).sqrt()) / 2
         ahead = new + (inertia - 1) / following * (new - weight)
         weight, inertia = new, following
-        report((iteration + 1) / ITERATIONS)
+        report((iteration + 1) / iterations)
     return LinearClassifiers(standardize, basis, weight)
 
 
@@ -108,12 +115,14 @@ def linear_probe(
     classes: int,
     strengths: tuple[float, ...] = STRENGTHS,
     report: Report = unseen,
+    brief: bool = False,
 ) -> ProbeResult:
     """Fit on the training samples outside ``held_out`` (bool, N), choose the strength on those inside,
     report it on the test set once.
 
     Features are (N, F), standardised by the statistics of the fitted samples; labels (N,) int64. The
-    strength that is right most often on the held-out samples wins, the larger of equal ones.
+    strength that is right most often on the held-out samples wins, the larger of equal ones. ``brief``
+    takes one iteration, which shows only that it can be done.
     Raises ``ValueError`` when nothing is held out, or everything.
     """
     with autocast_off(train_x):
@@ -124,6 +133,7 @@ def linear_probe(
             classes=classes,
             strengths=tuple(strengths),
             report=report,
+            brief=brief,
         )
         chosen = _right(model, train_x[held_out].float(), train_y[held_out])  # (3, S)
         require(

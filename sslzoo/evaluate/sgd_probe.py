@@ -192,11 +192,13 @@ def linear_evaluation(
     classes: int,
     seed: int,
     report: Report = unseen,
+    brief: bool = False,
 ) -> LinearResult:
     """Train on extracted features, standardised by the exact statistics of the training set; test once.
 
     ``train`` and ``test`` are features (N, F) and labels (N,), ``held_out`` (N,) marks the training samples
-    that only choose the learning rate. Each rank passes its own, possibly unequal, shard.
+    that only choose the learning rate. Each rank passes its own, possibly unequal, shard. ``brief`` takes one epoch,
+    which shows only that it can be done.
     """
     x, y = train[0].float(), train[1]
     standardize = standardizer(x)
@@ -204,7 +206,7 @@ def linear_evaluation(
     total = int(all_reduce_sum(torch.tensor(len(fit), device=x.device)))
     require(total > 0, "every training sample is held out to choose the probe; lower probe.holdout")
     steps = -(-total // BATCH)  # an epoch
-    epochs = max(EPOCHS, -(-STEPS // steps))
+    epochs = 1 if brief else max(EPOCHS, -(-STEPS // steps))
     probe = SGDProbe(classes, x.shape[1], cfg, device=x.device, running=False)
     draw = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):

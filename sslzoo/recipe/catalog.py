@@ -24,6 +24,11 @@ class DatasetInfo:
     )
     class_list: str = ""  # of those in CLASS_LISTS, the one that is the data set
     sizes: Mapping[str, int] = field(default_factory=dict)  # images a split; empty: depends on the folder
+    labelled: tuple[str, ...] | None = None  # splits; None: all
+
+    def has_labels(self, split: str) -> bool:
+        """Whether the images of ``split`` have labels."""
+        return self.labelled is None or split in self.labelled
 
     @property
     def channels(self) -> int:
@@ -104,6 +109,7 @@ DATASETS: dict[str, DatasetInfo] = {
         std=(0.2471, 0.2435, 0.2616),
         classes=("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
         sizes={"unlabeled": 100_000, "train+unlabeled": 105_000, "train": 5_000, "test": 8_000},
+        labelled=("train", "test"),
     ),
     "tiny_imagenet": DatasetInfo(
         reader=_READERS + "tiny_imagenet",
@@ -147,6 +153,7 @@ DATASETS: dict[str, DatasetInfo] = {
         description="your images in any folders, no labels",
         layout="<image> or <folders>/<image>",
         splits=(),
+        labelled=(),
     ),
 }
 

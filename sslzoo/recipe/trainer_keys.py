@@ -27,7 +27,7 @@ OWNED = {
     "enable_checkpointing": f"{_FIT}; logging.checkpoint_every_steps says how often",
     "enable_model_summary": f"{_FIT}; fit --dry-run shows it",
     "enable_progress_bar": _FIT,
-    "fast_dev_run": "fit --dry-run runs one step",
+    "fast_dev_run": "fit --dry-run goes through each stage once",
     "limit_predict_batches": _MEASURED,
     "limit_test_batches": _MEASURED,
     "limit_train_batches": _LENGTH,

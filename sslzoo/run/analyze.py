@@ -12,9 +12,8 @@ from sslzoo.analysis import Analysis, Look
 from sslzoo.callbacks.watch import Watch
 from sslzoo.checkpoints import checkpoints, load_checkpoint
 from sslzoo.checks import require
-from sslzoo.data.datasets import open_source
 from sslzoo.recipe.load import load_recipe
-from sslzoo.run.build import build_data, build_method, build_plan
+from sslzoo.run.build import build_experiment
 
 if TYPE_CHECKING:
     from sslzoo.batch import Batch
@@ -53,11 +52,10 @@ def analyze(
     )
     folder = out or run / analysis.cfg.name.rpartition(":")[2]
     loaded = load_recipe(recipe or str(run / "recipe.yaml"), overrides).recipe
-    source = open_source(loaded.data)
-    plan = build_plan(loaded, len(source), 1)
-    batches = first_batches(build_data(loaded, plan, source), samples)
+    experiment = build_experiment(loaded)
+    batches = first_batches(experiment.data, samples)
     # As in training: batch norm with the statistics of the batch, as the loss sees it.
-    method = build_method(loaded, plan).train()
+    method = experiment.method.train()
     by_step = {}
     for path in files:
         look = look_at(analysis, method, path, batches)

@@ -1,13 +1,17 @@
-"""From a recipe to the objects of a run. One place builds them, whoever asks: fit, dry run, evaluation."""
+"""From a recipe to the objects of a run. One place builds them, whoever asks: fit, dry run, analyses, tests."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
+from rich.console import Console
+from torch import nn
 
 from sslzoo.analysis import Analysis
 from sslzoo.callbacks.batchnorm import BroadcastBatchNormStats
@@ -25,12 +29,14 @@ from sslzoo.data.datasets import ImageSource, open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.nn.per_sample import tables_of
-from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.plan import TrainingPlan, plan_of
 from sslzoo.recipe.registry import analysis_class, method_class
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.departure import Departure
 from sslzoo.run.directory import Run
+from sslzoo.run.placement import ALONE, Placement
 from sslzoo.run.preemption import Preemption
+from sslzoo.run.trainer import build_trainer
 
 if TYPE_CHECKING:
     from sslzoo.method import SSLMethod
@@ -40,18 +46,95 @@ log = logging.getLogger(__name__)
 TRIAL = 8  # images
 
 
-def build_plan(recipe: Recipe, dataset_size: int, world_size: int) -> TrainingPlan:
-    """The lengths of the run."""
-    return TrainingPlan(
-        dataset_size=dataset_size,
-        global_batch_size=recipe.data.global_batch_size,
-        max_epochs=recipe.trainer["max_epochs"],
-        world_size=world_size,
-        accumulate=recipe.trainer.get("accumulate_grad_batches", 1),
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What a recipe trains, and on what; :func:`equip` makes a run of it."""
+
+    recipe: Recipe
+    plan: TrainingPlan  # what the method was prepared for
+    data: SSLDataModule
+    method: SSLMethod[Any]
+
+    def initial_backbone(self) -> nn.Module:
+        """The encoder as it was before training, built once more."""
+        return _build_method(self.recipe, self.plan).backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Callbacks:
+    """What accompanies a run, in the order in which Lightning calls it. The order is part of what a run does."""
+
+    seeding: StepSeeding  # first: whatever draws random numbers in a step comes after
+    batch_norm: BroadcastBatchNormStats
+    checkpoint: ExactCheckpoint  # before anything that belongs to the micro-batch that begins
+    preemption: Preemption  # after the checkpoint: what has just been saved is not saved again
+    cadence: EvaluationCadence
+    probe: LinearProbe | None  # this and the next where there are labels
+    knn: KNN | None
+    analyses: tuple[Watch, ...]
+    meter: Meter  # after all that record: it takes what they did
+    progress: ProgressDisplay  # last: it shows what the meter reported
+
+    def __iter__(self) -> Iterator[Callback]:
+        """Those that there are."""
+        yield from (self.seeding, self.batch_norm, self.checkpoint, self.preemption, self.cadence)
+        yield from (callback for callback in (self.probe, self.knn) if callback is not None)
+        yield from self.analyses
+        yield from (self.meter, self.progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltRun(Experiment):
+    """A run that is ready to start: everything is built and checked, nothing is written."""
+
+    run: Run
+    callbacks: Callbacks
+    trainer: Trainer
+
+
+def build_run(
+    recipe: Recipe,
+    run: Run,
+    *,
+    source: ImageSource | None = None,
+    plan: TrainingPlan | None = None,
+    placement: Placement = ALONE,
+    departure: Departure | None = None,
+    brief: bool = False,
+) -> BuiltRun:
+    """The run of ``recipe`` in the directory of ``run``: :func:`build_experiment`, then :func:`equip`."""
+    experiment = build_experiment(recipe, source=source, world_size=placement.world_size, plan=plan)
+    return equip(experiment, run, placement=placement, departure=departure, brief=brief)
+
+
+def build_experiment(
+    recipe: Recipe,
+    *,
+    source: ImageSource | None = None,
+    world_size: int = 1,
+    plan: TrainingPlan | None = None,
+) -> Experiment:
+    """Data and method of ``recipe``. ``source`` are the images, which are opened where they are not given.
+
+    ``plan`` prepares the method for other lengths than those of ``source``: a dry run shows a few images to a method
+    whose queues and tables are as large as in the real run.
+    """
+    source = open_source(recipe.data) if source is None else source
+    of_source = plan_of(recipe, len(source), world_size)
+    data = SSLDataModule(
+        data=recipe.data,
+        views=recipe.views,
+        eval=recipe.eval,
+        probe=recipe.probe,
+        plan=of_source,
+        seed=recipe.seed,
+        source=source,
     )
+    plan = of_source if plan is None else plan
+    return Experiment(recipe=recipe, plan=plan, data=data, method=_build_method(recipe, plan))
 
 
-def build_method(recipe: Recipe, plan: TrainingPlan) -> SSLMethod[Any]:
+def _build_method(recipe: Recipe, plan: TrainingPlan) -> SSLMethod[Any]:
     """The method with its backbone, initialised from ``recipe.seed`` alone: equal on all ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -61,56 +144,70 @@ def build_method(recipe: Recipe, plan: TrainingPlan) -> SSLMethod[Any]:
     return method
 
 
-def build_data(recipe: Recipe, plan: TrainingPlan, source: ImageSource | None = None) -> SSLDataModule:
-    """The DataModule over ``source``, which is opened where it is not given."""
-    source = open_source(recipe.data) if source is None else source
-    return SSLDataModule(
-        data=recipe.data,
-        views=recipe.views,
-        eval=recipe.eval,
-        probe=recipe.probe,
-        plan=plan,
-        seed=recipe.seed,
-        source=source,
-    )
+def try_analyses(experiment: Experiment) -> None:
+    """Let the recipe's analyses look at a few images, which raises what they have against method or views."""
+    analyses = _build_analyses(experiment.recipe)
+    if analyses:
+        batch = experiment.data.example_batch(min(TRIAL, experiment.plan.dataset_size))
+        for analysis in analyses:
+            analysis.describe([analysis.observe(experiment.method, batch)])
 
 
-def build_analyses(recipe: Recipe) -> list[Analysis[Any]]:
+def _build_analyses(recipe: Recipe) -> list[Analysis[Any]]:
     """What looks at the method while it trains."""
     return [analysis_class(cfg.name)(cfg) for cfg in recipe.analyses]
 
 
-def try_analyses(recipe: Recipe, method: SSLMethod[Any], data: SSLDataModule) -> None:
-    """Let the recipe's analyses look at a few images, which raises what they have against method or views."""
-    analyses = build_analyses(recipe)
-    if analyses:
-        batch = data.example_batch(min(TRIAL, method.plan.dataset_size))
-        for analysis in analyses:
-            analysis.describe([analysis.observe(method, batch)])
+def equip(
+    experiment: Experiment,
+    run: Run,
+    *,
+    placement: Placement = ALONE,
+    departure: Departure | None = None,
+    brief: bool = False,
+) -> BuiltRun:
+    """``experiment`` with callbacks and trainer, in the directory of ``run``. ``brief`` shows no progress and lets
+    evaluations learn for one step only: a dry run.
+
+    Raises ``ValueError`` where there is not what evaluation needs, or this machine has not what ``trainer`` asks for.
+    """
+    recipe, data = experiment.recipe, experiment.data
+    callbacks = _build_callbacks(recipe, run, data, departure or Departure(), brief=brief)
+    trainer = build_trainer(recipe.trainer, run_dir=run.path, callbacks=list(callbacks), placement=placement)
+    return BuiltRun(
+        recipe=recipe,
+        plan=experiment.plan,
+        data=data,
+        method=experiment.method,
+        run=run,
+        callbacks=callbacks,
+        trainer=trainer,
+    )
 
 
-def build_callbacks(
-    recipe: Recipe, run: Run, data: SSLDataModule, departure: Departure | None = None
-) -> dict[str, Callback]:
-    """The run's callbacks in the order in which they must stand."""
+def _build_callbacks(
+    recipe: Recipe, run: Run, data: SSLDataModule, departure: Departure, *, brief: bool
+) -> Callbacks:
     checkpoint = ExactCheckpoint(
         run.checkpoints,
         every_steps=recipe.logging.checkpoint_every_steps,
         evaluate_every_epochs=recipe.eval.every_epochs,
         keep_epochs=recipe.logging.keep_epochs,
     )
-    callbacks: dict[str, Callback] = {
-        "seeding": StepSeeding(),
-        "batch_norm": BroadcastBatchNormStats(),
-        "checkpoint": checkpoint,
-        "preemption": Preemption(checkpoint, departure or Departure()),
-        "cadence": EvaluationCadence(recipe.eval.every_epochs),
-    }
-    if data.eval_sets():
-        callbacks |= {"probe": LinearProbe(recipe.probe, seed=recipe.seed), "knn": KNN(recipe.eval)}
-    callbacks |= {f"analysis {a.cfg.name}": Watch(a) for a in build_analyses(recipe)}
-    meter = Meter(run.path, every_steps=recipe.logging.every_steps)
-    return callbacks | {"meter": meter, "progress": ProgressDisplay()}
+    labelled = len(data.eval_sets()) > 0
+    quiet = Console(quiet=True, force_terminal=False)
+    return Callbacks(
+        seeding=StepSeeding(),
+        batch_norm=BroadcastBatchNormStats(),
+        checkpoint=checkpoint,
+        preemption=Preemption(checkpoint, departure),
+        cadence=EvaluationCadence(recipe.eval.every_epochs),
+        probe=LinearProbe(recipe.probe, seed=recipe.seed, brief=brief) if labelled else None,
+        knn=KNN(recipe.eval) if labelled else None,
+        analyses=tuple(Watch(analysis) for analysis in _build_analyses(recipe)),
+        meter=Meter(run.path, every_steps=recipe.logging.every_steps),
+        progress=ProgressDisplay(out=quiet, err=quiet) if brief else ProgressDisplay(),
+    )
 
 
 def load_weights(method: SSLMethod[Any], path: Path) -> None:

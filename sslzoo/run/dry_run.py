@@ -1,91 +1,185 @@
-"""Everything built, one optimiser step on fake data: what ``fit --dry-run`` does."""
+"""A run in miniature: built as ``fit`` builds it, and each of its stages once. What ``fit --dry-run`` does."""
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console, Group
+import torch
+from rich.console import Group
 from rich.table import Table
 
-from sslzoo.callbacks.seeding import StepSeeding
-from sslzoo.callbacks.watch import Watch
+from sslzoo.checkpoints import latest
+from sslzoo.data.datasets import open_source
 from sslzoo.data.sources import fake_source
-from sslzoo.method import SSLMethod
+from sslzoo.evaluate.final import final_evaluation
+from sslzoo.exits import ExitCode
+from sslzoo.randomness import is_holdout
 from sslzoo.recipe.catalog import dataset_info
-from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
-from sslzoo.run.build import build_analyses, build_data, build_method, build_plan
+from sslzoo.run.build import BuiltRun, build_run
+from sslzoo.run.departure import Departure
+from sslzoo.run.directory import Run
+from sslzoo.run.explain import REFUSED, explain, one_line
 from sslzoo.run.loggers import require_packages
 from sslzoo.run.placement import world_size_of
 from sslzoo.run.summary import human_bytes, run_summary, state_memory
-from sslzoo.run.trainer import build_trainer
+from sslzoo.terminal import OUT
 
-LARGE = 100  # pixels: views above this are tried with fewer images
+LARGE = 100  # pixels: images above this are fewer
+EVALUATED = 2  # images of each evaluation set
+UNKNOWN_CLASSES = 10  # of labelled images that are not there to be looked at
 
 
-def dry_run(recipe: Recipe, console: Console) -> None:
-    """Build ``recipe``'s run, pass one optimiser step on a few fake images on the CPU, and print the summary.
+def dry_run(recipe: Recipe) -> int:
+    """Try the run of ``recipe`` on a few generated images and the CPU; say what it is and what was done. The exit code.
 
-    The data need not be there: the catalogue's size stands in. Raises what the real run would raise.
+    The data need not be there: the catalogue's size stands in. All that is written goes to a folder that is removed.
     """
-    require_packages(recipe.logging)
-    size = dataset_size(recipe)
-    plan = build_plan(recipe, size, world_size_of(recipe))
-    method = build_method(recipe, plan)
-    samples = one_step(recipe, method)
-    console.print(Group(run_summary(recipe, plan, method, "none: dry run"), _details(recipe, method)))
-    console.print(f"one step on {samples} fake images passed")
-
-
-def dataset_size(recipe: Recipe) -> int:
-    """Images of the training split by the catalogue, or by the folder itself where that has no entry."""
-    info = dataset_info(recipe.data.dataset)
-    known = info.nominal_size(recipe.data.split, recipe.data.classes)
-    if known is not None:
-        return known
-    from sslzoo.data.datasets import open_source
-
+    departure = Departure()
+    departure.install()  # what a signal raises removes the folder
+    stage = ""
     try:
-        return len(open_source(recipe.data))
+        with tempfile.TemporaryDirectory(prefix="sslzoo-dry-run-") as folder:
+            require_packages(recipe.logging)
+            built = build_rehearsal(recipe, Path(folder), departure)
+            stage = "training"
+            train(built)
+            stage = "reading its checkpoint"
+            size = read_back(built)
+            stage = "evaluating at the end"
+            evaluate(built)
+    except BaseException as error:
+        return _failed(error, departure.phase if stage == "training" else stage)
+    finally:
+        departure.restore()
+    OUT.print(Group(run_summary(recipe, built.plan, built.method, "none: dry run"), _details(recipe, built)))
+    OUT.print(f"{_done(built)}, a checkpoint of {human_bytes(size)} written and read: passed", soft_wrap=True)
+    return ExitCode.DONE
+
+
+def build_rehearsal(recipe: Recipe, folder: Path, departure: Departure | None = None) -> BuiltRun:
+    """The run of ``recipe`` with its method in full size, a few generated images and one short epoch, in ``folder``."""
+    size, classes = known_of_data(recipe)
+    pixels = max(recipe.eval.size, *(view.size for view in recipe.views))
+    images = 4 if pixels > LARGE else 8  # in a forward pass of training
+    return build_run(
+        _miniature(recipe, images),
+        Run(folder, "dry-run"),
+        source=fake_source(images * recipe.accumulate, len(recipe.data.mean), pixels, classes),
+        plan=plan_of(recipe, size, world_size_of(recipe)),
+        departure=departure,
+        brief=True,
+    )
+
+
+def known_of_data(recipe: Recipe) -> tuple[int, int]:
+    """Images and classes (0: no labels) of the training split by the catalogue, or by the folder itself where that
+    has no entry. Of a folder that is not there, what comes nearest."""
+    data, info = recipe.data, dataset_info(recipe.data.dataset)
+    classes = (
+        (len(data.class_names) or info.num_classes or UNKNOWN_CLASSES) if info.has_labels(data.split) else 0
+    )
+    size = info.nominal_size(data.split, data.classes)
+    if size is not None:
+        return size, classes
+    try:
+        source = open_source(data)
     except ValueError:
-        return info.sizes.get(recipe.data.split, recipe.data.global_batch_size)
+        return info.sizes.get(data.split, data.global_batch_size), classes
+    return len(source), source.num_classes
 
 
-def one_step(recipe: Recipe, method: SSLMethod[Any]) -> int:
-    """One optimiser step of ``method`` on fake images, on the CPU. Returns how many there were."""
-    accumulate = recipe.accumulate
-    samples = (4 if max(view.size for view in recipe.views) > LARGE else 8) * accumulate
-    small = replace(recipe, data=replace(recipe.data, global_batch_size=samples, workers=0))
-    plan = TrainingPlan(dataset_size=samples, global_batch_size=samples, max_epochs=1, accumulate=accumulate)
-    classes = dataset_info(recipe.data.dataset).num_classes
-    source = fake_source(samples, len(recipe.data.mean), max(view.size for view in recipe.views), classes)
+def _miniature(recipe: Recipe, images: int) -> Recipe:
+    """``recipe`` for one step of ``images`` a micro-batch and one batch of each evaluation set, in one process on the
+    CPU."""
     precision = str(recipe.trainer.get("precision", "32-true"))
-    precision = "bf16-mixed" if precision in ("16-mixed", "16") else precision  # fp16 is for GPUs
-    options = {
+    here = {
         "max_epochs": 1,
         "accelerator": "cpu",
         "devices": 1,
-        "accumulate_grad_batches": accumulate,
-        "limit_val_batches": 0,
-        "precision": precision,
-        "gradient_clip_val": recipe.trainer.get("gradient_clip_val"),
+        "num_nodes": 1,
+        "precision": "bf16-mixed" if precision in ("16-mixed", "16") else precision,  # fp16 is for GPUs
+        "limit_val_batches": 1,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(
-            options, run_dir=Path(folder), callbacks=[StepSeeding(), *map(Watch, build_analyses(recipe))]
-        )
-        trainer.fit(method, datamodule=build_data(small, plan, source))
-    if method.optimizer_steps != 1:
-        raise RuntimeError(
-            f"{recipe.method.name} made {method.optimizer_steps} optimiser steps instead of one"
-        )
-    return samples
+    # Of the images that are evaluated some are held out, some are not.
+    holdout = next(
+        fraction
+        for fraction in (i / 1000 for i in range(1, 1000))
+        if is_holdout(torch.arange(EVALUATED), fraction, recipe.seed).any()
+    )
+    return replace(
+        recipe,
+        data=replace(recipe.data, global_batch_size=images * recipe.accumulate, workers=0),
+        probe=replace(recipe.probe, holdout=holdout),
+        eval=replace(
+            recipe.eval,
+            every_epochs=1,
+            batch_size=EVALUATED,
+            bank_size=None,
+            knn_k=min(recipe.eval.knn_k, EVALUATED),
+        ),
+        trainer=recipe.trainer | here,
+    )
 
 
-def _details(recipe: Recipe, method: SSLMethod[Any]) -> Table:
+def train(built: BuiltRun) -> None:
+    """One optimiser step, an evaluation where something is labelled, and a checkpoint."""
+    built.trainer.fit(built.method, datamodule=built.data)
+    steps = built.method.optimizer_steps
+    if steps != 1:
+        raise RuntimeError(f"{built.recipe.method.name} made {steps} optimiser steps instead of one")
+
+
+def read_back(built: BuiltRun) -> int:
+    """Continue from the checkpoint, at whose step the run is through. Returns its bytes."""
+    path = latest(built.run.checkpoints)
+    assert path is not None
+    built.trainer.fit(built.method, datamodule=built.data, ckpt_path=path)
+    return path.stat().st_size
+
+
+def evaluate(built: BuiltRun) -> None:
+    """The final evaluation."""
+    final_evaluation(
+        built.method,
+        built.data,
+        built.recipe,
+        online=built.callbacks.meter.latest,
+        initial=built.initial_backbone,
+        folder=built.run.evaluation,
+        seconds=0.0,
+        brief=True,
+    )
+
+
+def _failed(error: BaseException, stage: str) -> int:
+    """Say on stderr what went wrong; the exit code."""
+    if isinstance(error, REFUSED):
+        code, message, traceback = ExitCode.USAGE, one_line(error), ""
+    else:
+        ending = explain(error, rank=0, phase=stage or "starting", begun=True)
+        code, message = ending.code, ending.message
+        traceback = "" if ending.expected else ending.traceback
+    if stage and code not in (ExitCode.PREEMPTED, ExitCode.INTERRUPT):
+        message = f"the dry run failed while {stage}: {message}"
+    sys.stderr.write(f"{traceback}sslzoo fit: {message}\n")
+    return code
+
+
+def _done(built: BuiltRun) -> str:
+    samples = built.recipe.data.global_batch_size
+    done = f"one training step on {samples} generated images"
+    if built.callbacks.probe is None:
+        return f"{done} without labels, hence no evaluation"
+    baselines = ", the final table" if built.recipe.eval.baselines else ""
+    return f"{done}, one validation batch, probe and k-NN{baselines}"
+
+
+def _details(recipe: Recipe, built: BuiltRun) -> Table:
     """Sizes that matter when a run does not fit."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("view", style="bold cyan")
@@ -93,6 +187,6 @@ def _details(recipe: Recipe, method: SSLMethod[Any]) -> Table:
     for view in recipe.views:
         size = view.size * view.size * len(recipe.data.mean) * 4
         table.add_row(f"{view.count} x {view.size} px {view.role}", human_bytes(size))
-    for name, size in state_memory(method):
+    for name, size in state_memory(built.method):
         table.add_row(f"state: {name}", human_bytes(size))
     return table

@@ -13,28 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning.pytorch import Callback, Trainer
-
-from sslzoo.callbacks.meter import Meter
 from sslzoo.checkpoints import checkpoints, is_damaged, set_aside
-from sslzoo.data.datasets import open_source
-from sslzoo.data.module import SSLDataModule
 from sslzoo.evaluate.final import final_evaluation
 from sslzoo.evaluate.progress import EvaluationProgress
 from sslzoo.exits import ExitCode, RunError
 from sslzoo.recipe.load import LoadedRecipe, plain
-from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import name_of
-from sslzoo.run.build import (
-    build_callbacks,
-    build_data,
-    build_method,
-    build_plan,
-    load_weights,
-    try_analyses,
-)
+from sslzoo.run.build import BuiltRun, build_experiment, equip, load_weights, try_analyses
 from sslzoo.run.departure import Departure
 from sslzoo.run.directory import Choice, Run, begin, choose
 from sslzoo.run.ending import Ending, tell_launcher
@@ -47,12 +34,8 @@ from sslzoo.run.rendezvous import Rendezvous
 from sslzoo.run.report import plot_curves, plot_views, results_table
 from sslzoo.run.stopwatch import Stopwatch
 from sslzoo.run.summary import run_summary
-from sslzoo.run.trainer import build_trainer
 from sslzoo.run.words import last_words
 from sslzoo.terminal import OUT
-
-if TYPE_CHECKING:
-    from sslzoo.method import SSLMethod
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +44,10 @@ EXAMPLES = 6  # images in views.png
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """A run that is ready to start: everything is built and checked, nothing is written."""
+    """What is going to run, and from where: everything is built and checked, nothing is written."""
 
-    loaded: LoadedRecipe
+    built: BuiltRun
     choice: Choice
-    plan: TrainingPlan
-    data: SSLDataModule
-    method: SSLMethod[Any]
-    trainer: Trainer
-    callbacks: dict[str, Callback]
 
     @property
     def run(self) -> Run:
@@ -106,13 +84,13 @@ class _Life:
         self.messages.silence_lightning()
         try:
             self.departure.install()
-            self.session = self._prepare(out=out, resume=resume, init_from=init_from)
-            if self.session.choice.finished:
+            session = self._prepare(out=out, resume=resume, init_from=init_from)
+            if session.choice.finished:
                 ending = Ending(code=ExitCode.DONE, message=self._already_finished())
             else:
                 self._begin()
                 self._train()
-                ending = Ending(code=ExitCode.DONE, message=f"run directory: {self.session.run.path}")
+                ending = Ending(code=ExitCode.DONE, message=f"run directory: {session.run.path}")
         except BaseException as error:
             self.departure.raised(error)
             ending = self._ending_of(error)
@@ -135,16 +113,19 @@ class _Life:
         with _together(meeting, "built"):
             if self.placement.is_leader:
                 require_packages(recipe.logging)
-            source = open_source(recipe.data)
-            plan = build_plan(recipe, len(source), self.placement.world_size)
-            data = build_data(recipe, plan, source)
-            method = build_method(recipe, plan)
+            experiment = build_experiment(recipe, world_size=self.placement.world_size)
             if init_from is not None:
-                load_weights(method, init_from)
-            try_analyses(recipe, method, data)
+                load_weights(experiment.method, init_from)
+            try_analyses(experiment)
 
         def decide() -> dict[str, Any]:
-            choice = choose(self.loaded, plan, fingerprint=data.fingerprint, out=out, resume=resume)
+            choice = choose(
+                self.loaded,
+                experiment.plan,
+                fingerprint=experiment.data.fingerprint,
+                out=out,
+                resume=resume,
+            )
             return {
                 "path": str(choice.run.path),
                 "run_id": choice.run.run_id,
@@ -161,22 +142,8 @@ class _Life:
                     f"cannot read {checkpoint}, from which rank 0 continues; the run directory must lie on a file "
                     "system that all machines share"
                 )
-            callbacks = build_callbacks(recipe, choice.run, data, self.departure)
-            trainer = build_trainer(
-                recipe.trainer,
-                run_dir=choice.run.path,
-                callbacks=list(callbacks.values()),
-                placement=self.placement,
-            )
-        session = Session(
-            loaded=self.loaded,
-            choice=choice,
-            plan=plan,
-            data=data,
-            method=method,
-            trainer=trainer,
-            callbacks=callbacks,
-        )
+            built = equip(experiment, choice.run, placement=self.placement, departure=self.departure)
+        self.session = session = Session(built=built, choice=choice)
         if not choice.finished:
             with _together(meeting, "owned"):
                 if self.placement.is_leader:
@@ -194,8 +161,8 @@ class _Life:
         begin(
             choice,
             self.loaded,
-            session.plan,
-            fingerprint=session.data.fingerprint,
+            session.built.plan,
+            fingerprint=session.built.data.fingerprint,
             left_behind=lock.left_behind,
         )
         self.begun = True
@@ -209,20 +176,20 @@ class _Life:
         """Open the logs, show what is about to run."""
         session = self.session
         assert session is not None
-        run, recipe = session.run, self.loaded.recipe
+        run, built, recipe = session.run, session.built, self.loaded.recipe
         self.messages.open(run)
         if not self.placement.is_leader:
             return
-        session.trainer.loggers = build_loggers(recipe.logging, run.path, run.run_id, recipe=plain(recipe))
+        built.trainer.loggers = build_loggers(recipe.logging, run.path, run.run_id, recipe=plain(recipe))
         source = self.loaded.source
         bundled = "" if name_of(source) == str(source) else f", bundled: {source}"
         OUT.print(f"recipe {name_of(source)}{bundled}", soft_wrap=True)
-        OUT.print(run_summary(recipe, session.plan, session.method, str(run.path)))
+        OUT.print(run_summary(recipe, built.plan, built.method, str(run.path)))
         begins = f"continuing from {session.choice.checkpoint}" if session.choice.checkpoint else "a new run"
         log.info("%s: %s", shlex.join(sys.argv), begins)
         if session.choice.checkpoint is not None:
             OUT.print(begins, soft_wrap=True)
-        example = session.data.example_batch(EXAMPLES)
+        example = built.data.example_batch(EXAMPLES)
         plot_views(
             example, run.path / "views.png", mean=recipe.data.mean, std=recipe.data.std, images=EXAMPLES
         )
@@ -232,26 +199,25 @@ class _Life:
     def _train(self) -> None:
         session = self.session
         assert session is not None
+        built = session.built
         with self.stopwatch.phase("training"):
-            session.trainer.fit(session.method, datamodule=session.data, ckpt_path=session.choice.checkpoint)
+            built.trainer.fit(built.method, datamodule=built.data, ckpt_path=session.choice.checkpoint)
         self.departure.enter("evaluating")
         with self.stopwatch.phase("evaluation"):
             self._report(session)
 
     def _report(self, session: Session) -> None:
         """The final evaluation, its table and the pictures. Collective; rank 0 writes and prints."""
-        recipe, run, trainer = self.loaded.recipe, session.run, session.trainer
-        session.method.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when it is done
-        meter = session.callbacks["meter"]
-        assert isinstance(meter, Meter)
+        run, built = session.run, session.built
+        built.method.to(built.trainer.strategy.root_device)  # Lightning moves it to the CPU when it is done
         leader = self.placement.is_leader
         before = {phase: run.seconds_before(phase) if leader else 0.0 for phase in ("training", "evaluation")}
         summary = final_evaluation(
-            session.method,
-            session.data,
-            recipe,
-            online=meter.latest,
-            initial=lambda: build_method(recipe, session.plan).backbone,
+            built.method,
+            built.data,
+            built.recipe,
+            online=built.callbacks.meter.latest,
+            initial=built.initial_backbone,
             folder=run.evaluation,
             seconds=before["training"] + self.stopwatch.seconds()["training"],
             evaluated_before=before["evaluation"],
@@ -265,7 +231,7 @@ class _Life:
 
     def _already_finished(self) -> str:
         assert self.session is not None
-        plan, run = self.session.plan, self.session.run
+        plan, run = self.session.built.plan, self.session.run
         epochs = f"{plan.max_epochs} epoch{'s' * (plan.max_epochs > 1)}, {plan.total_steps:,} steps"
         figures = run.evaluation / "summary.json"
         return f"{run.path} is finished: {epochs}; its figures are in {figures}. A larger trainer.max_epochs trains on"
@@ -274,11 +240,11 @@ class _Life:
 
     def _ending_of(self, error: BaseException) -> Ending:
         """Exit code and one sentence for what ended this process."""
-        session, recipe = self.session, self.loaded.recipe
         advice = ""
-        if session is not None:
-            device = str(session.trainer.strategy.root_device)
-            advice = out_of_memory(session.plan, recipe.eval, device=device, phase=self.departure.phase)
+        if self.session is not None:
+            built = self.session.built
+            device = str(built.trainer.strategy.root_device)
+            advice = out_of_memory(built.plan, built.recipe.eval, device=device, phase=self.departure.phase)
         return explain(
             error,
             rank=self.placement.rank,

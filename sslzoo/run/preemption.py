@@ -17,7 +17,7 @@ class Preemption(Callback):
 
     Lightning's own handler broadcasts from inside the signal and hangs when another rank than 0, or the whole
     group, is signalled; its replacement for every step costs up to half a millisecond. Both are switched off
-    here. Must come after the checkpoint callback that it uses.
+    here.
     """
 
     def __init__(self, checkpoint: ExactCheckpoint, departure: Departure) -> None:

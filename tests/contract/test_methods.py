@@ -11,10 +11,9 @@ from sslzoo.batch import Batch
 from sslzoo.data.sources import fake_source
 from sslzoo.method import SSLMethod
 from sslzoo.recipe.load import load_recipe
-from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import method_class, methods, recipes
 from sslzoo.recipe.sections import Recipe
-from sslzoo.run.build import build_data, build_method
+from sslzoo.run.build import build_experiment
 
 N = 8
 
@@ -22,10 +21,8 @@ N = 8
 def _built(name: str) -> tuple[Recipe, SSLMethod[Any], Batch]:
     """The method ``name`` on its ``*_fashion_mnist`` recipe, and a batch of fake images."""
     recipe = load_recipe(f"{name}_fashion_mnist", [f"data.global_batch_size={N}"]).recipe
-    plan = TrainingPlan(dataset_size=N, global_batch_size=N, max_epochs=2)
-    method = build_method(recipe, plan)
-    batch = build_data(recipe, plan, fake_source(N, 1, 28, 10)).example_batch(N)
-    return recipe, method, batch
+    experiment = build_experiment(recipe, source=fake_source(N, 1, 28, 10))
+    return recipe, experiment.method, experiment.data.example_batch(N)
 
 
 @pytest.mark.parametrize("name", methods())

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -27,17 +26,18 @@ from sslzoo.nn.numerics import normalize
 from sslzoo.nn.per_sample import PerSampleTable, tables_of
 from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.sections import MethodConfig, OptimConfig, Recipe
-from sslzoo.run import build
+from sslzoo.recipe.sections import MethodConfig, OptimConfig
+from sslzoo.run.build import build_run
 from sslzoo.run.directory import Run
 from sslzoo.run.placement import place
-from sslzoo.run.trainer import build_trainer
+from tests.chaos import TinyBackbone
 from tests.ranks import run_ranks
 
 STEPS, BAD = 5, 2  # optimiser steps, and the one that meets the image
 BATCH = 8
 
 SMALL = (
+    "backbone.name=tests.chaos:TinyBackbone",
     "views.0.size=8",
     "optim.warmup_epochs=0.4",
     "eval.size=8",
@@ -52,7 +52,7 @@ MOCO = "method.base={name: mocov2, temperature: 0.2, queue_size: 40, momentum_st
 INDIVIDUAL = "{name: individual, rho: 0.3, eta: 0.1, beta: 0.9, tau_min: 0.05, tau_max: 0.7}"
 LEARNABLE = "{name: global_learnable, rho: 6.0, tau_min: 0.1, lr_factor: 2.0}"
 BIMODAL = f"{{name: gcl_bimodal, gamma: 0.9, temperature_rule: {LEARNABLE}}}"
-# A recipe for 12,000 images and what to change in it; without one the method below.
+# A method's recipe for 12,000 images and what to change in it.
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "simclr": ("simclr", ()),
     "sce": ("sce", ("method.queue_size=40",)),
@@ -64,7 +64,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "metaug, bank": ("metaug", (BANK.format("once"),)),
     "metaug, official bank": ("metaug", (BANK.format("official"),)),
     "margin, moco": ("margin", (MOCO,)),
-    "a stranger's": ("", ()),
+    "a stranger's": ("simclr", (f"method={{name: '{__name__}:Stranger'}}",)),
 }
 
 
@@ -133,20 +133,6 @@ def _carried(trainer: Any, method: SSLMethod[Any]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in found.items() if isinstance(value, Tensor)}
 
 
-def _tiny() -> tuple[nn.Module, int]:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU()), 16
-
-
-def _method_of(case: str, recipe: Recipe, plan: TrainingPlan) -> SSLMethod[Any]:
-    if CASES[case][0]:
-        with mock.patch.object(build, "build_backbone", return_value=_tiny()):
-            return build.build_method(recipe, plan)
-    method = Stranger(MethodConfig(name="stranger"), *_tiny())
-    method.prepare(plan, recipe.optim, recipe.seed)
-    return method
-
-
 def train(
     case: str,
     folder: Path,
@@ -165,23 +151,23 @@ def train(
         f"trainer.devices={world}",
         f"trainer.accumulate_grad_batches={accumulate}",
     )
-    recipe = load_recipe(f"{name or 'simclr'}_fashion_mnist", [*SMALL, *small, *changes]).recipe
-    plan = build.build_plan(recipe, STEPS * batch, world)
-    data = build.build_data(recipe, plan, FakeSource(STEPS * batch, 1, 8, 4))
-    callbacks = build.build_callbacks(recipe, Run(folder, "test"), data)
-    seen = Seen(bad, bad_rank, _method_of(case, recipe, plan))
+    recipe = load_recipe(f"{name}_fashion_mnist", [*SMALL, *small, *changes]).recipe
     fp16 = precision == "16-mixed"
-    trainer = build_trainer(
-        recipe.trainer | {"limit_val_batches": 0, "precision": "32-true" if fp16 else precision},
-        run_dir=folder,
-        callbacks=[*callbacks.values(), seen],
+    options = {"limit_val_batches": 0, "precision": "32-true" if fp16 else precision}
+    built = build_run(
+        replace(recipe, trainer=recipe.trainer | options),
+        Run(folder, "test"),
+        source=FakeSource(STEPS * batch, 1, 8, 4),
         placement=place(),
     )
+    trainer: Any = built.trainer
+    seen = Seen(bad, bad_rank, built.method)
+    trainer.callbacks.append(seen)
     if fp16:  # Lightning refuses it on a CPU; at this scale only what is not finite overflows
         scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
         trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler)
     try:
-        trainer.fit(seen.method, datamodule=data)
+        trainer.fit(seen.method, datamodule=built.data)
     except Diverged:
         seen.diverged = True
     seen.states.append(_carried(trainer, seen.method))
@@ -216,7 +202,7 @@ def test_fp16_skips_the_step_and_nothing_remembers_it(case: str, tmp_path: Path)
 
 
 def test_a_scale_that_no_longer_helps_ends_the_run() -> None:
-    method = Stranger(MethodConfig(name="stranger"), *_tiny())
+    method = Stranger(MethodConfig(name="stranger"), TinyBackbone(1), TinyBackbone.num_features)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-13)
     method._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))  # type: ignore[assignment]
 

@@ -24,9 +24,8 @@ import torch.distributed as dist
 
 from sslzoo.data.sources import fake_source
 from sslzoo.recipe.load import load_recipe
-from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import methods
-from sslzoo.run.build import build_data, build_method
+from sslzoo.run.build import build_experiment
 from tests.command import Command, shell, until
 from tests.ranks import free_port
 
@@ -164,9 +163,8 @@ def test_memory_that_does_not_suffice_is_one_line(tmp_path):
 
 def _loss_and_gradients(name: str) -> tuple[float, torch.Tensor]:
     recipe = load_recipe(f"{name}_fashion_mnist", ["data.global_batch_size=64"]).recipe
-    plan = TrainingPlan(dataset_size=64, global_batch_size=64, max_epochs=2)
-    method = build_method(recipe, plan).cuda()
-    batch = build_data(recipe, plan, fake_source(64, 1, 28, 10)).example_batch(64)
+    experiment = build_experiment(recipe, source=fake_source(64, 1, 28, 10))
+    method, batch = experiment.method.cuda(), experiment.data.example_batch(64)
     batch = batch._replace(
         global_views=tuple(view.cuda() for view in batch.global_views),
         local_views=tuple(view.cuda() for view in batch.local_views),

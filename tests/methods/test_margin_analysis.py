@@ -27,7 +27,7 @@ from sslzoo.nn.numerics import normalize
 from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.registry import recipes
 from sslzoo.recipe.sections import MethodConfig
-from sslzoo.run.build import build_data, build_method, build_plan
+from sslzoo.run.build import build_experiment
 from sslzoo.run.trainer import build_trainer
 from sslzoo_methods.margin.analysis.config import MarginsConfig
 from sslzoo_methods.margin.analysis.margins import Margins
@@ -158,16 +158,14 @@ def train(name: str, folder: Path, watching: bool, epochs: int = 2) -> tuple[str
     """Four steps an epoch on generated images, with batch norm and, of the stranger's, dropout. Returns a
     digest of weights, state and the random numbers that come next."""
     recipe = load_recipe(f"{'margin' if name == STRANGE else name}_fashion_mnist", SMALL).recipe
-    plan = build_plan(recipe, 64, 1)
+    experiment = build_experiment(recipe, source=FakeSource(64, 1, 8, 4))
+    method, data = experiment.method, experiment.data
     if name == STRANGE:
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12))
-        method: SSLMethod[Any] = Strange(MethodConfig(name=name), encoder, 12)
-        method.prepare(plan, recipe.optim, 0)
-    else:
-        method = build_method(recipe, plan)
+        method = Strange(MethodConfig(name=name), encoder, 12)
+        method.prepare(experiment.plan, recipe.optim, 0)
     torch.manual_seed(1)
-    data = build_data(recipe, plan, FakeSource(64, 1, 8, 4))
     given = 0.3 if name == STRANGE else None
     analysis = Watch(asking((10.0, 0.0), (0.0, 0.1), every_steps=3, temperature=given)) if watching else None
     callbacks: list[Callback] = [StepSeeding()]
@@ -208,8 +206,8 @@ def test_a_recipe_refuses_margins_that_are_none(margin: str) -> None:
 def built(name: str, *overrides: str) -> tuple[SSLMethod[Any], Batch]:
     """A method in training mode, and a batch of eight images with two local crops."""
     recipe = load_recipe(name, ["data.global_batch_size=8", *overrides]).recipe
-    method = build_method(recipe, build_plan(recipe, 64, 1)).train()
     channels, size = len(recipe.data.mean), recipe.views[0].size
+    method = build_experiment(recipe, source=FakeSource(64, channels, size, 4)).method.train()
     draw = torch.Generator().manual_seed(0)
     crops = tuple(torch.rand(8, channels, size, size, generator=draw) for _ in range(4))
     count = sum(view.count for view in recipe.views)
@@ -328,7 +326,7 @@ PICTURES = (
 
 def save_checkpoint(path: Path, history: list[dict[str, Any]], step: int, scale: float = 1.0) -> None:
     recipe = load_recipe("margin_fashion_mnist").recipe
-    method = build_method(recipe, build_plan(recipe, 12000, 1))
+    method = build_experiment(recipe).method
     content = {
         "state_dict": {k: scale * v for k, v in method.state_dict().items()}
         | {"probe.weight": torch.zeros(2)},

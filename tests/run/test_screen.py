@@ -96,14 +96,14 @@ def test_warnings_of_the_framework_and_of_python_reach_terminal_and_log(folder: 
         from sslzoo.run import fit as module
 
         warnings.simplefilter("always")
-        build = module.build_method
+        build = module.build_experiment
 
-        def warning(*arguments: object) -> object:
+        def warning(*arguments: Any, **options: Any) -> Any:
             warnings.warn("the library is old", UserWarning, stacklevel=2)
             module.log.warning("the queue spans an epoch")
-            return build(*arguments)  # type: ignore[arg-type]
+            return build(*arguments, **options)
 
-        module.build_method = warning  # type: ignore[assignment]
+        module.build_experiment = warning
 
     command = fork(folder, "fit", "--recipe", "tiny.yaml", "--out", "warned", before=warn)
     assert command.wait() == 0
