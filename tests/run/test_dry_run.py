@@ -111,5 +111,5 @@ def test_a_signal_ends_it_and_leaves_nothing(folder: Path, tmp_path: Path) -> No
     assert until(lambda: command.ended or list(tmp_path.rglob("metrics.csv"))), command.said
     command.signal(signal.SIGTERM)
     assert command.wait() == ExitCode.PREEMPTED, command.said
-    assert command.last.startswith("sslzoo fit: SIGTERM while ")
+    assert command.last.startswith("sslzoo fit: SIGTERM")
     assert _nothing_is_left(folder, tmp_path)
