@@ -67,9 +67,10 @@ def check_plugin_name(name: str, field: str) -> None:
     )
 
 
-def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a ``value`` of ``field`` that is not among ``allowed``."""
-    check_field(value in allowed, field, f"must be one of {', '.join(allowed)}; got {value!r}")
+def shown(value: Any) -> str:
+    """``value`` as a message shows it, cut where it is long."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from math import cos, pi
 from typing import Literal
 
-from sslzoo.checks import one_of
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import CosineSchedule, OptimConfig, StepSchedule
 
+Shape = Literal["linear", "cosine"]  # a line, or half a period
 
-def interpolate(step: int, steps: int, start: float, end: float, shape: str = "linear") -> float:
+
+def interpolate(step: int, steps: int, start: float, end: float, shape: Shape = "linear") -> float:
     """From ``start`` at step 0 to ``end`` at step ``steps - 1``, kept from there on.
 
     ``shape`` is ``linear`` or ``cosine`` (half a period). With one step the end holds at once.
     """
-    one_of("shape", shape, ("linear", "cosine"))
     fraction = min(step / (steps - 1), 1.0) if steps > 1 else 1.0
     if shape == "linear":
         return start + (end - start) * fraction
@@ -73,12 +73,13 @@ def learning_rate(step: int, optim: OptimConfig, plan: TrainingPlan) -> float:
     return peak * schedule.gamma**passed
 
 
-def ema_momentum(step: int, *, total_steps: int, start: float, schedule: str, end: float = 1.0) -> float:
+def ema_momentum(
+    step: int, *, total_steps: int, start: float, schedule: Literal["constant", "cosine"], end: float = 1.0
+) -> float:
     """EMA coefficient of step ``step``: ``constant``, or half a ``cosine`` that is ``end`` at step T-1.
 
     With T = 1 the coefficient is ``start``.
     """
-    one_of("schedule", schedule, ("constant", "cosine"))
     if schedule == "constant" or total_steps <= 1:
         return start
     return interpolate(step, total_steps, start, end, shape="cosine")

@@ -15,13 +15,13 @@ from typing import Any
 
 import yaml
 
-from sslzoo.checks import ConfigError, check_plugin_name, did_you_mean
+from sslzoo.checks import ConfigError, check_plugin_name, did_you_mean, shown
 from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import DATASETS, DatasetInfo, dataset_info
 from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
 from sslzoo.recipe.text import join, lines_of, read, resolve, value_of
-from sslzoo.recipe.typed import OtherVariant, check_plain, section, shown, trainer_section
+from sslzoo.recipe.typed import OtherVariant, check_plain, section, trainer_section
 
 
 class RecipeError(ValueError):

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from sslzoo.checks import ConfigError
+from sslzoo.checks import ConfigError, shown
 
 MAX_BYTES = 1_000_000
 MAX_VALUES = 10_000  # once aliases and references are expanded; OmegaConf has the same limit
@@ -71,7 +71,7 @@ def value_of(text: str, key: str) -> Any:
     except _Duplicate as error:
         raise ConfigError(join(key, error.key), "written twice; keep one") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(key, f"{text!r} is not YAML: {_first_line(error)}") from None
+        raise ConfigError(key, f"{shown(text)} is not YAML: {_first_line(error)}") from None
 
 
 def resolve(raw: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +91,8 @@ def _dotted(error: OmegaConfBaseException) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ")
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line.removeprefix("KeyError raised while resolving interpolation: ")
 
 
 # What aliases make

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
-from sslzoo.checks import ConfigError, check_field
+from sslzoo.checks import ConfigError, check_field, shown
 
 _LENGTH = "the length of a run is trainer.max_epochs, from which all schedules follow"
 _MEASURED = "eval.every_epochs says when features are measured, always on the whole of eval.test_split"
@@ -64,13 +64,17 @@ CHOICES: dict[str, Any] = {
     ]
     | None,
     "gradient_clip_algorithm": Literal["norm", "value"] | None,
+    "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps"],
+    "deterministic": bool | Literal["warn"] | None,
+    "profiler": Literal["simple", "advanced", "pytorch"] | None,
 }
 
 
 def check_trainer(values: dict[str, Any]) -> None:
     """Refuse typed ``values`` of the section that mean nothing or change nothing; ``ConfigError`` names the key."""
     for name in ("max_epochs", "accumulate_grad_batches", "num_nodes"):
-        check_field(values.get(name, 1) >= 1, name, f"must be positive, got {values.get(name)}")
+        value = values.get(name, 1)
+        check_field(value is not None and value >= 1, name, f"must be positive, got {shown(value)}")
     clip = values.get("gradient_clip_val")
     check_field(
         clip is None or clip > 0,
@@ -92,7 +96,7 @@ def stated_devices(devices: int | str | list[int]) -> int | None:
     listed = devices
     if isinstance(devices, str):
         numbers = [part.strip() for part in devices.split(",") if part.strip()]
-        if all(number.isdecimal() for number in numbers):
+        if numbers and all(number.isdecimal() for number in numbers):
             listed = [int(number) for number in numbers] if "," in devices else int(devices)
     if isinstance(listed, list) and 0 < len(set(listed)) == len(listed) and min(listed) >= 0:
         return len(listed)

@@ -15,7 +15,7 @@ from math import isfinite
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from sslzoo.checks import ConfigError, closest, did_you_mean
+from sslzoo.checks import ConfigError, closest, did_you_mean, shown
 from sslzoo.recipe import registry
 from sslzoo.recipe.sections import AnalysisConfig, MethodConfig, Recipe
 from sslzoo.recipe.text import join
@@ -168,7 +168,8 @@ def _one_of_types(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
         return None
     variants = _variants(kinds)
     others = [kind for kind in kinds if kind is not NoneType and not _tags(kind)]
-    if variants and (not others or isinstance(value, dict) or value in variants):
+    named = isinstance(value, str) and value in variants
+    if variants and (named or not others or isinstance(value, dict)):
         return _variant(variants, value, key)
     for kind in others:
         if type(value) is kind:
@@ -234,12 +235,6 @@ def check_plain(value: Any, key: str) -> None:
         raise ConfigError(key, "must be a number of at most 64 bits")
     elif isinstance(value, float) and not isfinite(value):
         raise ConfigError(key, f"must be finite, got {value}")
-
-
-def shown(value: Any) -> str:
-    """``value`` as a message shows it."""
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def trainer_section(values: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,7 @@ from sslzoo_methods.margin.factors import (
     Factors,
     Margin,
     Pairs,
+    WideAngle,
     gradient_factors,
     pull_sums,
 )
@@ -572,7 +573,7 @@ def test_sphereface_falls_monotonically_and_its_slope_is_its_derivative(m: int) 
 
 @pytest.mark.parametrize("wide_angle", ["exact", "arcface", "clamp", "easy"])
 @pytest.mark.parametrize("m1", [0.4, -0.4])
-def test_pull_and_drop_agree_with_psi(wide_angle: str, m1: float) -> None:
+def test_pull_and_drop_agree_with_psi(wide_angle: WideAngle, m1: float) -> None:
     margin = Margin(angular=m1, subtractive=0.2, wide_angle=wide_angle)
     theta = leaf(torch.linspace(0.01, pi - 0.01, 101, dtype=torch.float64))
     psi = margin.cosine(theta, theta.cos())

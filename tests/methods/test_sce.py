@@ -17,7 +17,7 @@ from sslzoo.nn.momentum import MomentumEncoder
 from sslzoo.nn.numerics import normalize
 from sslzoo.nn.queue import FeatureQueue
 from sslzoo.optim.optimizers import LARS, build_optimizer, set_learning_rate
-from sslzoo.optim.schedules import ema_momentum, interpolate, warmup_cosine
+from sslzoo.optim.schedules import Shape, ema_momentum, interpolate, warmup_cosine
 from sslzoo.recipe.sections import LARSConfig, SGDConfig
 from sslzoo_methods.sce import loss as loss_module
 from sslzoo_methods.sce.loss import (
@@ -334,10 +334,11 @@ def golden_lars_and_schedules(case: GoldenCase, precision: str) -> list[Arrays]:
         ],
         dtype=torch.float64,
     )
-    for name, key, shape in (
+    warmups: list[tuple[str, str, Shape]] = [
         ("tau_m_cosine_warmup_per_step", "tau_m_warmup", "cosine"),
         ("lambda_linear_warmup_per_step", "lambda_warmup", "linear"),
-    ):
+    ]
+    for name, key, shape in warmups:
         if key in h:
             n = h[key]["epochs"] * h[key]["steps_per_epoch"]
             values = [interpolate(s, n, h[key]["start"], h[key]["end"], shape) for s in range(n + 1)]

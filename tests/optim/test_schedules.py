@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sslzoo.optim.schedules import ema_momentum, interpolate, learning_rate, warmup_cosine
+from sslzoo.optim.schedules import Shape, ema_momentum, interpolate, learning_rate, warmup_cosine
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import ConstantSchedule, CosineSchedule, SGDConfig, StepSchedule
 
@@ -16,7 +16,7 @@ PLAN = TrainingPlan(dataset_size=1000, global_batch_size=100, max_epochs=10)  # 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 @pytest.mark.parametrize(("start", "end"), [(1.0, 0.5), (0.04, 0.07)])
 def test_interpolate_reaches_its_end_and_stays_rising_or_falling(
-    shape: str, start: float, end: float
+    shape: Shape, start: float, end: float
 ) -> None:
     values = [interpolate(s, 6, start, end, shape) for s in range(9)]
     assert values[0] == pytest.approx(start)
@@ -28,8 +28,6 @@ def test_interpolate_reaches_its_end_and_stays_rising_or_falling(
 def test_interpolate_in_the_middle() -> None:
     assert interpolate(1, 5, 0.0, 1.0, "linear") == 0.25
     assert interpolate(1, 5, 0.0, 1.0, "cosine") == pytest.approx((1 - 2**-0.5) / 2)
-    with pytest.raises(ValueError, match="shape must be one of"):
-        interpolate(0, 2, 0.0, 1.0, "square")
 
 
 def curve(steps: int, **options: object) -> list[float]:
@@ -86,5 +84,3 @@ def test_ema_momentum() -> None:
     assert got == [pytest.approx(x, abs=1e-15) for x in (0.9, 0.95, 1.0, 1.0)]
     assert got[2] == 1.0
     assert ema_momentum(0, total_steps=1, start=0.9, schedule="cosine") == 0.9
-    with pytest.raises(ValueError, match="schedule must be one of"):
-        ema_momentum(0, schedule="linear", **options)

@@ -178,6 +178,7 @@ def test_origins_of_a_variant(load) -> None:
             "method.warmup={name: never, epochs: 2}",
             "override: method.warmup.epochs: not a key of method.warmup never, but of ramp",
         ),
+        ("method.temperature=[1]", "override: method.temperature: expected a number, got [1]"),
         ("method.temperature=rump", "override: method.temperature: expected a number, got 'rump'"),
         (
             "method.kind=Samee",

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isfinite, pi, sin
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sslzoo.checks import one_of, require
+from sslzoo.checks import require
 from sslzoo.nn.numerics import autocast_off, ieee_matmul
 
-WIDE_ANGLES = ("exact", "arcface", "clamp", "easy")
+WideAngle = Literal["exact", "arcface", "clamp", "easy"]
 
 
 def chord_angle(a: Tensor, b: Tensor) -> Tensor:
@@ -67,11 +67,10 @@ class Margin:
 
     angular: float
     subtractive: float
-    wide_angle: str = "exact"
+    wide_angle: WideAngle = "exact"
     multiplier: int = 1
 
     def __post_init__(self) -> None:
-        one_of("wide_angle", self.wide_angle, WIDE_ANGLES)
         require(
             -pi < self.angular < pi,
             f"an angular margin m1 must lie within (-pi, pi) radians, got {self.angular}",
