@@ -99,10 +99,12 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
     def record(self, name: str, value: Tensor) -> None:
         """Log a measurement of this step, a scalar, under ``name`` (``method/...``): its mean over an interval is
         reported. Summed on the device, never waited for."""
-        require(
-            isinstance(value, Tensor),
-            f"record takes a tensor, got {name} = {value!r}; a number that is set and not measured goes to setting",
-        )
+        if not isinstance(
+            value, Tensor
+        ):  # only then is the value spelt out, which on a device would wait for it
+            raise ValueError(
+                f"record takes a tensor, got {name} = {value!r}; a number that is set and not measured goes to setting"
+            )
         self.recorded[name] = value.detach()
 
     def setting(self, name: str, value: float) -> None:

@@ -159,6 +159,7 @@ class DeviceTensor(Tensor):
         return False
 
     def __repr__(self, **_: Any) -> str:
+        PretendedGPU.active().note("sync", "repr")
         return f"DeviceTensor({tuple(self.values.shape)}, {self.values.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -535,6 +536,7 @@ SMALL = (
     "data.classes=[]",
     "trainer.max_epochs=1",
     "optim.warmup_epochs=0",
+    "optim.warmup_ramp=closed",
     "probe.holdout=0.3",
     "eval.every_epochs=1",
     f"eval.size={EVAL_PIXELS}",

@@ -69,6 +69,9 @@ def test_a_gpu_would_refuse_nothing(recipe, world, tmp_path):
     for phase, step in (("step", 5), ("callbacks after", 5), ("validation", STEPS), ("evaluation", STEPS)):
         assert sum(resumed.moments[Moment(phase, step)].collective_bytes.values()) > 0
         assert sum(resumed.moments[Moment(phase, step)].kernels.values()) > 0
+    # From the transfer of a batch to the end of its step the host waits for nothing, but for rows and epoch ends.
+    for phase in ("transfer", "step", "callbacks after"):
+        assert not resumed.moments[Moment(phase, STEPS - 2)].places["sync"]
     header, *_, last = csv.reader((tmp_path / "metrics.csv").read_text().splitlines())
     assert {"val/linear_top1", "val/knn_top1"} <= set(header)
     assert last[0] == str(STEPS)
