@@ -74,5 +74,5 @@ def test_subset_is_deterministic_and_sorted() -> None:
     chosen = subset(0, 1000, 100)
     assert len(chosen) == 100 and (chosen.diff() > 0).all()
     assert torch.equal(chosen, subset(0, 1000, 100))
-    assert len(subset(0, 1000, 0)) == len(subset(0, 1000, 5000)) == 1000
+    assert len(subset(0, 1000, None)) == len(subset(0, 1000, 5000)) == 1000
     assert hash64(key(0), torch.arange(5)).dtype == torch.int64
