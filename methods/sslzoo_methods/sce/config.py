@@ -100,6 +100,12 @@ class SCEConfig(MethodConfig):
             f"must be positive, or null for no queue; got {self.queue_size}",
         )
         check_fraction(self, "momentum")
+        width = self.projector.widths[-1]
+        check_field(
+            self.predictor is None or self.predictor.widths[-1] == width,
+            "predictor.widths",
+            f"must end in the width of method.projector, {width}, got {self.predictor and list(self.predictor.widths)}",
+        )
         if self.target_temperature_warmup is not None:
             start = self.target_temperature_warmup.start
             check_field(start > 0, "target_temperature_warmup.start", f"must be positive, got {start}")
