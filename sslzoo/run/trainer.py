@@ -36,7 +36,7 @@ _BESIDE_THE_POINT = (
 )
 
 
-class Unprofiled(PassThroughProfiler):
+class NoProfiler(PassThroughProfiler):
     """Measures as little as Lightning's default, which opens a generator for each named action of a step.
 
     :meth:`profile` gives a context and nothing else: no decorator, no value after ``as``.
@@ -139,7 +139,7 @@ def build_trainer(
     if trainer.get("sync_batchnorm", False):
         plugins.append(LayerSync())
     options = {
-        "profiler": Unprofiled(),
+        "profiler": NoProfiler(),
         **trainer,
         "strategy": build_strategy(trainer, placement.world_size),
         "plugins": plugins,

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from sslzoo.run.trainer import Unprofiled, build_trainer
+from sslzoo.run.trainer import NoProfiler, build_trainer
 
 
 def test_the_version_is_the_one_that_the_kill_tests_were_written_for():
@@ -46,7 +46,7 @@ def test_callbacks_hear_of_an_exit_code():
 
 def test_actions_are_profiled_only_if_the_recipe_asks(tmp_path):
     options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1}
-    for asked, kind in (({}, Unprofiled), ({"profiler": "simple"}, SimpleProfiler)):
+    for asked, kind in (({}, NoProfiler), ({"profiler": "simple"}, SimpleProfiler)):
         trainer = build_trainer(options | asked, run_dir=tmp_path, callbacks=[])
         assert isinstance(vars(trainer)["profiler"], kind)
     # Lightning uses the context as a context, and the profiler for nothing else in a step.
