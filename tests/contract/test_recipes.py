@@ -11,8 +11,8 @@ from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.registry import recipes
 from sslzoo.run.dry_run import build_rehearsal, known_of_data, train
 
-# Of a family that differs in rates, lengths, devices and classes alone (see tests/recipe/test_header.py), or, like
-# MetAug's on ImageNet-100, in an optimiser that another recipe of the method has.
+# Of a family that differs in rates, lengths, devices and classes alone (see tests/recipe/test_header.py), in the size
+# of its crops (Tiny-ImageNet), or, like MetAug's on ImageNet-100, in an optimiser that another of the method has.
 SAME = {
     "sce_in1k_100ep",
     "sce_in1k_300ep",
@@ -21,6 +21,7 @@ SAME = {
     "mmcl_in100",
     "sogclr_in100",
     "metaug_in100",
+    "mmcl_tiny_imagenet",
     "sce_tiny_imagenet",
     "simclr_tiny_imagenet",
     "sogclr_tiny_imagenet",

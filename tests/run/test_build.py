@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +106,9 @@ def test_the_backbone_before_training_is_the_one_that_the_method_began_with(fold
         assert a.equal(b) and a is not b
 
 
-def _show_what_is_trained() -> None:
-    """In a fork: instead of training, a line that says with what."""
+def _show_what_is_trained(scratch: Path) -> None:
+    """In a fork: instead of training, a line that says with what, and an end without tidying up ``scratch``."""
+    tempfile.tempdir = str(scratch)
 
     def fit(trainer: Any, method: Any, datamodule: Any, ckpt_path: Any = None) -> None:
         def shape(value: Any) -> list[Any]:  # the dry run takes the catalogue's number of images
@@ -144,7 +147,14 @@ def test_a_dry_run_builds_what_the_run_builds(
     built = []
     for name, more in (("run", ("--out", tmp_path / "run")), ("dry", ("--dry-run",))):
         command = fork(
-            folder, "fit", "--recipe", "tiny.yaml", *more, *overrides, name=name, before=_show_what_is_trained
+            folder,
+            "fit",
+            "--recipe",
+            "tiny.yaml",
+            *more,
+            *overrides,
+            name=name,
+            before=partial(_show_what_is_trained, tmp_path),
         )
         assert command.wait() == 0, command.said
         shown = [line for line in command.out.splitlines() if line.startswith("built ")]
