@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -261,7 +261,7 @@ def optimisation(recipe: Recipe, folder: Path) -> Any:
 def trained(recipe: Recipe, folder: Path) -> Any:
     """All state after training."""
     run = built(recipe, folder)
-    run.trainer.callbacks.remove(run.callbacks.checkpoint)
+    cast(Any, run.trainer).callbacks.remove(run.callbacks.checkpoint)
     run.trainer.fit(run.method, datamodule=run.data)
     state = run.method.state_dict()
     losses = [row["train/loss"] for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
