@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslzoo.batch import Batch
 from sslzoo.distributed import all_reduce_mean
@@ -404,34 +403,24 @@ def test_chunks_change_nothing() -> None:
         torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_chunks_are_recomputed_in_full_float32(autocast: bool) -> None:
-    """Whatever precision of products is in force when backward runs, outside the loss."""
-    u, v = leaf(torch.randn(11, 6)), leaf(torch.randn(17, 6))
-    pairs = contrast(u, v, torch.arange(11), own=None, temperature=0.1, chunk=4)
-    assert pairs.negatives is not None
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        with Products() as products, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            pairs.negatives.sum().backward()
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert len(products.seen) == 6 and set(products.seen) == {("highest", torch.float32)}
+def test_without_any_pull_the_angle_effect_is_none() -> None:
+    """Beyond pi - m1 ``clamp`` has no slope: with all positives there, E1 and B are 0, and E2 scales by 1."""
+    u = leaf(torch.randn(6, 5, dtype=torch.float64))
+    pairs = contrast(u, -u.detach() + 0.01, torch.arange(6), own=None, temperature=0.2, chunk=None)
+    margin = Margin(angular=1.5, subtractive=0.0, wide_angle="clamp")
+    sums = pull_sums(pairs.theta, margin)
+    assert sums[0] == 0 < sums[1]
 
+    def gradient(**effects: Any) -> Tensor:
+        options: dict[str, Any] = {"temperature": 0.2, "beta": 1.0, "sums": sums}
+        loss = isolated_loss(pairs, margin, Isolated(**effects), **options).mean()
+        return torch.autograd.grad(loss, u, retain_graph=True)[0]
 
-class Products(TorchDispatchMode):
-    """Notes the precision in force at every matrix product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, torch.dtype]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_}:
-            self.seen.append((torch.get_float32_matmul_precision(), args[-1].dtype))
-        return func(*args, **(kwargs or {}))
+    plain = margin_loss(pairs, NO_MARGIN, temperature=0.2, beta=1.0, detached=False).mean()
+    (expected,) = torch.autograd.grad(plain, u, retain_graph=True)
+    torch.testing.assert_close(gradient(angle=True), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient(angle=True, emphasis=2.0), gradient(emphasis=2.0))
+    torch.testing.assert_close(gradient(angle=True, emphasis="batch"), gradient(emphasis="batch"))
 
 
 # -- identities -------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import product
+from dataclasses import replace
+from itertools import combinations, product
 from typing import Any, get_args
 
 import pytest
@@ -319,6 +320,32 @@ def test_the_step_bound_is_tight():
     x = normalize(_rows(64, 32))
     top = torch.linalg.eigvalsh(_plain_hessian(x, 3, None, "rbf", 5.0, "one")).max()
     assert 0.9 < top / problem.lipschitz()[3] <= 1
+
+
+@pytest.mark.parametrize("twins", [False, True])
+@pytest.mark.parametrize("cosine", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("sigma", [0.2, 1.0, 5.0, 30.0])
+def test_the_step_is_bounded_for_tanh_too(sigma, cosine, twins):
+    """Which is no valid kernel: M |phi(x_j) - mean|^2 can be negative there."""
+    n = 9
+    pool = _rows(2 * n if twins else n, cosine=cosine)
+    hyper = {"kernel": "tanh", "sigma": sigma, "self_kernel": "true", "C": 1.0, "reg": 0.1}
+    bound = _problem(pool, hyper, anchors=n)[0].lipschitz()
+    for j in range(n):
+        delta = _plain_hessian(normalize(pool), j, n + j if twins else None, "tanh", sigma, "true")
+        assert bound[j] >= torch.linalg.eigvalsh(delta).max() - 1e-12
+
+
+@pytest.mark.parametrize("normalized", ["none", "mean"])
+def test_no_support_vector_gives_no_loss_and_a_finite_residual(normalized):
+    """All duals 0: nothing to normalise by."""
+    z = _rows(12, dtype=torch.float32)
+    problem, kernel = _problem(z[:6], {"kernel": "rbf", "sigma": 0.5, "C": -1, "reg": 0.1})
+    duals, query = torch.zeros(6, 6), z[6:].requires_grad_()
+    loss = mmcl_loss(query, z[:6], duals, first=0, alpha_normalize=normalized, **kernel)
+    assert loss == 0 and (torch.autograd.grad(loss, query)[0] == 0).all()
+    health = dual_health(problem, duals)
+    assert health["kkt"] == 1 and all(value.isfinite() for value in health.values())
 
 
 @pytest.mark.parametrize(("sigma", "C", "twins"), [(5.0, -1, False), (0.5, 0.4, False), (2.0, 1.0, True)])
@@ -709,6 +736,42 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
     method.finish_step()
     assert method.loss(_batch(0)) != first, "every step draws a start of its own"
+
+
+def _starts(method: MMCL, monkeypatch: pytest.MonkeyPatch, losses: int, steps: int) -> list[Tensor]:
+    """The random starts of ``losses`` micro-batches in each of ``steps`` steps."""
+    starts: list[Tensor] = []
+
+    def seen(problem: DualProblem, init: Any, generator: torch.Generator) -> tuple[Tensor, float]:
+        starts.append(start_point(problem, init, generator)[0])
+        return starts[-1], 0.5
+
+    monkeypatch.setattr("sslzoo_methods.mmcl.method.start_point", seen)
+    for step in range(steps):
+        for _ in range(losses):
+            method.loss(_batch(0))
+        method.finish_step(skipped=step == 0)
+    return starts
+
+
+def test_every_micro_batch_starts_elsewhere(monkeypatch):
+    """By its place in the run: without accumulation the step's."""
+    method = _method(solver=PGD(max_iter=1))
+    method.plan = replace(method.plan, accumulate=2)
+    starts = _starts(method, monkeypatch, 2, 3)
+    alone = _starts(_method(solver=PGD(max_iter=1)), monkeypatch, 1, 6)
+    assert all(torch.equal(a, b) for a, b in zip(starts, alone, strict=True))
+    assert not any(torch.equal(a, b) for a, b in combinations(starts, 2))
+
+
+def test_ranks_with_negatives_of_their_own_start_elsewhere(monkeypatch):
+    """As micro-batches would."""
+    expected = _starts(_method(solver=PGD(max_iter=1)), monkeypatch, 1, 6)
+    for r in range(2):
+        monkeypatch.setattr("sslzoo_methods.mmcl.method.rank", lambda r=r: r)
+        monkeypatch.setattr("sslzoo_methods.mmcl.method.world_size", lambda: 2)
+        starts = _starts(_method(solver=PGD(max_iter=1), gather=False), monkeypatch, 1, 3)
+        assert all(torch.equal(a, b) for a, b in zip(starts, expected[r::2], strict=True))
 
 
 @pytest.mark.parametrize("solver", [INV(), PGD(), AdaptivePGD(tol=1e-4)])

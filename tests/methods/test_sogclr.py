@@ -41,6 +41,7 @@ from sslzoo_methods.sogclr.gathering import columns_gradient, gather_columns
 from sslzoo_methods.sogclr.health import objective
 from sslzoo_methods.sogclr.loss import (
     first_visits,
+    gcl_columns_loss,
     gcl_loss,
     gcl_loss_lean,
     mix,
@@ -400,6 +401,24 @@ def test_tiny_temperature_and_duplicate_images_stay_finite(form):
     torch.testing.assert_close(rounded.double(), exact, rtol=2e-3, atol=2e-4)
     exact, rounded = (_gradient(form, x, log_u.to(x.dtype), temperature=0.07) for x in (z, z.float()))
     torch.testing.assert_close(rounded.double(), exact, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_one_image_a_rank_without_reducing(views):
+    """Four ranks of one image each: no column of a rank is another image's for its own anchors."""
+    batch = 4
+    log_u = torch.randn(batch, dtype=torch.float64)
+    whole = _embeddings(views, batch).requires_grad_()
+    loss, estimates = gcl_loss_lean(whole[:2], whole, log_u, **OPTIONS)
+    (expected,) = torch.autograd.grad(loss, whole)
+    fixed = {name: OPTIONS[name] for name in ("temperature", "u_floor")}
+    for r in range(batch):
+        own = whole.detach()[:, r : r + 1].requires_grad_()
+        options: dict[str, Any] = OPTIONS | {"offset": r}
+        anchored, _ = gcl_loss_lean(own[:2], whole.detach(), log_u[r : r + 1], **options)
+        columns = gcl_columns_loss(own, whole.detach()[:2], estimates.log_mixed, **fixed, offset=r)
+        (got,) = torch.autograd.grad(anchored + columns, own)
+        torch.testing.assert_close(got[:, 0] / batch, expected[:, r])
 
 
 def test_first_visit_rules():

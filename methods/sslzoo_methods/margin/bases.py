@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sslzoo.distributed import gather, gather_detached, rank, world_size
 from sslzoo.nn.heads import build_head
 from sslzoo.nn.momentum import MomentumEncoder
-from sslzoo.nn.numerics import ieee_matmul, normalize
+from sslzoo.nn.numerics import normalize
 from sslzoo.nn.queue import FeatureQueue
 from sslzoo.nn.shuffle import shuffle, shuffled_order, unshuffle
 from sslzoo.optim.schedules import ema_momentum
@@ -86,8 +86,7 @@ class SimCLR(Base[SimCLRConfig]):
         if len(crops.queries) == 2:
             candidates, own = torch.cat(keys), torch.cat([rows, rows + m])
             anchors, positive = torch.cat(crops.queries), torch.cat([rows + m, rows])
-            with ieee_matmul():
-                pairs = contrast(anchors, candidates, positive, own=own, temperature=temperature, chunk=chunk)
+            pairs = contrast(anchors, candidates, positive, own=own, temperature=temperature, chunk=chunk)
             return [Term(pairs, 2 * m - 2, local=False)]
         return _cross_views(
             crops,
@@ -231,13 +230,12 @@ def _cross_views(
     crops: Crops, keys: Mapping[int, Tensor], compare: Callable[[Tensor, Tensor], Pairs], *, negatives: int
 ) -> list[Term]:
     """A term for every query view and other key view; ``keys`` by view. Local crops only query."""
-    with ieee_matmul():
-        return [
-            Term(compare(query, key), negatives, local=a >= len(crops.views))
-            for a, query in enumerate(crops.queries)
-            for b, key in keys.items()
-            if a != b
-        ]
+    return [
+        Term(compare(query, key), negatives, local=a >= len(crops.views))
+        for a, query in enumerate(crops.queries)
+        for b, key in keys.items()
+        if a != b
+    ]
 
 
 def _own_rows(x: Tensor) -> Tensor:

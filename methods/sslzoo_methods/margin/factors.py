@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sslzoo.checks import require
-from sslzoo.nn.numerics import autocast_off, ieee_matmul
+from sslzoo.nn.numerics import autocast_off, ieee_matmul, product
 
 WideAngle = Literal["exact", "arcface", "clamp", "easy"]
 
@@ -177,7 +177,7 @@ class Factors(NamedTuple):
     logit: Tensor  # A = (1 - P) / (1 - P0), effect E3: scales the whole anchor
     slope: Tensor  # B, scales the positive
     emphasis: Tensor  # (), E1 = sum of pulls / sum of pulls without the margin
-    angle: Tensor  # E2 = B / E1
+    angle: Tensor  # E2 = B / E1; 1 where both are 0
 
 
 def pull_sums(theta: Tensor, margin: Margin) -> Tensor:
@@ -190,15 +190,17 @@ def pull_sums(theta: Tensor, margin: Margin) -> Tensor:
 def gradient_factors(pairs: Pairs, margin: Margin, *, temperature: float | Tensor, sums: Tensor) -> Factors:
     """The factors at fixed embeddings. ``sums`` is the global :func:`pull_sums`.
 
-    Without negatives every probability is 1 and A is 1: such a loss has no logit effect.
+    Without negatives every probability is 1 and A is 1: such a loss has no logit effect. Where the margin takes
+    all pull away (E1 and B are 0), E2 has nothing to distribute and is 1.
     """
     cosine, theta = pairs.cosine.detach(), pairs.theta.detach()
     delta = margin.drop(theta) / temperature
     emphasis = torch.ones_like(sums[0]) if margin.keeps_angle else sums[0] / sums[1]
     slope = margin.slope_factor(theta)
+    angle = torch.where((slope == 0) & (emphasis == 0), 1.0, slope / emphasis)
     if pairs.negatives is None:
         one, zero = torch.ones_like(theta), torch.zeros_like(theta)
-        return Factors(one, one, zero, zero, delta, one, slope, emphasis, slope / emphasis)
+        return Factors(one, one, zero, zero, delta, one, slope, emphasis, angle)
     gap0 = cosine / temperature - pairs.negatives.detach()
     gap = (margin.cosine(theta, cosine) - margin.subtractive) / temperature - pairs.negatives.detach()
     return Factors(
@@ -210,7 +212,7 @@ def gradient_factors(pairs: Pairs, margin: Margin, *, temperature: float | Tenso
         logit=torch.exp(F.logsigmoid(-gap) - F.logsigmoid(-gap0)),
         slope=slope,
         emphasis=emphasis,
-        angle=slope / emphasis,
+        angle=angle,
     )
 
 
@@ -231,23 +233,24 @@ def negative_logsumexp(
     if chunk is not None:
         scale = torch.as_tensor(1 / temperature, dtype=anchors.dtype, device=anchors.device)
         return _ChunkedLogSumExp.apply(anchors, candidates, excluded, scale, chunk)  # type: ignore[no-any-return]
-    logits = (anchors / temperature) @ candidates.T
+    logits = product(anchors / temperature, candidates.T)
     return logits.scatter(1, excluded, -torch.inf).logsumexp(dim=1)
 
 
 class _ChunkedLogSumExp(torch.autograd.Function):
     """The barycentre of the negatives, which is the gradient at an anchor, is gathered on the way forward;
-    the candidates' gradient needs a second pass, which keeps the precision that callers give the first."""
+    the candidates' gradient needs a second pass."""
 
     @staticmethod
     def forward(
         ctx: Any, anchors: Tensor, candidates: Tensor, excluded: Tensor, scale: Tensor, chunk: int
     ) -> Tensor:
         out, centre = anchors.new_empty(len(anchors)), torch.empty_like(anchors)
-        for rows in torch.arange(len(anchors), device=anchors.device).split(chunk):
-            logits = ((anchors[rows] * scale) @ candidates.T).scatter_(1, excluded[rows], -torch.inf)
-            out[rows] = logits.logsumexp(dim=1)
-            centre[rows] = logits.sub_(out[rows, None]).exp_() @ candidates
+        with ieee_matmul():
+            for rows in torch.arange(len(anchors), device=anchors.device).split(chunk):
+                logits = ((anchors[rows] * scale) @ candidates.T).scatter_(1, excluded[rows], -torch.inf)
+                out[rows] = logits.logsumexp(dim=1)
+                centre[rows] = logits.sub_(out[rows, None]).exp_() @ candidates
         ctx.save_for_backward(anchors, candidates, excluded, scale, out, centre)
         ctx.chunk = chunk
         return out

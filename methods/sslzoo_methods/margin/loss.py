@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslzoo.nn.numerics import autocast_off, normalize
+from sslzoo.nn.numerics import autocast_off, ieee_matmul, normalize
 from sslzoo_methods.margin.config import Isolated
 from sslzoo_methods.margin.factors import (
     NO_MARGIN,
@@ -126,17 +126,19 @@ def positive_factor(factors: Factors, effects: Isolated) -> Tensor:
     slope, e1 = factors.slope, factors.emphasis
     match effects.emphasis:
         case None:
-            return slope / e1 if effects.angle else torch.ones_like(slope)
+            return factors.angle if effects.angle else torch.ones_like(slope)
         case "batch":
             return slope if effects.angle else e1.expand_as(slope)
         case constant:
-            return slope * (constant / e1) if effects.angle else torch.full_like(slope, constant)
+            if not effects.angle:
+                return torch.full_like(slope, constant)
+            return torch.where((slope == 0) & (e1 == 0), constant, slope * (constant / e1))  # E2 is 1 there
 
 
 def view_alignment(embeddings: Sequence[Tensor]) -> Tensor:
     """Mean cosine (), a constant, of the views (N, D) of an image, over all pairs of views and all rows."""
     z = normalize(torch.stack(list(embeddings)).detach())  # (V, N, D)
-    with autocast_off(z):
+    with autocast_off(z), ieee_matmul():
         cosines = torch.einsum("and,bnd->abn", z, z).mean(dim=2)  # (V, V)
         return (cosines.sum() - cosines.trace()) / (len(z) * (len(z) - 1))
 

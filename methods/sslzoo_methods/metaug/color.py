@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sslzoo.nn.numerics import autocast_off
+from sslzoo.nn.numerics import autocast_off, ieee_matmul
 from sslzoo_methods.metaug.config import ColorSpace
 
 # Linear sRGB to XYZ (IEC 61966-2-1) and the white of D65 seen at 2 degrees.
@@ -21,7 +21,8 @@ STATISTICS = {
 
 
 def _matrix(values: tuple[tuple[float, ...], ...], x: Tensor) -> Tensor:
-    return torch.einsum("dc,nchw->ndhw", torch.tensor(values, dtype=x.dtype, device=x.device), x)
+    with ieee_matmul():
+        return torch.einsum("dc,nchw->ndhw", torch.tensor(values, dtype=x.dtype, device=x.device), x)
 
 
 def _channels(values: tuple[float, ...], x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslzoo.checks import require
-from sslzoo.nn.numerics import at_least_float32, autocast_off, ieee_matmul
+from sslzoo.nn.numerics import at_least_float32, autocast_off, product
 from sslzoo_methods.metaug.config import Circle, Thresholds
 
 Pair = tuple[int, int]  # (query view, key view)
@@ -157,14 +157,14 @@ def batch_objective(
     views, queries = len(original), torch.stack([*original, *generated, *local])  # (2M+L, N, D)
     rows = torch.arange(queries.shape[1], device=queries.device)
     own = rows[:, None] + offset == torch.arange(keys.shape[1], device=queries.device)
-    with autocast_off(queries), ieee_matmul():
+    with autocast_off(queries):
         queries, keys = at_least_float32(queries), at_least_float32(keys)
         # All similarities of all terms in one product; the terms share its blocks.
-        s = (1 + queries.flatten(0, 1) @ keys.flatten(0, 1).T) / 2
+        s = (1 + product(queries.flatten(0, 1), keys.flatten(0, 1).T)) / 2
         table = s.view(len(queries), len(rows), views, -1).permute(0, 2, 1, 3)  # (2M+L, M, N, G)
         same = None
         if query_keys is not None:
-            same = (1 + queries[: 2 * views] @ at_least_float32(query_keys).mT) / 2  # (2M, N, G)
+            same = (1 + product(queries[: 2 * views], at_least_float32(query_keys).mT)) / 2  # (2M, N, G)
         blocks: dict[Pair, Block] = {}
         for q, of_query in enumerate(table.unbind(0)):
             for v, block in enumerate(of_query.unbind(0)):
@@ -204,7 +204,7 @@ def bank_objective(
     reference of a pair is drawn from the term that leaves it original.
     """
     views = len(original)
-    with autocast_off(original[0]), ieee_matmul():
+    with autocast_off(original[0]):
         queries = [list(original)]
         queries += [[*original[:u], generated[u], *original[u + 1 :]] for u in range(views)]
         queries.append(list(generated))
@@ -230,7 +230,8 @@ def _bank_blocks(
     blocks: dict[Pair, Block] = {}
     for v, rows in enumerate(keys):
         against = [q for q in range(len(queries)) if q != v]
-        s = (1 + rows.to(queries[0].dtype) @ torch.stack([queries[q] for q in against], dim=2)) / 2
+        columns = torch.stack([queries[q] for q in against], dim=2)  # (N, D, queries)
+        s = (1 + product(rows.to(columns.dtype), columns)) / 2
         for q, column in zip(against, s.unbind(2), strict=True):  # (N, 1+K)
             blocks[q, v] = score(column[:, :1], column[:, 1:], contrast)
     return {pair: blocks[pair] for pair in sorted(blocks)}

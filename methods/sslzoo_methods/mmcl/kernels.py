@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslzoo.nn.numerics import autocast_off, normalize
+from sslzoo.nn.numerics import autocast_off, normalize, product
 from sslzoo_methods.mmcl.config import KernelName, SigmaRule
 
 CDIST_ELEMENTS = 2**22  # on CUDA the backward of cdist holds rows x N x D numbers: bound them
@@ -81,7 +81,7 @@ def _cosine_gap(a: Tensor, b: Tensor, centre: Tensor) -> Tensor:
     a_c, b_c = a - centre, b - centre
     squares = a_c.square().sum(dim=1)[:, None] + b_c.square().sum(dim=1)
     ends = _shortness(a)[:, None] + _shortness(b)
-    return torch.addmm((squares + ends) / -2, a_c, b_c.T)
+    return product(a_c, b_c.T, addend=(squares + ends) / -2)
 
 
 def _shortness(x: Tensor) -> Tensor:

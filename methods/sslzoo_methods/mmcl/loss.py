@@ -69,7 +69,8 @@ def mmcl_loss(
     ``queries`` (n, D): another view of anchors ``first`` .. ``first + n - 1``, one row each. ``pool`` (M, D) and
     ``duals`` (N, M) as in :func:`dual_problem`. Rows of any norm are normalised here. The duals are constants;
     gradient reaches the queries and the pool, the latter as positives and as negatives.
-    ``alpha_normalize`` of ``mean`` divides the duals by the mean of alpha_x,j = sum_i alpha_ji.
+    ``alpha_normalize`` of ``mean`` divides the duals by the mean of alpha_x,j = sum_i alpha_ji; where all are 0,
+    they stay it, and so does the loss.
     No temperature; unbounded scale, usually negative.
     """
     z, x = normalize(queries), normalize(pool)
@@ -77,7 +78,9 @@ def mmcl_loss(
         rows, duals = slice(first, first + len(z)), duals.detach()
         total = duals.sum(dim=1)
         if alpha_normalize == "mean":
-            duals, total = duals / total.mean(), total / total.mean()
+            mean = total.mean()
+            mean = torch.where(mean == 0, 1.0, mean)
+            duals, total = duals / mean, total / mean
         signed = duals[rows].clone()  # the multipliers of negatives and, at the anchor's own place, positive
         signed.diagonal(first).copy_(-total[rows])
         scores = shifted_kernel(z, x, kernel=kernel, centre=x.detach().mean(dim=0))  # (n, M)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sslzoo.batch import Batch, Contrast
-from sslzoo.distributed import gather, rank
+from sslzoo.distributed import gather, rank, world_size
 from sslzoo.method import SSLMethod
 from sslzoo.nn.heads import build_head
 from sslzoo.nn.passes import forward_crops
@@ -31,8 +31,8 @@ from sslzoo_methods.mmcl.solvers import (
 class MMCL(SSLMethod[MMCLConfig]):
     """Each image's second view is scored by an SVM of its first view against the other images.
 
-    No state across steps: sigma is a function of the epoch, random starts of (seed, step), so all ranks
-    hold the same duals and a resumed run continues alike.
+    No state across steps: sigma is a function of the epoch, random starts of the seed and of how many batches
+    of negatives came before, so all ranks hold the same duals and a resumed run continues alike.
     """
 
     Config = MMCLConfig
@@ -40,6 +40,7 @@ class MMCL(SSLMethod[MMCLConfig]):
     def __init__(self, cfg: MMCLConfig, backbone: nn.Module, feature_dim: int) -> None:
         super().__init__(cfg, backbone, feature_dim)
         self.projector = build_head(feature_dim, cfg.projector)
+        self.micro_batch = 0  # of the step in progress
 
     def loss(self, batch: Batch) -> Tensor:
         """SVMs from the first global view, every other crop a query; ``symmetric``: from the second one too."""
@@ -47,7 +48,17 @@ class MMCL(SSLMethod[MMCLConfig]):
         crops = (*batch.global_views, *batch.local_views)
         features, z = forward_crops(self.backbone, self.projector, crops, cfg.crop_batching)
         self.publish(backbone=features[0], projector=z[0])
-        return torch.stack([self._term(z, anchor) for anchor in range(1 + cfg.symmetric)]).mean()
+        loss = torch.stack([self._term(z, anchor) for anchor in range(1 + cfg.symmetric)]).mean()
+        self.micro_batch += 1
+        return loss
+
+    def after_step(self, step: int) -> None:
+        """Count the next step's micro-batches from 0."""
+        self.micro_batch = 0
+
+    def after_skipped_step(self, step: int) -> None:
+        """Count the next step's micro-batches from 0."""
+        self.micro_batch = 0
 
     def contrasted(self, batch: Batch) -> Contrast:
         """Projections of two views."""
@@ -108,8 +119,11 @@ class MMCL(SSLMethod[MMCLConfig]):
             return solve_exact(problem)
         if isinstance(solver, AdaptivePGD):
             return solve_adaptive(problem, max_iter=solver.max_iter, tol=solver.tol)
+        position = self.step * self.plan.accumulate + self.micro_batch
+        if not self.cfg.gather:  # each rank has negatives of its own
+            position = position * world_size() + rank()
         generator = torch.Generator(problem.gram.device)
-        generator.manual_seed(random.Random(f"mmcl {self.seed} {self.step} {anchor}").getrandbits(63))
+        generator.manual_seed(random.Random(f"mmcl {self.seed} {position} {anchor}").getrandbits(63))
         start, theta = start_point(problem, solver.init, generator)
         solution = solve_pgd(
             problem,

@@ -21,7 +21,7 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from sslzoo.nn.numerics import autocast_off
+from sslzoo.nn.numerics import autocast_off, ieee_matmul
 from sslzoo_methods.mmcl.config import Init, Step, Stop, Variant
 
 CHECK_EVERY = 10  # iterations between KKT checks: each costs a gradient and waits for the device
@@ -85,7 +85,8 @@ class DualProblem:
         total = duals.sum(dim=1)
         signed = duals.clone()
         signed.diagonal().copy_(-total)
-        gradient = torch.addmm(duals, signed, self.gram, beta=self.reg)
+        with ieee_matmul():
+            gradient = torch.addmm(duals, signed, self.gram, beta=self.reg)
         return gradient.add_((total * self.self_gap - gradient.diagonal() - 2)[:, None])
 
     def objective(self, duals: Tensor) -> Tensor:
@@ -93,20 +94,28 @@ class DualProblem:
         return (duals * (self.gradient(duals) - 2)).sum(dim=1) / 2
 
     def lipschitz(self) -> Tensor:
-        """L_j (N,) >= the largest eigenvalue of Delta_j: top of the centred Gram + M |phi(x_j) - mean|^2 + reg.
+        """L_j (N,) >= the largest eigenvalue of Delta_j, in three products.
 
-        The top eigenvalue is bounded by the Schatten-16 norm, three products and never below it.
+        With K_c the centred Gram, u its column j and d = u_j, Delta_j is a part of K_c - u 1' - 1 u' + d 1 1'
+        + reg, and of the self gap times 1 1'. The top of K_c is at most its Schatten-16 norm. A valid kernel adds
+        M d at most: its features' differences to that of j. Any other adds the top of the rest, whose only
+        directions are 1 and u, orthogonal to it: (M d + sqrt((M d)^2 + 4 M |u|^2)) / 2.
         """
         n, m = self.anchors, len(self.gram)
         means = self.gram.mean(dim=0)
         centred = _centre(self.gram)
         scale = centred.norm().clamp(min=torch.finfo(centred.dtype).tiny)
         power = centred / scale
-        for _ in range(3):
-            power = power @ power
+        with ieee_matmul():
+            for _ in range(3):
+                power = power @ power
         top = scale * power.norm() ** (1 / 8)
-        spread = (self.gram.diagonal() - 2 * means + means.mean()).clamp(min=0)[:n]
-        return top + m * spread + self.reg + (m - 1) * self.self_gap.clamp(min=0)
+        spread = m * (self.gram.diagonal() - 2 * means + means.mean())[:n]  # M d
+        if self.definite:
+            rest = spread.clamp(min=0)
+        else:
+            rest = (spread + (spread.square() + 4 * m * centred[:n].square().sum(dim=1)).sqrt()) / 2
+        return top + rest + self.reg + (m - 1) * self.self_gap.clamp(min=0)
 
     def frobenius(self) -> Tensor:
         """|Delta_j|_F (N,) from row sums and elementwise products; a twin is counted in, to the safe side."""
@@ -127,9 +136,10 @@ class DualProblem:
         return rows
 
     def residual(self, duals: Tensor, lipschitz: Tensor) -> Tensor:
-        """|a - clip(a - g / L_j)| / |a| (N,): 0 exactly at the optimum."""
+        """|a - clip(a - g / L_j)| / |a| (N,): 0 exactly at the optimum. An a of 0 counts as 1 where it is not that."""
         moved = self.project(duals - self.gradient(duals) / lipschitz[:, None])
-        return (duals - moved).norm(dim=1) / duals.norm(dim=1).clamp(min=torch.finfo(duals.dtype).tiny)
+        change, size, tiny = (duals - moved).norm(dim=1), duals.norm(dim=1), torch.finfo(duals.dtype).tiny
+        return change / torch.where(size > tiny, size, change).clamp(min=tiny)
 
 
 P = ParamSpec("P")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslzoo.checks import require
-from sslzoo.nn.numerics import at_least_float32, autocast_off, ieee_matmul
+from sslzoo.nn.numerics import at_least_float32, autocast_off, ieee_matmul, product
 from sslzoo_methods.sce.config import PairWeighting, TargetPositive
 
 # Logits at a time: what a CPU's cache holds; elsewhere 32 MiB of float32, for launches cost more there.
@@ -89,7 +89,7 @@ def sce_loss(
     queue alone holds the negatives. Raises ``ValueError`` without negatives, or for ``zero_logit`` with keys.
     """
     _check(keys, queue, target_positive)
-    with autocast_off(online), ieee_matmul():
+    with autocast_off(online):
         q, k = at_least_float32(online), at_least_float32(target.detach())
         own = None if keys is None else at_least_float32(keys.detach())
         stored = None if queue is None else at_least_float32(queue.detach())
@@ -98,11 +98,11 @@ def sce_loss(
             prediction, similarity = _rows_dot(q, k)[:, None], torch.zeros_like(q[:, :1])
             positive = torch.zeros(n, dtype=torch.int64, device=q.device)
         else:
-            prediction, similarity = q @ own.T, k @ own.T
+            prediction, similarity = product(q, own.T), product(k, own.T)
             positive = torch.arange(first_row, first_row + n, device=q.device)
         if stored is not None:
-            prediction = torch.cat([prediction, q @ stored.T], dim=1)
-            similarity = torch.cat([similarity, k @ stored.T], dim=1)
+            prediction = torch.cat([prediction, product(q, stored.T)], dim=1)
+            similarity = torch.cat([similarity, product(k, stored.T)], dim=1)
         prediction, similarity = prediction / temperature, similarity / target_temperature
 
         is_positive = F.one_hot(positive, prediction.shape[1]).bool()  # (N, candidates)

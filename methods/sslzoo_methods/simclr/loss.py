@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sslzoo.nn.numerics import autocast_off
+from sslzoo.nn.numerics import autocast_off, product
 
 
 def nt_xent(
@@ -28,7 +28,7 @@ def nt_xent(
     terms: list[Tensor] = []
     with autocast_off(keys):
         for v, anchor in enumerate(anchors):
-            logits = anchor @ keys.T / temperature  # (N, G*M)
+            logits = product(anchor, keys.T) / temperature  # (N, G*M)
             positives = [logits[rows, own[g]] for g in range(len(candidates)) if g != v]
             if v < len(candidates):
                 logits = logits.index_put((rows, own[v]), logits.new_full((), -torch.inf))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sslzoo.checks import require
-from sslzoo.nn.numerics import autocast_off, ieee_matmul
+from sslzoo.nn.numerics import autocast_off, product
 from sslzoo_methods.sogclr.config import BimodalScale, FirstVisit
 from sslzoo_methods.sogclr.loss import Estimates, first_visits, floored, mix, own_image
 
@@ -44,7 +44,7 @@ def bimodal_loss(
     a, b = anchors
     rows = slice(offset, offset + a.shape[0])
     options = {"gamma": gamma, "first_visit": first_visit, "u_floor": u_floor, "offset": offset}
-    with autocast_off(a), ieee_matmul():
+    with autocast_off(a):
         loss_a, estimates_a = _direction(a, columns[1], columns[1][rows], log_u[0], temperature[0], **options)
         loss_b, estimates_b = _direction(b, columns[0], columns[0][rows], log_u[1], temperature[1], **options)
     factor = columns[0].shape[0] - 1 if scale == "official" else 1
@@ -73,7 +73,7 @@ def _direction(
     # (b, B) block would be another rank's pairs beyond rank 0.
     centre = columns.detach().mean(dim=0)
     own = (anchors * (partners - centre)).sum(dim=1)
-    contrast = anchors @ (columns - centre).T - own[:, None]  # H
+    contrast = product(anchors, (columns - centre).T) - own[:, None]  # H
     positive = (anchors * partners).sum(dim=1)
     with torch.no_grad():
         logits = contrast / tau_rows

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sslzoo.checks import require
-from sslzoo.nn.numerics import autocast_off, ieee_matmul
+from sslzoo.nn.numerics import autocast_off, ieee_matmul, product
 from sslzoo_methods.sogclr.config import FirstVisit, UWrite
 
 # Similarities held at once by the lean form. 8 MiB in float32: small enough for a CPU's last cache.
@@ -88,10 +88,16 @@ def own_image(rows: int, batch: int, offset: int, device: torch.device) -> Tenso
     return torch.arange(batch, device=device) == torch.arange(rows, device=device)[:, None] + offset
 
 
+def similarities(anchors: Tensor, columns: Tensor) -> Tensor:
+    """Of all anchors (G, b, D) to all columns (V, B, D): (G, b, V, B)."""
+    s = product(anchors.flatten(0, 1)[None], columns.flatten(0, 1).T[None])
+    return s.view(*anchors.shape[:2], *columns.shape[:2])
+
+
 def positives(anchors: Tensor, columns: Tensor, offset: int) -> Tensor:
     """Similarity of each anchor (G, b, D) to the other views of its image, their mean: (G, b)."""
     own = columns[:, offset : offset + anchors.shape[1]]
-    similarity = torch.einsum("gbd,vbd->gvb", anchors, own)
+    similarity = product(anchors.transpose(0, 1), own.permute(1, 2, 0)).permute(1, 2, 0)  # (G, V, b)
     itself = torch.eye(*similarity.shape[:2], dtype=torch.bool, device=anchors.device)[:, :, None]
     return similarity.masked_fill(itself, 0).sum(dim=1) / (columns.shape[0] - 1)
 
@@ -120,9 +126,9 @@ def gcl_loss(
     G*b*V*B similarities several times; :func:`gcl_loss_lean` gives the same.
     """
     tau = temperature[:, None, None] if isinstance(temperature, Tensor) else temperature
-    with autocast_off(anchors), ieee_matmul():
+    with autocast_off(anchors):
         count = negatives(columns)
-        scores = torch.einsum("gbd,vcd->gbvc", anchors, columns)
+        scores = similarities(anchors, columns)
         with torch.no_grad():
             excluded = own_image(anchors.shape[1], columns.shape[1], offset, anchors.device)[:, None]
             logits = (scores / tau).masked_fill(excluded, -torch.inf)
@@ -191,8 +197,8 @@ def ntxent_loss(anchors: Tensor, columns: Tensor, *, temperature: float, offset:
     Shapes as :func:`gcl_loss`; the sum runs over every column but the anchor itself, the positive
     included. The two directions are summed: twice the usual mean over 2b anchors.
     """
-    with autocast_off(anchors), ieee_matmul():
-        scores = torch.einsum("gbd,vcd->gbvc", anchors, columns) / temperature
+    with autocast_off(anchors):
+        scores = similarities(anchors, columns) / temperature
         views = torch.eye(scores.shape[0], scores.shape[2], dtype=torch.bool, device=scores.device)
         same = own_image(anchors.shape[1], columns.shape[1], offset, scores.device)
         itself = views[:, None, :, None] & same[None, :, None, :]
@@ -223,7 +229,8 @@ def _blocks(
     anchors: Tensor, columns: Tensor, tau: Tensor, offset: int
 ) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
     """Blocks of anchors: (view, rows, peak (R,), e (R, V*B)) with e = exp(s / tau - peak), 0 at the own
-    image. The peak is the row's largest exponent, hence no overflow at any temperature."""
+    image. The peak is the row's largest exponent, hence no overflow at any temperature; a row with no other
+    image among the columns is all 0."""
     views, batch, _ = columns.shape
     flat = columns.flatten(0, 1).T
     step = max(1, CHUNK // (views * batch))
@@ -234,7 +241,7 @@ def _blocks(
             scaled = anchors[g, rows] / tau[rows, None]
             e = torch.mm(scaled, flat, out=buffer[: scaled.shape[0]])
             e.view(-1, views, batch).diagonal(start + offset, dim1=0, dim2=2).fill_(-torch.inf)
-            peak = e.amax(dim=1)
+            peak = e.amax(dim=1).clamp(min=torch.finfo(e.dtype).min)  # finite, also with no other image
             yield g, rows, peak, e.sub_(peak[:, None]).exp_()
 
 
