@@ -1,1 +1,1 @@
-"""What a person may say: the sections of a recipe, its reading, and the names that it may use. No torch."""
+"""Recipes: their schema, the code that reads them, and the names they may use. Importable without torch."""

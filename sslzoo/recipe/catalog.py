@@ -1,4 +1,4 @@
-"""The data sets that a recipe may name: all that is known of them before they are opened. Importable without torch."""
+"""The data sets that a recipe may name, and what is known before they are opened. Importable without torch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from sslzoo.recipe.class_lists import CLASS_LISTS
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """A data set's entry, the one home of its facts. A recipe may state another mean, std or choice of classes."""
+    """The facts about a data set. A recipe may override mean, std and the choice of classes."""
 
     reader: str  # module:function, called with the recipe's section and the number of channels
     description: str
-    layout: str  # under data.root; empty for embedded data
+    layout: str  # of the files under data.root; empty for embedded data
     splits: tuple[str, ...]  # empty: any folder name
-    mean: tuple[float, ...] = ()  # a channel each, of images in [0, 1]; empty: nobody knows
+    mean: tuple[float, ...] = ()  # per channel, for images in [0, 1]; empty: unknown
     std: tuple[float, ...] = ()
     classes: tuple[str, ...] | int = (
-        0  # in label order, or how many the files name; 0: from the folders, or none
+        0  # names in label order, or their number if the files hold the names; 0: by folder, or no classes
     )
-    class_list: str = ""  # of those in CLASS_LISTS, the one that is the data set
-    sizes: Mapping[str, int] = field(default_factory=dict)  # images a split; empty: depends on the folder
-    labelled: tuple[str, ...] | None = None  # splits; None: all
+    class_list: str = ""  # the key of CLASS_LISTS that defines the data set, if any
+    sizes: Mapping[str, int] = field(default_factory=dict)  # images per split; empty: depends on the folder
+    labelled: tuple[str, ...] | None = None  # splits with labels; None: all
 
     def has_labels(self, split: str) -> bool:
         """Whether the images of ``split`` have labels."""
@@ -36,16 +36,17 @@ class DatasetInfo:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In label order; empty where the files name them."""
+        """Class names in label order; empty if they are in the files."""
         return self.classes if isinstance(self.classes, tuple) else ()
 
     @property
     def num_classes(self) -> int:
-        """0: from the folders, or none."""
+        """Number of classes; 0: given by the folders, or no classes."""
         return len(self.classes) if isinstance(self.classes, tuple) else self.classes
 
     def nominal_size(self, split: str, classes: str | tuple[str, ...]) -> int | None:
-        """Images of ``split``, by the list that ``classes`` names; None where the folder, or a choice, decides."""
+        """Number of images in ``split`` for the class list ``classes``; None if unknown: any folder, or hand-picked
+        classes."""
         sizes = CLASS_LISTS[classes].sizes if isinstance(classes, str) else {} if classes else self.sizes
         return sizes.get(split)
 
@@ -60,7 +61,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # 
 DATASETS: dict[str, DatasetInfo] = {
     "fashion_mnist_12k": DatasetInfo(
         reader=_READERS + "fashion_mnist_12k",
-        description="Fashion-MNIST in part, in the package, 28 px",
+        description="part of Fashion-MNIST, bundled, 28 px",
         layout="",
         splits=("train", "test"),
         mean=(0.2860,),
@@ -78,7 +79,7 @@ DATASETS: dict[str, DatasetInfo] = {
         classes=_FASHION,
         sizes={"train": 60_000, "test": 10_000},
     ),
-    # Published code has two versions of CIFAR's std. Recipes whose authors used the other, 0.2023 and so on, state it.
+    # Published code has two versions of CIFAR's std; recipes whose authors used the other one (0.2023, ...) set it.
     "cifar10": DatasetInfo(
         reader=_READERS + "cifar10",
         description="CIFAR-10, 32 px",
@@ -116,7 +117,7 @@ DATASETS: dict[str, DatasetInfo] = {
         description="Tiny-ImageNet, 64 px",
         layout="tiny-imagenet-200/{train/<wnid>/images/*.JPEG,val/images/*.JPEG,val/val_annotations.txt}",
         splits=("train", "test"),
-        mean=_IMAGENET_MEAN,  # of which it is a part; no author's code has others
+        mean=_IMAGENET_MEAN,  # it is a subset of ImageNet, and no author's code uses other values
         std=_IMAGENET_STD,
         classes=200,
         sizes={"train": 100_000, "test": 10_000},
@@ -159,8 +160,10 @@ DATASETS: dict[str, DatasetInfo] = {
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """The entry ``name``, or a ``ValueError`` with the closest right name. Of a plug-in, ``module:function``, nothing
-    is known before it is opened."""
+    """The entry of the data set ``name``; ``ValueError`` suggests the closest known name.
+
+    Nothing is known about a plug-in, ``module:function``, before it is opened.
+    """
     if ":" in name:
         return DatasetInfo(reader=name, description="a plug-in", layout="", splits=())
     if name not in DATASETS:

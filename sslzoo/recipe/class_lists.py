@@ -1,4 +1,4 @@
-"""Lists of classes that papers share, by the name that ``data.classes`` takes. Importable without torch."""
+"""Class subsets that several papers use, by the name that ``data.classes`` accepts. Importable without torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ClassList:
-    """Classes of a data set, in the order of their labels."""
+    """Classes of a data set, in label order."""
 
     names: tuple[str, ...]
-    sizes: Mapping[str, int]  # images a split
+    sizes: Mapping[str, int]  # images per split
 
 
-# The ImageNet-100 of most papers, first in CMC (arXiv:1906.05849).
+# The ImageNet-100 of most papers, introduced by CMC (arXiv:1906.05849).
 _CMC = """
     n02869837 n01749939 n02488291 n02107142 n13037406 n02091831 n04517823 n04589890 n03062245 n01773797 n01735189
     n07831146 n07753275 n03085013 n04485082 n02105505 n01983481 n02788148 n03530642 n04435653 n02086910 n02859443
@@ -28,8 +28,8 @@ _CMC = """
     n02090622
 """
 
-# The image list of the authors of arXiv:2202.12387: the first 100 synsets in sorted order, animals all of them,
-# although their README says chosen at random.
+# From the image list of the authors of arXiv:2202.12387: the first 100 synsets in sorted order, all of them animals,
+# although their README says that they were chosen at random.
 _FIRST = """
     n01440764 n01443537 n01484850 n01491361 n01494475 n01496331 n01498041 n01514668 n01514859 n01518878 n01530575
     n01531178 n01532829 n01534433 n01537544 n01558993 n01560419 n01580077 n01582220 n01592084 n01601694 n01608432

@@ -1,4 +1,4 @@
-"""The comment at the head of a bundled recipe: what it is, its variants, its figures. Importable without torch."""
+"""The header comment of a bundled recipe: title, variants and results. Importable without torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ FIGURES = re.compile(r"(\d+(?:\.\d+)?(?:, \d+(?:\.\d+)?)*) % linear top-1")
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """An ``also:`` line: overrides, as typed after the command, and what they make of the recipe."""
+    """An ``also:`` line: overrides as typed on the command line, and what the recipe becomes with them."""
 
     overrides: str
     description: str
 
     def split(self) -> list[str]:
-        """The overrides one by one, without the shell's quotes."""
+        """The overrides as a list, with shell quotes removed."""
         return shlex.split(self.overrides)
 
 
@@ -28,12 +28,12 @@ class Header:
     also: tuple[Variant, ...]
     published: tuple[
         str, ...
-    ]  # linear top-1 in per cent, with the digits of the source; empty: none available
-    ours: tuple[str, ...]  # the same of our own runs, by seed
+    ]  # linear top-1 in per cent, with as many digits as the source gives; empty: not available
+    ours: tuple[str, ...]  # the same from our own runs, one per seed
 
 
 def read_header(recipe: Path) -> Header:
-    """The header of a recipe's file; of a line that it lacks, nothing."""
+    """Read the header of a recipe file; the fields of missing lines are empty."""
     lines: list[str] = []
     with recipe.open(encoding="utf-8") as file:
         for line in file:
@@ -41,24 +41,24 @@ def read_header(recipe: Path) -> Header:
                 break
             lines.append(line.lstrip("#").strip())
 
-    def said(key: str) -> list[str]:
+    def entries(key: str) -> list[str]:
         return [line.removeprefix(f"{key}:").strip() for line in lines if line.startswith(f"{key}:")]
 
     return Header(
         title=lines[0] if lines else "",
-        also=tuple(map(_variant, said("also"))),
-        published=_figures(said("published")),
-        ours=_figures(said("ours")),
+        also=tuple(map(_variant, entries("also"))),
+        published=_figures(entries("published")),
+        ours=_figures(entries("ours")),
     )
 
 
 def _variant(line: str) -> Variant:
-    """Overrides and description stand three blanks apart."""
+    """Parse an ``also:`` line: overrides, three spaces, description."""
     overrides, _, description = line.partition("   ")
     return Variant(overrides=overrides, description=description.strip())
 
 
 def _figures(lines: list[str]) -> tuple[str, ...]:
-    """The figures that a line begins with; one in the middle belongs to something else."""
+    """The figures at the beginning of a line; figures further on have another meaning."""
     match = FIGURES.match(lines[0]) if lines else None
     return tuple(match[1].split(", ")) if match else ()

@@ -1,8 +1,8 @@
-"""Recipes: YAML and overrides in, a typed tree out, every value with its origin.
+"""Load recipes: from YAML and overrides to a typed, checked recipe that knows the origin of every value.
 
-A recipe cannot lie: each key is checked against the dataclasses of ``sslzoo.recipe.sections`` and the method's own
-config, each ``trainer`` key against the signature of the installed Lightning, and a fault stops here with
-the file, the line and the key. Costs no torch, and no import of Lightning.
+Each key is checked against the dataclasses of ``sslzoo.recipe.sections`` and the method's config, and each ``trainer``
+key against the signature of the installed Lightning. Errors name the file, the line and the key. Importable without
+torch and Lightning.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from sslzoo.recipe.typed import OtherVariant, check_plain, section, trainer_sect
 
 
 class RecipeError(ValueError):
-    """What is wrong with a recipe, in one line: ``file:line: dotted.key: fault; did you mean X?``."""
+    """An invalid recipe; the message is one line: ``file:line: dotted.key: problem; did you mean X?``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRecipe:
-    """A checked recipe and where each of its values comes from."""
+    """A checked recipe and the origin of each of its values."""
 
     recipe: Recipe
     origins: dict[str, str]  # dotted key of a leaf -> default | recipe | override | dataset | derived
-    derived: dict[str, int | float]  # what follows from the values; lengths by the data's nominal size
+    derived: dict[str, int | float]  # such as the peak rate; step counts assume the data set's nominal size
     source: Path
-    overrides: tuple[str, ...] = ()  # as they were given
+    overrides: tuple[str, ...] = ()  # as typed
 
     def to_yaml(self, *, origins: bool = False) -> str:
-        """The resolved recipe, loadable again as it is; ``origins`` adds one comment a value."""
+        """The resolved recipe as YAML that loads again; ``origins`` adds a comment to each value."""
         text = yaml.dump(
             plain(self.recipe), Dumper=_Dumper, sort_keys=False, width=float("inf"), allow_unicode=True
         )
@@ -57,7 +57,7 @@ class LoadedRecipe:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as dicts and tuples as lists, all the way down."""
+    """Convert dataclasses to dicts and tuples to lists, recursively."""
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):
@@ -68,7 +68,7 @@ def plain(value: Any) -> Any:
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """``(dotted key, value)`` of each leaf in order. A list of plain values, or nothing at all, is a leaf."""
+    """Yield ``(dotted key, value)`` for each leaf in order. Lists of plain values and empty mappings are leaves."""
     if is_dataclass(value):
         items = [(f.name, getattr(value, f.name)) for f in fields(value)]
     elif isinstance(value, dict) and value:
@@ -83,10 +83,10 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """The recipe of that bundled name or file, changed by ``overrides`` (``dotted.key=value``).
+    """Load a bundled recipe or a file and apply ``overrides`` (``dotted.key=value``).
 
     Raises:
-        RecipeError: whatever is wrong with it, before anything heavy is imported.
+        RecipeError: if anything is wrong with it; nothing slow has been imported by then.
     """
     try:
         source = registry.recipe_path(name_or_path)
@@ -113,8 +113,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
         where = f"{source}:{_line(lines, error.field)}"
         if _touched(error.field, overridden):
             where = "override"
-        said = error.message + _advice(error, overridden)
-        message = ": ".join(part for part in (where, error.field, said) if part)
+        problem = error.message + _advice(error, overridden)
+        message = ": ".join(part for part in (where, error.field, problem) if part)
         raise RecipeError(" ".join(message.split())) from None
     return LoadedRecipe(
         recipe=recipe,
@@ -126,7 +126,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
 
 
 class _Dumper(yaml.SafeDumper):
-    """A key a line, a list of plain values in one line."""
+    """Writes one key per line, and lists of plain values on a single line."""
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.Node:
         scalars = not any(isinstance(item, (dict, list)) for item in sequence)
@@ -134,20 +134,20 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _touched(key: str, overridden: set[str]) -> bool:
-    """Whether an override set ``key``, something it lies in, or a part of it."""
+    """Whether an override set ``key``, a section that contains it, or a part of it."""
     return any(key == o or key.startswith(o + ".") or o.startswith(key + ".") for o in overridden if key)
 
 
 def _advice(error: ConfigError, overridden: set[str]) -> str:
-    """What to do where an override chose another variant and the file's keys of the old one stayed."""
+    """Advice for an override that chose another variant while the file still has keys of the old one."""
     at = error.field.rpartition(".")[0]
     if not isinstance(error, OtherVariant) or f"{at}.name" not in overridden:
         return ""
-    return f"; the override of {at}.name keeps the other keys: override {at} whole, '{at}={{name: ..., ...}}'"
+    return f"; overriding {at}.name keeps the other keys: override all of {at}, '{at}={{name: ..., ...}}'"
 
 
 def _line(lines: Mapping[str, int], key: str) -> int:
-    """The line of ``key``, or of the nearest thing around it that stands in the file."""
+    """The line of ``key``, or of the innermost section around it that is in the file."""
     while key and key not in lines:
         key = key.rpartition(".")[0]
     return lines.get(key, 1)
@@ -157,7 +157,7 @@ def _line(lines: Mapping[str, int], key: str) -> int:
 
 
 def _apply(raw: dict[str, Any], override: str, overridden: set[str]) -> None:
-    """Set ``dotted.key=value`` in ``raw``; what stood there is replaced."""
+    """Apply ``dotted.key=value`` to ``raw``, replacing any value already there."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
@@ -170,7 +170,9 @@ def _apply(raw: dict[str, Any], override: str, overridden: set[str]) -> None:
     for i, name in enumerate(names):
         so_far = ".".join(names[:i])
         if isinstance(place, list) and not (name.isdigit() and int(name) < len(place)):
-            raise ConfigError(key, f"{so_far} is a list of {len(place)}; count from 0, or override it whole")
+            raise ConfigError(
+                key, f"{so_far} is a list of {len(place)}; use an index from 0, or override the whole list"
+            )
         if not isinstance(place, (dict, list)):
             raise ConfigError(key, f"{so_far} is {shown(place)}, which has no keys")
         at: Any = int(name) if isinstance(place, list) else name
@@ -180,16 +182,16 @@ def _apply(raw: dict[str, Any], override: str, overridden: set[str]) -> None:
         inner = place[at] if isinstance(place, list) else place.get(at)
         if inner is None:
             inner = place[at] = {}
-        elif isinstance(inner, str):  # a variant's name alone; anything else is refused for its keys
+        elif isinstance(inner, str):  # a variant given by name only; section() refuses any other text
             inner = place[at] = {"name": inner}
         place = inner
 
 
-# What follows from the values
+# Derived values
 
 
 def _fill_from_data_sets(values: dict[str, Any]) -> set[str]:
-    """Write into ``values`` what the recipe leaves to its data sets, and return the keys of it."""
+    """Fill in the values that the recipe leaves to its data sets, in place; returns their dotted keys."""
     data, probe = values.get("data"), values.get("probe")
     labelled = probe.get("data") if isinstance(probe, dict) else None
     sources = {
@@ -198,7 +200,7 @@ def _fill_from_data_sets(values: dict[str, Any]) -> set[str]:
     filled = set()
     for key, source in {"data": data, **sources}.items():
         if not isinstance(source, dict) or not isinstance(name := source.get("dataset"), str):
-            continue  # refused when it is typed
+            continue  # section() refuses it later
         check_plugin_name(name, f"{key}.dataset")
         try:
             info = dataset_info(name)
@@ -213,18 +215,19 @@ def _fill_from_data_sets(values: dict[str, Any]) -> set[str]:
 
 
 def _take_statistics(data: dict[str, Any], name: str, info: DatasetInfo) -> bool:
-    """Give ``data`` the mean and std of its data set, where it states none."""
+    """Set the mean and std of the data set in ``data`` unless it sets its own; returns whether it did."""
     stated = [key for key in ("mean", "std") if data.get(key) is not None]
     if len(stated) == 1:
         (missing,) = {"mean", "std"} - set(stated)
-        raise ConfigError(f"data.{missing}", f"missing key; it goes with data.{stated[0]}")
+        raise ConfigError(f"data.{missing}", f"missing key; data.{stated[0]} is set, and both are needed")
     if stated:
         return False
     if not info.mean:
         imagenet = {key: ",".join(map(str, getattr(DATASETS["imagenet1k"], key))) for key in ("mean", "std")}
         example = " ".join(f"data.{key}=[{numbers}]" for key, numbers in imagenet.items())
         raise ConfigError(
-            "data.mean", f"missing key; {name} has none of its own: give both, such as ImageNet's {example}"
+            "data.mean",
+            f"missing key; {name} has no known statistics: set both, such as ImageNet's {example}",
         )
     data["mean"], data["std"] = list(info.mean), list(info.std)
     return True
@@ -249,12 +252,12 @@ def _stated(values: Any, path: list[str]) -> bool:
         elif isinstance(values, dict) and name in values:
             values = values[name]
         else:
-            return name == "name" and isinstance(values, str)  # a variant by its name alone
+            return name == "name" and isinstance(values, str)  # a variant given by name only
     return True
 
 
 def _check_data(recipe: Recipe) -> None:
-    """What no section can see alone: data sets, their splits, channels, and what can be probed."""
+    """Check what spans several sections: data sets, splits, channels, and the layers to probe."""
     labelled = recipe.probe.data or (recipe.data,)
     sources = [("data", "split", recipe.data)]
     sources += [(f"probe.data.{i}", "split", source) for i, source in enumerate(recipe.probe.data)]
@@ -271,19 +274,20 @@ def _check_data(recipe: Recipe) -> None:
                 f" (known: {', '.join(info.splits)})",
             )
         if not info.layout and source.root and not registry.is_plugin(source.dataset):
-            raise ConfigError(f"{key}.root", f"must be left out: {source.dataset} is inside the package")
+            raise ConfigError(f"{key}.root", f"must be left out: {source.dataset} comes with the package")
     for source in labelled:
         train = dataset_info(source.dataset).nominal_size(source.split, source.classes)
         if train is not None and recipe.eval.knn_k > train:
             raise ConfigError(
-                "eval.knn_k", f"must be at most {train}, the training samples, got {recipe.eval.knn_k}"
+                "eval.knn_k",
+                f"must be at most {train}, the number of training samples, got {recipe.eval.knn_k}",
             )
     if len(recipe.data.mean) != recipe.backbone.in_channels:
         raise ConfigError(
             "backbone.in_channels",
             f"{recipe.backbone.in_channels} channels, but {recipe.data.dataset} has "
             f"data.mean={list(recipe.data.mean)}; set backbone.in_channels={len(recipe.data.mean)}, "
-            "or give as many numbers",
+            "or give one mean and std per channel",
         )
     if not recipe.views:
         raise ConfigError("views", "a recipe needs at least one view")
@@ -297,7 +301,7 @@ def _check_data(recipe: Recipe) -> None:
 
 
 def _derive(recipe: Recipe) -> dict[str, int | float]:
-    """What fit will do with these values, as far as they alone tell."""
+    """The numbers that follow from the recipe alone, before the data set is opened."""
     devices = recipe.devices
     size = dataset_info(recipe.data.dataset).nominal_size(recipe.data.split, recipe.data.classes)
     try:

@@ -1,4 +1,4 @@
-"""The fields of a config as options of a command. Importable without torch."""
+"""Turn the fields of a config into command-line options. Importable without torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from sslzoo.recipe.typed import section
 
 
 def add_options(group: Any, config: type, base: type) -> None:
-    """An option for each field that ``config`` has beyond ``base``. A list is a repeated option, and commas stand
-    between the parts of an item that is a list itself."""
+    """Add an option to ``group`` for each field that ``config`` has and ``base`` has not.
+
+    A list is given by repeating the option; an item that is itself a list is written with commas.
+    """
     for option in _options(config, base):
         field = option.field
         required = field.default is MISSING and field.default_factory is MISSING
@@ -29,7 +31,7 @@ def add_options(group: Any, config: type, base: type) -> None:
 
 
 def from_options(config: type, base: type, args: argparse.Namespace, *, name: str) -> Any:
-    """The ``config`` with the registered ``name`` that the options say. ``ValueError`` names the wrong option."""
+    """Build ``config``, with the registered ``name``, from parsed options. ``ValueError`` names the invalid option."""
     given: dict[str, Any] = {"name": name}
     options = {option.field.name: option for option in _options(config, base)}
     for key, option in options.items():
@@ -48,7 +50,7 @@ def from_options(config: type, base: type, args: argparse.Namespace, *, name: st
 class _Option:
     field: Field[Any]
     repeated: bool  # the field is a list
-    nested: bool  # of lists
+    nested: bool  # its items are lists
 
     @property
     def name(self) -> str:
@@ -60,7 +62,7 @@ class _Option:
 
 
 def _options(config: type, base: type) -> Iterator[_Option]:
-    """One for each field beyond those of ``base`` that words can state."""
+    """One option for each field that is not in ``base`` and is neither a dataclass nor a dict."""
     hints = get_type_hints(config)
     of_base = {field.name for field in fields(base)}
     for field in fields(config):

@@ -1,4 +1,4 @@
-"""The lengths of a run, all derived: batches, steps and ranks. Costs no torch to import."""
+"""Batch sizes and step counts of a run, all derived in one place. Importable without torch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class TrainingPlan:
         shares = self.world_size * self.accumulate
         require(
             self.global_batch_size % shares == 0,
-            f"data.global_batch_size={self.global_batch_size} cannot be shared by {self.world_size} processes "
-            f"of {self.accumulate} micro-batches; make it a multiple of {shares}",
+            f"data.global_batch_size={self.global_batch_size} cannot be split evenly over {self.world_size} "
+            f"processes with {self.accumulate} micro-batches each; make it a multiple of {shares}",
         )
         require(
             self.dataset_size >= self.global_batch_size,
@@ -35,17 +35,17 @@ class TrainingPlan:
 
     @property
     def micro_batch_size(self) -> int:
-        """Samples that one process sees in one forward pass."""
+        """Samples per process and forward pass."""
         return self.global_batch_size // (self.world_size * self.accumulate)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps."""
+        """Optimiser steps per epoch."""
         return self.dataset_size // self.global_batch_size
 
     @property
     def micro_batches_per_epoch(self) -> int:
-        """Forward passes of one process."""
+        """Forward passes per process and epoch."""
         return self.steps_per_epoch * self.accumulate
 
     @property
@@ -54,17 +54,17 @@ class TrainingPlan:
         return self.steps_per_epoch * self.max_epochs
 
     def steps(self, epochs: float) -> int:
-        """Optimiser steps in (fractional) ``epochs``, rounded to the nearest."""
+        """Optimiser steps in ``epochs``, which may be fractional, rounded to the nearest integer."""
         return round(epochs * self.steps_per_epoch)
 
     def scaled_lr(self, optim: OptimConfig) -> float:
-        """Peak learning rate at this global batch size."""
+        """Peak learning rate, scaled with the global batch size as ``optim.lr_scaling`` says."""
         factor = {"linear": self.global_batch_size / 256, "sqrt": sqrt(self.global_batch_size), "none": 1.0}
         return optim.lr * factor[optim.lr_scaling]
 
 
 def plan_of(recipe: Recipe, dataset_size: int, world_size: int) -> TrainingPlan:
-    """The lengths of ``recipe``'s run on so many images and processes."""
+    """The plan of a run of ``recipe`` on ``dataset_size`` images and ``world_size`` processes."""
     return TrainingPlan(
         dataset_size=dataset_size,
         global_batch_size=recipe.data.global_batch_size,

@@ -1,4 +1,4 @@
-"""Methods and analyses by entry point, recipes by file. Listing them imports no torch."""
+"""Look up methods and analyses (entry points) and recipes (files). Listing them does not import torch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ANALYSES = "sslzoo.analyses"
 
 @cache
 def methods() -> dict[str, EntryPoint]:
-    """Registered methods by name, the framework's own and those of other installed packages."""
+    """Registered methods by name, from all installed packages."""
     return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda p: p.name)}
 
 
 @cache
 def configs() -> dict[str, EntryPoint]:
-    """Config classes by method, where a package registers them apart from the class."""
+    """Config classes by method name, for the methods whose package registers one separately."""
     return {point.name: point for point in entry_points(group=CONFIGS)}
 
 
@@ -45,13 +45,13 @@ def recipes() -> dict[str, Path]:
 
 
 def method_class(name: str) -> type[Any]:
-    """The method's class, an ``SSLMethod``, by registered name or ``module:Class``. Imports torch."""
+    """The method's class, a subclass of ``SSLMethod``, by registered name or ``module:Class``. Imports torch."""
     return _loaded(name, methods(), "method", "method.name")
 
 
 def method_config(name: str) -> type[MethodConfig]:
-    """The method's config class: what the group ``sslzoo.configs`` registers under the same name, which spares
-    importing torch, else the ``Config`` of the method's class."""
+    """The method's config class: the one registered under the same name in the group ``sslzoo.configs``, which does
+    not import torch; otherwise the ``Config`` attribute of the method's class."""
     if not is_plugin(name):
         _registered(methods(), name, "method")
         if name in configs():
@@ -60,7 +60,7 @@ def method_config(name: str) -> type[MethodConfig]:
 
 
 def analysis_class(name: str) -> type[Any]:
-    """The analysis's class, an ``Analysis``, by registered name or ``module:Class``."""
+    """The analysis's class, a subclass of ``Analysis``, by registered name or ``module:Class``."""
     return _loaded(name, analyses(), "analysis", "analyses.name")
 
 
@@ -86,14 +86,14 @@ def _registered(known: dict[str, EntryPoint], name: str, kind: str) -> EntryPoin
 
 
 def is_plugin(name: str) -> bool:
-    """Whether ``name`` names code as ``module:attribute``."""
+    """Whether ``name`` has the form ``module:attribute``."""
     return ":" in name
 
 
 def plugin(name: str, key: str) -> Any:
-    """What ``module:attribute`` names; the module is installed, or lies beside the recipe or in the working directory.
+    """Import ``module:attribute``; the module may be installed, beside the recipe, or in the working directory.
 
-    ``ConfigError`` at the recipe's ``key`` where it cannot be imported.
+    Raises ``ConfigError`` for the recipe's ``key`` if it cannot be imported.
     """
     check_plugin_name(name, key)
     module, _, attribute = name.partition(":")
@@ -101,7 +101,7 @@ def plugin(name: str, key: str) -> Any:
     sys.path += [folder for folder in (*_BESIDE, str(Path.cwd())) if folder not in sys.path]
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # somebody else's code may raise anything
+    except Exception as error:  # third-party code may raise anything
         known = isinstance(error, ImportError | AttributeError | ValueError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
         raise ConfigError(key, f"{name!r} cannot be loaded: {reason}") from error
@@ -109,25 +109,25 @@ def plugin(name: str, key: str) -> Any:
         sys.path[:] = before
 
 
-_BESIDE: list[str] = []  # folders of the recipes that were read
+_BESIDE: list[str] = []  # folders of the recipes read so far
 
 
 def look_beside(recipe: Path) -> None:
-    """Let :func:`plugin` find modules that lie beside ``recipe``."""
+    """Let :func:`plugin` find modules in the folder of ``recipe``."""
     folder = str(recipe.resolve().parent)
     if folder not in _BESIDE:
         _BESIDE.append(folder)
 
 
 def name_of(recipe: Path) -> str:
-    """What to call the recipe file on the command line: a bundled one's name, or the path."""
+    """How to name the recipe file on the command line: the name of a bundled recipe, otherwise the path."""
     return recipe.stem if recipes().get(recipe.stem) == recipe else str(recipe)
 
 
 def recipe_path(name: str) -> Path:
-    """A recipe's file: the one at that very path, otherwise the bundled one of that name, with or without ``.yaml``.
+    """The file of a recipe: the path ``name`` if it exists, otherwise the bundled recipe ``name`` (``.yaml`` optional).
 
-    The file wins: a copy by ``sslzoo cp`` carries a bundled name, and its owner has changed it.
+    A file takes precedence because ``sslzoo cp`` makes editable copies that keep the bundled name.
     """
     path = Path(name).expanduser()
     if path.is_file():

@@ -1,8 +1,8 @@
-"""The typed sections of a recipe. Plain dataclasses: importing this file costs no torch.
+"""The typed sections of a recipe, as plain dataclasses. Importable without torch.
 
-A number that recipes vary has no default here and stands in every recipe. A structural constant
-has its default here and stands in no recipe. Ranges are checked in ``__post_init__``, whose
-``ConfigError`` names the field; who reads the recipe adds the path to it.
+Values that recipes tune have no default; every recipe must set them. Structural constants have their
+default here and need not be set. ``__post_init__`` checks ranges and raises a ``ConfigError`` that names
+the field; the code that reads the recipe adds the path of the section.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class MethodConfig:
 
     RENAMED: ClassVar[
         Mapping[str, str]
-    ] = {}  # keys of earlier versions, dotted below the section: what to use now
+    ] = {}  # old key -> the key that replaces it, both dotted and relative to the section
 
     name: str
 
     @property
     def published_layers(self) -> tuple[str, ...]:
-        """Names of the features that the method publishes, in training and of plain views: ``probe.layers`` chooses
+        """Names of the features that the method publishes, in training as in evaluation; ``probe.layers`` must be
         among them."""
         return ("backbone",)
 
     def check(self, recipe: Recipe) -> None:
-        """Raise ``ConfigError``, with the key as the recipe has it, where this method cannot do what the rest of
-        ``recipe`` asks."""
+        """Raise ``ConfigError``, with the full dotted key, if this method is incompatible with the rest of
+        ``recipe``."""
 
 
 OutputNorm = Literal["none", "batch", "batch_no_affine", "batch_no_shift"]
@@ -52,9 +52,9 @@ OutputNorm = Literal["none", "batch", "batch_no_affine", "batch_no_shift"]
 class HeadConfig:
     """A projector or predictor: linear layers with ReLU between them (see ``sslzoo.nn.heads.build_head``)."""
 
-    widths: tuple[int, ...]  # of the layers' outputs, embedding last
+    widths: tuple[int, ...]  # output width of each layer; the last is the embedding's
     hidden_norm: bool = True  # batch norm before each ReLU
-    hidden_bias: bool = False  # a bias before those norms too; without norms there always is one
+    hidden_bias: bool = False  # hidden layers have a bias even before a norm; without norms they always do
     output_norm: OutputNorm = "none"  # batch_no_affine: no scale, no shift; batch_no_shift: shift frozen at 0
     output_bias: bool = True
 
@@ -75,20 +75,20 @@ class HeadConfig:
         )
 
 
-# Crops that pass a network at once, and share the statistics of its batch norms: see sslzoo.nn.passes.
+# Which crops go through a network in one forward pass and so share batch-norm statistics; see sslzoo.nn.passes.
 CropBatching = Literal["per_crop", "per_resolution", "joint"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Which encoder: ``resnet18`` (torchvision), ``timm/vit_small_patch16_224``, ``conv5`` (ours), ``module:Class``."""
+    """The encoder: ``resnet18`` (torchvision), ``timm/vit_small_patch16_224``, ``conv5`` (ours), ``module:Class``."""
 
     name: str
     stem: Literal["imagenet", "small", "cifar"] = (
-        "imagenet"  # small: 3x3 stride 1; cifar: and max-pool removed
+        "imagenet"  # small: 3x3 convolution, stride 1; cifar: the same, and no max-pool
     )
     in_channels: int = 3
-    options: dict[str, Any] = field(default_factory=dict)  # constructor arguments, as the library names them
+    options: dict[str, Any] = field(default_factory=dict)  # passed on to the library's constructor
 
     def __post_init__(self) -> None:
         check_plugin_name(self.name, "name")
@@ -96,10 +96,10 @@ class BackboneConfig:
         check_field(
             self.stem == "imagenet" or not (self.name == "conv5" or ":" in self.name),
             "stem",
-            f"must be left out: {self.name} has a stem of its own",
+            f"must be left out: {self.name} has its own stem",
         )
         check_field(
-            self.name != "conv5" or not self.options, "options", "must be left out: conv5 has one form"
+            self.name != "conv5" or not self.options, "options", "must be left out: conv5 has no options"
         )
 
 
@@ -108,16 +108,16 @@ class SourceConfig:
     """A set of images on disk (or embedded), with or without labels."""
 
     dataset: str
-    root: str = ""  # not needed by embedded data
+    root: str = ""  # folder of the files; embedded data sets need none
     split: str = "train"
-    classes: str | tuple[str, ...] = ()  # to keep, in label order, or a known list's name; empty keeps all
+    classes: str | tuple[str, ...] = ()  # to keep, in label order, or the name of a class list; empty: all
 
     def __post_init__(self) -> None:
         if isinstance(self.classes, str) and self.classes not in CLASS_LISTS:
             hint = did_you_mean(self.classes, CLASS_LISTS)
             raise ConfigError(
                 "classes",
-                f"no list of classes {self.classes!r}{hint} (known: {', '.join(CLASS_LISTS)}; "
+                f"unknown class list {self.classes!r}{hint} (known: {', '.join(CLASS_LISTS)}; "
                 f"for this class alone write [{self.classes}])",
             )
         names = self.class_names
@@ -125,7 +125,7 @@ class SourceConfig:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes to keep, in label order; empty keeps all."""
+        """The classes to keep, in label order; empty: all."""
         return CLASS_LISTS[self.classes].names if isinstance(self.classes, str) else self.classes
 
 
@@ -134,11 +134,11 @@ class DataConfig(SourceConfig):
     """The training images and how they are fed."""
 
     global_batch_size: int  # samples per optimiser step, over all devices and accumulated micro-batches
-    # Per channel, images in [0, 1]. A recipe that leaves both out, or null, takes them from its data set.
+    # Per channel, for images in [0, 1]. If a recipe omits both or sets both to null, the data set's are used.
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    workers: int = 0  # processes per device that decode files; images in memory need none
-    max_bad_fraction: float = 0.01  # of the data set; more unreadable images than this stop the run
+    workers: int = 0  # processes per device that decode image files; images in memory need none
+    max_bad_fraction: float = 0.01  # the run stops if a larger fraction of the images is unreadable
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,25 +156,25 @@ class DataConfig(SourceConfig):
         check_fraction(self, "max_bad_fraction")
 
 
-# The operations of a view: the probability of each, its numbers, and what it does not do with probability 0.
+# Key of an operation's probability -> its parameters, and a phrase for error messages: what probability 0 means.
 _OPERATIONS = {
     "jitter_p": (("brightness", "contrast", "saturation", "hue"), "never jitters"),
     "blur_p": (("blur_kernel", "blur_sigma"), "never blurs"),
     "solarize_p": (("solarize_threshold",), "never solarises"),
 }
-_COLOURS = ("saturation", "hue", "grayscale_p")  # what an image of one channel does not have
+_COLOURS = ("saturation", "hue", "grayscale_p")  # meaningless for single-channel images
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """``count`` crops drawn from one policy. An operation that is not stated is not applied.
+    """``count`` crops drawn from one augmentation policy. An operation that is not set is not applied.
 
     Order: random resized crop, colour jitter, grayscale, blur, solarise, flip, normalise.
     """
 
     size: int  # pixels, square
     scale: tuple[float, float]  # range of the crop's area, as a fraction of the image
-    role: Literal["global", "local"] = "global"  # local: seen by the online branch only
+    role: Literal["global", "local"] = "global"  # local: only the online branch sees it
     count: int = 1
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # both antialiased
@@ -222,25 +222,25 @@ class ViewConfig:
         )
 
     def _changed(self, *names: str) -> list[str]:
-        """Those of the fields that are not at their default."""
+        """The given fields whose value differs from the default."""
         return [name for name in names if getattr(self, name) != getattr(ViewConfig, name)]
 
     def check_channels(self, channels: int, at: str) -> None:
-        """Refuse colour where there is none; ``at`` is the view's key in the recipe."""
+        """Refuse colour operations on images without colour; ``at`` is the view's key in the recipe."""
         for name in self._changed(*_COLOURS, *(["contrast"] if channels > 1 else [])):
             check_field(
                 channels == 3,
                 f"{at}.{name}",
-                f"must be 0 with backbone.in_channels={channels}: it is for RGB",
+                f"must be 0 with backbone.in_channels={channels}: it needs RGB images",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule:
-    """Half a cosine from the peak to ``min_lr`` at the last step."""
+    """Half a cosine period from the peak down to ``min_lr`` at the last step."""
 
     name: Literal["cosine"] = "cosine"
-    min_lr: float = 0.0  # absolute, not scaled
+    min_lr: float = 0.0  # absolute, not scaled with the batch size
 
     def __post_init__(self) -> None:
         check_not_negative(self, "min_lr")
@@ -248,14 +248,14 @@ class CosineSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantSchedule:
-    """The peak to the end."""
+    """The peak rate until the end."""
 
     name: Literal["constant"] = "constant"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSchedule:
-    """The peak times ``gamma`` for each of the ``milestones`` passed."""
+    """The peak, multiplied by ``gamma`` at each of the ``milestones``."""
 
     name: Literal["step"] = "step"
     milestones: tuple[int, ...]  # epochs
@@ -273,7 +273,7 @@ class StepSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class _OptimConfig:
-    """What every optimiser has. Epochs are fractional; steps are derived from them."""
+    """Settings common to all optimisers. Epochs may be fractional and are converted to steps."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "min_lr": "schedule.min_lr",
@@ -282,12 +282,12 @@ class _OptimConfig:
     }
 
     name: str
-    lr: float  # before scaling with the global batch
+    lr: float  # before scaling with the global batch size
     lr_scaling: Literal["linear", "sqrt", "none"]  # linear: lr * batch / 256; sqrt: lr * sqrt(batch)
     weight_decay: float
     warmup_epochs: float
     warmup_ramp: Literal["closed", "open", "shifted"] = "closed"  # s/(W-1), s/W, (s+1)/(W+1)
-    warmup_start_lr: float = 0.0  # absolute, not scaled
+    warmup_start_lr: float = 0.0  # absolute, not scaled with the batch size
     schedule: CosineSchedule | ConstantSchedule | StepSchedule = CosineSchedule()
 
     def __post_init__(self) -> None:
@@ -304,12 +304,12 @@ class _OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LARSConfig(_OptimConfig):
-    """LARS: no weight decay and no adaptation of biases and norm parameters."""
+    """LARS; biases and norm parameters get neither weight decay nor the trust ratio."""
 
     name: Literal["lars"] = "lars"
     momentum: float = 0.9
     trust_coefficient: float = 0.001
-    clip_trust: bool = False  # never step further than plain SGD would
+    clip_trust: bool = False  # cap the step at that of plain SGD
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -335,7 +335,7 @@ class SGDConfig(_OptimConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AdamConfig(_OptimConfig):
-    """Adam, whose weight decay is part of the gradient, or AdamW, whose decay is apart from it."""
+    """Adam (weight decay added to the gradient) or AdamW (decoupled weight decay)."""
 
     name: Literal["adam", "adamw"]
     betas: tuple[float, float] = (0.9, 0.999)
@@ -364,14 +364,14 @@ def _check_decay_1d(config: SGDConfig | AdamConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Linear probes trained beside the method on detached features, several learning rates at once."""
+    """Linear probes trained alongside the method on detached features, one per learning rate."""
 
-    lrs: tuple[float, ...]  # all are trained; the best on held-out training labels is reported
+    lrs: tuple[float, ...]  # one probe each; the best on held-out training labels is reported
     holdout: float = 0.1  # fraction of the training labels kept for that choice
     momentum: float = 0.9
     weight_decay: float = 0.0
-    layers: tuple[str, ...] = ("backbone",)  # names that the method publishes
-    data: tuple[SourceConfig, ...] = ()  # labelled data elsewhere; empty: the training data's own labels
+    layers: tuple[str, ...] = ("backbone",)  # features to probe, by the names that the method publishes
+    data: tuple[SourceConfig, ...] = ()  # other labelled data sets; empty: the labels of the training data
 
     def __post_init__(self) -> None:
         check_positive(self, "lrs")
@@ -387,22 +387,22 @@ class ProbeConfig:
             )
 
 
-PCA_WIDTH = 64  # principal components of the pixels that the final evaluation measures
+PCA_WIDTH = 64  # principal components of the pixels kept by the final evaluation's PCA baseline
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """When and how frozen features are measured while training and at its end."""
+    """When and how frozen features are evaluated, during training and at its end."""
 
-    every_epochs: int  # and always after the last
-    size: int  # pixels of the square that the encoder sees
+    every_epochs: int  # epochs between evaluations; the last epoch is always evaluated
+    size: int  # side of the square image that the encoder sees, in pixels
     knn_k: int
     knn_temperature: float
-    resize: int | None = None  # shorter side before the centre crop of ``size``; None: the image as it is
+    resize: int | None = None  # shorter side before the centre crop to ``size``, in pixels; None: no resizing
     batch_size: int = 256  # per device
-    bank_size: int | None = None  # training samples in the k-NN bank and the probe's held-out part; None: all
+    bank_size: int | None = None  # training samples in the k-NN bank and the probe's held-out set; None: all
     test_split: str = "test"
-    baselines: bool = False  # the final table also shows raw pixels, their PCA and random initialisation
+    baselines: bool = False  # add raw pixels, their PCA and random initialisation to the final table
 
     def __post_init__(self) -> None:
         check_positive(self, "every_epochs", "size", "knn_k", "knn_temperature", "batch_size")
@@ -425,21 +425,21 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
-    """Weights & Biases; ``auto`` is online where a login exists and offline elsewhere."""
+    """Weights & Biases; ``auto`` means online if you are logged in, offline otherwise."""
 
     project: str = "sslzoo"
-    entity: str | None = None  # None: the login's own
+    entity: str | None = None  # None: the account's default
     mode: Literal["auto", "online", "offline"] = "auto"
     tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """``metrics.csv`` is always written; the rest by choice."""
+    """What is logged and saved, how often, and where. ``metrics.csv`` is always written."""
 
     every_steps: int = 50  # optimiser steps between rows
-    checkpoint_every_steps: int = 500  # optimiser steps between saves; epoch ends are saved too
-    keep_epochs: tuple[int, ...] = ()  # epochs whose checkpoint is kept for good
+    checkpoint_every_steps: int = 500  # optimiser steps between saves; the end of each epoch is saved too
+    keep_epochs: tuple[int, ...] = ()  # epochs whose checkpoint is never deleted
     tensorboard: bool = False
     wandb: WandbConfig | None = None
 
@@ -451,12 +451,12 @@ class LoggingConfig:
 class AnalysisConfig:
     """Base of every analysis's config. ``name`` is its registered name, or ``module:Class``.
 
-    A field of a subclass is an option of ``sslzoo analyze`` too; its metadata may say ``help``, ``metavar``, and
-    ``option`` where that is called differently.
+    Each field of a subclass is also an option of ``sslzoo analyze``; its metadata may hold ``help``, ``metavar``,
+    and ``option`` if the option's name differs from the field's.
     """
 
     name: str
-    every_steps: int = 100  # optimiser steps between two looks while a method trains
+    every_steps: int = 100  # optimiser steps between two analyses during training
 
     def __post_init__(self) -> None:
         check_positive(self, "every_steps")
@@ -474,7 +474,7 @@ class Recipe:
     optim: OptimConfig
     probe: ProbeConfig
     eval: EvalConfig
-    trainer: dict[str, Any]  # to lightning.Trainer as it is
+    trainer: dict[str, Any]  # passed to lightning.Trainer unchanged
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     analyses: tuple[AnalysisConfig, ...] = ()
     name: str = "unnamed"  # the file's stem
@@ -483,7 +483,7 @@ class Recipe:
         check_field(
             self.name not in ("", ".", "..") and self.name.isprintable() and not {"/", "\\"} & set(self.name),
             "name",
-            f"must be one name of a folder, got {self.name!r}",
+            f"must be a single folder name, got {self.name!r}",
         )
         for i, view in enumerate(self.views):
             view.check_channels(self.backbone.in_channels, f"views.{i}")
@@ -494,26 +494,24 @@ class Recipe:
                 f"logging.keep_epochs.{i}",
                 f"must be at most trainer.max_epochs={epochs}, got {epoch}",
             )
-        names = [analysis.name for analysis in self.analyses]  # what they log and remember goes by these
+        names = [analysis.name for analysis in self.analyses]  # keys of what they log and save
         for i, name in enumerate(names):
-            check_field(
-                name not in names[:i], f"analyses.{i}.name", f"{name} stands in the list twice; keep one"
-            )
+            check_field(name not in names[:i], f"analyses.{i}.name", f"{name} is listed twice; keep one")
         self.method.check(self)
 
     @property
     def crops(self) -> int:
-        """Views of each image."""
+        """Number of views per image."""
         return sum(view.count for view in self.views)
 
     @property
     def global_crops(self) -> int:
-        """Those of them with the role ``global``."""
+        """Number of views per image with the role ``global``."""
         return sum(view.count for view in self.views if view.role == "global")
 
     @property
     def max_epochs(self) -> int:
-        """The length of the run."""
+        """Length of the run in epochs."""
         return self.trainer["max_epochs"]
 
     @property
@@ -523,12 +521,12 @@ class Recipe:
 
     @property
     def nodes(self) -> int:
-        """Machines."""
+        """Number of machines."""
         return int(self.trainer.get("num_nodes", 1))
 
     @property
     def devices(self) -> int | None:
-        """Processes on each machine. None: as many as it has GPUs."""
+        """Processes per machine; None: one per GPU."""
         devices = stated_devices(self.trainer.get("devices", "auto"))
         if devices is None and self.trainer.get("accelerator") == "cpu":
             return 1

@@ -1,7 +1,7 @@
-"""YAML and ``${...}`` as plain values, with the line of every key.
+"""Read YAML with ``${...}`` references into plain values, and note the line number of every key.
 
-What an alias or a reference would multiply is counted before anything is expanded: a file of a few lines can stand for
-more values than fit into memory.
+Values are counted before aliases and references are expanded, because a file of a few lines can expand to more values
+than fit into memory.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from sslzoo.checks import ConfigError, shown
 
 MAX_BYTES = 1_000_000
-MAX_VALUES = 10_000  # once aliases and references are expanded; OmegaConf has the same limit
+MAX_VALUES = 10_000  # after expanding aliases and references; OmegaConf has the same limit
 MAX_DEPTH = 20
 _DEEP, _LONG = f"it is more than {MAX_DEPTH} levels deep", f"it holds more than {MAX_VALUES:,} values"
-_DIGITS = 40  # of a number, in any base but the binary one: more than 64 bits need
+_DIGITS = 40  # more digits than a 64-bit number has in any base except binary
 _REFERENCE = re.compile(r"\$\{([^${}:]+)\}")
 _NESTED = re.compile(r"\$\{[^:{}]*\$\{")
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+):")
@@ -28,12 +28,12 @@ _RESOLVERS = ("oc.env", "oc.decode")
 
 
 def join(*parts: str) -> str:
-    """A dotted key; empty parts are left out."""
+    """Join ``parts`` to a dotted key, leaving out empty ones."""
     return ".".join(part for part in parts if part)
 
 
 def read(source: Path, lines: dict[str, int]) -> dict[str, Any]:
-    """The values of the file, references unresolved; ``lines`` is filled on the way, also when it fails."""
+    """The values in the file, with references unresolved. Fills ``lines``, even when it raises ``ConfigError``."""
     try:
         if source.stat().st_size > MAX_BYTES:
             raise _TooMuch(problem=f"it has more than {MAX_BYTES:,} bytes")
@@ -54,15 +54,15 @@ def read(source: Path, lines: dict[str, int]) -> dict[str, Any]:
         raise ConfigError(_dotted(error), _first_line(error)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("", f"cannot be read: {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:  # of YAML's own types, such as !!int x
+    except (ValueError, TypeError, AttributeError) as error:  # from YAML's explicit tags, such as !!int x
         raise ConfigError("", f"not YAML: {_first_line(error)}") from None
     if not isinstance(values, dict) or not lines:
-        raise ConfigError("", "a recipe is a mapping of sections such as seed, backbone, method")
+        raise ConfigError("", "a recipe is a mapping of keys such as seed, backbone, method")
     return values  # type: ignore[return-value]
 
 
 def value_of(text: str, key: str) -> Any:
-    """The value that an override of ``key`` has behind its equals sign."""
+    """Parse ``text``, the part of an override of ``key`` after the equals sign."""
     try:
         lines_of(text)
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
@@ -75,7 +75,7 @@ def value_of(text: str, key: str) -> Any:
 
 
 def resolve(raw: dict[str, Any]) -> dict[str, Any]:
-    """``raw`` with its ``${...}`` replaced by what they mean."""
+    """``raw`` with every ``${...}`` replaced by its value."""
     _check_references(raw)
     try:
         return OmegaConf.to_container(OmegaConf.create(raw), resolve=True)  # type: ignore[return-value]
@@ -95,11 +95,11 @@ def _first_line(error: Exception) -> str:
     return line.removeprefix("KeyError raised while resolving interpolation: ")
 
 
-# What aliases make
+# Aliases
 
 
 class _TooMuch(yaml.MarkedYAMLError):
-    """Valid YAML that no recipe is."""
+    """Valid YAML that cannot be a recipe: too large, too deep, or recursive."""
 
 
 class _Duplicate(Exception):
@@ -112,7 +112,7 @@ class _Loader(yaml.SafeLoader):
     depth = count = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """One node more, one level deeper."""
+        """Count the node and its depth, and stop at the limits."""
         self.depth, self.count = self.depth + 1, self.count + 1
         if self.depth > MAX_DEPTH or self.count > 2 * MAX_VALUES:  # keys are nodes too
             problem = _DEEP if self.depth > MAX_DEPTH else _LONG
@@ -123,20 +123,23 @@ class _Loader(yaml.SafeLoader):
 
 
 def lines_of(text: str) -> dict[str, int]:
-    """The line of every key and list item. A key written twice is a fault, and so is more than a recipe can hold."""
-    found: dict[str, int] = {}
+    """The line number of every key and list item, by dotted key.
+
+    Raises ``_Duplicate`` for a key written twice, and ``_TooMuch`` for YAML that exceeds the limits of a recipe.
+    """
+    lines: dict[str, int] = {}
 
     def walk(node: yaml.Node | None, key: str, above: tuple[yaml.Node, ...]) -> None:
         assert node is not None
         problem = ""
         if node in above:
-            problem = "something in it contains itself"
+            problem = "one of its values contains itself"
         elif len(above) > MAX_DEPTH:
             problem = _DEEP
-        elif len(found) > MAX_VALUES:
+        elif len(lines) > MAX_VALUES:
             problem = _LONG
         elif isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and len(node.value) > _DIGITS:
-            problem = "a number in it needs more than 64 bits"
+            problem = "it has a number of more than 64 bits"
         if problem:
             raise _TooMuch(problem=problem, problem_mark=node.start_mark)
         items: list[tuple[str, yaml.Node, yaml.Node]] = []
@@ -145,33 +148,33 @@ def lines_of(text: str) -> dict[str, int]:
         elif isinstance(node, yaml.MappingNode):
             for name, value in node.value:
                 if not isinstance(name, yaml.ScalarNode):
-                    raise _TooMuch(problem="a key in it is not text", problem_mark=name.start_mark)
+                    raise _TooMuch(problem="it has a key that is not text", problem_mark=name.start_mark)
                 items.append((name.value, name, value))
         for name, place, value in items:
             inner, line = join(key, name), place.start_mark.line + 1
-            if inner in found:
-                raise _Duplicate(inner, line, found[inner])
-            found[inner] = line
+            if inner in lines:
+                raise _Duplicate(inner, line, lines[inner])
+            lines[inner] = line
             walk(value, inner, (*above, node))
 
     node = yaml.compose(text, Loader=_Loader)
     if node is not None:
         walk(node, "", ())
-    return found
+    return lines
 
 
-# What references make
+# References
 
 
 def _check_references(raw: dict[str, Any]) -> None:
-    """Refuse references that no recipe needs, and those that would make more of ``raw`` than one can hold."""
+    """Refuse unknown resolvers, nested and cyclic references, and references that expand ``raw`` beyond the limits."""
     count = 0
 
     def walk(value: Any, key: str, level: int, above: tuple[str, ...]) -> None:
         nonlocal count
         count += 1 + (len(value) // 100 if isinstance(value, str) else 0)
         if count > MAX_VALUES or level > MAX_DEPTH:
-            raise ConfigError(key, f"must not grow by references: {_LONG if count > MAX_VALUES else _DEEP}")
+            raise ConfigError(key, f"too large with references: {_LONG if count > MAX_VALUES else _DEEP}")
         if isinstance(value, (dict, list)):
             for name, item in value.items() if isinstance(value, dict) else enumerate(value):
                 walk(item, join(key, str(name)), level + 1, above)
@@ -182,18 +185,18 @@ def _check_references(raw: dict[str, Any]) -> None:
                         key, f"${{{name}:...}} is unknown; use ${{key}} or ${{oc.env:NAME,default}}"
                     )
             if _NESTED.search(value):
-                raise ConfigError(key, "has a reference inside the key of another; write the key out")
+                raise ConfigError(key, "has a reference nested in another; write the inner key out")
             for path in _REFERENCE.findall(value):
                 target = _absolute(path.strip(), key)
                 if target in above:
-                    raise ConfigError(key, "refers to itself in the end")
+                    raise ConfigError(key, "refers to itself")
                 walk(_at(raw, target), target, level + 1, (*above, target))
 
     walk(raw, "", 0, ())
 
 
 def _absolute(path: str, key: str) -> str:
-    """The dotted key of the reference ``path`` in the value at ``key``; each leading dot goes up one level."""
+    """The dotted key that the reference ``path`` in the value at ``key`` means; each leading dot goes up one level."""
     name = path.lstrip(".")
     up = len(path) - len(name)
     around = key.split(".")[:-up] if up else []
@@ -201,7 +204,7 @@ def _absolute(path: str, key: str) -> str:
 
 
 def _at(raw: Any, key: str) -> Any:
-    """What stands at the dotted ``key``, or None."""
+    """The value at the dotted ``key``, or None."""
     for name in key.split("."):
         if isinstance(raw, dict):
             raw = raw.get(name)

@@ -1,6 +1,6 @@
-"""Keys of a recipe's ``trainer`` section: what the installed Lightning takes, and what is not a recipe's to set.
+"""Keys of a recipe's ``trainer`` section: what the installed Lightning accepts, and what recipes may not set.
 
-Costs no import of Lightning.
+Works without importing Lightning.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ from typing import Any, Literal
 
 from sslzoo.checks import ConfigError, check_field, shown
 
-_LENGTH = "the length of a run is trainer.max_epochs, from which all schedules follow"
-_MEASURED = "eval.every_epochs says when features are measured, always on the whole of eval.test_split"
-_FIT = "fit brings its own"
+_LENGTH = "trainer.max_epochs sets the length of a run, and all schedules follow from it"
+_MEASURED = "eval.every_epochs says when features are evaluated, always on the whole of eval.test_split"
+_FIT = "fit has its own"
 OWNED = {
-    "barebones": "sslzoo needs its callbacks; logging.every_steps says how much is recorded",
-    "callbacks": "nothing in a recipe names code; the sections probe, eval and logging switch the callbacks on",
+    "barebones": "sslzoo needs its callbacks; logging.every_steps sets how often metrics are logged",
+    "callbacks": "the sections probe, eval, logging and analyses configure the callbacks",
     "check_val_every_n_epoch": _MEASURED,
-    "default_root_dir": "the run directory is given by fit --out",
-    "enable_autolog_hparams": "the run's recipe.yaml and manifest.json hold them",
-    "enable_checkpointing": f"{_FIT}; logging.checkpoint_every_steps says how often",
+    "default_root_dir": "fit --out sets the run directory",
+    "enable_autolog_hparams": "recipe.yaml and manifest.json in the run directory record them",
+    "enable_checkpointing": f"{_FIT}; logging.checkpoint_every_steps sets how often it saves",
     "enable_model_summary": f"{_FIT}; fit --dry-run shows it",
     "enable_progress_bar": _FIT,
-    "fast_dev_run": "fit --dry-run goes through each stage once",
+    "fast_dev_run": "fit --dry-run runs each stage once",
     "limit_predict_batches": _MEASURED,
     "limit_test_batches": _MEASURED,
     "limit_train_batches": _LENGTH,
     "limit_val_batches": _MEASURED,
     "log_every_n_steps": "use logging.every_steps",
-    "logger": "metrics.csv is always written; logging.tensorboard and logging.wandb add the others",
+    "logger": "metrics.csv is always written; logging.tensorboard and logging.wandb add other loggers",
     "max_steps": _LENGTH,
     "max_time": _LENGTH,
     "min_epochs": _LENGTH,
     "min_steps": _LENGTH,
-    "model_registry": "logging.wandb is where runs go",
+    "model_registry": "use logging.wandb",
     "num_sanity_val_steps": _MEASURED,
     "overfit_batches": _LENGTH,
-    "plugins": "nothing in a recipe names code; use trainer.precision and trainer.strategy",
+    "plugins": "use trainer.precision and trainer.strategy",
     "reload_dataloaders_every_n_epochs": "the order of the data is a function of seed and epoch",
-    "use_distributed_sampler": "the order of the data depends on no rank, and sslzoo shares it out itself",
+    "use_distributed_sampler": "sslzoo distributes the data over the ranks itself",
     "val_check_interval": _MEASURED,
 }
 
-# Lightning's signature says text, its code takes these.
+# Arguments annotated as str in Lightning's signature, and the values that its code accepts.
 CHOICES: dict[str, Any] = {
     "strategy": Literal["auto", "ddp", "ddp_find_unused_parameters_true"],
     "precision": Literal[
@@ -71,7 +71,7 @@ CHOICES: dict[str, Any] = {
 
 
 def check_trainer(values: dict[str, Any]) -> None:
-    """Refuse typed ``values`` of the section that mean nothing or change nothing; ``ConfigError`` names the key."""
+    """Refuse values that are invalid or have no effect; ``ConfigError`` names the key."""
     for name in ("max_epochs", "accumulate_grad_batches", "num_nodes"):
         value = values.get(name, 1)
         check_field(value is not None and value >= 1, name, f"must be positive, got {shown(value)}")
@@ -79,7 +79,7 @@ def check_trainer(values: dict[str, Any]) -> None:
     check_field(
         clip is None or clip > 0,
         "gradient_clip_val",
-        f"must be positive, got {clip}; leave it out not to clip",
+        f"must be positive, got {clip}; leave it out to disable clipping",
     )
     check_field(
         clip is not None or values.get("gradient_clip_algorithm") is None,
@@ -90,7 +90,7 @@ def check_trainer(values: dict[str, Any]) -> None:
 
 
 def stated_devices(devices: int | str | list[int]) -> int | None:
-    """How many devices of a machine ``trainer.devices`` asks for; None where the machine decides."""
+    """Number of devices per machine that ``trainer.devices`` asks for; None: as many as the machine has."""
     if devices in ("auto", "-1", -1):
         return None
     listed = devices
@@ -103,13 +103,13 @@ def stated_devices(devices: int | str | list[int]) -> int | None:
     if isinstance(listed, int) and listed > 0:
         return listed
     raise ConfigError(
-        "devices", f"must be a number of devices, a list of different indices, or auto; got {devices!r}"
+        "devices", f"must be a number of devices, a list of distinct indices, or auto; got {devices!r}"
     )
 
 
 @cache
 def trainer_arguments() -> dict[str, Any]:
-    """Arguments of the installed ``lightning.Trainer`` and their types, read without importing it."""
+    """Arguments of the installed ``lightning.Trainer`` and their types, parsed from its source without importing it."""
     spec = find_spec("lightning")
     assert spec is not None and spec.submodule_search_locations, "lightning is a dependency"
     source = Path(spec.submodule_search_locations[0], "pytorch", "trainer", "trainer.py")
@@ -121,7 +121,7 @@ def trainer_arguments() -> dict[str, Any]:
 
 
 def _annotation(node: ast.expr | None) -> Any:
-    """The type that an annotation spells, ``Any`` where it is more than plain values."""
+    """The type that an annotation denotes; ``Any`` if it is not made of plain values."""
     if isinstance(node, ast.Constant) and node.value is None:
         return NoneType
     if isinstance(node, ast.Name):

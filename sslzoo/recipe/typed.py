@@ -1,9 +1,9 @@
-"""Values from outside as the annotations of the config dataclasses want them; what does not fit is named, with
-the nearest right key. Costs no torch.
+"""Convert plain values to config dataclasses by their annotations; errors name the key and suggest the nearest valid
+one. Importable without torch.
 
-A choice is a ``Literal``. A choice whose alternatives have numbers of their own is a union of dataclasses, each with
-``name: Literal[...]``, its tag: a recipe says ``{name: step, gamma: 0.1, ...}``, or ``constant`` alone where that
-variant needs nothing more. So a number can only be written where something heeds it.
+A choice is a ``Literal``. A choice whose alternatives have parameters of their own is a tagged union: dataclasses with
+``name: Literal[...]`` as the tag. A recipe writes ``{name: step, gamma: 0.1, ...}``, or just ``constant`` if that
+variant needs no parameters. A parameter can therefore only be set where it has an effect.
 """
 
 from __future__ import annotations
@@ -23,24 +23,27 @@ from sslzoo.recipe.trainer_keys import OWNED, check_trainer, trainer_arguments
 
 
 class OtherVariant(ConfigError):
-    """A key that the chosen variant does not have, but another has."""
+    """A key that belongs to another variant than the chosen one."""
 
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """The annotation of every field."""
+    """The resolved annotation of each field, by name."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def _tags(kind: Any) -> tuple[str, ...]:
-    """The names that choose the dataclass ``kind`` within a union; none where it is not such a variant."""
+    """The names that select the dataclass ``kind`` in a tagged union; empty if it is not a variant."""
     hint = _hints(kind).get("name") if isinstance(kind, type) and is_dataclass(kind) else None
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def section(kind: Any, values: Any, key: str, variants: Mapping[str, type] | None = None) -> Any:
-    """The dataclass ``kind`` from a mapping; ``variants`` are those, by tag, of which it is one."""
+    """Build the dataclass ``kind`` from a mapping at the dotted ``key``.
+
+    ``variants`` are all variants by tag if ``kind`` belongs to a tagged union. Raises ``ConfigError``.
+    """
     if kind in (MethodConfig, AnalysisConfig):
         kind = _named_config(kind, values, key)
     if not isinstance(values, dict):
@@ -61,13 +64,13 @@ def section(kind: Any, values: Any, key: str, variants: Mapping[str, type] | Non
             value = _with_default_name(field, hints[field.name], values[field.name])
             arguments[field.name] = _typed(hints[field.name], value, inner)
         elif field.default is MISSING and field.default_factory is MISSING:
-            who = f"{key} {values['name']} needs it" if variants else "every recipe states it"
+            who = f"{key} {values['name']} needs it" if variants else "every recipe must set it"
             raise ConfigError(inner, f"missing key; {who}")
     try:
         return kind(**arguments)
     except ConfigError as error:
         raise ConfigError(join(key, error.field), error.message) from None
-    except ValueError as error:  # of somebody else's config
+    except ValueError as error:  # from a plug-in's config
         raise ConfigError(key, str(error)) from None
 
 
@@ -80,9 +83,9 @@ def _present(values: Any, path: list[str]) -> bool:
 
 
 def _named_config(base: type, values: Any, key: str) -> type:
-    """The config of the method or analysis that ``values`` name."""
+    """The config class of the method or analysis named in ``values``."""
     if not isinstance(values, dict):
-        return base  # refused by the caller, like any section that is none
+        return base  # the caller refuses it: a section must be a mapping
     what, several = ("method", "methods") if base is MethodConfig else ("analysis", "analyses")
     config_of = registry.method_config if base is MethodConfig else registry.analysis_config
     if values.get("name") is None:
@@ -94,17 +97,18 @@ def _named_config(base: type, values: Any, key: str) -> type:
         config = config_of(name)
     except ConfigError as error:
         raise ConfigError(join(key, "name"), error.message) from None
-    except Exception as error:  # a stranger's code may raise anything when it is imported
+    except Exception as error:  # importing third-party code may raise anything
         raise ConfigError(join(key, "name"), str(error)) from None
     if not (isinstance(config, type) and issubclass(config, base)):
         raise ConfigError(
-            join(key, "name"), f"{name} is no {what}: its Config is {config!r}, not a {base.__name__}"
+            join(key, "name"),
+            f"{name} is not a valid {what}: its Config is {config!r}, not a {base.__name__}",
         )
     return config
 
 
 def _typed(kind: Any, value: Any, key: str) -> Any:
-    """``value`` as the annotation ``kind`` wants it."""
+    """``value`` converted to the annotation ``kind``."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -128,12 +132,12 @@ def _typed(kind: Any, value: Any, key: str) -> Any:
 
 
 def _choice(allowed: tuple[Any, ...], value: Any, key: str) -> Any:
-    """The one of ``allowed`` that ``value`` is, or spells."""
+    """The allowed choice that ``value`` equals, or matches as text."""
     for choice in allowed:
         if value == choice and type(value) is type(choice):
             return choice
     names = [str(choice) for choice in allowed]
-    if isinstance(value, str | int) and str(value) in names:  # 16 for "16", and the other way round
+    if isinstance(value, str | int) and str(value) in names:  # 16 matches "16" and vice versa
         return allowed[names.index(str(value))]
     hint = did_you_mean(value, names) if isinstance(value, str) else ""
     raise ConfigError(key, f"must be one of {', '.join(names)}; got {shown(value)}{hint}")
@@ -145,7 +149,7 @@ def _variants(kinds: tuple[Any, ...]) -> dict[str, type]:
 
 
 def _with_default_name(field: Field[Any], hint: Any, value: Any) -> Any:
-    """A mapping that names no variant means the field's default, so that one number of it can be set alone."""
+    """Give a mapping without ``name`` the name of the field's default variant, so that one parameter can be set."""
     if not isinstance(value, dict) or "name" in value or not _variants(get_args(hint)):
         return value
     default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -153,7 +157,7 @@ def _with_default_name(field: Field[Any], hint: Any, value: Any) -> Any:
 
 
 def _variant(variants: dict[str, type], value: Any, key: str) -> Any:
-    """The variant that ``value`` names, by itself or as its key ``name``."""
+    """Build the variant that ``value`` selects: it is the variant's name, or a mapping with the key ``name``."""
     short = not isinstance(value, dict)
     values, at = ({"name": value}, key) if short else (value, join(key, "name"))
     if values.get("name") is None:
@@ -163,7 +167,7 @@ def _variant(variants: dict[str, type], value: Any, key: str) -> Any:
 
 
 def _one_of_types(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
-    """``value`` as the one of ``kinds`` that it already is, else the first that it converts to."""
+    """``value`` as the member of a union whose type it has, otherwise as the first it can be converted to."""
     if value is None and NoneType in kinds:
         return None
     variants = _variants(kinds)
@@ -207,7 +211,7 @@ _SCALARS: dict[type, tuple[str, type | tuple[type, ...], Callable[[str], Any]]] 
 
 
 def _scalar(kind: type, value: Any, key: str) -> Any:
-    """Numbers may come as text, since that is what environment variables hold."""
+    """Convert a number or text. Numbers may be given as text because environment variables are text."""
     expected, accepted, parse = _SCALARS[kind]
     if isinstance(value, str) and kind is not str:
         try:
@@ -221,8 +225,7 @@ def _scalar(kind: type, value: Any, key: str) -> Any:
 
 
 def check_plain(value: Any, key: str) -> None:
-    """Refuse what no key takes, anywhere in ``value``: ``???``, and numbers that are infinite, none, or need more than
-    64 bits."""
+    """Refuse values that no key accepts, at any depth: ``???``, inf, nan, and integers of more than 64 bits."""
     if isinstance(value, dict):
         for name, item in value.items():
             check_plain(item, join(key, str(name)))
@@ -238,16 +241,16 @@ def check_plain(value: Any, key: str) -> None:
 
 
 def trainer_section(values: dict[str, Any]) -> dict[str, Any]:
-    """The ``trainer`` section, each value of the type that Lightning's own signature states."""
+    """The ``trainer`` section, each value converted to the type in the signature of Lightning's ``Trainer``."""
     known = trainer_arguments()
     free = [name for name in known if name not in OWNED]
     for name in values:
         if name in OWNED:
-            raise ConfigError(f"trainer.{name}", f"not for a recipe to set: {OWNED[name]}")
+            raise ConfigError(f"trainer.{name}", f"cannot be set in a recipe: {OWNED[name]}")
         if name not in known:
             raise ConfigError(f"trainer.{name}", _unknown_key("trainer", name, free))
     if "max_epochs" not in values:
-        raise ConfigError("trainer.max_epochs", "missing key; every recipe states it")
+        raise ConfigError("trainer.max_epochs", "missing key; every recipe must set it")
     typed = {name: _typed(known[name], value, f"trainer.{name}") for name, value in values.items()}
     try:
         check_trainer(typed)
@@ -262,7 +265,7 @@ def trainer_section(values: dict[str, Any]) -> dict[str, Any]:
 def _unknown(
     kind: type, values: Mapping[str, Any], at: str, name: str, variants: Mapping[str, type]
 ) -> ConfigError:
-    """Why ``name`` is not a key of ``kind`` at ``at``, where it may be a key of another variant or method."""
+    """The error for the unknown key ``name``, which may be a key of another variant or method."""
     keys = {tag: set(_hints(other)) for tag, other in variants.items()}
     others = _method_keys() if issubclass(kind, MethodConfig) else keys
     owners = [tag for tag, theirs in others.items() if name in theirs]
@@ -273,7 +276,7 @@ def _unknown(
 
 
 def _unknown_key(at: str, name: str, names: list[str]) -> str:
-    """Why ``name`` is not among the keys ``names`` of the section ``at``, and the nearest right one."""
+    """The message for the unknown key ``name`` of the section ``at``, with the nearest of its keys ``names``."""
     if name in registry.analyses():
         return f"unknown key; {name} is an analysis, which belongs to the list analyses: [{{name: {name}}}]"
     near = closest(name, names, cutoff=0.7)
@@ -290,7 +293,7 @@ def _unknown_key(at: str, name: str, names: list[str]) -> str:
 
 
 def _all_keys(kind: type = Recipe, at: str = "") -> list[str]:
-    """Every dotted key that a recipe may have, the methods' own aside."""
+    """Every dotted key that a recipe may have, except the keys of methods."""
     keys = []
     for name, hint in _hints(kind).items():
         key = join(at, name)
@@ -309,7 +312,7 @@ def _all_keys(kind: type = Recipe, at: str = "") -> list[str]:
 
 
 def _method_keys() -> dict[str, set[str]]:
-    """Keys of every registered method; one that is broken has none to offer."""
+    """The keys of every registered method that can be loaded."""
     keys = {}
     for name in registry.methods():
         try:

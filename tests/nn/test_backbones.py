@@ -73,7 +73,7 @@ def test_options_reach_the_constructor() -> None:
         ("resnet19", {}, "did you mean resnet1"),
         ("timm/resnet19", {}, "did you mean timm/resnet1"),
         ("conv5", {"stem": "cifar"}, "stem must be left out: conv5"),
-        ("conv5", {"options": {"x": 1}}, "conv5 has one form"),
+        ("conv5", {"options": {"x": 1}}, "conv5 has no options"),
         ("timm/vit_tiny_patch16_224", {"stem": "cifar"}, "needs a ResNet"),
         ("mobilenet_v3_small", {"in_channels": 1}, "in_channels needs a ResNet or a timm model"),
     ],

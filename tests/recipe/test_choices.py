@@ -209,7 +209,7 @@ def test_from_one_variant_to_another(load, tmp_path: Path) -> None:
         load("method.solver.name=exact")
     assert str(caught.value) == (
         f"{tmp_path}/mine.yaml:7: method.solver.step: not a key of method.solver exact, but of descent, momentum; "
-        "the override of method.solver.name keeps the other keys: override method.solver whole, "
+        "overriding method.solver.name keeps the other keys: override all of method.solver, "
         "'method.solver={name: ..., ...}'"
     )
     assert chosen(load("method.solver={name: exact}")).solver == Exact()

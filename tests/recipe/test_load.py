@@ -220,7 +220,7 @@ FAULTS = {
         "expected a section with the keys",
     ),
     "missing": ("  lr: 0.1\n", "", 16, "optim.lr", "missing key; optim sgd needs it"),
-    "missing section": ("probe: {lrs: [0.1]}\n", "", 1, "probe", "missing key; every recipe states it"),
+    "missing section": ("probe: {lrs: [0.1]}\n", "", 1, "probe", "missing key; every recipe must set it"),
     "missing in the method": ("  temperature: 0.5\n", "", 3, "method.temperature", "missing key"),
     "missing name of the method": ("  name: alpha\n", "", 3, "method.name", "missing key; name a registered"),
     "range": ("  lr: 0.1", "  lr: -1", 18, "optim.lr", "must be positive, got -1.0"),
@@ -269,7 +269,7 @@ FAULTS = {
         "3 channels, but",
     ),
     "broken YAML": ("widths: [8, 4]", "widths: [8, 4", 7, "", "not YAML: "),
-    "a circle": ("seed: 1", "seed: &a [*a]", 1, "", "something in it contains itself"),
+    "a circle": ("seed: 1", "seed: &a [*a]", 1, "", "one of its values contains itself"),
     "no text": ("seed: 1", "seed: \0", 1, "", "not YAML: "),
     "no method": ("alpha", "os:getcwd", 4, "method.name", "has no attribute 'Config'"),
     "no processes": (
@@ -320,7 +320,7 @@ FAULTS = {
         "{devices: 1}",
         24,
         "trainer.max_epochs",
-        "missing key; every recipe states it",
+        "missing key; every recipe must set it",
     ),
     "an endless run": (
         "max_epochs: 3",
@@ -334,7 +334,7 @@ FAULTS = {
         "max_epochs: 3, logger: false",
         24,
         "trainer.logger",
-        "not for a recipe to set",
+        "cannot be set in a recipe",
     ),
     "a batch that does not divide": (
         "{max_epochs: 3}",
@@ -369,7 +369,7 @@ def test_faults_name_file_line_and_key(write, name: str) -> None:
         ("optim.lr=[1", "override: optim.lr: '[1' is not YAML"),
         (
             "views.2.size=3",
-            "override: views.2.size: views is a list of 2; count from 0, or override it whole",
+            "override: views.2.size: views is a list of 2; use an index from 0, or override the whole list",
         ),
         ("views.a.size=3", "override: views.a.size: views is a list of 2"),
         ("seed.x=3", "override: seed.x: seed is 1, which has no keys"),
@@ -386,7 +386,7 @@ def test_faults_of_overrides(write, override: str, said: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "just words", "- a\n- list"])
 def test_a_file_that_is_no_recipe(write, text: str) -> None:
-    with pytest.raises(RecipeError, match="a recipe is a mapping of sections"):
+    with pytest.raises(RecipeError, match="a recipe is a mapping of keys"):
         load_recipe(write(text))
 
 
@@ -459,11 +459,11 @@ def test_classes_are_a_list_or_the_name_of_one(write) -> None:
     [
         (
             ["data.dataset=imagefolder"],
-            "data.mean: missing key; imagefolder has none of its own: give both, such as ImageNet's "
+            "data.mean: missing key; imagefolder has no known statistics: set both, such as ImageNet's "
             "data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225]",
         ),
-        (["data.dataset=my.scans:read"], "data.mean: missing key; my.scans:read has none of its own"),
-        (["data.mean=[0,0,0]"], "data.std: missing key; it goes with data.mean"),
+        (["data.dataset=my.scans:read"], "data.mean: missing key; my.scans:read has no known statistics"),
+        (["data.mean=[0,0,0]"], "data.std: missing key; data.mean is set, and both are needed"),
         (["data.dataset=cifar11"], "data.dataset: unknown data.dataset 'cifar11'; did you mean cifar10?"),
         (
             ["data.dataset=fashion_mnist"],
@@ -471,7 +471,7 @@ def test_classes_are_a_list_or_the_name_of_one(write) -> None:
         ),
         (
             ["data.classes=imagenet100cmc"],
-            "no list of classes 'imagenet100cmc'; did you mean imagenet100_cmc?",
+            "unknown class list 'imagenet100cmc'; did you mean imagenet100_cmc?",
         ),
         (["data.classes=[1]"], "data.classes.0: expected text, got 1"),
     ],

@@ -41,7 +41,7 @@ def test_learning_rate_scaling(scaling: Literal["linear", "sqrt", "none"], expec
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"world_size": 3}, "data.global_batch_size=100 cannot be shared by 3 processes"),
+        ({"world_size": 3}, "data.global_batch_size=100 cannot be split evenly over 3 processes"),
         ({"accumulate": 3}, "make it a multiple of 3"),
         ({"dataset_size": 99}, "the data set has 99 samples, fewer than"),
         ({"max_epochs": 0}, "trainer.max_epochs must be positive"),

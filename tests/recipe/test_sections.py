@@ -128,18 +128,21 @@ def test_what_earlier_recipes_said(override: str, said: str) -> None:
             ("views.0.solarize_threshold=0.3",),
             "views.0.solarize_threshold: must stay 0.5 with solarize_p=0, which never solarises",
         ),
-        (("views.1.hue=0.1",), "views.1.hue: must be 0 with backbone.in_channels=1: it is for RGB"),
+        (("views.1.hue=0.1",), "views.1.hue: must be 0 with backbone.in_channels=1: it needs RGB images"),
         (
             ("views.0.grayscale_p=0.1",),
-            "views.0.grayscale_p: must be 0 with backbone.in_channels=1: it is for RGB",
+            "views.0.grayscale_p: must be 0 with backbone.in_channels=1: it needs RGB images",
         ),
         (("views.1.blur_kernel=1",), "views.1.blur_kernel: must be odd and at least 3, got 1"),
         (("views.1.solarize_threshold=1.5",), "views.1.solarize_threshold: must lie in [0, 1], got 1.5"),
-        (("backbone.stem=small",), "backbone.stem: must be left out: conv5 has a stem of its own"),
-        (("backbone.options={width: 3}",), "backbone.options: must be left out: conv5 has one form"),
-        (("data.root=there",), "data.root: must be left out: fashion_mnist_12k is inside the package"),
+        (("backbone.stem=small",), "backbone.stem: must be left out: conv5 has its own stem"),
+        (("backbone.options={width: 3}",), "backbone.options: must be left out: conv5 has no options"),
+        (("data.root=there",), "data.root: must be left out: fashion_mnist_12k comes with the package"),
         (("eval.bank_size=10",), "eval.knn_k: must be at most bank_size=10, got 20"),
-        (("eval.knn_k=20000",), "eval.knn_k: must be at most 12000, the training samples, got 20000"),
+        (
+            ("eval.knn_k=20000",),
+            "eval.knn_k: must be at most 12000, the number of training samples, got 20000",
+        ),
         (
             ("logging.keep_epochs=[3,50]",),
             "logging.keep_epochs.1: must be at most trainer.max_epochs=22, got 50",
@@ -158,7 +161,7 @@ def test_what_earlier_recipes_said(override: str, said: str) -> None:
         ),
         (
             ("trainer.gradient_clip_val=0",),
-            "trainer.gradient_clip_val: must be positive, got 0; leave it out not to clip",
+            "trainer.gradient_clip_val: must be positive, got 0; leave it out to disable clipping",
         ),
     ],
 )
@@ -195,8 +198,8 @@ def test_a_setting_without_effect(overrides: tuple[str, ...], said: str) -> None
             "optim.schedule={name: step, milestones: [5], gamma: 1}",
             "optim.schedule.gamma: must not be 1, which changes nothing; use schedule: constant",
         ),
-        ("name=../x", "name: must be one name of a folder, got '../x'"),
-        ("name=..", "name: must be one name of a folder, got '..'"),
+        ("name=../x", "name: must be a single folder name, got '../x'"),
+        ("name=..", "name: must be a single folder name, got '..'"),
         ("method.name=..:x", "method.name: must have the form module:attribute, got '..:x'"),
         ("method.name=nope:X", "method.name: 'nope:X' cannot be loaded: No module named 'nope'"),
         ("backbone.name=a-b:x", "backbone.name: must have the form module:attribute, got 'a-b:x'"),
@@ -217,7 +220,7 @@ def test_a_value_that_cannot_be(override: str, said: str) -> None:
 
 @pytest.mark.parametrize("devices", ["0", "-2", "[]", "'0,0'", "[0,0]", "[-1]", "'0'", "'-2'", "two"])
 def test_devices_that_are_none(devices: str) -> None:
-    said = "trainer.devices: must be a number of devices, a list of different indices, or auto; got "
+    said = "trainer.devices: must be a number of devices, a list of distinct indices, or auto; got "
     assert refused(ON_FASHION_MNIST, f"trainer.devices={devices}").startswith(said)
 
 

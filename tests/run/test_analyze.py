@@ -174,7 +174,7 @@ def test_a_recipe_names_each_analysis_once_and_nothing_else() -> None:
     for changed, message in (
         (
             f"[{{name: '{NAME}'}}, {{name: '{NAME}'}}]",
-            r"analyses\.1\.name: spread:Spread stands in the list twice",
+            r"analyses\.1\.name: spread:Spread is listed twice",
         ),
         ("[{name: 'tests.command:Faulty'}]", r"analyses\.0\.name: tests\.command:Faulty is no analysis"),
         (f"[{{name: '{NAME}', digit: 3}}]", r"unknown key; did you mean analyses\.0\.digits\?"),
