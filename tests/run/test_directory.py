@@ -193,17 +193,23 @@ def test_whose_lock_is_taken_over(
         assert "is in use by process" in command.err and owner.get("host", platform.node()) in command.err
 
 
+TURNS = 40
+
+
 def _race(folder: Path, gate: Any, owners: Any) -> None:
-    lock = RunLock(folder, seconds=dict, on_lost=print)
-    gate.wait()
-    try:
-        lock.acquire()
-    except RunError:
-        owners.put(0)
-    else:
-        owners.put(1)
-        time.sleep(0.2)
-        lock.release()
+    """Take the lock as soon as ``gate`` opens, in each turn; tell whether it was had."""
+    for _ in range(TURNS):
+        lock = RunLock(folder, seconds=dict, on_lost=print)
+        gate.wait()
+        try:
+            lock.acquire()
+        except RunError:
+            owners.put(False)
+        else:
+            owners.put(True)
+            time.sleep(0.05)
+            lock.release()
+        gate.wait()
 
 
 def test_of_two_that_take_over_one_lock_one_has_it(tmp_path: Path) -> None:
@@ -212,16 +218,18 @@ def test_of_two_that_take_over_one_lock_one_has_it(tmp_path: Path) -> None:
     lock.acquire()
     owner = read_lock(tmp_path) or {}
     lock.release()
-    for turn in range(40):
+    gate, owners = context.Barrier(3, timeout=30), context.Queue()
+    racers = [context.Process(target=_race, args=(tmp_path, gate, owners)) for _ in range(2)]
+    for racer in racers:
+        racer.start()
+    for turn in range(TURNS):
         (tmp_path / "run.lock").write_text(json.dumps(owner | {"id": f"dead-{turn}", "pid_started": "1"}))
-        gate, owners = context.Barrier(2), context.Queue()
-        starts = [context.Process(target=_race, args=(tmp_path, gate, owners)) for _ in range(2)]
-        for start in starts:
-            start.start()
-        assert sum(owners.get(timeout=10) for _ in starts) == 1, f"turn {turn}"
-        for start in starts:
-            start.join()
+        gate.wait()
+        assert sum(owners.get(timeout=10) for _ in racers) == 1, f"turn {turn}"
+        gate.wait()
         assert not list(tmp_path.iterdir())
+    for racer in racers:
+        racer.join()
 
 
 def test_a_lock_that_cannot_be_read_for_a_moment_ends_nothing(tmp_path: Path) -> None:
