@@ -1,3 +1,3 @@
-"""Self-supervised image pre-training whose numbers can be believed."""
+"""Self-supervised pre-training on images, with reproducible results."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""``python -m sslzoo`` is ``sslzoo``."""
+"""``python -m sslzoo`` runs the ``sslzoo`` command."""
 
 from sslzoo.cli.main import main
 

@@ -1,4 +1,4 @@
-"""What can be asked of a method, at its checkpoints and while it trains. Importable without torch."""
+"""Contract of analyses, which examine a method during training and at its checkpoints. Importable without torch."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ ConfigT = TypeVar("ConfigT", bound=AnalysisConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """One checkpoint, looked at."""
+    """What an analysis observed at one checkpoint."""
 
     path: Path
-    step: int  # optimiser steps finished
+    step: int  # finished optimiser steps
     epoch: int
-    seen: list[Any]  # of each batch, what Analysis.look returned
-    history: list[dict[str, Any]]  # what the same analysis noted while that run trained
+    seen: list[Any]  # results of Analysis.look, one per batch
+    history: list[dict[str, Any]]  # entries that the same analysis recorded while the run trained
 
 
 class Analysis(ABC, Generic[ConfigT]):
-    """Looks at a method's batches, puts what it saw into numbers, and writes a report.
+    """Observes a method on training batches, summarises the observations as numbers, and writes a report.
 
-    A subclass sets ``Config`` and implements :meth:`look`, :meth:`describe` and :meth:`write`, and :meth:`metrics`
-    where training should log something. It imports torch inside its functions only, if recipes that name it are to be
-    checked without torch.
+    A subclass sets ``Config`` and implements :meth:`look`, :meth:`describe` and :meth:`write`; it implements
+    :meth:`metrics` to log numbers during training. If it imports torch only inside its functions, recipes that use it
+    can be checked without torch.
     """
 
     Config: ClassVar[type[AnalysisConfig]]
@@ -45,30 +45,29 @@ class Analysis(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def look(self, method: SSLMethod[Any], batch: Batch) -> Any:
-        """What is to be seen at one training batch, in the mode (training or evaluation) that ``method`` is in.
+        """Observe ``method`` on one training batch, in the mode (training or evaluation) that it is in.
 
-        Called by all ranks, and must return the same on all of them. Raises ``ValueError`` for a method, or a batch,
-        that cannot be looked at, which is tried before a run begins. Buffers and random numbers may change: they are
-        put back.
+        Called on all ranks; must return the same value on each. Raises ``ValueError`` for a method or batch that it
+        cannot handle; a run tries this before it starts. Changes to buffers and the random state are undone.
         """
 
     @abstractmethod
     def describe(self, seen: Sequence[Any]) -> dict[str, Any]:
-        """What :meth:`look` saw of several batches, as numbers, text, lists and mappings of such."""
+        """Summarise the results of :meth:`look` for several batches as numbers, text, and lists and dicts of these."""
 
     def metrics(self, described: Mapping[str, Any]) -> dict[str, float]:
-        """What of :meth:`describe` goes to ``metrics.csv`` while a method trains."""
+        """The numbers from :meth:`describe` that are logged to ``metrics.csv`` during training; none by default."""
         del described
         return {}
 
     @abstractmethod
     def write(self, looks: Sequence[Look], *, recipe: Recipe, sample_id: Tensor, out: Path) -> str:
-        """Write a report into the folder ``out``; returns what to print.
+        """Write a report to the folder ``out`` and return the text to print.
 
-        ``looks`` are a run's, in the order of their steps, each at the same images ``sample_id`` (N,).
+        ``looks`` are the checkpoints of one run in step order, all observed on the same images ``sample_id`` (N,).
         """
 
     def observe(self, method: SSLMethod[Any], batch: Batch) -> Any:
-        """:meth:`look`, without gradient and without a trace in the method or in the random numbers to come."""
+        """Call :meth:`look` without gradients, and restore buffers and random state afterwards."""
         with method.untouched():
             return self.look(method, batch)

@@ -1,4 +1,4 @@
-"""What the DataModule hands to methods and to evaluation, and what methods show to analyses."""
+"""Data passed between components: training and evaluation batches, and the pairs that a loss compares."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from sslzoo.checks import require
 
 
 class Batch(NamedTuple):
-    """What the DataModule yields for training: N samples of this rank, views normalised."""
+    """A training batch: N samples of this rank, with normalised views."""
 
     global_views: tuple[Tensor, ...]  # each (N, C, H, W)
     local_views: tuple[Tensor, ...]  # each (N, C, h, w); may be empty
-    sample_id: Tensor  # (N,) int64, position in the training set; stable over epochs, workers, ranks
-    label: Tensor | None = None  # (N,) int64, for probes only; None where there are none
+    sample_id: Tensor  # (N,) int64, index in the training set; independent of epoch, worker and rank
+    label: Tensor | None = None  # (N,) int64, for probes only; None for unlabelled data
 
 
 class EvalBatch(NamedTuple):
-    """What the DataModule yields for evaluation: one plain view, normalised."""
+    """An evaluation batch: one plain view per image, normalised."""
 
     image: Tensor  # (N, C, H, W)
     sample_id: Tensor  # (N,)
@@ -28,11 +28,11 @@ class EvalBatch(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """What the loss of a method compares."""
+    """The positive pairs and the temperature of a method's loss."""
 
-    # Anchors and their positives, (N, D) each, by kind of pair: ``global``, which must be there, and any other.
+    # Kind of pair -> embeddings of anchors and of their positives, (N, D) each; ``global`` is required.
     pairs: dict[str, tuple[Tensor, Tensor]]
-    temperature: float | None = None  # what divides their cosines; None: the loss has no such number
+    temperature: float | None = None  # divides the cosine similarities; None: the loss has no temperature
 
     @classmethod
     def of_views(
@@ -43,9 +43,12 @@ class Contrast(NamedTuple):
         *,
         temperature: float | None = None,
     ) -> Contrast:
-        """The first global view, and under ``local`` the first local one, against the second global view, which
-        ``embed_key`` embeds where another network makes the keys."""
-        require(len(batch.global_views) >= 2, "two global views are compared; set views to count: 2")
+        """Pair the first global view (and, as ``local``, the first local view) with the second global view.
+
+        ``embed`` maps a view to embeddings (N, D); ``embed_key`` does so for the second view if keys have their own
+        network. Raises ``ValueError`` with fewer than two global views.
+        """
+        require(len(batch.global_views) >= 2, "needs two global views; set count: 2 for the view")
         anchors = {"global": batch.global_views[0]}
         if batch.local_views:
             anchors["local"] = batch.local_views[0]

@@ -1,4 +1,4 @@
-"""What input must satisfy, said in one line that names the fix. Importable without torch."""
+"""Checks of user input that raise one-line errors naming the fix. Importable without torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """What is wrong with one value of a config; ``message`` reads well after the field's name: "must be positive".
+    """An invalid config value; ``message`` continues a sentence that starts with the field's name: "must be positive".
 
-    ``field`` is the dataclass's own name for it, dotted where it lies deeper (``scale.0``). Who reads the config adds
-    the path to it, and who reads the file the line.
+    ``field`` is the dataclass field, dotted for nested values (``scale.0``). The code that reads the config prepends
+    the path of the section, and the code that reads the file adds the line number.
     """
 
     def __init__(self, field: str, message: str) -> None:
@@ -33,17 +33,17 @@ def check_field(condition: bool, field: str, message: str) -> None:
 
 
 def check_positive(config: Any, *fields: str) -> None:
-    """Refuse those ``fields`` of ``config`` that are not above 0; of a tuple, every number. None passes."""
+    """Refuse ``fields`` of ``config`` that are not above 0; in a tuple, all numbers are checked. None is allowed."""
     _check_each(config, fields, lambda number: number > 0, "must be positive")
 
 
 def check_not_negative(config: Any, *fields: str) -> None:
-    """Refuse those ``fields`` of ``config`` that are below 0; of a tuple, every number. None passes."""
+    """Refuse ``fields`` of ``config`` that are below 0; in a tuple, all numbers are checked. None is allowed."""
     _check_each(config, fields, lambda number: number >= 0, "must not be negative")
 
 
 def check_fraction(config: Any, *fields: str) -> None:
-    """Refuse those ``fields`` of ``config`` that do not lie in [0, 1]; of a tuple, every number. None passes."""
+    """Refuse ``fields`` of ``config`` outside [0, 1]; in a tuple, all numbers are checked. None is allowed."""
     _check_each(config, fields, lambda number: 0 <= number <= 1, "must lie in [0, 1]")
 
 
@@ -57,7 +57,7 @@ def _check_each(config: Any, fields: tuple[str, ...], holds: Callable[[float], b
 
 
 def check_plugin_name(name: str, field: str) -> None:
-    """Refuse a ``name`` with a colon that is not ``module:attribute``."""
+    """Refuse a ``name`` that contains a colon but is not of the form ``module:attribute``."""
     module, colon, attribute = name.partition(":")
     parts = (*module.split("."), attribute)
     check_field(
@@ -68,19 +68,19 @@ def check_plugin_name(name: str, field: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """``value`` as a message shows it, cut where it is long."""
+    """``value`` formatted for an error message, truncated to 80 characters."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """The ``known`` name nearest to ``name``, whatever the case of its letters; empty where none is near."""
+    """The name in ``known`` closest to ``name``, ignoring case; empty if none is close."""
     by_lower = {other.lower(): other for other in known}
     match = get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
     return by_lower[match[0]] if match else ""
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """``'; did you mean X?'``, X with ``prefix``, or nothing where no known name is near."""
+    """``'; did you mean X?'`` with the closest known name, prefixed by ``prefix``; empty if none is close."""
     match = closest(name, known)
     return f"; did you mean {prefix}{match}?" if match else ""

@@ -1,8 +1,8 @@
-"""Collectives for losses and state. With one process each is the identity, or nothing.
+"""Collectives for losses and state. With one process they return their input.
 
 Convention: each rank computes its share of a global mean as a local mean (or the whole loss on
-gathered rows), the backward pass of these collectives *sums* over the ranks, and the mean that DDP
-takes over the parameter gradients removes the factor. Never multiply by the world size.
+gathered rows). The backward pass of these collectives *sums* over ranks, and DDP's mean over the
+parameter gradients removes the factor. Never multiply by the world size.
 Every function is differentiable to any order unless its name says otherwise.
 """
 
@@ -26,7 +26,7 @@ def rank() -> int:
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """y = sum over ranks of x. Its adjoint is itself, hence it differentiates to any order."""
+    """y = sum over ranks of x. The operation is self-adjoint, hence differentiable to any order."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -44,17 +44,17 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum of ``x`` over the ranks, on all of them; the gradient is summed over the ranks too."""
+    """Sum of ``x`` over all ranks, available on each; gradients are summed over ranks too."""
     return _AllReduceSum.apply(x) if world_size() > 1 else x  # type: ignore[no-any-return]
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
-    """Mean of ``x`` over the ranks, on all of them."""
+    """Mean of ``x`` over all ranks, available on each."""
     return all_reduce_sum(x) / world_size() if world_size() > 1 else x
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks in rank order; backward sums the ranks' gradients and returns the own slice."""
+    """Rows of all ranks in rank order; backward sums the gradients over ranks and returns this rank's slice."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -79,22 +79,22 @@ def _all_gather(x: Tensor) -> Tensor:
 
 
 def gather(x: Tensor) -> Tensor:
-    """Rows (N, ...) of every rank, concatenated in rank order (W·N, ...), with gradient.
+    """Concatenate the rows (N, ...) of all ranks in rank order, (W·N, ...), with gradients.
 
-    All ranks must hold the same number of rows.
+    All ranks must have the same number of rows.
     """
     return _Gather.apply(x) if world_size() > 1 else x  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def gather_detached(x: Tensor) -> Tensor:
-    """As :func:`gather`, without gradient."""
+    """Like :func:`gather`, but without gradients."""
     return _all_gather(x.detach()) if world_size() > 1 else x.detach()
 
 
 @torch.no_grad()
 def broadcast_from_zero(x: Tensor) -> Tensor:
-    """Overwrite ``x`` in place with rank 0's, and return it."""
+    """Overwrite ``x`` in place with rank 0's value, and return it."""
     if world_size() > 1:
         dist.broadcast(x, src=0)
     return x

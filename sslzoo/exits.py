@@ -1,32 +1,32 @@
-"""Exit codes of ``sslzoo`` and of ``fit`` in particular, and the ways in which a run leaves in order."""
+"""Exit codes of ``sslzoo``, and the exceptions that end a run in an orderly way."""
 
 from __future__ import annotations
 
 import signal
 from enum import IntEnum
 
-# What schedulers send to ask a run to leave: SLURM's scancel and its warning before the time limit, torchrun and
-# timeout (TERM), submitit (USR2), a closed terminal (HUP).
+# Signals that ask a run to stop: from SLURM (scancel, or a warning before the time limit), torchrun and timeout (TERM),
+# submitit (USR2), a closed terminal (HUP).
 LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class ExitCode(IntEnum):
-    """What a scheduler's script can act on: requeue on 75, look at the run on 76."""
+    """Exit codes that a job script can act on: requeue on 75, inspect the run on 76."""
 
     DONE = 0
-    FAILURE = 1  # at run time
-    USAGE = 2  # wrong command line, recipe, data or directory; nothing was started
-    PREEMPTED = 75  # a signal asked the run to leave; `--resume auto` continues
-    NAN = 76  # the loss is not finite; the checkpoints are from before
+    FAILURE = 1  # an error at run time
+    USAGE = 2  # invalid command line, recipe, data or directory; nothing was started
+    PREEMPTED = 75  # stopped by a signal; `--resume auto` continues
+    NAN = 76  # the loss is not finite; the checkpoints predate that
     INTERRUPT = 130  # Ctrl-C
 
 
 class RunError(ValueError):
-    """A run cannot be started as asked, or its directory not be used; the message says what to change."""
+    """A run cannot be started as requested, or its directory cannot be used; the message says what to change."""
 
 
 class Leave(SystemExit):
-    """A run that leaves in order. No ``Exception``, so that nothing on the way takes it for an error.
+    """An orderly end of a run. Not an ``Exception``, so that no handler on the way treats it as an error.
 
     ``message`` says in one sentence what happened.
     """
@@ -42,7 +42,7 @@ class Leave(SystemExit):
 
 
 class Preempted(Leave):
-    """A signal asked the run to leave."""
+    """A signal asked the run to stop."""
 
     exit_code = ExitCode.PREEMPTED
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent. Importable without torch."""
+"""Atomic file writes: a file is either complete or absent. Importable without torch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """``with atomically(path) as part: ...`` writes ``part``, which becomes ``path`` if all went well.
+    """Yield a temporary path beside ``path``: write to it, and it is renamed to ``path`` on success.
 
-    Whatever goes wrong leaves ``path`` as it was and no ``part`` behind.
+    On any error ``path`` is unchanged and the temporary file is deleted.
     """
     part = path.with_name(f"{path.name}.part")
     try:
         yield part
         part.replace(path)
     except BaseException:
-        with suppress(OSError):  # the folder may be what is wrong
+        with suppress(OSError):  # the folder itself may be gone
             part.unlink(missing_ok=True)
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` is never half written, and force it to disk."""
+    """Write ``text`` to ``path`` atomically and flush it to disk."""
     with atomically(path) as part, part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -35,5 +35,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` so that ``path`` is never half written."""
+    """Write ``value`` to ``path`` as JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")

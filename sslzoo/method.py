@@ -1,4 +1,4 @@
-"""The one contract a method fulfils: a config, its modules, and a loss."""
+"""``SSLMethod``, the base class of every method: a config, a backbone with heads, and a loss."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import MethodConfig, OptimConfig
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
-SMALLEST_SCALE = 2.0**-14  # of fp16's scaler, which begins at 2**16 and halves at every overflow
+SMALLEST_SCALE = (
+    2.0**-14
+)  # fp16 loss scale below which a run gives up; it starts at 2**16 and halves on overflow
 
 
 class SSLMethod(LightningModule, Generic[ConfigT]):
-    """A backbone, a config and a loss.
+    """Base class of self-supervised methods.
 
     A subclass sets ``Config``, builds heads and state in ``__init__`` and implements :meth:`loss`.
     It may override :meth:`prepare` (state whose size depends on the data, such as a
-    :class:`~sslzoo.nn.per_sample.PerSampleTable`), :meth:`after_step` (EMA, queue) with
-    :meth:`after_skipped_step`, :meth:`features` (more layers for probes) and :meth:`contrasted` (what analyses look
-    at). Everything else is the framework's.
+    :class:`~sslzoo.nn.per_sample.PerSampleTable`), :meth:`after_step` (EMA, queue) together with
+    :meth:`after_skipped_step`, :meth:`features` (more layers for probes) and :meth:`contrasted` (pairs for
+    analyses). Everything else belongs to the framework.
     """
 
     Config: ClassVar[type[MethodConfig]]
-    # Set where the method differentiates twice: fused batch-norm kernels cannot, the framework's own can.
+    # True if the method needs second derivatives, which the framework's batch norm supports and fused kernels do not.
     needs_double_backward: ClassVar[bool] = False
 
     def __init__(self, cfg: ConfigT, backbone: nn.Module, feature_dim: int) -> None:
@@ -47,94 +49,95 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         self.plan: TrainingPlan
         self.optim: OptimConfig
         self.seed: int
-        self.optimizer_steps = 0  # real optimiser steps finished, skipped ones included; in the checkpoint
-        self.step_skipped = False  # whether the last of them was
-        self._undo: Undo | None = None  # while a step is in progress that may be skipped
-        self.published: dict[str, Tensor] = {}  # this step's features, detached
-        self.recorded: dict[str, Tensor] = {}  # this step's measurements, for the meter
-        self.settings: dict[str, float] = {}  # and its settings
+        self.optimizer_steps = 0  # finished optimiser steps, including skipped ones; saved in checkpoints
+        self.step_skipped = False  # whether the last step was skipped
+        self._undo: Undo | None = None  # set during a step that the scaler may skip
+        self.published: dict[str, Tensor] = {}  # detached features of this step
+        self.recorded: dict[str, Tensor] = {}  # measurements of this step, read by Meter
+        self.settings: dict[str, float] = {}  # settings of this step, read by Meter
 
     # -- what a method implements -------------------------------------------------------------
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
-        """Scalar pre-training loss of this rank's samples; their mean over ranks is the global loss.
+        """Scalar pre-training loss of this rank's samples; its mean over ranks is the global loss.
 
         Must call :meth:`publish` once with the backbone features (N, F) of one online view.
         """
 
     def prepare(self, plan: TrainingPlan, optim: OptimConfig, seed: int) -> None:
-        """Called once before training, and before a checkpoint is loaded: the place for state whose
-        size depends on the data (``super().prepare(...)`` first)."""
+        """Called once before training and before a checkpoint is loaded. Create state whose size depends
+        on the data here, after ``super().prepare(...)``."""
         self.plan, self.optim, self.seed = plan, optim, seed
 
     def after_step(self, step: int) -> None:
-        """Called once after real optimiser step ``step`` (from 0): EMA, queue."""
+        """Called once after optimiser step ``step`` (from 0); update EMA weights and queues here."""
 
     def after_skipped_step(self, step: int) -> None:
-        """Called instead where an fp16 overflow made the scaler skip step ``step``: drop what waits for
-        :meth:`after_step`. Weights, buffers and tables are as before the step."""
+        """Called instead of :meth:`after_step` if the fp16 scaler skipped step ``step``: drop anything kept for
+        :meth:`after_step`. Weights, buffers and tables are already as before the step."""
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
-        """Named representations of a plain view, each (N, F); ``backbone`` is always there."""
+        """Named features of a plain view ``x`` (N, C, H, W), each (N, F); must include ``backbone``."""
         return {"backbone": self.backbone(x)}
 
     def contrasted(self, batch: Batch) -> Contrast:
-        """What the loss compares in ``batch``, for analyses; see :meth:`Contrast.of_views`.
+        """Anchors, positives and temperature of the loss on ``batch``, for analyses; see :meth:`Contrast.of_views`.
 
-        Called inside :meth:`untouched`: it may change nothing but buffers and random numbers.
+        Called inside :meth:`untouched`, which restores buffers and random state; nothing else may change.
         """
-        raise ValueError(f"{self.cfg.name} does not say what it compares: give it a method contrasted(batch)")
+        raise ValueError(
+            f"{self.cfg.name} has no pairs to analyse: implement {type(self).__name__}.contrasted"
+        )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups of ``(name, parameter)`` pairs under ``named``; ``lr_factor`` scales a group's rate."""
+        """Parameter groups for the optimiser: each has a list of ``(name, parameter)`` under ``named``, and
+        optionally ``lr_factor``, which scales its learning rate."""
         return [{"named": [(n, p) for n, p in self.named_parameters() if p.requires_grad]}]
 
     # -- what a method calls ------------------------------------------------------------------
 
     def publish(self, **features: Tensor) -> None:
-        """Show this step's features (N, F) to probes, detached: ``publish(backbone=h)``."""
+        """Give this step's features (N, F) to the probes, detached: ``publish(backbone=h)``."""
         self.published = {name: value.detach() for name, value in features.items()}
 
     def record(self, name: str, value: Tensor) -> None:
-        """Log a measurement of this step, a scalar, under ``name`` (``method/...``): its mean over an interval is
-        reported. Summed on the device, never waited for."""
-        if not isinstance(
-            value, Tensor
-        ):  # only then is the value spelt out, which on a device would wait for it
+        """Log a measured scalar tensor under ``name`` (``method/...``); its mean over the logging interval is
+        reported. It is summed on the device, without a host-device synchronisation."""
+        if not isinstance(value, Tensor):  # formatting a tensor on a GPU would synchronise
             raise ValueError(
-                f"record takes a tensor, got {name} = {value!r}; a number that is set and not measured goes to setting"
+                f"record takes a tensor, got {name} = {value!r}; use setting for numbers that are not measured"
             )
         self.recorded[name] = value.detach()
 
     def setting(self, name: str, value: float) -> None:
-        """Log a setting of this step, such as a momentum, under ``name`` (``method/...``): its last value is
-        reported."""
+        """Log a setting of this step, such as a momentum, under ``name`` (``method/...``); the last value of the
+        logging interval is reported."""
         require(
             not isinstance(value, Tensor),
-            f"setting takes a number, got a tensor for {name}; what is measured goes to record",
+            f"setting takes a number, got a tensor for {name}; use record for measurements",
         )
         self.settings[name] = value
 
     @property
     def step(self) -> int:
-        """The optimiser step in progress, from 0. Schedules are functions of it."""
+        """The current optimiser step, from 0. Schedules are functions of it."""
         return self.optimizer_steps
 
     @property
     def epoch(self) -> int:
-        """The epoch in progress, from 0; derived from the step, so right after a resume."""
+        """The current epoch, from 0; derived from the step, so it is correct after a resume."""
         return self.optimizer_steps // self.plan.steps_per_epoch
 
     # -- the framework's ----------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """Backbone features (N, feature_dim): what k-NN and export see."""
+        """Backbone features (N, feature_dim) of ``x`` (N, C, H, W), as k-NN and export use them."""
         return self.backbone(x)
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Nothing inside needs gradients; afterwards buffers and random numbers are what they were."""
+        """Context without gradients that restores buffers and random state on exit."""
         saved = [(buffer, buffer.detach().clone()) for buffer in self.buffers()]
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
@@ -155,16 +158,15 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         self.publish(**self.features(batch.image))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The recipe's optimiser over :meth:`parameter_groups`; the rate is set at every step."""
+        """The recipe's optimiser over :meth:`parameter_groups`; the learning rate is set at every step."""
         return build_optimizer(self.parameter_groups(), self.optim)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """Set the learning rate of this step, step, then :meth:`after_step`.
+        """Set the learning rate, take the optimiser step, then call :meth:`after_step`.
 
-        EMA and queue live here and not in a batch-end hook, which runs after a checkpoint may have
-        been written.
+        EMA and queue are updated here because a batch-end hook may run after a checkpoint was written.
         """
         lr = learning_rate(self.optimizer_steps, self.optim, self.plan)
         set_learning_rate(optimizer, lr)
@@ -175,23 +177,26 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         self.finish_step(skipped=not happened)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Keep the way back, from a step's first micro-batch on, where a scaler may skip the step."""
+        """Save the state at the first micro-batch of a step if a loss scaler may skip the step."""
         if self._undo is None and self._scaler is not None:
             self._undo = Undo(self)
 
     def attempt(self, step: Callable[[], Any]) -> bool:
-        """Call ``step``, the optimiser's; whether it happened, the same on all ranks. Methods that own their loop
-        call it, and then :meth:`finish_step`."""
+        """Call the optimiser's ``step``; returns whether it was taken, equal on all ranks.
+
+        Methods with manual optimisation call this, then :meth:`finish_step`. Raises ``Diverged`` if fp16 overflows even
+        at a loss scale below ``SMALLEST_SCALE``.
+        """
         before = self._loss_scale()
         step()
         scale = self._loss_scale()
         if scale < SMALLEST_SCALE:
             raise Diverged(f"fp16 overflows at any loss scale, even {scale:g}, by step {self.step}")
-        return scale >= before  # an overflowing step is skipped by the scaler, which then lowers its scale
+        return scale >= before  # on overflow the scaler skips the step and lowers its scale
 
     def finish_step(self, *, skipped: bool = False) -> None:
-        """Count a real optimiser step and run :meth:`after_step`; take back all of a ``skipped`` one. Methods that
-        own their loop call it."""
+        """Count an optimiser step and call :meth:`after_step`; if it was ``skipped``, undo all its changes instead.
+        Methods with manual optimisation call this."""
         self.step_skipped = skipped
         if skipped and self._undo is not None:
             self._undo.take_back()
@@ -212,8 +217,8 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         return float(self._scaler.get_scale()) if self._scaler is not None else 1.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the step count: Lightning's own counts every ``optimizer.step()`` of manual methods. And say what
-        is not weights."""
+        """Add the step count (Lightning's counts every ``optimizer.step()`` under manual optimisation) and the names
+        of the per-sample tables."""
         checkpoint["optimizer_steps"] = self.optimizer_steps
         checkpoint["per_sample"] = list(tables_of(self))
 

@@ -1,8 +1,8 @@
-"""Random numbers as a pure function of what they are for: no generator, no state.
+"""Stateless random numbers: a pure function of purpose, seed and position, without a generator.
 
 SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; the
-finaliser is Stafford's variant 13) used as a hash of a counter, for a whole batch at once. The same
-sample gets the same numbers in any worker, on any rank, and after a resume.
+finaliser is Stafford's variant 13) used as a hash of a counter, for a whole batch at once. A sample
+gets the same numbers in any worker, on any rank, and after a resume.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
-# First word of every key: what the numbers are for. A method's own purposes are text, such as "mine: dropped rows".
+# First word of every key: the purpose of the numbers. Methods use text for theirs, such as "mine: dropped rows".
 VIEWS, ORDER, HOLDOUT, SUBSET, FAKE, STEP, SHUFFLE = range(7)
 
 
@@ -26,7 +26,7 @@ def _signed(x: int) -> int:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64: torch's own copies the sign."""
+    """Logical right shift of int64; torch's ``>>`` is arithmetic and copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -37,7 +37,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def key(*words: int | str) -> int:
-    """64 bits from a sequence of integers and text, such as (purpose, seed, epoch)."""
+    """Hash a sequence of integers and text, such as (purpose, seed, epoch), to a 64-bit integer."""
     state = 0
     for word in words:
         number = int.from_bytes(sha256(word.encode()).digest()[:8]) if isinstance(word, str) else word
@@ -49,29 +49,29 @@ def key(*words: int | str) -> int:
 
 
 def hash64(stream: int, counter: Tensor) -> Tensor:
-    """int64 hash of each entry of the int64 tensor ``counter``, on its device; ``stream`` from :func:`key`."""
+    """Hash each entry of the int64 tensor ``counter`` to an int64, on its device; ``stream`` comes from :func:`key`."""
     return _mix(_mix(counter + _signed(_GOLDEN)) + _signed(stream))
 
 
 def uniforms(stream: int, counter: Tensor, draws: int) -> Tensor:
-    """Uniform numbers in [0, 1), float64 (N, draws): a row for each entry of ``counter`` (N,)."""
+    """Uniform numbers in [0, 1), float64 (N, draws), one row per entry of ``counter`` (N,)."""
     steps = torch.arange(1, draws + 1, device=counter.device) * _signed(_GOLDEN)
     bits = _mix(hash64(stream, counter)[:, None] + steps)
     return _shifted(bits, 11).double() * 2.0**-53
 
 
 def view_uniforms(seed: int, epoch: int, view: int, sample_id: Tensor, draws: int) -> Tensor:
-    """The numbers behind view ``view`` of each sample (N, draws)."""
+    """The random numbers (N, draws) that determine view ``view`` of each sample in ``sample_id`` (N,)."""
     return uniforms(key(VIEWS, seed, epoch, view), sample_id, draws)
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> Tensor:
-    """A permutation of ``range(size)``, int64: the order of an epoch."""
+    """The order of samples in an epoch: a permutation of ``range(size)``, int64."""
     return hash64(key(ORDER, seed, epoch), torch.arange(size)).argsort(stable=True)
 
 
 def subset(seed: int, size: int, keep: int | None) -> Tensor:
-    """``keep`` of ``range(size)``, ascending; all of them when ``keep`` is None or not smaller."""
+    """A random subset of ``range(size)`` with ``keep`` entries, ascending; all if ``keep`` is None or >= ``size``."""
     if keep is None or keep >= size:
         return torch.arange(size)
     order = hash64(key(SUBSET, seed), torch.arange(size)).argsort(stable=True)
@@ -79,8 +79,8 @@ def subset(seed: int, size: int, keep: int | None) -> Tensor:
 
 
 def is_holdout(sample_id: Tensor, fraction: float, seed: int) -> Tensor:
-    """Whether each sample (N,) belongs to the held-out part of the training labels, bool (N,).
+    """Whether each sample (N,) is in the held-out fraction of the training labels, bool (N,).
 
-    Works on the tensor's own device without synchronising.
+    Runs on the tensor's device without synchronising.
     """
     return uniforms(key(HOLDOUT, seed), sample_id, 1)[:, 0] < fraction

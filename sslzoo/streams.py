@@ -1,4 +1,4 @@
-"""Standard streams that outlive their reader. Importable without torch."""
+"""Standard output and error that survive a closed terminal or pipe. Importable without torch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any
 
 
 class _Outliving:
-    """A text stream whose reader may go away: a closed terminal, the other end of a pipe. What is written then is
-    lost, and the run that wrote it goes on."""
+    """A text stream that drops output once its reader is gone (closed terminal or pipe) instead of raising."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write ``text`` if anybody is there."""
+        """Write ``text``, or drop it if the reader is gone."""
         with suppress(OSError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush if anybody is there."""
+        """Flush, unless the reader is gone."""
         with suppress(OSError):
             self._stream.flush()
 
@@ -30,8 +29,10 @@ class _Outliving:
 
 
 def outlive_readers() -> None:
-    """Let stdout and stderr of this process go nowhere once nobody reads them. For good: what is still in a buffer
-    would otherwise fail when the process ends."""
+    """Make stdout and stderr of this process drop output once their reader is gone.
+
+    This is permanent: otherwise flushing a buffer at process exit would raise.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, _Outliving):

@@ -1,4 +1,4 @@
-"""The two streams of the terminal, one console each: what is printed on one does not tear a live display on it.
+"""One rich console each for stdout and stderr, so that printing does not garble a live display.
 
 Progress, warnings and errors go to stderr; the summary and the final table to stdout.
 """
@@ -15,13 +15,13 @@ OUT = Console(highlight=False, soft_wrap=False)
 ERR = Console(stderr=True, highlight=False)
 
 REFRESH = 0.5  # seconds between updates
-# Columns at the right: Ctrl-C echoes ^C behind the last row, and one that went into a new line would tear the bars.
+# Columns kept free at the right: Ctrl-C echoes ^C after the last row, and a line wrap would garble the bars.
 FREE = 4
-BESIDE_TEXTS = 24  # columns that descriptions, counts and what is left of a bar keep in a narrow terminal
+BESIDE_TEXTS = 24  # columns reserved for description, bar and count in a narrow terminal
 
 
 def duration(seconds: float) -> str:
-    """``200`` -> ``3 min 20 s``."""
+    """Format a duration: 200 becomes ``3 min 20 s``."""
     total = round(seconds)
     hours, minutes, rest = total // 3600, total // 60 % 60, total % 60
     if hours:
@@ -30,15 +30,15 @@ def duration(seconds: float) -> str:
 
 
 def redraws(console: Console) -> bool:
-    """Whether ``console`` is a terminal on which bars can move."""
+    """Whether ``console`` is a terminal that can redraw progress bars."""
     return console.is_terminal and console.is_interactive
 
 
 class Bars(Progress):
-    """Rows of a description, a bar, ``count`` and a text, of which none wraps.
+    """Progress rows with a description, a bar, ``count`` and a text; no column wraps.
 
-    The bar takes the room that the others leave. The column of texts never gets narrower while the terminal
-    keeps its width, so that bars do not jump where a figure comes and goes.
+    The bar takes the remaining width. The text column never shrinks while the terminal keeps its width, so
+    that the bars do not jump when the text gets shorter.
     """
 
     def __init__(self, count: ProgressColumn, *, console: Console, out: Console = OUT) -> None:
@@ -50,7 +50,7 @@ class Bars(Progress):
             TextColumn("{task.fields[text]}", markup=False, table_column=self._texts),
             console=console,
             refresh_per_second=1 / REFRESH,
-            redirect_stdout=redraws(out),  # what is printed into a file must not appear here instead
+            redirect_stdout=redraws(out),  # if stdout is a file, output must go there and not to this console
         )
 
     @property
@@ -58,7 +58,7 @@ class Bars(Progress):
         return max(self._terminal.width - FREE, 1)
 
     def get_renderable(self) -> RenderableType:
-        """The rows, as rich asks for them at each update."""
+        """The rows, limited to the free width; rich calls this at each update."""
         return Constrain(super().get_renderable(), self._width)
 
     def show(
@@ -70,7 +70,7 @@ class Bars(Progress):
         total: float | None = None,
         description: str | None = None,
     ) -> None:
-        """Bring ``row`` up to date; what is None stays."""
+        """Update ``row``; arguments that are None leave the value unchanged."""
         room = max(self._width - BESIDE_TEXTS, 1)
         self._texts.max_width = room
         self._texts.min_width = min(max(self._texts.min_width or 0, cell_len(text)), room)

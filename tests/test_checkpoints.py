@@ -82,7 +82,7 @@ def test_a_damaged_file_names_the_one_before_it(tmp_path):
     for path in (newer, tmp_path / "last.ckpt"):
         _refused(path, DamagedCheckpoint, rf"damaged .*--resume {older}$")
     os.truncate(older, 0)
-    _refused(older, DamagedCheckpoint, "no older one is left")
+    _refused(older, DamagedCheckpoint, "there is no older one")
 
 
 def test_any_truncation_is_recognised(tmp_path):
@@ -165,7 +165,7 @@ def test_a_bad_sector_is_damage_and_a_missing_permission_is_not(tmp_path, monkey
     monkeypatch.setattr(zipfile.ZipExtFile, "read", unreadable(errno.EIO))
     _refused(path, DamagedCheckpoint, "Input/output error")
     monkeypatch.setattr(Path, "open", unreadable(errno.EACCES))
-    _refused(path, CheckpointError, "cannot be read: Permission denied; repair that and try again")
+    _refused(path, CheckpointError, "cannot be read: Permission denied; fix that and try again")
 
 
 # -- other files --------------------------------------------------------------------------------
@@ -197,12 +197,12 @@ def _torchscript(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda path: path.write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(300)), "no torch file"),
-        (lambda path: path.write_text("step,epoch\n1,0\n"), "no torch file"),
+        (lambda path: path.write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(300)), "not a torch file"),
+        (lambda path: path.write_text("step,epoch\n1,0\n"), "not a torch file"),
         (lambda path: path.mkdir(), "a folder"),
-        (os.mkfifo, "no regular file"),
+        (os.mkfifo, "not a regular file"),
         (lambda path: path.write_bytes(pickle.dumps({"state_dict": {}})), "a pickle, or a torch file"),
-        (_legacy, "a pickle, or a torch file of an old format"),
+        (_legacy, "a pickle, or a torch file in an old format"),
         (_numpy, "a zip archive of another kind"),
         (_torchscript, "a zip archive of another kind"),
         (lambda path: torch.save({"model": {}, "epoch": 3}, path), "no state_dict and no optimizer_steps"),
@@ -228,7 +228,7 @@ def _torchscript(path: Path) -> None:
 def test_a_foreign_file_is_no_checkpoint(make, said, tmp_path):
     path = tmp_path / "step=000000001.ckpt"
     make(path)
-    _refused(path, ForeignCheckpoint, f"is no checkpoint of sslzoo .*{said}.*; give a step")
+    _refused(path, ForeignCheckpoint, f"is not an sslzoo checkpoint .*{said}.*; give a step")
 
 
 class _Hostile:
@@ -261,7 +261,7 @@ def test_a_checkpoint_that_names_code_is_refused_and_never_run(protocol, call, n
 def test_a_pickle_that_cannot_be_rebuilt_is_refused(tmp_path):
     path = tmp_path / "step=000000001.ckpt"
     torch.save(CONTENT | {"x": _Hostile(torch.device, "no such device")}, path)
-    _refused(path, UnsafeCheckpoint, "its pickle is none of torch.save's")
+    _refused(path, UnsafeCheckpoint, "its pickle was not written by torch.save")
 
 
 def test_names_in_a_hostile_pickle_cannot_write_to_the_terminal(tmp_path):
@@ -270,7 +270,7 @@ def test_names_in_a_hostile_pickle_cannot_write_to_the_terminal(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + names + b"}.")
         archive.writestr("archive/version", b"3\n")
-    _refused(path, UnsafeCheckpoint, r"posix\.\?\[31mname0, .*more, and a checkpoint")
+    _refused(path, UnsafeCheckpoint, r"posix\.\?\[31mname0, .*more, and an sslzoo checkpoint")
 
 
 # -- the newest sound one -----------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_newest_sound_skips_damage_and_names_it(tmp_path, caplog):
     assert third.exists()
 
     os.truncate(first, 9)
-    with pytest.raises(DamagedCheckpoint, match=r"every step checkpoint in .*start another run") as refusal:
+    with pytest.raises(DamagedCheckpoint, match=r"every step checkpoint in .*start a new run") as refusal:
         newest_sound(tmp_path)
     assert "\n" not in str(refusal.value)
     (tmp_path / "epoch=00002.ckpt").touch()
@@ -301,7 +301,7 @@ def test_newest_sound_skips_damage_and_names_it(tmp_path, caplog):
 def test_newest_sound_refuses_what_is_not_ours(tmp_path):
     _write(tmp_path, 1)
     (tmp_path / "step=000000002.ckpt").write_text("notes")
-    with pytest.raises(ForeignCheckpoint, match="no torch file"):
+    with pytest.raises(ForeignCheckpoint, match="not a torch file"):
         newest_sound(tmp_path)
     torch.save(_Hostile(os.system, "true"), tmp_path / "step=000000003.ckpt")
     with pytest.raises(UnsafeCheckpoint, match=r"posix\.system"):

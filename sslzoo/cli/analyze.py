@@ -1,9 +1,9 @@
-"""Look at the checkpoints of a run, and write what there is to see.
+"""Analyse the checkpoints of a run and write a report.
 
-An analysis looks at each checkpoint at the same training images. `sslzoo ls analyses` lists those that are installed,
-`sslzoo analyze NAME --help` shows the options of one: sslzoo analyze NAME runs/RECIPE/ID
+Every checkpoint is analysed on the same training images: sslzoo analyze NAME runs/RECIPE/ID. `sslzoo ls analyses`
+lists the installed analyses, and `sslzoo analyze NAME --help` shows the options of one.
 
-exit codes: 0 done; 2 a checkpoint, recipe or option is wrong.
+exit codes: 0 done; 2 invalid checkpoint, recipe or option.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "name", metavar="NAME", help="an analysis, registered or module:Class; the first word"
-    )
+    parser.add_argument("name", metavar="NAME", help="a registered analysis or module:Class; must come first")
     parser.add_argument(
         "words",
         nargs="+",
         metavar="RUN|CHECKPOINT|KEY=VALUE",
-        help="a run directory for all its checkpoints, or checkpoint files of one run: several show the course of "
-        "training; changes to its recipe, such as data.root=/data",
+        help="a run directory (all its checkpoints) or checkpoint files of one run; and overrides of its recipe, "
+        "such as data.root=/data",
     )
-    parser.add_argument("--recipe", help="bundled name or path; default: the recipe of the run")
-    parser.add_argument("--samples", type=int, default=2048, help="training images looked at (default: 2048)")
-    parser.add_argument("--out", type=Path, help="folder for the report; default: NAME/ in the run directory")
+    parser.add_argument("--recipe", help="bundled name or file (default: the recipe of the run)")
+    parser.add_argument("--samples", type=int, default=2048, help="number of training images (default: 2048)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the report (default: NAME/ in the run directory)"
+    )
     parser.set_defaults(overrides=[])
 
 
@@ -59,15 +59,15 @@ def run(args: argparse.Namespace) -> int:
         analysis = kind(from_options(kind.Config, AnalysisConfig, args, name=args.name))
         from sslzoo.run.analyze import analyze
 
-        said = analyze(
+        text = analyze(
             analysis, paths, samples=args.samples, recipe=args.recipe, overrides=changes, out=args.out
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    print(said)
+    print(text)
     return 0
 
 
 def _is_override(word: str) -> bool:
-    """Whether ``word`` is ``dotted.key=value``, which the name of a checkpoint may look like too."""
+    """Whether ``word`` is an override ``dotted.key=value`` and not a checkpoint file with such a name."""
     return re.match(r"\w+(\.\w+)*=", word) is not None and not Path(word).exists()

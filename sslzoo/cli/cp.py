@@ -1,4 +1,4 @@
-"""Copy a bundled recipe, comments included, to change it."""
+"""Copy a bundled recipe, including its comments, for editing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sslzoo.recipe import registry
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="bundled name or file")
     parser.add_argument("dest", metavar="DEST", help="file or folder")
-    parser.add_argument("--force", action="store_true", help="replace DEST where it exists")
+    parser.add_argument("--force", action="store_true", help="replace DEST if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,14 +26,14 @@ def run(args: argparse.Namespace) -> int:
     dest = Path(args.dest)
     if dest.is_dir():
         dest /= source.name
-    elif os.path.basename(args.dest) in ("", ".", ".."):  # noqa: PTH119 -- a Path forgets the last separator
-        return _refuse(f"{args.dest} is no folder; make it first, or name a file")
+    elif os.path.basename(args.dest) in ("", ".", ".."):  # noqa: PTH119 -- a Path drops the trailing separator
+        return _refuse(f"{args.dest} is not a folder; create it first, or name a file")
     if dest.exists() and dest.samefile(source):
-        return _refuse(f"{dest} is that file itself; for the bundled one leave .yaml out of RECIPE")
+        return _refuse(f"{dest} is the same file; for the bundled recipe leave .yaml out of RECIPE")
     if dest.exists() and not args.force:
         return _refuse(f"{dest} exists; --force replaces it")
     if not dest.parent.is_dir():
-        return _refuse(f"{dest.parent} is no folder; make it first")
+        return _refuse(f"{dest.parent} is not a folder; create it first")
     shutil.copyfile(source, dest)
     print(f"{dest}: now sslzoo fit --recipe {shlex.quote(str(dest))}")
     return 0

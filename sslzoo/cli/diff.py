@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _short(value: Any) -> str:
-    """One readable cell; two long lists that differ must not look alike."""
+    """Format a value for the table; long lists are shortened but still tell different lists apart."""
     if isinstance(value, list) and len(str(value)) > 60:
         return f"{len(value)} items: {value[0]} .. {value[-1]}"
     return str(value)

@@ -1,4 +1,4 @@
-"""Look at this machine: what is wrong with it, and how to repair it; exit code 1 where something is broken."""
+"""Check this machine and say how to fix problems; exit code 1 if something is broken."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser  # it takes none
+    del parser  # no options
 
 
 def run(args: argparse.Namespace) -> int:

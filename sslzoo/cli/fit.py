@@ -1,10 +1,10 @@
-"""Train by a recipe.
+"""Train a recipe.
 
-With trainer.devices above 1 it starts a process for each device itself; under torchrun or srun it is one of them.
+With trainer.devices above 1 it starts one process per device; under torchrun or srun it is one of these processes.
 
-exit codes, which manifest.json holds too: 0 done, or finished before; 1 failure at run time; 2 recipe, data or
-directory wrong, nothing started; 75 pre-empted by SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP, --resume auto continues;
-76 the loss is not finite; 130 interrupt, which saves nothing. torchrun's own exit code is 1 for all but 0.
+exit codes, also recorded in manifest.json: 0 done, or already finished; 1 error at run time; 2 invalid recipe, data or
+directory, nothing started; 75 stopped by SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP, continue with --resume auto;
+76 the loss is not finite; 130 Ctrl-C, nothing saved. torchrun itself exits with 1 for every code but 0.
 """
 
 from __future__ import annotations
@@ -20,46 +20,48 @@ from sslzoo.streams import outlive_readers
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument(
-        "--recipe", required=True, help="a file, or else a bundled name, with or without .yaml"
+        "--recipe", required=True, help="file or bundled name; a file takes precedence, .yaml is optional"
     )
-    parser.add_argument("--out", type=Path, help="run directory; runs/<recipe>/<run id> if left out")
+    parser.add_argument("--out", type=Path, help="run directory (default: runs/<recipe>/<run id>)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="continue exactly: weights, state, position, metrics. auto: from the newest checkpoint of --out, or of "
-        "the recipe's newest run that has one, and from the beginning where there is none; PATH: a checkpoint or a "
-        "run directory. Repeat the overrides that the run was started with",
+        help="continue exactly, with weights, state, position and metrics. auto: from the newest checkpoint in --out, "
+        "or in the newest run of the recipe that has one; if there is none, start a new run. PATH: a checkpoint or run "
+        "directory. Repeat the overrides of the first start",
     )
     start.add_argument(
         "--init-from",
         type=Path,
         metavar="PATH",
-        help="begin a new run with the weights of a checkpoint, or of a run directory's newest; of another method's, "
-        "the backbone alone",
+        help="start a new run with the weights of a checkpoint, or of the newest one in a run directory; only the "
+        "backbone if it is from another method",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="build the run on the CPU and try each stage once, on a few generated images: one training step, one "
-        "validation batch, probes, a checkpoint; nothing is kept",
+        help="build the run on the CPU and run each stage once on a few generated images: one training step, one "
+        "validation batch, probes, a checkpoint; no files are kept",
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="changes to the recipe, anywhere on the line: optim.lr=0.3",
+        help="overrides of the recipe, anywhere on the command line: optim.lr=0.3",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; the exit code."""
+    """Train and return the exit code."""
     from sslzoo.recipe.load import load_recipe
     from sslzoo.run.departure import leave_while_importing
     from sslzoo.run.launcher import end_with_parent, launch
     from sslzoo.run.placement import place, world_size_of
 
-    loaded = load_recipe(args.recipe, args.overrides)  # before torch: a typo answers at once
+    loaded = load_recipe(
+        args.recipe, args.overrides
+    )  # before importing torch, so that typos are reported at once
     try:
         if args.dry_run:
             from sslzoo.run.dry_run import dry_run
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     outlive_readers()
     leave_while_importing()
     end_with_parent()
-    # The libraries under us say on their own that a neighbour is gone: once is enough.
+    # Torch's own messages about lost ranks would only repeat ours.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sslzoo.run.fit import fit
 

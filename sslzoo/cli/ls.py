@@ -1,9 +1,9 @@
 """List methods, analyses, recipes and data sets.
 
-Recipes come with method, training data, encoder, epochs and two figures, linear top-1 in per cent: the
-published one and the mean of our own runs, whose sources and seeds are in the recipe's header. Below them
-stand variants: overrides to add after `sslzoo fit --recipe`. The options choose among recipes and variants
-by a name or a part of one.
+Recipes are listed with method, training data, encoder, epochs, and two figures for linear top-1 accuracy in
+per cent: the published one and the mean of our own runs; the recipe's header gives source and seeds. Below
+them are variants, as overrides to add after `sslzoo fit --recipe`. The options select recipes and variants
+by name or part of a name.
 
   sslzoo ls recipes --method NAME --data imagenet
   sslzoo ls recipes --data cifar100
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     kind = args.kind or ("recipes" if wanted else None)
     try:
         if wanted and kind != "recipes":
-            raise _Refused(f"--{next(iter(wanted))} chooses among recipes; write sslzoo ls recipes")
+            raise _Refused(f"--{next(iter(wanted))} selects recipes; write sslzoo ls recipes")
         listings = {
             "methods": _methods,
             "analyses": _analyses,
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Refused(Exception):
-    """What was asked for makes no sense, or is not there."""
+    """The request is invalid or matches nothing."""
 
 
 def _methods() -> list[str]:
@@ -107,7 +107,7 @@ def _datasets() -> list[str]:
 
 
 def _recipes(wanted: dict[str, str]) -> list[str]:
-    """The table of recipes, and under it the variants, that are what is ``wanted``."""
+    """The table of recipes that match the filters ``wanted``, and below it the matching variants."""
     bundled = _bundled()
     variants = [(_changed(row, variant), variant) for row, variants in bundled for variant in variants]
     every = [row for row, _ in bundled] + [row for row, _ in variants]
@@ -137,17 +137,17 @@ def _recipes(wanted: dict[str, str]) -> list[str]:
 
 
 def _called(names: Sequence[str], key: str, value: str, wanted: dict[str, str]) -> set[str]:
-    """Of ``names`` the one that is ``value``, otherwise those that contain it."""
-    found = {name for name in names if name == value} or {name for name in names if value in name}
-    if found:
-        return found
+    """The name equal to ``value``, or else all names that contain it; ``_Refused`` if there are none."""
+    matches = {name for name in names if name == value} or {name for name in names if value in name}
+    if matches:
+        return matches
     before = " ".join(
         f"--{k}={wanted[k]}" for k in FILTERS if k in wanted and FILTERS.index(k) < FILTERS.index(key)
     )
-    of = f" with {before}" if before else ""
+    others = f" with {before}" if before else ""
     known = sorted(set(names))
     raise _Refused(
-        f"no recipe{of} has --{key}={value}{did_you_mean(value, known)} (there are {', '.join(known)})"
+        f"no recipe{others} has --{key}={value}{did_you_mean(value, known)} (there are {', '.join(known)})"
     )
 
 
@@ -175,7 +175,7 @@ def _bundled() -> list[tuple[Row, tuple[Variant, ...]]]:
 
 
 def _changed(row: Row, variant: Variant) -> Row:
-    """What the table would say of ``row`` under the overrides, of which no figure is known."""
+    """``row`` with the overrides of ``variant`` applied; variants have no figures."""
     given = {key: value for key, _, value in (override.partition("=") for override in variant.split())}
     changes = {column: given[key] for column, key in KEYS.items() if key in given}
     return replace(row, published="-", ours="-", **changes)
@@ -184,7 +184,7 @@ def _changed(row: Row, variant: Variant) -> Row:
 def _table(
     rows: Sequence[tuple[str, ...]], *, right: Sequence[int] = (), limit: dict[int, int] | None = None
 ) -> list[str]:
-    """Aligned columns; those in ``right`` to the right, cells of those in ``limit`` cut at so many characters."""
+    """Format aligned columns; ``right`` lists right-aligned columns, ``limit`` the maximum width by column."""
     limit = limit or {}
     cut = [[_shortened(cell, limit.get(i, WIDTH)) for i, cell in enumerate(row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cut, strict=True)]

@@ -1,7 +1,7 @@
-"""``sslzoo``: hand over to one verb and turn what went wrong into an exit code.
+"""The ``sslzoo`` command: dispatch to a verb and turn errors into exit codes.
 
-0 done; 1 failure at run time; 2 usage or recipe, with one line on stderr; 130 interrupt. A verb documents its
-others.
+0 done; 1 error at run time; 2 invalid usage or recipe, with one line on stderr; 130 Ctrl-C. Verbs document further
+codes in their help.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sslzoo.checks import did_you_mean
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def verbs() -> dict[str, ModuleType]:
-    """Every verb's module, by verb."""
+    """The module of each verb, by name."""
     names = [module.name for module in iter_modules(cli.__path__) if module.name != "main"]
     return {name.replace("_", "-"): import_module(f"sslzoo.cli.{name}") for name in sorted(names)}
 
@@ -36,7 +36,7 @@ def verbs() -> dict[str, ModuleType]:
 def _parsers(
     arguments: Sequence[str],
 ) -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
-    """The command's, and each verb's; complete for the verb that ``arguments`` begin with."""
+    """The parser of the command, and those of the verbs by name; all options are only added for the verb in use."""
     typed, word = (*arguments, "", "")[:2]
     parser = _Parser(prog="sslzoo", description=sslzoo.__doc__)
     parser.add_argument("--version", action="version", version=f"sslzoo {sslzoo.__version__}")
@@ -58,7 +58,7 @@ def _parsers(
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """The arguments, where overrides of a recipe may stand before, between and after the options."""
+    """Parse the arguments; recipe overrides may come before, between and after the options."""
     parser, children = _parsers(arguments)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in children:
         parser.error(f"no verb {arguments[0]!r}{did_you_mean(arguments[0], children)}")
@@ -72,19 +72,19 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         child.error(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0].partition('=')[0], options)}")
     if left:
         args.overrides += left
-    args.arguments = arguments  # for a verb that starts itself once more
+    args.arguments = arguments  # for fit, which starts this command again as each rank
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (the process's own by default) and return its exit code."""
+    """Run the command line ``argv`` (by default ``sys.argv``) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parse(arguments)
     try:
         return args.run(args)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `sslzoo ls | head`: whoever reads has had enough
+    except BrokenPipeError:  # such as `sslzoo ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""Show a recipe as it would run, with the origin of every value.
+"""Show a recipe with all its values and their origins.
 
-The output is a recipe itself: sslzoo show NAME optim.lr=0.1 > mine.yaml
+The output is itself a recipe: sslzoo show NAME optim.lr=0.1 > mine.yaml
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STYLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="bundled name or file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes, such as optim.lr=0.3")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, such as optim.lr=0.3")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Check recipes without running them: one line each, exit code 2 where one is wrong."""
+"""Check recipes without running them: one line each, exit code 2 if any is invalid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipes",
         nargs="+",
         metavar="RECIPE|KEY=VALUE",
-        help="bundled names or files; a word with = in it is an override of all of them",
+        help="bundled names or files; words with = are overrides applied to all of them",
     )
 
 

@@ -1,1 +1,1 @@
-"""Optimisers, and schedules as functions of the step."""
+"""Optimisers, and learning-rate and EMA schedules as functions of the step."""

@@ -1,4 +1,4 @@
-"""Optimisers: LARS, written here, and torch's own, behind one set of parameter groups."""
+"""Build the optimiser of a recipe: LARS (defined here), or SGD, Adam and AdamW from torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sslzoo.recipe.sections import LARSConfig, OptimConfig, SGDConfig
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888) in the form the SSL papers use.
+    """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888) in the form SSL papers use.
 
-    For a parameter with more than one dimension: d = g + wd * w, then d * (trust * |w| / |d|), where
-    the factor is 1 if either norm is 0. Parameters with at most one dimension take the raw gradient,
-    without decay. buffer <- momentum * buffer + d; w <- w - lr * buffer: the rate multiplies the
-    buffer as it is applied. ``clip_trust`` caps factor/lr at 1, so that a step never exceeds plain SGD's.
-    A group's ``adapt`` of False switches both decay and trust ratio off for it, of True on for 1-d
-    parameters as well; left out, the number of dimensions decides.
+    For parameters with more than one dimension: d = g + wd * w, then d <- d * (trust * |w| / |d|), where
+    the factor is 1 if either norm is 0. Parameters with at most one dimension use the raw gradient,
+    without weight decay. Then buffer <- momentum * buffer + d and w <- w - lr * buffer, so a change of the
+    learning rate also scales past gradients. ``clip_trust`` limits factor / lr to 1, so that a step never
+    exceeds that of plain SGD. A group's ``adapt=False`` disables weight decay and trust ratio for the
+    group; ``adapt=True`` enables them for 1-d parameters too; by default the number of dimensions decides.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update; norms stay on the device."""
+        """Perform one update, without a host-device synchronisation."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -87,8 +87,8 @@ class LARS(torch.optim.Optimizer):
 def split_decay(
     named: Iterable[tuple[str, nn.Parameter]], *, decay_1d: bool
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters with and without weight decay: biases and norm parameters (ndim <= 1) have none
-    unless ``decay_1d``."""
+    """Split parameters into those with and those without weight decay. Biases and norm parameters
+    (ndim <= 1) get none unless ``decay_1d``."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for _, p in named:
@@ -97,10 +97,10 @@ def split_decay(
 
 
 def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser that ``cfg`` names over ``groups`` (see ``SSLMethod.parameter_groups``).
+    """Build the optimiser that ``cfg`` describes for ``groups`` (see ``SSLMethod.parameter_groups``).
 
-    Each group is split by weight decay; other keys of a group are kept. The rate starts at 0 and is
-    set before every step by :func:`set_learning_rate`.
+    Each group is split by weight decay; its other keys are kept. The learning rate is 0 until
+    :func:`set_learning_rate` sets it, before every step.
     """
     decay_1d = not isinstance(cfg, LARSConfig) and cfg.decay_1d
     split: list[dict[str, Any]] = []
@@ -127,6 +127,6 @@ def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.opt
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Give every group ``lr`` times its ``lr_factor``."""
+    """Set the learning rate of every group to ``lr`` times its ``lr_factor``."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]

@@ -8,13 +8,13 @@ from typing import Literal
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import CosineSchedule, OptimConfig, StepSchedule
 
-Shape = Literal["linear", "cosine"]  # a line, or half a period
+Shape = Literal["linear", "cosine"]  # cosine: half a period
 
 
 def interpolate(step: int, steps: int, start: float, end: float, shape: Shape = "linear") -> float:
-    """From ``start`` at step 0 to ``end`` at step ``steps - 1``, kept from there on.
+    """Interpolate from ``start`` at step 0 to ``end`` at step ``steps - 1``; constant at ``end`` afterwards.
 
-    ``shape`` is ``linear`` or ``cosine`` (half a period). With one step the end holds at once.
+    ``shape`` is ``linear`` or ``cosine`` (half a period). With ``steps`` <= 1 the value is ``end``.
     """
     fraction = min(step / (steps - 1), 1.0) if steps > 1 else 1.0
     if shape == "linear":
@@ -32,10 +32,10 @@ def warmup_cosine(
     end: float = 0.0,
     ramp: Literal["closed", "open", "shifted"] = "closed",
 ) -> float:
-    """Linear warm-up over W steps, then half a cosine from ``peak`` to ``end`` at T, kept after T.
+    """Linear warm-up over W steps, then half a cosine from ``peak`` to ``end`` at step T, constant after T.
 
-    Authors' codes have three ramps, hence all three: ``closed`` reaches the peak at step W-1, ``open`` at step W,
-    ``shifted`` is (s+1)/(W+1) up to and including W.
+    The papers' code uses three different ramps: ``closed`` reaches the peak at step W-1, ``open`` at step W;
+    ``shifted`` is (s+1)/(W+1) up to and including step W.
     """
     w = warmup_steps
     if step < w or (ramp == "shifted" and step <= w):
@@ -50,7 +50,7 @@ def warmup_cosine(
 
 
 def learning_rate(step: int, optim: OptimConfig, plan: TrainingPlan) -> float:
-    """The learning rate used in optimiser step ``step`` (from 0), after batch scaling."""
+    """The learning rate of optimiser step ``step`` (from 0), scaled with the batch size."""
     peak, warmup, schedule = plan.scaled_lr(optim), plan.steps(optim.warmup_epochs), optim.schedule
     if isinstance(schedule, CosineSchedule):
         return warmup_cosine(
@@ -76,7 +76,7 @@ def learning_rate(step: int, optim: OptimConfig, plan: TrainingPlan) -> float:
 def ema_momentum(
     step: int, *, total_steps: int, start: float, schedule: Literal["constant", "cosine"], end: float = 1.0
 ) -> float:
-    """EMA coefficient of step ``step``: ``constant``, or half a ``cosine`` that is ``end`` at step T-1.
+    """EMA coefficient at step ``step``: constant ``start``, or half a cosine from ``start`` to ``end`` at step T-1.
 
     With T = 1 the coefficient is ``start``.
     """

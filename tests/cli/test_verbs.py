@@ -142,7 +142,7 @@ def test_ls_chooses(
     [
         (["--method", "sec"], "no recipe has --method=sec; did you mean sce? (there are margin, "),
         (["--method", "sce", "--data", "mnist1k"], "no recipe with --method=sce has --data=mnist1k"),
-        (["datasets", "--data", "cifar10"], "--data chooses among recipes; write sslzoo ls recipes"),
+        (["datasets", "--data", "cifar10"], "--data selects recipes; write sslzoo ls recipes"),
     ],
 )
 def test_ls_says_what_there_is(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
@@ -178,7 +178,7 @@ def test_cp_to_a_folder_that_is_not_there(
     dest = f"{tmp_path}/missing{end}"
     code, out, err = run(capsys, "cp", NAME, dest)
     assert (code, out) == (2, [])
-    assert err == [f"sslzoo cp: {dest} is no folder; make it first, or name a file"]
+    assert err == [f"sslzoo cp: {dest} is not a folder; create it first, or name a file"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,7 +191,7 @@ def test_cp_onto_itself(
     copy = tmp_path / f"{NAME}.yaml"
     copy.write_text("mine")
     code, _, err = run(capsys, "cp", "--force", copy.name, ".")
-    assert code == 2 and "is that file itself; for the bundled one leave .yaml out" in err[0]
+    assert code == 2 and "is the same file; for the bundled recipe leave .yaml out" in err[0]
     assert copy.read_text() == "mine"
     assert run(capsys, "cp", "--force", NAME, ".")[0] == 0
     assert copy.read_text() == registry.recipes()[NAME].read_text()

@@ -166,7 +166,7 @@ def test_what_a_method_cannot_show_is_refused_before_the_run(folder: Path, more:
         folder, "fit", "--recipe", "tiny.yaml", "--out", "refused", "analyses=[{name: margins}]", *more
     )
     assert run.wait() == ExitCode.USAGE, run.said
-    assert "does not say what it compares" in run.err and len(run.err.splitlines()) == 1
+    assert "has no pairs to analyse" in run.err and len(run.err.splitlines()) == 1
     assert not (folder / "refused").exists()
 
 
@@ -176,7 +176,10 @@ def test_a_recipe_names_each_analysis_once_and_nothing_else() -> None:
             f"[{{name: '{NAME}'}}, {{name: '{NAME}'}}]",
             r"analyses\.1\.name: spread:Spread is listed twice",
         ),
-        ("[{name: 'tests.command:Faulty'}]", r"analyses\.0\.name: tests\.command:Faulty is no analysis"),
+        (
+            "[{name: 'tests.command:Faulty'}]",
+            r"analyses\.0\.name: tests\.command:Faulty is not a valid analysis",
+        ),
         (f"[{{name: '{NAME}', digit: 3}}]", r"unknown key; did you mean analyses\.0\.digits\?"),
         (f"[{{name: '{NAME}', every_steps: 0}}]", r"analyses\.0\.every_steps: must be positive, got 0"),
     ):

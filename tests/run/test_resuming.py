@@ -158,7 +158,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(how: str, resum
         os.truncate(newest, newest.stat().st_size // 3)
     again = _fit(folder, name, resume="auto" if resume == "auto" else name)
     assert again.wait() == 0, again.said
-    assert again.err.startswith(f"warning: checkpoint {newest} is truncated or damaged; taking "), again.said
+    assert again.err.startswith(f"warning: checkpoint {newest} is truncated or damaged; using "), again.said
     assert f"continuing from {newest.with_name(f'step={older:09d}.ckpt')}" in again.out
     assert newest.with_name(newest.name + ".damaged").exists()
     assert f"{newest} is truncated or damaged" in (folder / name / "train.log").read_text()
