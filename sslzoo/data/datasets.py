@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from sslzoo.data.disk import EXTENSIONS, class_folders, image_files, legible
 from sslzoo.data.idx import read_idx
 from sslzoo.data.sources import ArraySource, FileSource, ImageSource
 from sslzoo.recipe.catalog import dataset_info
@@ -20,8 +21,6 @@ from sslzoo.recipe.registry import plugin
 from sslzoo.recipe.sections import DataConfig, SourceConfig
 
 __all__ = ["ImageSource", "open_source"]
-
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
 def open_source(cfg: SourceConfig, channels: int = 0) -> ImageSource:
@@ -171,24 +170,18 @@ def stl10(cfg: SourceConfig, channels: int) -> ImageSource:
     )
 
 
-def _images_in(folder: Path, root: Path) -> list[str]:
-    """Image files under ``folder``, at any depth, as sorted paths relative to ``root``."""
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
-    return sorted(p.relative_to(root).as_posix() for p in found)
-
-
 def _from_class_folders(cfg: SourceConfig, folder: Path, channels: int, subfolder: str = "") -> FileSource:
     """Images in one folder a class; sorted names are the labels unless ``classes`` orders them."""
-    names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+    names = class_folders(folder)
     if not names:
         _wrong_layout(cfg, f"{folder} has no class folders")
     kept = _class_order(cfg, names)
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(kept):
-        found = _images_in(folder / name / subfolder, folder)
+        found = image_files(folder / name / subfolder, folder)
         if not found:
-            _wrong_layout(cfg, f"{folder / name / subfolder} holds no images")
+            _wrong_layout(cfg, f"{legible(folder / name / subfolder)} holds no images")
         paths += found
         labels += [label] * len(found)
     return FileSource(cfg.dataset, cfg.split, folder, paths, np.array(labels, dtype=np.int64), kept, channels)
@@ -198,7 +191,7 @@ def tiny_imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
     train = _found(cfg, "tiny-imagenet-200/train", "train")
     if cfg.split == "train":
         return _from_class_folders(cfg, train, channels, "images")
-    kept = _class_order(cfg, tuple(sorted(p.name for p in train.iterdir() if p.is_dir())))
+    kept = _class_order(cfg, class_folders(train))
     folder = train.parent / "val"
     table = folder / "val_annotations.txt"
     if not table.is_file():
@@ -232,7 +225,7 @@ def imagefolder(cfg: SourceConfig, channels: int) -> ImageSource:
 
 def folder(cfg: SourceConfig, channels: int) -> ImageSource:
     root = Path(cfg.root)
-    paths = _images_in(root, root)
+    paths = image_files(root, root)
     if not paths:
         _wrong_layout(cfg, f"no file in it ends in {', '.join(sorted(EXTENSIONS))}")
     if cfg.class_names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +11,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
+from sslzoo.data.decoding import decode
+from sslzoo.data.disk import UnreadableImageError, legible, read_file
 from sslzoo.randomness import FAKE, hash64, key
 
-
-class UnreadableImageError(OSError):
-    """An image file that is missing, cut short or in no known format."""
+__all__ = ["ArraySource", "FakeSource", "FileSource", "ImageSource", "UnreadableImageError", "fake_source"]
 
 
 class ImageSource(ABC):
@@ -51,7 +48,7 @@ class ImageSource(ABC):
         State that is kept per sample is worth nothing under another one.
         """
         digest = hashlib.sha256(b"" if self.labels is None else self.labels.tobytes())
-        digest.update("\0".join(self.class_names).encode())
+        digest.update("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
         digest.update(self._identity())
         return f"{self.name}/{self.split}/{len(self)}/{digest.hexdigest()[:16]}"
 
@@ -64,7 +61,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read(self, sample_id: int) -> Tensor:
-        """One image (C, H, W) uint8; ``UnreadableImageError`` where there is none."""
+        """One image (C, H, W) uint8; ``UnreadableImageError``, with the reason, where there is none."""
 
     def where(self, sample_id: int) -> str:
         """A name for the log."""
@@ -124,7 +121,7 @@ class FileSource(ImageSource):
         super().__init__(name, split, channels, labels, class_names)
         self.root = root
         # One array of bytes: forked workers share it, where a list of strings would be copied bit by bit.
-        self._paths = np.array([p.encode() for p in paths])
+        self._paths = np.array([p.encode("utf-8", "surrogateescape") for p in paths])
         if channels not in (1, 3):
             raise ValueError(f"image files are read with 1 or 3 channels; data.mean has {channels}")
 
@@ -135,37 +132,13 @@ class FileSource(ImageSource):
         return b"\0".join(self._paths.tolist())
 
     def where(self, sample_id: int) -> str:
-        return str(self.root / self._paths[sample_id].decode())
+        return legible(self._path(sample_id))
+
+    def _path(self, sample_id: int) -> Path:
+        return self.root / self._paths[sample_id].decode("utf-8", "surrogateescape")
 
     def read(self, sample_id: int) -> Tensor:
-        path = self.where(sample_id)
-        try:
-            return _decode_with_torchvision(path, "GRAY" if self.channels == 1 else "RGB")
-        except (RuntimeError, ImportError):
-            return _decode_with_pil(path, "L" if self.channels == 1 else "RGB")
-
-
-def _decode_with_torchvision(path: str, mode: str) -> Tensor:
-    """Four times as fast as PIL. ``RuntimeError`` for what it cannot read."""
-    # Deprecated from 0.29 for a package of its own; where it is gone, PIL decodes.
-    from torchvision.io import ImageReadMode, decode_image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        image = decode_image(path, ImageReadMode[mode])
-    if image.ndim == 4:  # an animation: its first frame
-        image = image[0]
-    return image if image.dtype == torch.uint8 else TF.to_dtype(image, torch.uint8, scale=True)
-
-
-def _decode_with_pil(path: str, mode: str) -> Tensor:
-    """The formats that torchvision does not know."""
-    try:
-        with Image.open(path) as file:
-            pixels = np.array(file.convert(mode))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(f"{path}: {error}") from error
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], len(mode)).permute(2, 0, 1)
+        return decode(read_file(self._path(sample_id), self.root), self.channels)
 
 
 class FakeSource(ArraySource):

@@ -1,0 +1,102 @@
+"""From the bytes of an image file to pixels, whatever the bytes are.
+
+C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from math import inf
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from sslzoo.data.disk import UnreadableImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_ORIENTATION = 0x0112  # the tag of TIFF and EXIF
+# Rec. 601 luma in fractions of 2^15, rounded down: what libpng makes of a coloured PNG.
+_LUMA = (9794, 19234, 3740)
+
+
+def decode(data: bytes, channels: int) -> Tensor:
+    """The image in a file's bytes, (C, H, W) uint8 with 1 or 3 channels, the way up that its EXIF tag says.
+
+    Of an animation the first frame, of 16 bits the upper 8; transparency is dropped. Raises ``UnreadableImageError``
+    for damaged files, for unknown formats, and for more pixels than Pillow takes, 178,956,970, which the header tells
+    before anything is decoded.
+    """
+    # Whatever is wrong with a file, the library's exception is one of many kinds, and a warning is no news.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+                image = _fast(file, data, channels) if _is_for_torchvision(file) else None
+                image = _thorough(file, channels) if image is None else image
+                return _upright(image, _orientation(file))
+        except Image.UnidentifiedImageError as error:
+            raise UnreadableImageError("in no known format" if data else "empty") from error
+        except Exception as error:
+            raise UnreadableImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _is_for_torchvision(file: ImageFile.ImageFile) -> bool:
+    """Not PNG, where it is no faster, and where damaged content ends the process; no animation of so many frames,
+    all of which it would decode."""
+    pixels = file.width * file.height * getattr(file, "n_frames", 1) if file.format == "GIF" else 0
+    return file.format in ("JPEG", "MPO", "WEBP", "GIF") and pixels <= 2 * (Image.MAX_IMAGE_PIXELS or inf)
+
+
+def _fast(file: ImageFile.ImageFile, data: bytes, channels: int) -> Tensor | None:
+    """By torchvision, twice as fast as Pillow for JPEG. None where it cannot."""
+    try:
+        # Deprecated from 0.29 for a package of its own; where it is gone, Pillow decodes.
+        from torchvision.io import ImageReadMode, decode_image
+
+        grey = channels == 1 and file.format in ("JPEG", "MPO")  # which have it inside
+        mode = ImageReadMode.GRAY if grey else ImageReadMode.RGB
+        image = decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
+    except (RuntimeError, ImportError):
+        return None
+    if image.ndim == 4:  # an animation: its first frame
+        image = image[0]
+    if image.dtype != torch.uint8:
+        image = TF.to_dtype(image, torch.uint8, scale=True)
+    return _luma(image) if len(image) > channels else image
+
+
+def _thorough(file: ImageFile.ImageFile, channels: int) -> Tensor:
+    """By Pillow."""
+    if file.mode.startswith("I;16"):
+        grey = torch.from_numpy((np.asarray(file) >> 8).astype(np.uint8))[None]
+        return grey.expand(channels, -1, -1)
+    if channels == 1 and file.format != "PNG":
+        return torch.from_numpy(np.array(file.convert("L")))[None]
+    image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+    return _luma(image) if channels == 1 else image
+
+
+def _luma(image: Tensor) -> Tensor:
+    """RGB (3, H, W) uint8 in grey (1, H, W)."""
+    red, green, blue = image.int()
+    return ((red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]) >> 15).to(torch.uint8)[None]
+
+
+def _orientation(file: ImageFile.ImageFile) -> int:
+    """1 to 8; 1, as it is, where nothing legible is said."""
+    try:
+        return file.getexif().get(_ORIENTATION, 1)
+    except Exception:  # of tags that are damaged; the pixels are not
+        return 1
+
+
+def _upright(image: Tensor, orientation: int) -> Tensor:
+    """``image`` (C, H, W) turned and mirrored as EXIF's eight orientations say."""
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 2)
+    flipped = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
+    return image.flip(flipped) if flipped else image
