@@ -4,16 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test test-all check format bench wheel clean
+# A process for each core; the tests of one file share one. Large machines gain nothing beyond eight.
+PYTEST := $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile
+
+.PHONY: quickstart test test-slow test-all check format bench wheel clean
 
 quickstart: $(READY)  ## train SCE on embedded real images on the CPU, in under four minutes
 	$(BIN)/sslzoo fit --recipe quickstart.yaml
 
 test: $(READY)  ## the tests that every change must pass
-	$(BIN)/pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
-test-all: $(READY)  ## and the long ones: real training runs, kill chaos
-	$(BIN)/pytest -q -m "not gpu"
+test-slow: $(READY)  ## the long ones alone: kills at random moments, two machines
+	$(PYTEST) -m "slow and not gpu"
+
+test-all: test test-slow  ## both
 
 check: $(READY)  ## formatting, linting, types
 	$(BIN)/ruff format --check .
