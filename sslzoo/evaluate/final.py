@@ -109,11 +109,12 @@ def _with_baselines(
     fresh = fresh.to(method.device, next(trained.parameters()).dtype)
     was_training = trained.training
     trained.eval()
-    encoders: dict[str, Encoder] = {"": trained, "random_init_": fresh, "raw_pixels_": _pixels}
+    before = "random_init_" if recipe.backbone.weights is None else "start_"
+    encoders: dict[str, Encoder] = {"": trained, before: fresh, "raw_pixels_": _pixels}
     sets = datamodule.eval_sets()
     loaders = datamodule.val_dataloader()
     primary = next(s for s in sets if s.num_classes > 0)
-    progress.expect(_EXTRACTIONS + _JUDGEMENTS * len(FEATURES))
+    progress.expect(_EXTRACTIONS + _JUDGEMENTS * (len(encoders) + 1))
 
     def extracted(split: str, report: Report) -> Extracted:
         i = next(i for i, s in enumerate(sets) if (s.name, s.split) == (primary.name, split))

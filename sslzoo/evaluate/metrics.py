@@ -15,6 +15,7 @@ from sslzoo.recipe.sections import PCA_WIDTH
 FEATURES = {
     "": "trained encoder",
     "random_init_": "random init",
+    "start_": "start (pretrained)",  # in place of random init, where the encoder began from weights
     "raw_pixels_": "raw pixels",
     "pca_": f"PCA-{PCA_WIDTH}",
 }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sslzoo.checks import did_you_mean, require
+from sslzoo.nn.weights import load_file, timm_checked, weights_file
 from sslzoo.recipe.registry import is_plugin, plugin
-from sslzoo.recipe.sections import BackboneConfig
+from sslzoo.recipe.sections import PRETRAINED, BackboneConfig
 
 
 class Conv5(nn.Sequential):
@@ -32,13 +35,46 @@ class Conv5(nn.Sequential):
         return super().forward(input.contiguous(memory_format=torch.channels_last))
 
 
-def build_backbone(cfg: BackboneConfig) -> tuple[nn.Module, int]:
+def build_backbone(cfg: BackboneConfig, *, start: bool = True) -> tuple[nn.Module, int]:
     """The encoder and its feature width. It maps (N, C, H, W) to pooled features (N, F).
 
     A plug-in, ``module:Class``, is called with ``in_channels`` and the options, and has ``num_features``.
+    ``start`` of False leaves ``cfg.weights`` unread: the weights are going to come from a checkpoint.
 
-    Raises ``ValueError`` for an unknown name, naming the closest, and for a stem that the encoder lacks.
+    Raises ``ValueError`` for an unknown name, naming the closest, for a stem that the encoder lacks, and for weights
+    that are not there or do not fit.
     """
+    _check_known(cfg)
+    path = weights_file(cfg) if start and cfg.weights is not None else None
+    if path is not None and cfg.weights == PRETRAINED and cfg.name.startswith("timm/"):
+        with timm_checked(path, cfg):
+            return _timm(cfg, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    model, width = _build(cfg)
+    if path is not None:
+        load_file(model, path, cfg)
+    return model, width
+
+
+def _check_known(cfg: BackboneConfig) -> None:
+    if cfg.name == "conv5" or is_plugin(cfg.name):
+        return
+    if cfg.name.startswith("timm/"):
+        import timm
+
+        name = cfg.name.removeprefix("timm/")
+        if not timm.is_model(name):
+            hint = did_you_mean(name, timm.list_models(), prefix="timm/")
+            raise ValueError(f"backbone.name={cfg.name!r} is not in timm{hint}")
+        return
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if cfg.name not in names:
+        hint = did_you_mean(cfg.name, ["conv5", *names])
+        raise ValueError(f"backbone.name={cfg.name!r} is not in torchvision{hint} (timm's: timm/<name>)")
+
+
+def _build(cfg: BackboneConfig) -> tuple[nn.Module, int]:
     if cfg.name == "conv5":
         return Conv5(cfg.in_channels), Conv5.num_features
     if is_plugin(cfg.name):
@@ -61,11 +97,8 @@ def build_backbone(cfg: BackboneConfig) -> tuple[nn.Module, int]:
 def _torchvision(cfg: BackboneConfig) -> tuple[nn.Module, int]:
     from torchvision import models
 
-    names = models.list_models(module=models)
-    if cfg.name not in names:
-        hint = did_you_mean(cfg.name, ["conv5", *names])
-        raise ValueError(f"backbone.name={cfg.name!r} is not in torchvision{hint} (timm's: timm/<name>)")
-    model = models.get_model(cfg.name, weights=None, **cfg.options)
+    with _taking(cfg):
+        model = models.get_model(cfg.name, weights=None, **cfg.options)
     for head in ("fc", "classifier", "heads", "head"):
         if hasattr(model, head):
             width = _input_width(getattr(model, head))
@@ -81,17 +114,25 @@ def _torchvision(cfg: BackboneConfig) -> tuple[nn.Module, int]:
     return model, width
 
 
-def _timm(cfg: BackboneConfig) -> tuple[nn.Module, int]:
+def _timm(cfg: BackboneConfig, **start: Any) -> tuple[nn.Module, int]:
     import timm
 
     name = cfg.name.removeprefix("timm/")
-    if not timm.is_model(name):
-        hint = did_you_mean(name, timm.list_models(), prefix="timm/")
-        raise ValueError(f"backbone.name={cfg.name!r} is not in timm{hint}")
-    model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=cfg.in_channels, **cfg.options)
+    with _taking(cfg):
+        model = timm.create_model(name, num_classes=0, in_chans=cfg.in_channels, **cfg.options, **start)
     width = model.num_features
     assert isinstance(width, int)
     return model, width
+
+
+@contextmanager
+def _taking(cfg: BackboneConfig) -> Iterator[None]:
+    """A constructor that does not know one of the options refuses it in its own words."""
+    try:
+        yield
+    except TypeError as error:
+        require(len(cfg.options) == 0, f"backbone.options must be arguments of {cfg.name}: {error}")
+        raise
 
 
 def _input_width(head: nn.Module) -> int:

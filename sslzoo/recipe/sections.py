@@ -79,6 +79,11 @@ class HeadConfig:
 CropBatching = Literal["per_crop", "per_resolution", "joint"]
 
 
+PRETRAINED = "pretrained"
+# Arguments by which torchvision and timm would load weights on their own.
+LIBRARIES_WEIGHTS = ("weights", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """The encoder: ``resnet18`` (torchvision), ``timm/vit_small_patch16_224``, ``conv5`` (ours), ``module:Class``."""
@@ -89,6 +94,9 @@ class BackboneConfig:
     )
     in_channels: int = 3
     options: dict[str, Any] = field(default_factory=dict)  # passed on to the library's constructor
+    weights: str | None = (
+        None  # to start from: pretrained, which are the library's own, or a file; None: random
+    )
 
     def __post_init__(self) -> None:
         check_plugin_name(self.name, "name")
@@ -101,6 +109,28 @@ class BackboneConfig:
         check_field(
             self.name != "conv5" or not self.options, "options", "must be left out: conv5 has no options"
         )
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        own = self.name == "conv5" or ":" in self.name
+        for key in LIBRARIES_WEIGHTS:
+            check_field(
+                own or key not in self.options,
+                f"options.{key}",
+                f"must be left out; the weights to start from are backbone.weights={PRETRAINED}, or a file",
+            )
+        check_field(
+            self.weights != "", "weights", f"must be {PRETRAINED}, a file, or null for a random start"
+        )
+        if self.weights == PRETRAINED:
+            check_field(
+                not own, "weights", f"must be a file, or left out: {self.name} has no published weights"
+            )
+            check_field(
+                self.stem == "imagenet",
+                "stem",
+                f"must be imagenet with weights {PRETRAINED}, whose first convolution is that one",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ def analyze(
     )
     folder = out or run / analysis.cfg.name.rpartition(":")[2]
     loaded = load_recipe(recipe or str(run / "recipe.yaml"), overrides).recipe
-    experiment = build_experiment(loaded)
+    experiment = build_experiment(loaded, start=False)
     batches = first_batches(experiment.data, samples)
     # As in training: batch norm with the statistics of the batch, as the loss sees it.
     method = experiment.method.train()

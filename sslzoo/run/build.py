@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,30 @@ class BuiltRun(Experiment):
     callbacks: Callbacks
     trainer: Trainer
 
+    def initial_backbone(self) -> nn.Module:
+        """As above; one that did not start at random from the run's own copy of what it started from."""
+        if not self.run.start.exists():
+            return super().initial_backbone()
+        backbone = _build_method(self.recipe, self.plan, start=False).backbone
+        backbone.load_state_dict(torch.load(self.run.start, map_location="cpu", weights_only=True))
+        return backbone
+
+    def keep_start(self, checkpoint: Path | None) -> None:
+        """Copy what the encoder starts from into the run directory, where that is not random: no later start of the
+        run needs the file again. Of a run that continues another one's ``checkpoint``, that one's copy."""
+        start = self.run.start
+        if self.recipe.backbone.weights is None or start.exists():
+            return
+        before = None if checkpoint is None else checkpoint.absolute().parent.parent / start.name
+        part = start.with_name(start.name + ".part")
+        if before is None:
+            torch.save(self.method.backbone.state_dict(), part)
+        elif before.exists():
+            shutil.copyfile(before, part)
+        else:
+            return
+        part.replace(start)
+
 
 def build_run(
     recipe: Recipe,
@@ -113,11 +138,13 @@ def build_experiment(
     source: ImageSource | None = None,
     world_size: int = 1,
     plan: TrainingPlan | None = None,
+    start: bool = True,
 ) -> Experiment:
     """Data and method of ``recipe``. ``source`` are the images, which are opened where they are not given.
 
     ``plan`` prepares the method for other lengths than those of ``source``: a dry run shows a few images to a method
-    whose queues and tables are as large as in the real run.
+    whose queues and tables are as large as in the real run. ``start`` of False does not read ``backbone.weights``: a
+    checkpoint is going to bring the weights.
     """
     source = open_source(recipe.data) if source is None else source
     of_source = plan_of(recipe, len(source), world_size)
@@ -131,14 +158,15 @@ def build_experiment(
         source=source,
     )
     plan = of_source if plan is None else plan
-    return Experiment(recipe=recipe, plan=plan, data=data, method=_build_method(recipe, plan))
+    return Experiment(recipe=recipe, plan=plan, data=data, method=_build_method(recipe, plan, start=start))
 
 
-def _build_method(recipe: Recipe, plan: TrainingPlan) -> SSLMethod[Any]:
-    """The method with its backbone, initialised from ``recipe.seed`` alone: equal on all ranks."""
+def _build_method(recipe: Recipe, plan: TrainingPlan, *, start: bool = True) -> SSLMethod[Any]:
+    """The method with its backbone, initialised from ``recipe.seed`` and ``backbone.weights`` alone: equal on all
+    ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        backbone, width = build_backbone(recipe.backbone)
+        backbone, width = build_backbone(recipe.backbone, start=start)
         method = method_class(recipe.method.name)(recipe.method, backbone, width)
         method.prepare(plan, recipe.optim, recipe.seed)
     return method
@@ -219,8 +247,9 @@ def load_weights(method: SSLMethod[Any], path: Path) -> None:
     Raises ``ValueError`` where not even the backbone fits.
     """
     if path.is_dir():
-        found = newest_sound(path / "checkpoints")
-        require(found is not None, f"--init-from {path}: there is no checkpoint in {path / 'checkpoints'}")
+        folder = path if path.name == "checkpoints" else path / "checkpoints"
+        found = newest_sound(folder)
+        require(found is not None, f"--init-from {path}: there is no checkpoint in {folder}")
         path = cast(Path, found)
     content = load_checkpoint(path)
     # Of either: a table may be there by one recipe and not by the other.

@@ -80,6 +80,11 @@ class Run:
         return self.path / "logs" / f"rank-{rank}.log"
 
     @property
+    def start(self) -> Path:
+        """What the encoder started from, where that was not random."""
+        return self.path / "start.pt"
+
+    @property
     def metrics(self) -> Path:
         """The metrics, one row per interval."""
         return self.path / "metrics.csv"
@@ -297,11 +302,12 @@ def begin(
     *,
     fingerprint: str,
     left_behind: Mapping[str, float],
+    start: Mapping[str, Any] | None = None,
 ) -> None:
     """Write manifest and recipe, and make the folders of ``choice.run``. The caller owns the directory.
 
-    ``left_behind`` holds the seconds by phase of the last start, should it have been killed. ``OSError`` where the
-    file system refuses.
+    ``left_behind`` holds the seconds by phase of the last start, should it have been killed; ``start`` says which
+    weights a new run's encoder starts from. ``OSError`` where the file system refuses.
     """
     run = choice.run
     before = run.read_manifest() if run.manifest.exists() else {}
@@ -338,7 +344,7 @@ def begin(
         "git": git_state(Path(__file__).parent),
         "hardware": hardware(),
         "recipe": recipe,
-    }
+    } | ({} if start is None else {"start": start})
     run.path.mkdir(parents=True, exist_ok=True)
     write_json(run.manifest, before | now)  # first: whatever lies here from now on belongs to a run
     write_text(run.recipe, loaded.to_yaml(origins=True))

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from sslzoo.checkpoints import checkpoints, is_damaged, set_aside
+from sslzoo.checks import require
 from sslzoo.evaluate.final import final_evaluation
 from sslzoo.evaluate.progress import EvaluationProgress
 from sslzoo.exits import ExitCode, RunError
+from sslzoo.nn.weights import MissingWeights, described
 from sslzoo.recipe.load import LoadedRecipe, plain
 from sslzoo.recipe.registry import name_of
-from sslzoo.run.build import BuiltRun, build_experiment, equip, load_weights, try_analyses
+from sslzoo.recipe.sections import Recipe
+from sslzoo.run.build import BuiltRun, Experiment, build_experiment, equip, load_weights, try_analyses
 from sslzoo.run.departure import Departure
 from sslzoo.run.directory import Choice, Run, begin, choose
 from sslzoo.run.ending import Ending, tell_launcher
@@ -113,8 +116,12 @@ class _Life:
         with _together(meeting, "built"):
             if self.placement.is_leader:
                 require_packages(recipe.logging)
-            experiment = build_experiment(recipe, world_size=self.placement.world_size)
+            experiment, missing = self._build(recipe, resume)
             if init_from is not None:
+                require(
+                    recipe.backbone.weights is None,
+                    "--init-from brings the weights to start from: add backbone.weights=null",
+                )
                 load_weights(experiment.method, init_from)
             try_analyses(experiment)
 
@@ -137,6 +144,8 @@ class _Life:
         checkpoint = Path(chosen["checkpoint"]) if chosen["checkpoint"] else None
         choice = Choice(Run(Path(chosen["path"]), chosen["run_id"]), checkpoint, chosen["finished"])
         with _together(meeting, "readable"):
+            if missing is not None and checkpoint is None:
+                raise missing
             if checkpoint is not None and not os.access(checkpoint, os.R_OK):
                 raise RunError(
                     f"cannot read {checkpoint}, from which rank 0 continues; the run directory must lie on a file "
@@ -151,6 +160,17 @@ class _Life:
             self.begun = True
         return session
 
+    def _build(self, recipe: Recipe, resume: str | None) -> tuple[Experiment, MissingWeights | None]:
+        """Data and method. Who resumes does not need the weights that the run started from, unless there is no
+        checkpoint: then they are what is missing."""
+        world_size = self.placement.world_size
+        try:
+            return build_experiment(recipe, world_size=world_size), None
+        except MissingWeights as error:
+            if resume is None:
+                raise
+            return build_experiment(recipe, world_size=world_size, start=False), error
+
     def _own(self, session: Session) -> None:
         """Take the directory and write what is going to be run. Rank 0."""
         run, choice = session.run, session.choice
@@ -164,7 +184,9 @@ class _Life:
             session.built.plan,
             fingerprint=session.built.data.fingerprint,
             left_behind=lock.left_behind,
+            start=None if choice.checkpoint else described(self.loaded.recipe.backbone),
         )
+        session.built.keep_start(choice.checkpoint)
         self.begun = True
         tell_launcher("run", str(run.path))
         if choice.checkpoint is not None and choice.checkpoint.parent == run.checkpoints:

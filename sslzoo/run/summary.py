@@ -50,6 +50,8 @@ def describe_view(view: ViewConfig) -> str:
 
 def _rows(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any]) -> Iterator[tuple[str, str]]:
     yield "method", f"{recipe.method.name} on {recipe.backbone.name}, {method.feature_dim} features"
+    if recipe.backbone.weights is not None:
+        yield "encoder starts", f"from {recipe.backbone.weights}"
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     yield (
         "parameters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ import torch
 
 from sslzoo.checkpoints import load_checkpoint
 from sslzoo.exits import ExitCode
+from sslzoo.nn.backbones import Conv5
 from tests.chaos import digest
 from tests.command import (
     STEPS,
@@ -102,6 +104,29 @@ def test_a_run_killed_in_its_final_evaluation_ends_with_the_same_summary(folder:
     starts = manifest(folder / name)["sessions"]
     assert [s["exit_code"] for s in starts] == [None, None, 0]
     assert starts[1]["evaluation_seconds"] == 100.0
+
+
+def test_a_run_from_weights_says_so_and_goes_on_without_their_file(folder: Path) -> None:
+    """The encoder starts from a file. The run keeps what it started from, for its final table."""
+    state = {name: value + 1 for name, value in Conv5().state_dict().items()}
+    torch.save(state, folder / "w.pt")
+    expected = hashlib.sha256((folder / "w.pt").read_bytes()).hexdigest()
+    options = (*BASELINES, "backbone.weights=w.pt")
+    assert _fit(folder, "begun", *options, "trainer.max_epochs=1").wait() == 0
+    start = torch.load(folder / "begun" / "start.pt", weights_only=True)
+    assert all(torch.equal(start[name], value) for name, value in state.items())
+    assert manifest(folder / "begun")["start"]["sha256"] == expected
+    (folder / "w.pt").unlink()
+    more = _fit(folder, "begun", *options, "trainer.max_epochs=2", resume="auto")
+    assert more.wait() == 0, more.said
+    assert "start (pretrained)" in more.out and "random init" not in more.out, more.out
+    figures = _summary(folder / "begun")
+    assert "start_knn_top1" in figures and "random_init_knn_top1" not in figures
+    assert manifest(folder / "begun")["start"]["sha256"] == expected
+    # A run without a checkpoint does need it.
+    none = _fit(folder, "other", *options, resume="auto")
+    assert none.wait() == 2 and not (folder / "other").exists(), none.said
+    assert "backbone.weights: there is no file w.pt" in none.err, none.said
 
 
 def test_more_epochs_train_on_and_fewer_than_done_are_refused(folder: Path) -> None:

@@ -258,6 +258,11 @@ class MetAugConfig(MethodConfig):
         """Refuse what manual optimisation, half precision or the views cannot do."""
         trainer, data = recipe.trainer, recipe.data
         check_field(
+            recipe.backbone.weights is None or not isinstance(self.views, ColorChannels),
+            "backbone.weights",
+            "must be left out with method.views color, whose three encoders begin at random",
+        )
+        check_field(
             recipe.accumulate == 1,
             "trainer.accumulate_grad_batches",
             "must be 1: MetAug's bilevel step needs the whole batch",
