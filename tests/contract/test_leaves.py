@@ -64,6 +64,7 @@ IDLE = {
 }
 # Values to try where a rule of thumb finds none that shows.
 VALUES = {
+    "backbone.weights": ["none.pt"],
     "eval.knn_temperature": ["10.0", "0.001"],
     "logging.keep_epochs": ["[1]"],
     "method.C": ["0.01"],
