@@ -33,7 +33,7 @@ from sslzoo.method import SSLMethod
 from sslzoo.nn.per_sample import PerSampleTable
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import MethodConfig, OptimConfig
-from tests.ranks import free_port
+from sslzoo.testing.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 60.0  # seconds; no run here takes a third of it, unless something hangs

@@ -29,7 +29,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """
     if "golden_case" not in metafunc.fixturenames:
         return
-    from tests.golden_cases import load_cases
+    from sslzoo.testing.golden import load_cases
 
     assert metafunc.module is not None
     method = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")

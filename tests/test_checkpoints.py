@@ -33,7 +33,8 @@ from sslzoo.checkpoints import (
     set_aside,
     verify_checkpoint,
 )
-from tests.chaos import Fault, Job, digest, run, start, wait
+from sslzoo.testing.kills import Fault, digest, run, start, wait
+from tests.chaos import tiny_job
 
 CONTENT: dict[str, Any] = {
     "state_dict": {
@@ -467,12 +468,12 @@ def test_an_evaluation_has_a_checkpoint_shortly_before_it(options, expected):
 
 
 def test_a_kill_while_evaluating_costs_one_step(tmp_path):
-    wait(start(Job(), tmp_path, Fault("validation", 6)))
+    wait(start(tiny_job(), tmp_path, Fault("validation", 6)))
     assert [p.name for p in checkpoints(tmp_path / "checkpoints")][-1] == "step=000000005.ckpt"
 
 
 def test_a_run_keeps_the_last_two_and_the_epochs_asked_for(tmp_path):
-    run(Job(), tmp_path)
+    run(tiny_job(), tmp_path)
     folder = tmp_path / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == [
         "epoch=00002.ckpt",

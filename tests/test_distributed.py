@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslzoo import distributed as d
 from sslzoo.nn.shuffle import shuffle, shuffled_order, unshuffle
-from tests.ranks import run_ranks
+from sslzoo.testing.ranks import run_ranks
 
 
 def rows(rank: int, n: int = 3) -> Tensor:

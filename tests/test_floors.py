@@ -20,6 +20,7 @@ FLOORS = (
     ("evaluate",),
     ("callbacks",),
     ("run",),
+    ("testing",),
     ("cli",),
     ("__main__",),
 )

@@ -17,7 +17,7 @@ from sslzoo.callbacks.meter import Meter
 from sslzoo.checkpoints import load_checkpoint
 from sslzoo.distributed import gather_detached
 from sslzoo.recipe.registry import methods
-from tests.pretend import CUDA, STEPS, UNFINISHED, Job, Moment, PretendedGPU, main, train
+from sslzoo.testing.pretend import CUDA, STEPS, UNFINISHED, Job, Moment, PretendedGPU, main, train
 
 SMALL = {
     "sce_fashion_mnist": ("method.queue_size=64",),

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import signal
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sslzoo.recipe.registry import methods
-from tests.chaos import Fault, Job, Outcome, run
+from sslzoo.testing.kills import Fault, Outcome, run
+from tests.chaos import tiny_job
 
-JOBS = {
-    "one": Job(),
-    "one-accumulate": Job(accumulate=2),
-    "two": Job(world=2),
-    "two-accumulate": Job(world=2, accumulate=2),
+JOBS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "one-accumulate": {"accumulate": 2},
+    "two": {"world": 2},
+    "two-accumulate": {"world": 2, "accumulate": 2},
 }
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory):
-    """``undisturbed(job)``: the outcome of the job never killed, trained once."""
+    """``undisturbed(name)``: the outcome of the job never killed, trained once."""
 
     @cache
-    def outcome(job: Job) -> Outcome:
-        return run(job, tmp_path_factory.mktemp("undisturbed"))
+    def outcome(name: str) -> Outcome:
+        return run(tiny_job(**JOBS[name]), tmp_path_factory.mktemp("undisturbed"))
 
     return outcome
 
@@ -48,45 +50,22 @@ def _faults(accumulate: int) -> tuple[Fault, ...]:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_run_killed_six_times_equals_the_run_never_killed(name, tmp_path, undisturbed):
-    job = JOBS[name]
-    resumed = run(job, tmp_path, _faults(job.accumulate))
+def test_a_run_killed_six_times_equals_the_run_never_killed(name, tmp_path: Path, undisturbed):
+    resumed = run(tiny_job(**JOBS[name]), tmp_path, _faults(JOBS[name].get("accumulate", 1)))
     assert resumed.sessions == 7
-    _same(resumed, undisturbed(job))
+    _same(resumed, undisturbed(name))
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
-def test_kills_at_random_moments(name, tmp_path, undisturbed):
-    job = JOBS[name]
-    slowed = Job(world=job.world, pause=0.15)
-    resumed = run(slowed, tmp_path, random_kills=6, seed=5)
+def test_kills_at_random_moments(name, tmp_path: Path, undisturbed):
+    resumed = run(tiny_job(**JOBS[name], pause=0.15), tmp_path, random_kills=6, seed=5)
     assert sum(-signal.SIGKILL in codes for codes in resumed.codes) >= 5
-    _same(resumed, undisturbed(job))
-
-
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("recipe", [f"{method}_fashion_mnist" for method in methods()])
-def test_bundled_recipes_survive_kills(recipe, world, tmp_path):
-    job = Job(recipe=recipe, world=world, samples=80, overrides=(*_FEW, *_SMALL.get(recipe, ())))
-    whole = run(job, tmp_path / "whole")
-    faults = [
-        Fault("batch", 3),
-        Fault("validation", 5),
-        Fault("write", 2),
-        Fault("batch", 8),
-        Fault("start", 11),
-    ]
-    _same(run(job, tmp_path / "killed", faults), whole)
-
-
-_FEW = ("logging.every_steps=2", "logging.checkpoint_every_steps=2", "eval.every_epochs=1", "eval.size=20")
-_SMALL = {"sce_fashion_mnist": ("method.queue_size=64",)}
+    _same(resumed, undisturbed(name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", JOBS)
-def test_many_random_kills(name, seed, tmp_path, undisturbed):
-    job = JOBS[name]
-    slowed = Job(world=job.world, accumulate=job.accumulate, pause=0.02)
-    _same(run(slowed, tmp_path, random_kills=8, seed=seed), undisturbed(job))
+def test_many_random_kills(name, seed, tmp_path: Path, undisturbed):
+    resumed = run(tiny_job(**JOBS[name], pause=0.02), tmp_path, random_kills=8, seed=seed)
+    _same(resumed, undisturbed(name))

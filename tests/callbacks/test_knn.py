@@ -14,8 +14,8 @@ from sslzoo.callbacks import evaluation as module
 from sslzoo.callbacks.knn import KNN
 from sslzoo.method import SSLMethod
 from sslzoo.recipe.sections import EvalConfig, MethodConfig
+from sslzoo.testing.ranks import run_ranks
 from tests.evaluate.test_knn import by_definition, problem
-from tests.ranks import run_ranks
 
 CLASSES = 5
 

@@ -24,7 +24,7 @@ from sslzoo.evaluate.sgd_probe import EPS, STATISTICS_RATE, SGDProbe
 from sslzoo.method import SSLMethod
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import DataConfig, EvalConfig, MethodConfig, ProbeConfig, SGDConfig, ViewConfig
-from tests.ranks import run_ranks
+from sslzoo.testing.ranks import run_ranks
 
 CPU = torch.device("cpu")
 CLASSES, WIDTH = 4, 6

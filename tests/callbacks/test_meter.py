@@ -15,7 +15,7 @@ import torch
 from sslzoo.callbacks.meter import Meter, log_metrics
 from sslzoo.callbacks.metrics_file import MetricsFile
 from sslzoo.exits import ExitCode
-from tests.pretend import CUDA, PretendedGPU
+from sslzoo.testing.pretend import CUDA, PretendedGPU
 
 
 @pytest.fixture

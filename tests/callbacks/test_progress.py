@@ -19,7 +19,8 @@ from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.terminal import Bars
-from tests import chaos
+from sslzoo.testing import kills
+from tests.chaos import tiny_job
 
 HIDDEN, SHOWN = "\x1b[?25l", "\x1b[?25h"  # the cursor
 PLAN = TrainingPlan(dataset_size=40, global_batch_size=4, max_epochs=3)  # 10 steps an epoch
@@ -121,8 +122,8 @@ def test_a_run_in_a_terminal_shows_steps_then_its_evaluation_then_steps(tmp_path
     watch = Watch(display)
     # Six steps an epoch; 100 training and 20 test images in batches of 32.
     monkeypatch.setattr("sslzoo.run.build.ProgressDisplay", lambda: display)
-    monkeypatch.setattr(chaos, "_Disturbance", lambda *_: watch)
-    chaos.fit(chaos.Job(epochs=2), tmp_path, None)
+    monkeypatch.setattr(kills, "_Disturbance", lambda *_: watch)
+    kills.fit(tiny_job(epochs=2), tmp_path, None)
 
     first, second = watch.seen[: len(watch.seen) // 2], watch.seen[len(watch.seen) // 2 :]
     batches = sum(hook == "batch" for hook, _ in first)
@@ -157,8 +158,7 @@ def test_a_run_in_a_terminal_shows_steps_then_its_evaluation_then_steps(tmp_path
 def test_a_resumed_run_knows_the_epoch_of_its_figures(killed_at, tmp_path, monkeypatch):
     """Killed in the second epoch of six steps, with checkpoints every three."""
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
-    job = chaos.Job(epochs=2)
-    chaos.run(job, tmp_path, [chaos.Fault("batch", killed_at)])
+    kills.run(tiny_job(epochs=2), tmp_path, [kills.Fault("batch", killed_at)])
     lines = [x for x in (tmp_path / "rank0.txt").read_text().splitlines() if x.startswith("epoch 2/2")]
     resumed = max(i for i in range(1, len(lines)) if _step(lines[i]) <= _step(lines[i - 1]))
     assert _step(lines[resumed]) in (7, 10)

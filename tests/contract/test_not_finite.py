@@ -30,8 +30,8 @@ from sslzoo.recipe.sections import MethodConfig, OptimConfig
 from sslzoo.run.build import build_run
 from sslzoo.run.directory import Run
 from sslzoo.run.placement import place
+from sslzoo.testing.ranks import run_ranks
 from tests.chaos import TinyBackbone
-from tests.ranks import run_ranks
 
 STEPS, BAD = 5, 2  # optimiser steps, and the one that meets the image
 BATCH = 8

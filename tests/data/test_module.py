@@ -24,7 +24,7 @@ from sslzoo.data.sources import ImageSource, fake_source
 from sslzoo.data.views import draw_boxes, draw_uniforms
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import DataConfig, EvalConfig, ProbeConfig, SourceConfig, ViewConfig
-from tests.ranks import run_ranks
+from sslzoo.testing.ranks import run_ranks
 
 COLOUR: dict[str, Any] = {
     "jitter_p": 0.8,

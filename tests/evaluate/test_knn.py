@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslzoo.evaluate import knn
 from sslzoo.evaluate.knn import knn_accuracy
-from tests.ranks import run_ranks
+from sslzoo.testing.ranks import run_ranks
 
 CLASSES = 5
 

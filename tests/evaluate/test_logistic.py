@@ -10,7 +10,7 @@ from torch import Tensor
 from sslzoo.evaluate import logistic
 from sslzoo.evaluate.logistic import STRENGTHS, ProbeResult, fit_linear, linear_probe, principal_components
 from sslzoo.evaluate.metrics import within_top
-from tests.ranks import run_ranks
+from sslzoo.testing.ranks import run_ranks
 
 CLASSES = 7
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sslzoo.evaluate.sgd_probe import LinearResult, linear_evaluation
 from sslzoo.recipe.sections import ProbeConfig
-from tests.ranks import run_ranks
+from sslzoo.testing.ranks import run_ranks
 
 CLASSES, WIDTH = 5, 8
 CFG = ProbeConfig(lrs=(1e-4, 0.1, 0.3))

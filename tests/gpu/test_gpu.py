@@ -26,8 +26,8 @@ from sslzoo.data.sources import fake_source
 from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.registry import methods
 from sslzoo.run.build import build_experiment
+from sslzoo.testing.ranks import free_port
 from tests.command import Command, shell, until
-from tests.ranks import free_port
 
 pytestmark = [
     pytest.mark.gpu,

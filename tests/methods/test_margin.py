@@ -24,6 +24,9 @@ from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import recipes
 from sslzoo.recipe.sections import HeadConfig, SGDConfig
+from sslzoo.testing.golden import GoldenCase
+from sslzoo.testing.kills import Fault, run
+from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.margin.analysis.observe import angle_histogram
 from sslzoo_methods.margin.config import (
     MACL,
@@ -68,9 +71,7 @@ from sslzoo_methods.margin.loss import (
 )
 from sslzoo_methods.margin.method import MarginContrast
 from sslzoo_methods.simclr.loss import nt_xent
-from tests.chaos import Fault, Job, run
-from tests.golden_cases import GoldenCase
-from tests.ranks import run_ranks
+from tests.chaos import recipe_job
 
 Outputs = dict[str, Tensor | float | int]
 
@@ -1001,7 +1002,7 @@ CHAOS = (
 def test_killed_and_resumed_is_bit_equal(base: str, tmp_path: Path) -> None:
     overrides = [*CHAOS, "method.projector.widths=[16, 8]"]
     overrides += ["method.base.queue_size=40" if base == "mocov2" else "method.base.predictor.widths=[16, 8]"]
-    job = Job(recipe=f"margin_{base}_cifar10", overrides=tuple(overrides))
+    job = recipe_job(f"margin_{base}_cifar10", *overrides)
     undisturbed = run(job, tmp_path / "a")
     resumed = run(job, tmp_path / "b", [Fault("batch", 7), Fault("start", 11)])
     assert resumed.digest == undisturbed.digest and resumed.metrics == undisturbed.metrics

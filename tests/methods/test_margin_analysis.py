@@ -29,6 +29,8 @@ from sslzoo.recipe.registry import recipes
 from sslzoo.recipe.sections import MethodConfig
 from sslzoo.run.build import build_experiment
 from sslzoo.run.trainer import build_trainer
+from sslzoo.testing.kills import digest
+from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.margin.analysis.config import MarginsConfig
 from sslzoo_methods.margin.analysis.margins import Margins
 from sslzoo_methods.margin.analysis.observe import Seen, margin_statistics, observe, per_sample
@@ -36,8 +38,6 @@ from sslzoo_methods.margin.analysis.report import _moments
 from sslzoo_methods.margin.factors import Margin
 from sslzoo_methods.margin.method import MarginContrast
 from sslzoo_methods.sce.method import SCE
-from tests.chaos import digest
-from tests.ranks import run_ranks
 
 # -- the scalars ------------------------------------------------------------------------------
 

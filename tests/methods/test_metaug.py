@@ -15,6 +15,8 @@ from torch.func import functional_call
 from sslzoo.distributed import all_reduce_mean, gather
 from sslzoo.nn.batchnorm import SyncBatchNorm
 from sslzoo.nn.numerics import normalize
+from sslzoo.testing.golden import DTYPES, GoldenCase
+from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.metaug.banks import MemoryBanks
 from sslzoo_methods.metaug.config import Circle
 from sslzoo_methods.metaug.loss import (
@@ -29,8 +31,6 @@ from sslzoo_methods.metaug.loss import (
     view_pairs,
 )
 from sslzoo_methods.metaug.meta import mean_over_ranks, meta_gradient
-from tests.golden_cases import DTYPES, GoldenCase
-from tests.ranks import run_ranks
 
 PLAIN = Contrast(16.0, 16.0, None)
 CIRCLE = Contrast(32.0, 16.0, Circle(m=0.25))

@@ -26,6 +26,8 @@ from sslzoo.recipe.registry import recipes
 from sslzoo.recipe.sections import BackboneConfig, HeadConfig, Recipe, SGDConfig
 from sslzoo.run.build import load_weights
 from sslzoo.run.trainer import build_trainer
+from sslzoo.testing.kills import Fault, Job, run
+from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.metaug.color import normalized, rgb_to_lab, rgb_to_ycbcr
 from sslzoo_methods.metaug.config import (
     SGD,
@@ -45,8 +47,7 @@ from sslzoo_methods.metaug.config import (
 from sslzoo_methods.metaug.encoders import ThreeViewBackbone
 from sslzoo_methods.metaug.method import MetAug
 from sslzoo_methods.metaug.objective import ENCODER
-from tests.chaos import Fault, Job, run
-from tests.ranks import run_ranks
+from tests.chaos import recipe_job
 
 # Rates at which a step on tiny batch norms does not blow rounding up: ten times these, a change of the last bit of
 # the images moves the second step by 5e-10.
@@ -322,13 +323,16 @@ SMALL = (
     "logging.every_steps=2",
 )
 BANKS = ("method.keys={name: bank, negatives: 8, updates: official}",)
-JOB = Job(recipe="metaug_fashion_mnist", overrides=SMALL, epochs=2, samples=48, batch=16)
+
+
+def _job(*overrides: str, world: int = 1) -> Job:
+    return recipe_job("metaug_fashion_mnist", *SMALL, *overrides, world=world, epochs=2, samples=48)
 
 
 @pytest.mark.parametrize("extra", [(), BANKS], ids=["batch", "bank"])
 def test_killed_and_resumed_is_bit_equal(tmp_path: Path, extra: tuple[str, ...]) -> None:
     """Both optimisers, the generators with their statistics, the banks and the draws from them."""
-    job = replace(JOB, overrides=(*SMALL, *extra))
+    job = _job(*extra)
     whole = run(job, tmp_path / "whole")
     killed = run(job, tmp_path / "killed", [Fault("batch", 3)])
     assert killed.sessions == 2
@@ -339,7 +343,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path: Path, extra: tuple[str, ...])
 
 def test_two_processes_under_lightning(tmp_path: Path) -> None:
     """DDP sees the encoder alone; a kill and a resume change nothing."""
-    job = replace(JOB, world=2, overrides=(*SMALL, "trainer.sync_batchnorm=true"))
+    job = _job("trainer.sync_batchnorm=true", world=2)
     whole = run(job, tmp_path / "whole")
     assert run(job, tmp_path / "killed", [Fault("start", 2)]).digest == whole.digest
 

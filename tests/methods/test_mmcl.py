@@ -22,6 +22,8 @@ from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import recipes
 from sslzoo.recipe.sections import HeadConfig, SGDConfig
+from sslzoo.testing.golden import GoldenCase
+from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.mmcl.config import (
     INV,
     PGD,
@@ -44,8 +46,6 @@ from sslzoo_methods.mmcl.solvers import (
     solve_pgd,
     start_point,
 )
-from tests.golden_cases import GoldenCase
-from tests.ranks import run_ranks
 
 KERNELS: tuple[KernelName, ...] = get_args(KernelName)
 

@@ -19,6 +19,7 @@ from sslzoo.nn.queue import FeatureQueue
 from sslzoo.optim.optimizers import LARS, build_optimizer, set_learning_rate
 from sslzoo.optim.schedules import Shape, ema_momentum, interpolate, warmup_cosine
 from sslzoo.recipe.sections import LARSConfig, SGDConfig
+from sslzoo.testing.golden import DTYPES, GoldenCase
 from sslzoo_methods.sce import loss as loss_module
 from sslzoo_methods.sce.loss import (
     RESSL,
@@ -30,7 +31,6 @@ from sslzoo_methods.sce.loss import (
     sce_loss,
     sce_multicrop_loss,
 )
-from tests.golden_cases import DTYPES, GoldenCase
 
 Arrays = dict[str, Any]
 

@@ -22,9 +22,9 @@ from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import method_class, recipes
 from sslzoo.recipe.sections import HeadConfig, LARSConfig, SGDConfig
+from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.sce.config import ReSSLLoss, SCEConfig, SCELoss, ThreeTermLoss, Warmup
 from sslzoo_methods.sce.method import SCE
-from tests.ranks import run_ranks
 
 OPTIM = LARSConfig(lr=0.5, lr_scaling="none", weight_decay=1e-4, warmup_epochs=1.0)
 BASE = SCEConfig(

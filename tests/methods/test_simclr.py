@@ -11,12 +11,12 @@ from sslzoo.nn.batchnorm import to_sync
 from sslzoo.nn.numerics import normalize
 from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.sections import HeadConfig
+from sslzoo.testing.golden import load_cases
+from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.simclr.config import SimCLRConfig
 from sslzoo_methods.simclr.loss import nt_xent
 from sslzoo_methods.simclr.method import SimCLR
 from tests.conftest import GOLDEN
-from tests.golden_cases import load_cases
-from tests.ranks import run_ranks
 
 NTXENT = [case for case in load_cases(GOLDEN / "sogclr", {}) if case.kind == "ntxent"]
 

@@ -26,6 +26,9 @@ from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import method_class, recipes
 from sslzoo.recipe.sections import HeadConfig, LARSConfig
 from sslzoo.run.build import load_weights
+from sslzoo.testing.golden import DTYPES, GoldenCase
+from sslzoo.testing.kills import Fault, run
+from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.sogclr.bimodal import bimodal_loss, global_temperature_loss
 from sslzoo_methods.sogclr.config import (
     GCL,
@@ -51,9 +54,7 @@ from sslzoo_methods.sogclr.loss import (
 )
 from sslzoo_methods.sogclr.method import SogCLR
 from sslzoo_methods.sogclr.table import Descent, EstimatorTable, mean_over_duplicates, remember
-from tests.chaos import Fault, Job, run
-from tests.golden_cases import DTYPES, GoldenCase
-from tests.ranks import run_ranks
+from tests.chaos import recipe_job
 
 FORMS: dict[str, Callable[..., Any]] = {"dense": gcl_loss, "lean": gcl_loss_lean}
 UNIMODAL = Descent(rho=0.3, eta=0.01, beta=0.9, tau_min=0.05, tau_max=0.7)
@@ -889,8 +890,13 @@ INDIVIDUAL_RUN = f"method.loss.temperature_rule={RULE}"
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_killed_run_ends_like_the_one_never_killed(world, tmp_path):
     overrides = (INDIVIDUAL_RUN, "logging.checkpoint_every_steps=3", "eval.every_epochs=1", "eval.size=28")
-    job = Job(
-        recipe="sogclr_fashion_mnist", overrides=overrides, world=world, epochs=2, samples=60, accumulate=2
+    job = recipe_job(
+        "sogclr_fashion_mnist",
+        *overrides,
+        "trainer.accumulate_grad_batches=2",
+        world=world,
+        epochs=2,
+        samples=60,
     )
     whole = run(job, tmp_path / "whole")
     killed = run(job, tmp_path / "killed", (Fault("batch", 3), Fault("epoch_end", 6)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sslzoo.distributed import all_reduce_sum
 from sslzoo.nn.batchnorm import LayerSync, SplitBatchNorm, SyncBatchNorm, to_split, to_sync
-from tests.ranks import run_ranks
+from sslzoo.testing.ranks import run_ranks
 
 
 def images(rows: int = 12) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sslzoo.distributed import gather_detached
 from sslzoo.nn.per_sample import PerSampleTable, tables_of
 from sslzoo.nn.undo import Undo
-from tests.ranks import run_ranks
+from sslzoo.testing.ranks import run_ranks
 
 
 class Visits(PerSampleTable):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sslzoo.exits import LEAVE_SIGNALS, ExitCode
 from sslzoo.run import launcher
-from tests.chaos import digest_of
+from sslzoo.testing.kills import digest_of
 from tests.command import (
     STEPS,
     Command,

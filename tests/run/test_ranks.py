@@ -13,7 +13,8 @@ import pytest
 
 from sslzoo.exits import ExitCode
 from sslzoo.run import rendezvous
-from tests.chaos import digest_of
+from sslzoo.testing.kills import digest_of
+from sslzoo.testing.ranks import free_port
 from tests.command import (
     Command,
     codes,
@@ -23,7 +24,6 @@ from tests.command import (
     srun_variables,
     write_recipe,
 )
-from tests.ranks import free_port
 
 TWO = "trainer.devices=2"
 

@@ -18,7 +18,7 @@ import torch
 from sslzoo.checkpoints import load_checkpoint
 from sslzoo.exits import ExitCode
 from sslzoo.nn.backbones import Conv5
-from tests.chaos import digest
+from sslzoo.testing.kills import digest
 from tests.command import (
     STEPS,
     Command,

@@ -5,13 +5,25 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+LEAVES = 10.0  # seconds that a process has to end after its result
+
+
+class RankFailed(RuntimeError):
+    """A process raised, ended or was too slow; ``reason`` says so in a line, the message has the traceback."""
+
+    def __init__(self, rank: int, said: str) -> None:
+        super().__init__(f"rank {rank} failed:\n{said}")
+        self.reason = f"rank {rank} fails: {said.strip().splitlines()[-1]}"
 
 
 def free_port() -> int:
@@ -25,6 +37,7 @@ def _entry(
     rank: int, world: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...], queue: Any
 ) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world)
@@ -34,17 +47,17 @@ def _entry(
         queue.put((rank, True, pickle.dumps(result)))
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))
-        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-    """``fn(rank, world, *args)`` on ``world`` gloo processes; their results in rank order.
+    """``fn(rank, world, *args)`` on ``world`` gloo processes, each with the variables of torchrun; their results in
+    rank order.
 
-    ``fn`` must be a module-level function; tensors travel by value (numpy), so return plain data or
-    detached CPU tensors. A failure on any rank raises here with that rank's traceback.
+    Return plain data or detached CPU tensors. The processes are forked: do not use several threads before. Raises
+    :class:`RankFailed` where a rank fails, or says nothing for ``timeout`` seconds; the others are then killed.
     """
     context = mp.get_context("fork")
     queue = context.Queue()
@@ -53,14 +66,23 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
     for p in processes:
         p.start()
     results: dict[int, Any] = {}
+    leaves = 0.0
     try:
         for _ in range(world):
-            rank, ok, value = queue.get(timeout=timeout)
-            assert ok, f"rank {rank} failed:\n{value}"
+            try:
+                rank, ok, value = queue.get(timeout=timeout)
+            except Empty:
+                late = min(set(range(world)) - results.keys())
+                raise RankFailed(late, f"no result after {timeout:g} s") from None
+            if not ok:
+                raise RankFailed(rank, value)
             results[rank] = pickle.loads(value)
+        leaves = LEAVES
     finally:
+        end = time.monotonic() + leaves
         for p in processes:
-            p.join(10)
+            p.join(max(end - time.monotonic(), 0.0))
             if p.is_alive():
                 p.kill()
+                p.join()
     return [results[r] for r in range(world)]

@@ -11,10 +11,11 @@ Kinds of note, each with the line of ours that did it:
 - ``collective``: a collective of the pretended group, with its type and shape; its bytes are summed by name.
 
 Kernels are the aten operations that are neither views nor allocations, with the bytes that they read and write.
-:func:`train` runs the real ``Trainer.fit`` of a shrunk recipe, with the run's callbacks, and the final evaluation.
-By hand it prints a report of each phase of the last steps, and the exit code is 1 where a GPU would have refused:
+:func:`pretend` runs the real ``Trainer.fit`` of a recipe, with the run's callbacks, and the final evaluation.
+By hand, with a recipe, a number of processes and overrides, it shrinks the recipe, prints a report of each phase of the
+last steps, and the exit code is 1 where a GPU would have refused something:
 
-    python -m tests.pretend sce_fashion_mnist 8 method.queue_size=64
+    python -m sslzoo.testing.pretend RECIPE WORLD [KEY=VALUE...]
 
 What is not pretended: DDP and its reduction of gradients, autocast, torch's own synchronised batch norm (with
 ``trainer.sync_batchnorm=true`` the framework's stands in), pinned memory, streams, and every rank but the first. The
@@ -107,14 +108,16 @@ class Notes:
 
 
 def _place() -> str:
-    """The innermost line of the framework or a method that led here; of any other library without one."""
+    """The innermost line of the framework or the method that led here; of any other library without one."""
     frame, other = sys._getframe(2), ""
+    packages = PretendedGPU.active().packages
     while frame is not None:
         module = str(frame.f_globals.get("__name__"))
         package = module.partition(".")[0]
-        if package in ("sslzoo", "sslzoo_methods"):
+        ours = not module.startswith("sslzoo.testing") and module != "__main__"
+        if ours and package in packages:
             return f"{module}:{frame.f_lineno} {frame.f_code.co_name}"
-        if not other and package not in ("torch", "tests", "__main__"):
+        if not other and ours and package != "torch":
             other = f"{module}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return other or "elsewhere"
@@ -310,6 +313,7 @@ class PretendedGPU:
 
     def __init__(self, world: int = 1) -> None:
         self.world = world
+        self.packages = {"sslzoo"}  # whose lines are named as places
         self.moments: dict[Moment, Notes] = {}
         self.enter("start", 0)
         self._undo = ExitStack()
@@ -389,6 +393,14 @@ class PretendedGPU:
             self.notes.kernel_bytes += sum(x.numel() * x.element_size() for x in (*made, *inputs))
             if any(x.dtype == torch.float64 and x.numel() > 1 for x in made):
                 self.note("float64", name)
+
+    def notes_of(self, phase: str, step: int) -> Notes:
+        """What was noted in that moment; empty where it did not come."""
+        return self.moments.get(Moment(phase, step), Notes())
+
+    def places(self, kind: str) -> list[str]:
+        """Where notes of ``kind`` were made, whenever that was."""
+        return list(dict.fromkeys(place for notes in self.moments.values() for place in notes.places[kind]))
 
     def broken(self) -> list[str]:
         """All that a GPU would have refused, with moment and place."""
@@ -617,17 +629,26 @@ class _Last(_First):
 
 
 def train(gpu: PretendedGPU, job: Job, folder: Path, *, stop_at: int | None = None) -> None:
-    """One session of ``job`` on ``gpu``, from the last checkpoint in ``folder``, to step ``stop_at`` or through
-    the final evaluation. Saves come at steps 2 and 5 with sums pending, at 4 and 6 with none."""
+    """:func:`pretend` with the recipe of ``job``, shrunk. Saves come at steps 2 and 5 with sums pending, at 4 and 6
+    with none."""
     recipe, source = _small(job, folder / "images")
+    pretend(gpu, recipe, source, folder, stop_at=stop_at)
+
+
+def pretend(
+    gpu: PretendedGPU, recipe: Recipe, source: ImageSource, folder: Path, *, stop_at: int | None = None
+) -> None:
+    """One session of ``recipe`` on ``gpu``, from the last checkpoint in ``folder``, to step ``stop_at`` or through
+    the final evaluation."""
     strategy = SingleDeviceStrategy(device=CUDA)
-    strategy.world_size = job.world
+    strategy.world_size = gpu.world
     options = {key: value for key, value in recipe.trainer.items() if key not in MACHINE}
     here = replace(recipe, trainer=options | {"accelerator": _Accelerator(), "devices": 1})
     with gpu, mock.patch.object(launch, "build_strategy", return_value=strategy):
-        placement = Placement(world_size=job.world)
+        placement = Placement(world_size=gpu.world)
         built = build_run(here, Run(folder, "pretended"), source=source, placement=placement, brief=True)
         method, trainer = built.method, built.trainer
+        gpu.packages.add(type(method).__module__.partition(".")[0])
         if recipe.trainer.get("sync_batchnorm"):
             to_sync(method)
         vars(trainer)["callbacks"] = [_First(gpu), *built.callbacks, _Last(gpu, stop_at)]

@@ -1,0 +1,527 @@
+"""What a method promises, and how each promise is put to the test."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sslzoo.batch import Batch
+from sslzoo.checkpoints import latest, load_checkpoint
+from sslzoo.checks import ConfigError
+from sslzoo.method import SSLMethod
+from sslzoo.nn.per_sample import tables_of
+from sslzoo.nn.queue import FeatureQueue
+from sslzoo.recipe.sections import LoggingConfig, Recipe
+from sslzoo.run.build import build_experiment
+from sslzoo.testing import kills
+from sslzoo.testing.course import Course, train
+from sslzoo.testing.pretend import PretendedGPU, pretend
+from sslzoo.testing.ranks import RankFailed, run_ranks
+from sslzoo.testing.small import small_images
+
+N = 8  # samples of a single batch
+WORLDS = (2, 3)
+# Of float64 numbers computed in another order, relative to the largest of a tensor. Enough for a method that
+# goes through float32 in between; a factor or a missing term shows at once.
+SAME = 1e-5
+
+
+class Broken(Exception):
+    """A promise is not kept: what differed, and what to do about it."""
+
+    def __init__(self, found: str, advice: str) -> None:
+        super().__init__(f"{found}; {advice}")
+        self.found, self.advice = found, advice
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A row of the table. ``check`` raises :class:`Broken`, and returns a remark where there is one."""
+
+    name: str
+    words: str
+    check: Callable[[Recipe, Path], str]
+
+
+PROMISES: dict[str, Promise] = {}
+
+
+def _promise(
+    name: str, words: str
+) -> Callable[[Callable[[Recipe, Path], str]], Callable[[Recipe, Path], str]]:
+    """Add the function to :data:`PROMISES`; it is called with a small recipe of the method and an empty folder."""
+
+    def add(check: Callable[[Recipe, Path], str]) -> Callable[[Recipe, Path], str]:
+        PROMISES[name] = Promise(name, words, check)
+        return check
+
+    return add
+
+
+def _expect(condition: bool, found: str, advice: str) -> None:
+    if not condition:
+        raise Broken(found, advice)
+
+
+def _built(recipe: Recipe) -> tuple[SSLMethod[Any], Batch]:
+    """The method before its first step, and a batch."""
+    built = build_experiment(recipe, source=small_images(recipe, 2))
+    return built.method, built.data.example_batch(N)
+
+
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _placed(recipe: Recipe, *, world: int = 1, **trainer: Any) -> Recipe:
+    """``recipe`` on so many processes."""
+    options = {"devices": world} | ({"sync_batchnorm": True} if world > 1 else {}) | trainer
+    return replace(recipe, trainer=recipe.trainer | options)
+
+
+def _refusal(recipe: Recipe) -> str:
+    """What the method has against two micro-batches a step; empty where it bears them."""
+    try:
+        _placed(recipe, accumulate_grad_batches=2)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+# -- one batch ------------------------------------------------------------------------------------
+
+
+@_promise(
+    "publishing", "the loss is one finite number, and the features that probes read are published with it"
+)
+def publishes(recipe: Recipe, folder: Path) -> str:
+    """Shapes and names of what the loss leaves for probes and the meter."""
+    method, batch = _built(recipe)
+    loss = method.loss(batch)
+    number = isinstance(loss, Tensor) and loss.shape == () and bool(loss.isfinite())
+    shown = f"the tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) and loss.ndim else repr(loss)
+    _expect(number, f"loss returns {shown}", "return the mean over this rank's samples, a scalar")
+    published = method.published
+    _expect(
+        "backbone" in published,
+        f"loss publishes {_listed(list(published)) or 'nothing'}",
+        "call self.publish(backbone=h) once, h being what the backbone makes of a view",
+    )
+    wrong = [
+        f"{name} {tuple(layer.shape)}"
+        for name, layer in published.items()
+        if layer.ndim != 2 or len(layer) != N
+    ]
+    _expect(not wrong, f"published are {_listed(wrong)} of {N} images", "publish features (N, F) of one view")
+    width = published["backbone"].shape[1]
+    _expect(
+        width == method.feature_dim,
+        f"the published backbone has {width} features, the encoder {method.feature_dim}",
+        "publish what the backbone returns, or call super().__init__ with the width that it is",
+    )
+    _check_layers(method, published)
+    alien = [name for name in (*method.recorded, *method.settings) if not name.startswith("method/")]
+    _expect(not alien, f"recorded as {_listed(alien)}", "begin the names of measurements with method/")
+    return ""
+
+
+def _check_layers(method: SSLMethod[Any], layers: dict[str, Tensor]) -> None:
+    names, stated = sorted(layers), sorted(method.cfg.published_layers)
+    _expect(
+        names == stated,
+        f"published are {_listed(names)}, the config says {_listed(stated)}",
+        "let published_layers of the config name what loss publishes and features returns",
+    )
+
+
+@_promise("evaluation", "evaluation changes nothing, and an image's features do not depend on its neighbours")
+def evaluates(recipe: Recipe, folder: Path) -> str:
+    """``features`` in evaluation mode."""
+    method, batch = _built(recipe)
+    method.eval()
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    view = batch.global_views[0]
+    with torch.no_grad():
+        whole, part = method.features(view), method.features(view[:2])
+    _check_layers(method, whole)
+    moved = [name for name, value in method.state_dict().items() if not torch.equal(value, before[name])]
+    _expect(not moved, f"features moves {_listed(moved)}", "change state in loss or after_step alone")
+    other = [name for name in whole if not torch.allclose(whole[name][:2], part[name], rtol=1e-3, atol=1e-5)]
+    _expect(
+        not other,
+        f"{_listed(other)} of two images differs from the same two among {N}",
+        "let features of an image depend on nothing but it: module.eval() is called before",
+    )
+    return ""
+
+
+@_promise("labels", "the loss does not see the labels")
+def ignores_labels(recipe: Recipe, folder: Path) -> str:
+    """The loss with labels, with others, and without any."""
+    losses = []
+    for change in (lambda label: label, lambda label: label.flip(0) + 1, lambda label: None):
+        method, batch = _built(recipe)
+        assert batch.label is not None
+        torch.manual_seed(0)
+        try:
+            losses.append(method.loss(batch._replace(label=change(batch.label))).detach())
+        except Exception as error:
+            _expect(
+                not losses,
+                f"loss raises {type(error).__name__} without labels: {error}",
+                "use batch.global_views, batch.local_views and batch.sample_id only",
+            )
+            raise
+    _expect(
+        torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2]),
+        f"the loss is {losses[0]:.6g}, with other labels {losses[1]:.6g}, without {losses[2]:.6g}",
+        "use batch.global_views, batch.local_views and batch.sample_id only",
+    )
+    return ""
+
+
+@_promise("bf16", "under bf16 autocast loss and gradients are finite, and close to those in float32")
+def bears_bf16(recipe: Recipe, folder: Path) -> str:
+    """The loss of a batch under autocast."""
+    full, batch = _built(recipe)
+    half, _ = _built(recipe)
+    torch.manual_seed(0)
+    expected = full.loss(batch)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = half.loss(batch)
+    loss.backward()
+    precise = "compute similarities, softmax and logarithms in float32: normalize() and autocast_off() of"
+    advice = f"{precise} sslzoo.nn.numerics do so"
+    _expect(bool(loss.isfinite()), f"the loss is {loss.item()} where float32 gives {expected:.4g}", advice)
+    _expect(loss.dtype == torch.float32, f"the loss is {loss.dtype}", advice)
+    spoilt = [n for n, p in half.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    _expect(not spoilt, f"the gradient of {_listed(spoilt)} is not finite", advice)
+    # bf16 carries 8 bits: features are off by about 1 %, and a loss amplifies that by its sharpness.
+    close = torch.allclose(loss, expected, rtol=0.1, atol=0.1)
+    _expect(close, f"the loss is {loss:.4g} where float32 gives {expected:.4g}", advice)
+    return ""
+
+
+# -- a few steps ----------------------------------------------------------------------------------
+
+
+@_promise("gradients", "every parameter that is to be trained gets a gradient")
+def reaches_parameters(recipe: Recipe, folder: Path) -> str:
+    """Two steps in float64; a parameter counts where its gradient was not zero or where it has moved."""
+    names = [name for name, p in _built(recipe)[0].named_parameters() if p.requires_grad]
+    course = train(replace(recipe, trainer=recipe.trainer | {"precision": "64-true"}), folder, steps=2)
+    first, last = course.states[0], course.states[-1]
+    reached = {n for gradients in course.gradients for n, value in gradients.items() if value.any()}
+    reached |= {name for name in names if not torch.equal(first[name], last[name])}
+    missed = [name for name in names if name not in reached]
+    _expect(
+        not missed,
+        f"no gradient reaches {_listed(missed)}",
+        "use it in the loss, or call requires_grad_(False): several processes wait for the gradient of each",
+    )
+    return ""
+
+
+@_promise("seed", "the same seed gives the same numbers, whatever else draws random ones")
+def is_seeded(recipe: Recipe, folder: Path) -> str:
+    """Initialisation and two steps, twice, with the generators of torch, numpy and Python elsewhere."""
+    advice = (
+        "draw by position, not from a generator that others move: uniforms(key('mine: noise', self.seed, self.step), "
+        "ids, n) of sslzoo.randomness"
+    )
+    courses: list[Course] = []
+    for start in (1, 2):
+        _move_generators(start)
+        courses.append(train(recipe, folder / str(start), steps=2))
+    for state, other in zip(*(course.states for course in courses), strict=True):
+        moved = [name for name in state if not _equal(state[name], other[name])]
+        when = "the method is built with" if state is courses[0].states[0] else "training comes to"
+        _expect(not moved, f"{when} other values of {_listed(moved)}", advice)
+    losses, others = (torch.stack(course.losses) for course in courses)
+    _expect(_equal(losses, others), "two trainings record other losses", advice)
+    return ""
+
+
+def _move_generators(start: int) -> None:
+    random.seed(start)
+    np.random.seed(start)  # noqa: NPY002 a stranger may use it
+    torch.manual_seed(start)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.nan_to_num(0.125), b.nan_to_num(0.125))
+
+
+@_promise("world-size", "1, 2 and 3 processes give the same loss, gradients and state")
+def ignores_world_size(recipe: Recipe, folder: Path) -> str:
+    """Two steps in float64, with synchronised batch norm and without dropout."""
+    one = _on_rank(0, 1, recipe, folder)
+    for world in WORLDS:
+        try:
+            parts = run_ranks(world, _on_rank, recipe, folder)
+        except RankFailed as failed:
+            raise Broken(
+                f"{world} processes: {failed.reason}", "it must train on several as it does on one"
+            ) from failed
+        _compare(world, one, parts)
+    return ""
+
+
+def _on_rank(rank: int, world: int, recipe: Recipe, folder: Path) -> Course:
+    placed = _placed(recipe, world=world, precision="64-true")
+    return train(placed, folder / f"{world}", steps=2, dropout=False)
+
+
+def _compare(world: int, one: Course, parts: Sequence[Course]) -> None:
+    """Refuse what differs first: a loss, else a gradient, else what is carried."""
+    says = f"{world} processes:"
+    for step, expected in enumerate(one.losses):
+        got = torch.stack([part.losses[step] for part in parts]).mean()
+        _expect(
+            _close(got, expected),
+            f"{says} the loss of step {step + 1} is {_against(got, expected)} {expected:.4g} of one",
+            "average over this rank's rows, compare them with those of all ranks (gather of sslzoo.distributed), "
+            "draw random numbers by sample, and never multiply by the world size",
+        )
+        _check_gradients(says, one.gradients[step], parts[0].gradients[step])
+        for rank, part in enumerate(parts):
+            state = part.states[step + 1]
+            # Not the optimiser's, which follows from gradients: Adam makes much of one that is zero but for rounding.
+            moved = [
+                name
+                for name, value in one.states[step + 1].items()
+                if not name.startswith("optimizer.") and not _close(state[name], value)
+            ]
+            _expect(
+                not moved,
+                f"{says} after step {step + 1} rank {rank} carries other values of {_listed(moved)}",
+                "update state on every rank from the rows of all: gather_detached of sslzoo.distributed",
+            )
+
+
+def _check_gradients(says: str, one: dict[str, Tensor], several: dict[str, Tensor]) -> None:
+    largest = max((value.abs().max().item() for value in one.values()), default=0.0)
+    # What is zero but for rounding, such as that of a bias before a batch norm, differs in every digit.
+    differ = [
+        name for name, value in one.items() if not _close(several[name], value, atol=SAME * SAME * largest)
+    ]
+    if not differ:
+        return
+    name = max(differ, key=lambda n: (several[n] - one[n]).abs().max().item())
+    raise Broken(
+        f"{says} with the same loss the gradient of {name} is {_against(several[name], one[name])} that of one",
+        "rows of other ranks must pass their gradient on: gather of sslzoo.distributed instead of gather_detached; "
+        "DDP takes the mean over ranks, so never multiply by the world size",
+    )
+
+
+def _close(a: Tensor, b: Tensor, atol: float = 0.0) -> bool:
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    finite = b.isfinite()
+    if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        return False
+    a, b = a[finite], b[finite]
+    return not a.numel() or (a - b).abs().max().item() <= SAME * b.abs().max().item() + atol
+
+
+def _against(got: Tensor, expected: Tensor) -> str:
+    """``2 times`` where that is the whole difference, else how far off it is, or the number itself."""
+    factor = (got * expected).sum() / (expected * expected).sum()
+    if _close(got, factor * expected) and expected.numel() > 1:
+        return f"{factor:.4g} times"
+    if expected.numel() == 1:
+        return f"{got:.4g} ({factor:.4g} times) instead of"
+    off = ((got - expected).norm() / expected.norm()).item()
+    return f"{100 * off:.2g} % off"
+
+
+@_promise("accumulation", "with two micro-batches a step, state moves once a step; or the recipe is refused")
+def accumulates(recipe: Recipe, folder: Path) -> str:
+    """What the first micro-batch may move: batch-norm statistics and tables."""
+    refusal = _refusal(recipe)
+    if refusal:
+        return f"refused: {refusal}"
+    course = train(_placed(recipe, accumulate_grad_batches=2), folder, steps=2)
+    _expect(
+        len(course.skipped) == 2,
+        f"{len(course.losses)} micro-batches made {len(course.skipped)} optimiser steps instead of 2",
+        "accumulate yourself, or refuse trainer.accumulate_grad_batches in check() of the config",
+    )
+    method, _ = _built(recipe)
+    free = (*tables_of(method), *(n for n, m in method.named_modules() if isinstance(m, _BatchNorm)))
+    before, between, after = course.states[:3]
+    early = [
+        name
+        for name, value in before.items()
+        if not _equal(value, between[name]) and not name.startswith(tuple(f"{module}." for module in free))
+    ]
+    _expect(
+        not early,
+        f"{_listed(early)} moves in the middle of a step",
+        "move it in after_step, from what loss has collected, or refuse trainer.accumulate_grad_batches",
+    )
+    trained = [name for name, p in method.named_parameters() if p.requires_grad]
+    _expect(
+        any(not torch.equal(before[name], after[name]) for name in trained),
+        "no weight moves at the end of a step",
+        "let Lightning step, or step yourself at the last micro-batch",
+    )
+    return ""
+
+
+@_promise(
+    "not-finite",
+    "an image that is not finite spoils neither state nor checkpoints, and fp16 skips its step whole",
+)
+def survives_infinity(recipe: Recipe, folder: Path) -> str:
+    """Once with a loss scaler, in the last micro-batch of a step, on the second of two processes; once without."""
+    accumulate = 1 if _refusal(recipe) else 2
+    recipe = replace(recipe, logging=LoggingConfig(every_steps=2, checkpoint_every_steps=2))
+    placed = _placed(recipe, world=2, accumulate_grad_batches=accumulate)
+    spoilt = (_BAD + 1) * accumulate - 1
+    try:
+        course, _ = run_ranks(2, _with_infinity, placed, folder / "fp16", spoilt)
+    except RankFailed as failed:
+        raise Broken(
+            f"in fp16 {failed.reason}", "a step that the scaler skips must not end the run"
+        ) from failed
+    _check_skipped(course, accumulate)
+    alone = _placed(recipe)
+    course = train(alone, folder / "fp32", steps=_STEPS, labelled=True, spoilt=(_BAD, 0))
+    _check_ended(_built(alone)[0], course, folder / "fp32")
+    return ""
+
+
+_STEPS, _BAD = 5, 2  # optimiser steps, and the one that meets the image
+
+
+def _with_infinity(rank: int, world: int, recipe: Recipe, folder: Path, spoilt: int) -> Course:
+    return train(recipe, folder, steps=_STEPS, labelled=True, fp16=True, spoilt=(spoilt, 1))
+
+
+def _check_skipped(course: Course, accumulate: int) -> None:
+    """The step left nothing, and the run went on."""
+    expected = [step == _BAD for step in range(_STEPS)]
+    _expect(
+        course.skipped == expected,
+        f"in fp16 the steps {[i + 1 for i, skipped in enumerate(course.skipped) if skipped]} were skipped instead of "
+        f"step {_BAD + 1} alone",
+        "state written in loss keeps what was not finite: write it in after_step, or into a PerSampleTable",
+    )
+    before, after = (course.states[step * accumulate] for step in (_BAD, _BAD + 1))
+    moved = [name for name, value in before.items() if not _equal(value, after[name])]
+    _expect(
+        not moved,
+        f"in fp16 the step that was skipped leaves {_listed(moved)} changed",
+        "move it in after_step, which a skipped step does not reach",
+    )
+    spoilt = _spoilt(before, course.states[-1])
+    _expect(
+        not spoilt,
+        f"in fp16 {_listed(spoilt)} is not finite after later steps",
+        "drop in after_skipped_step what waits for after_step",
+    )
+
+
+def _check_ended(method: SSLMethod[Any], course: Course, folder: Path) -> None:
+    """The run ended by itself; tables, queues and the newest checkpoint are sound."""
+    _expect(
+        course.diverged,
+        "in float32 the run goes on after a loss that is not finite",
+        "return the loss as it is: the framework ends the run, and keeps the checkpoint before it",
+    )
+    before, after = course.states[_BAD], course.states[-1]
+    tables = tuple(f"{name}." for name in tables_of(method))
+    queues = tuple(f"{name}." for name, m in method.named_modules() if isinstance(m, FeatureQueue))
+    changed = [n for n, value in before.items() if n.startswith(tables) and not _equal(value, after[n])]
+    changed = changed if tables else []
+    spoilt = [name for name in _spoilt(before, after) if queues and name.startswith(queues)]
+    _expect(
+        not (changed or spoilt),
+        f"in float32 {_listed([*changed, *spoilt])} keeps what is not finite",
+        "write rows with PerSampleTable.write or FeatureQueue.push, which leave those out",
+    )
+    newest = latest(folder / "checkpoints")
+    _expect(newest is not None, "there is no checkpoint from before", "write none yourself")
+    assert newest is not None
+    lost = _spoilt(before, load_checkpoint(newest)["state_dict"])
+    _expect(
+        newest.name == f"step={_BAD:09d}.ckpt" and not lost,
+        f"the newest checkpoint, {newest.name}, holds values of {_listed(lost)} that are not finite",
+        "move state in loss or after_step alone",
+    )
+
+
+def _spoilt(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    """Names of what was finite and is no longer."""
+    return [
+        name
+        for name, value in before.items()
+        if name in after and bool((value.isfinite() & ~after[name].isfinite()).any())
+    ]
+
+
+# -- a run ----------------------------------------------------------------------------------------
+
+
+@_promise("resuming", "killed and resumed, a run ends bit for bit as the one never killed")
+def resumes(recipe: Recipe, folder: Path) -> str:
+    """SIGKILL in the middle of an epoch, between two checkpoints, and in the next epoch."""
+    accumulate = 1 if _refusal(recipe) else 2
+    recipe = _placed(recipe, max_epochs=2, accumulate_grad_batches=accumulate)
+    job = kills.Job(recipe=recipe, samples=4 * recipe.data.global_batch_size)
+    faults = [kills.Fault("batch", 4 * accumulate - 1), kills.Fault("start", 5 * accumulate)]
+    try:
+        whole = kills.start(job, folder / "whole")
+        killed = kills.run(job, folder / "killed", faults)
+        undisturbed = kills.finish(job, folder / "whole", whole)
+    except kills.Failed as failed:
+        raise Broken(failed.reason, "a run must begin, and continue from its checkpoint") from failed
+    differ = [part for part, digest in undisturbed.digest.items() if killed.digest.get(part) != digest]
+    differ += [] if killed.metrics == undisturbed.metrics else ["metrics.csv"]
+    _expect(
+        not differ,
+        f"the resumed run ends with other values of {_listed(differ)}",
+        "keep what loss needs from step to step in buffers, parameters or on_save_checkpoint, and draw random numbers "
+        "as a function of self.step",
+    )
+    return ""
+
+
+@_promise("gpu", "a GPU would refuse nothing, and a step never makes the host wait for it")
+def suits_a_gpu(recipe: Recipe, folder: Path) -> str:
+    """On the pretended one, of two, in a new run and a resumed one."""
+    recipe = replace(recipe, logging=LoggingConfig(every_steps=4, checkpoint_every_steps=2))
+    for stop_at in (2, None):
+        gpu = PretendedGPU(2)
+        try:
+            pretend(gpu, recipe, small_images(recipe, 6), folder, stop_at=stop_at)
+        except Exception:
+            if not gpu.broken():  # otherwise it follows from what a GPU would have refused before
+                raise
+        for kind, what in (("mixed", "an operation on the GPU"), ("nccl", "a collective of GPUs")):
+            places = gpu.places(kind)
+            _expect(
+                not places,
+                f"{what} gets a CPU tensor at {_listed(places, 2)}",
+                "make tensors on the device of what they meet, as x.new_zeros(n) and torch.arange(n, device=x.device) "
+                "do, or keep them in buffers",
+            )
+    waits = list(gpu.notes_of("step", 4).places["sync"])
+    _expect(
+        not waits,
+        f"the host waits at {_listed(waits, 2)}",
+        "keep numbers on the device: record() takes tensors, torch.where stands in for if; buffers hold constants",
+    )
+    return ""
