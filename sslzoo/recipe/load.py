@@ -47,10 +47,10 @@ class LoadedRecipe:
             return text
         lines = text.splitlines()
         marks = lines_of(text)
-        width = max(len(line) for line in lines if len(line) <= 60) + 2
+        width = max(len(line) for line in lines if len(line) <= 60)
         for key, line in marks.items():
             if key in self.origins:
-                lines[line - 1] = f"{lines[line - 1]:{width}}# {self.origins[key]}"
+                lines[line - 1] = f"{lines[line - 1]:{width}}  # {self.origins[key]}"
         for name, value in self.derived.items():
             lines.append(f"# derived: {name} = {value if isinstance(value, int) else f'{value:g}'}")
         return "\n".join(lines) + "\n"

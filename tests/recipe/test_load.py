@@ -119,7 +119,12 @@ def test_origins(write) -> None:
 
 @pytest.mark.parametrize("origins", [False, True])
 def test_what_is_written_loads_again(write, tmp_path: Path, origins: bool) -> None:
-    loaded = load_recipe(write(), ["logging.wandb.project=x", "probe.data=[{dataset: stl10, split: train}]"])
+    more = [
+        "logging.wandb.project=x",
+        "probe.data=[{dataset: stl10, split: train}]",
+        f"data.root=/{'deep/' * 20}",
+    ]
+    loaded = load_recipe(write(), more)
     again = tmp_path / "again.yaml"
     again.write_text(loaded.to_yaml(origins=origins))
     assert load_recipe(str(again)).recipe == loaded.recipe
