@@ -1,1 +1,1 @@
-"""A run around its training: its directory, its processes, how it is asked to leave and how it ends."""
+"""Running experiments: run directory, processes, signals, training, evaluation and exit."""

@@ -1,4 +1,4 @@
-"""The life of an analysis: which checkpoints, in which order, at which images, and where its report goes."""
+"""Run an analysis on the checkpoints of a run and write its report."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def analyze(
     overrides: Sequence[str] = (),
     out: Path | None = None,
 ) -> str:
-    """Let ``analysis`` look at every checkpoint among ``paths`` with the same training batches, and write its report.
+    """Apply ``analysis`` to every checkpoint in ``paths``, with the same training batches, and write its report.
 
     A run directory stands for all its checkpoints. ``samples`` is rounded up to whole batches of the recipe's size. The
-    report goes to ``out``, or to a folder of the analysis's name in the run directory. Returns what to print.
+    report goes to ``out``, by default a folder in the run directory named after the analysis. Returns text to print.
 
-    Raises ``ValueError`` for whatever is wrong with paths, recipe, data or method.
+    Raises ``ValueError`` if paths, recipe, data or method are invalid.
     """
     require(samples > 0, f"--samples must be positive, got {samples}")
     files = expand(paths)
@@ -44,17 +44,18 @@ def analyze(
     run = folders.pop().parent
     in_a_run = (run / "recipe.yaml").is_file()
     require(
-        recipe is not None or in_a_run, f"{files[-1]} lies in no run directory: name its recipe with --recipe"
+        recipe is not None or in_a_run,
+        f"{files[-1]} is not in a run directory: name its recipe with --recipe",
     )
     require(
         out is not None or in_a_run,
-        f"{files[-1]} lies in no run directory: name a folder for the report with --out",
+        f"{files[-1]} is not in a run directory: name a folder for the report with --out",
     )
     folder = out or run / analysis.cfg.name.rpartition(":")[2]
     loaded = load_recipe(recipe or str(run / "recipe.yaml"), overrides).recipe
     experiment = build_experiment(loaded, start=False)
     batches = first_batches(experiment.data, samples)
-    # As in training: batch norm with the statistics of the batch, as the loss sees it.
+    # Training mode, so that batch norm uses batch statistics, as for the loss.
     method = experiment.method.train()
     by_step = {}
     for path in files:
@@ -70,25 +71,25 @@ def analyze(
 
 
 def expand(paths: Sequence[Path]) -> list[Path]:
-    """Checkpoint files; a run directory stands for all of its own.
+    """The checkpoint files in ``paths``; a run directory is replaced by all its checkpoints.
 
-    Raises ``ValueError`` where there is none.
+    Raises ``ValueError`` if a path does not exist or contains no checkpoint.
     """
     files: list[Path] = []
     for path in paths:
         require(path.exists(), f"{path}: there is no such checkpoint or run directory")
         if path.is_dir():
             folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-            found = checkpoints(folder) + sorted(folder.glob("epoch=*.ckpt"))
-            require(len(found) > 0, f"{path}: there is no checkpoint in {folder}")
-            files += found
+            in_folder = checkpoints(folder) + sorted(folder.glob("epoch=*.ckpt"))
+            require(len(in_folder) > 0, f"{path}: there is no checkpoint in {folder}")
+            files += in_folder
         else:
             files.append(path)
     return files
 
 
 def first_batches(data: SSLDataModule, samples: int) -> list[Batch]:
-    """The first training batches of epoch 0 as the method gets them, with ``samples`` images or more."""
+    """The first training batches of epoch 0, as the method receives them, with at least ``samples`` images."""
     batches: list[Batch] = []
     for raw in data.train_dataloader():
         batches.append(data.finish(raw))
@@ -98,25 +99,28 @@ def first_batches(data: SSLDataModule, samples: int) -> list[Batch]:
 
 
 def look_at(analysis: Analysis[Any], method: SSLMethod[Any], path: Path, batches: Sequence[Batch]) -> Look:
-    """What there is to see of ``method`` with the weights and state of the checkpoint ``path``."""
+    """Load the checkpoint ``path`` into ``method`` and apply ``analysis`` to each batch.
+
+    Raises ``ValueError`` if the checkpoint does not fit the method.
+    """
     content = load_checkpoint(path)
-    stored, own = content["state_dict"], method.state_dict()
-    missing = [name for name in own if name not in stored]
+    stored, current = content["state_dict"], method.state_dict()
+    missing = [name for name in current if name not in stored]
     require(
-        not missing, f"{path}: the checkpoint lacks {missing[:3]}; give the recipe of its run by --recipe"
+        not missing, f"{path}: the checkpoint lacks {missing[:3]}; give the recipe of its run with --recipe"
     )
-    wrong = [name for name, value in own.items() if stored[name].shape != value.shape]
+    wrong = [name for name, value in current.items() if stored[name].shape != value.shape]
     require(
         not wrong,
-        f"{path}: {wrong[:3]} have other shapes than in the recipe; give that of its run by --recipe",
+        f"{path}: {wrong[:3]} have different shapes in the recipe; give the recipe of its run with --recipe",
     )
-    method.load_state_dict({name: stored[name] for name in own})
-    torch.manual_seed(0)  # dropout, where a method has it
-    noted = content.get("callbacks", {}).get(Watch(analysis).state_key, {"history": []})
+    method.load_state_dict({name: stored[name] for name in current})
+    torch.manual_seed(0)  # for dropout
+    recorded = content.get("callbacks", {}).get(Watch(analysis).state_key, {"history": []})
     return Look(
         path=path,
         step=int(content["optimizer_steps"]),
         epoch=int(content.get("epoch", 0)),
         seen=[analysis.observe(method, batch) for batch in batches],
-        history=noted["history"],
+        history=recorded["history"],
     )

@@ -1,4 +1,4 @@
-"""From a recipe to the objects of a run. One place builds them, whoever asks: fit, dry run, analyses, tests."""
+"""Build the objects of a run from a recipe. Fit, dry run, analyses and tests all build them here."""
 
 from __future__ import annotations
 
@@ -44,40 +44,40 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TRIAL = 8  # images
+TRIAL = 8  # images on which analyses are tried before a run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What a recipe trains, and on what; :func:`equip` makes a run of it."""
+    """Method and data of a recipe; :func:`equip` turns them into a run."""
 
     recipe: Recipe
-    plan: TrainingPlan  # what the method was prepared for
+    plan: TrainingPlan  # the plan that the method was prepared with
     data: SSLDataModule
     method: SSLMethod[Any]
 
     def initial_backbone(self) -> nn.Module:
-        """The encoder as it was before training, built once more."""
+        """A new copy of the encoder as it was before training."""
         return _build_method(self.recipe, self.plan).backbone
 
 
 @dataclass(frozen=True, kw_only=True)
 class Callbacks:
-    """What accompanies a run, in the order in which Lightning calls it. The order is part of what a run does."""
+    """The callbacks of a run, in the order in which Lightning calls them. The order matters."""
 
-    seeding: StepSeeding  # first: whatever draws random numbers in a step comes after
+    seeding: StepSeeding  # first, before anything draws random numbers
     batch_norm: BroadcastBatchNormStats
-    checkpoint: ExactCheckpoint  # before anything that belongs to the micro-batch that begins
-    preemption: Preemption  # after the checkpoint: what has just been saved is not saved again
+    checkpoint: ExactCheckpoint  # before anything changes for the next micro-batch
+    preemption: Preemption  # after checkpoint, so that it does not save the same step again
     cadence: EvaluationCadence
-    probe: LinearProbe | None  # this and the next where there are labels
-    knn: KNN | None
+    probe: LinearProbe | None  # None without labels
+    knn: KNN | None  # None without labels
     analyses: tuple[Watch, ...]
-    meter: Meter  # after all that record: it takes what they did
-    progress: ProgressDisplay  # last: it shows what the meter reported
+    meter: Meter  # after everything that records metrics
+    progress: ProgressDisplay  # last, because it shows what Meter reported
 
     def __iter__(self) -> Iterator[Callback]:
-        """Those that there are."""
+        """All callbacks that are not None, in order."""
         yield from (self.seeding, self.batch_norm, self.checkpoint, self.preemption, self.cadence)
         yield from (callback for callback in (self.probe, self.knn) if callback is not None)
         yield from self.analyses
@@ -86,7 +86,7 @@ class Callbacks:
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltRun(Experiment):
-    """A run that is ready to start: everything is built and checked, nothing is written."""
+    """A run that is ready to start: everything is built and checked, and nothing has been written."""
 
     run: Run
     callbacks: Callbacks
@@ -127,7 +127,7 @@ def build_run(
     departure: Departure | None = None,
     brief: bool = False,
 ) -> BuiltRun:
-    """The run of ``recipe`` in the directory of ``run``: :func:`build_experiment`, then :func:`equip`."""
+    """Build the run of ``recipe`` in the directory of ``run``: :func:`build_experiment`, then :func:`equip`."""
     experiment = build_experiment(recipe, source=source, world_size=placement.world_size, plan=plan)
     return equip(experiment, run, placement=placement, departure=departure, brief=brief)
 
@@ -140,11 +140,11 @@ def build_experiment(
     plan: TrainingPlan | None = None,
     start: bool = True,
 ) -> Experiment:
-    """Data and method of ``recipe``. ``source`` are the images, which are opened where they are not given.
+    """Build data and method of ``recipe``. ``source`` provides the images; by default the recipe's data set is opened.
 
-    ``plan`` prepares the method for other lengths than those of ``source``: a dry run shows a few images to a method
-    whose queues and tables are as large as in the real run. ``start`` of False does not read ``backbone.weights``: a
-    checkpoint is going to bring the weights.
+    ``plan`` prepares the method for another data set size than that of ``source``: a dry run feeds a few images to a
+    method whose queues and tables are as large as in the real run. With ``start=False``, ``backbone.weights`` is not
+    read, because a checkpoint will provide the weights.
     """
     source = open_source(recipe.data) if source is None else source
     of_source = plan_of(recipe, len(source), world_size)
@@ -162,8 +162,8 @@ def build_experiment(
 
 
 def _build_method(recipe: Recipe, plan: TrainingPlan, *, start: bool = True) -> SSLMethod[Any]:
-    """The method with its backbone, initialised from ``recipe.seed`` and ``backbone.weights`` alone: equal on all
-    ranks."""
+    """Build the method and its backbone, initialised only from ``recipe.seed`` and ``backbone.weights`` and thus equal
+    on all ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         backbone, width = build_backbone(recipe.backbone, start=start)
@@ -173,7 +173,7 @@ def _build_method(recipe: Recipe, plan: TrainingPlan, *, start: bool = True) -> 
 
 
 def try_analyses(experiment: Experiment) -> None:
-    """Let the recipe's analyses look at a few images, which raises what they have against method or views."""
+    """Run the recipe's analyses on a few images; raises ``ValueError`` if one cannot handle the method or views."""
     analyses = _build_analyses(experiment.recipe)
     if analyses:
         batch = experiment.data.example_batch(min(TRIAL, experiment.plan.dataset_size))
@@ -182,7 +182,7 @@ def try_analyses(experiment: Experiment) -> None:
 
 
 def _build_analyses(recipe: Recipe) -> list[Analysis[Any]]:
-    """What looks at the method while it trains."""
+    """The analyses that run during training."""
     return [analysis_class(cfg.name)(cfg) for cfg in recipe.analyses]
 
 
@@ -194,10 +194,10 @@ def equip(
     departure: Departure | None = None,
     brief: bool = False,
 ) -> BuiltRun:
-    """``experiment`` with callbacks and trainer, in the directory of ``run``. ``brief`` shows no progress and lets
-    evaluations learn for one step only: a dry run.
+    """Add callbacks and trainer to ``experiment``, for the directory of ``run``. With ``brief``, for dry runs, no
+    progress is shown and evaluations train for one step only.
 
-    Raises ``ValueError`` where there is not what evaluation needs, or this machine has not what ``trainer`` asks for.
+    Raises ``ValueError`` if evaluation data are missing, or this machine lacks what ``trainer`` asks for.
     """
     recipe, data = experiment.recipe, experiment.data
     callbacks = _build_callbacks(recipe, run, data, departure or Departure(), brief=brief)
@@ -239,39 +239,39 @@ def _build_callbacks(
 
 
 def load_weights(method: SSLMethod[Any], path: Path) -> None:
-    """Weights and buffers of the checkpoint ``path``, or of the newest in that run directory; of its backbone alone
-    if another method wrote it.
+    """Load weights and buffers from the checkpoint ``path``, or from the newest one of a run directory. If another
+    method wrote it, only the backbone is loaded.
 
-    Tables per training sample are left out: they belong to the images of that checkpoint.
+    Per-sample tables are not loaded, because they belong to the images of that run.
 
-    Raises ``ValueError`` where not even the backbone fits.
+    Raises ``ValueError`` if the backbone does not match.
     """
     if path.is_dir():
         folder = path if path.name == "checkpoints" else path / "checkpoints"
-        found = newest_sound(folder)
-        require(found is not None, f"--init-from {path}: there is no checkpoint in {folder}")
-        path = cast(Path, found)
+        newest = newest_sound(folder)
+        require(newest is not None, f"--init-from {path}: there is no checkpoint in {folder}")
+        path = cast(Path, newest)
     content = load_checkpoint(path)
-    # Of either: a table may be there by one recipe and not by the other.
+    # Tables of both: the two recipes may have different ones.
     names = dict.fromkeys([*content.get("per_sample", ()), *tables_of(method)])
     per_sample = tuple(f"{name}." for name in names)
     stored = {k: v for k, v in content["state_dict"].items() if not k.startswith(per_sample)}
-    own = method.state_dict()
+    current = method.state_dict()
     if names:
         log.warning(
-            "--init-from %s: %s left out, which belongs to the images of that run", path, ", ".join(names)
+            "--init-from %s: not loading %s, which belongs to the images of that run", path, ", ".join(names)
         )
-    if _same_shapes(stored, {k: v for k, v in own.items() if not k.startswith(per_sample)}):
-        method.load_state_dict(own | stored)
+    if _same_shapes(stored, {k: v for k, v in current.items() if not k.startswith(per_sample)}):
+        method.load_state_dict(current | stored)
         return
     prefix = "backbone."
     backbone = {k: v for k, v in stored.items() if k.startswith(prefix)}
     require(
-        _same_shapes(backbone, {k: v for k, v in own.items() if k.startswith(prefix)}),
-        f"--init-from {path}: its backbone is not this recipe's; set the backbone section as in the run that wrote it",
+        _same_shapes(backbone, {k: v for k, v in current.items() if k.startswith(prefix)}),
+        f"--init-from {path}: its backbone differs from this recipe's; set the backbone section as in that run",
     )
     method.backbone.load_state_dict({k.removeprefix(prefix): v for k, v in backbone.items()})
-    log.warning("--init-from %s: heads and state are another method's; took the backbone alone", path)
+    log.warning("--init-from %s: heads and state are from another method; loaded only the backbone", path)
 
 
 def _same_shapes(a: dict[str, Any], b: dict[str, Any]) -> bool:

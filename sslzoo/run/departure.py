@@ -1,9 +1,9 @@
-"""How a run is asked to leave, and how its ranks leave together. Importable without torch.
+"""Signal handling: how all ranks stop together when one is asked to. Importable without torch.
 
-SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP, to any rank or to all, ask for it. While training, the ranks agree on an
-optimiser step, save there and leave; anywhere else there is nothing to save and they leave at once. No step waits
-for this agreement: a thread of each rank looks at the shared store four times a second, and only after a signal
-does the main thread wait for what the threads decide.
+SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP, sent to any rank or to all, ask a run to stop. During training, the ranks agree on
+an optimiser step, save a checkpoint there and exit; in other phases there is nothing to save and they exit at once. No
+step waits for this agreement: a thread on each rank polls the shared store four times a second, and only after a signal
+does the main thread wait for the decision of the threads.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from sslzoo.run.placement import ALONE, Placement, place
 
 log = logging.getLogger(__name__)
 
-POLL = 0.25  # seconds between two looks at the store
-# Seconds for a main thread that is stuck in a collective with a rank which has left, or which has failed; then it is
-# ended from outside.
+POLL = 0.25  # seconds between polls of the store
+# Seconds after another rank has left, or failed, before the watching thread ends a process whose main thread hangs in
+# a collective.
 GRACE_LEFT, GRACE_FAILED = 1.0, 4.0
-LOST = 5.0  # seconds without an answer after which a rank is taken for dead
-GRACE_REACTING = 30.0  # for one on its way out, which may have workers to stop and files to close
-_AT_ONCE = -1  # a rank's answer when it has nothing to save
-_LOST = -2  # the decision when a rank does not answer
+LOST = 5.0  # seconds without an answer after which a rank counts as dead
+GRACE_REACTING = 30.0  # the same for a main thread that is already exiting: stopping workers, closing files
+_AT_ONCE = -1  # answer of a rank that has nothing to save
+_LOST = -2  # decision if a rank does not answer
 
 
 class RankLost(RuntimeError):
-    """A rank ended without a word: the kernel or a user killed it."""
+    """A rank stopped responding, usually because the kernel or a user killed it."""
 
 
 def leave_while_importing() -> None:
-    """Heed the signals until :meth:`Departure.install` does: importing takes seconds, on a cold file system minutes."""
+    """Handle the signals until :meth:`Departure.install`; importing can take minutes on a cold file system."""
     for number in LEAVE_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave_importing)
@@ -48,29 +48,29 @@ def leave_while_importing() -> None:
 
 def _leave_importing(number: int, frame: FrameType | None) -> None:
     if place().is_leader:
-        sys.stderr.write(f"sslzoo fit: {signal.Signals(number).name} while starting; nothing was begun\n")
+        sys.stderr.write(f"sslzoo fit: {signal.Signals(number).name} while starting; nothing was written\n")
         sys.stderr.flush()
     os._exit(ExitCode.PREEMPTED)
 
 
 class Departure:
-    """Signals and the agreement of the ranks, for one run.
+    """Signal handlers of one process, and the agreement of all ranks to stop.
 
     ========  =============================  ====================================================================
-    ranks     phase                          what a signal does
+    ranks     phase                          effect of a signal
     ========  =============================  ====================================================================
-    one       training                       :meth:`boundary` is true at the next step: save there and leave
-    one       starting, evaluating, ...      :class:`Preempted` is raised where the main thread stands
-    several   starting                       the same; the others hear of it by :meth:`close`
-    several   training on all ranks          each thread answers the first step that its rank has not gone into;
-                                             :meth:`boundary` is true at the largest of these
-    several   another on any rank            :class:`Preempted` on all
+    one       training                       :meth:`boundary` returns True at the next step: save there and stop
+    one       starting, evaluating, ...      :class:`Preempted` is raised in the main thread
+    several   starting                       the same; :meth:`close` informs the other ranks
+    several   training on all ranks          each thread answers with the first step that its rank has not begun;
+                                             :meth:`boundary` returns True at the largest of these
+    several   another phase on any rank      :class:`Preempted` on all
     several   a rank does not answer         :class:`RankLost` on all
     ========  =============================  ====================================================================
 
-    ``describe(error)`` tells how a run ends that ``error`` ends. ``abandon(ending)`` is called from the watching
-    thread of a rank whose main thread is stuck in a collective with a rank that has left or failed: it writes what
-    has to be written, and the process ends.
+    ``describe(error)`` returns the ``Ending`` of a run that ends with ``error``. ``abandon(ending)`` is called from
+    the watching thread if the main thread hangs in a collective with a rank that has left or failed: it writes logs
+    and manifest, and then the process exits.
     """
 
     def __init__(
@@ -84,18 +84,18 @@ class Departure:
         self._describe = describe
         self.phase = "starting"
         self._abandon = abandon
-        self._received = 0  # the signal that came to this process
-        self._reacting = False  # the main thread is on its way out
-        self._mutex = threading.Lock()  # guards the three below against a signal between two looks
-        self._immediate = True
-        self._passed = -1  # the last step that this rank went into
+        self._received = 0  # number of the signal received, or 0
+        self._reacting = False  # whether the main thread is already exiting
+        self._mutex = threading.Lock()  # guards the next three attributes between main and watching thread
+        self._immediate = True  # whether a signal ends the current phase at once
+        self._passed = -1  # the last step that this rank has begun
         self._answered = False
-        self._stop: int | None = None  # the step to leave at, once all have answered
+        self._stop: int | None = None  # the step to stop at, once all ranks have answered
         self._decided = threading.Event()
-        self._lost = ""  # which rank, in a sentence
+        self._lost = ""  # message that names the lost rank
         self._answered_at = 0.0
         self._store: Any = None
-        self.leader_gone = False  # and the store with it
+        self.leader_gone = False  # rank 0 is gone, and with it the store
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._previous: dict[signal.Signals, Any] = {}
@@ -103,7 +103,7 @@ class Departure:
     # -- signals ------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Take over the signals. One that is ignored on purpose stays so, as SIGHUP under nohup."""
+        """Install the signal handlers, except for signals that are ignored on purpose, as SIGHUP is under nohup."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in LEAVE_SIGNALS:
@@ -111,15 +111,15 @@ class Departure:
                 self._previous[number] = signal.signal(number, self._on_signal)
 
     def restore(self) -> None:
-        """Give the signals back. A process that has only to end from here ignores them."""
+        """Restore the previous handlers. In a process that is about to exit, the signals are ignored instead."""
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if handler is _leave_importing else handler)
         self._previous = {}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or number
-        # Of several ranks, the others are asked first: the signal may come from a launcher that ends the rest of a
-        # run which has lost a rank.
+        # With several ranks the others are asked first, because the signal may come from a launcher that ends the
+        # remaining ranks after one has died.
         if self._immediate and not self._reacting and (self._alone or self._stop is not None):
             self._leave_at_once()
 
@@ -133,11 +133,12 @@ class Departure:
             raise RankLost(self._lost)
         raise Preempted(f"{self.signal_name} while {self.phase}")
 
-    # -- what the main thread says and asks ---------------------------------------------------------
+    # -- called by the main thread --------------------------------------------------------------------
 
     def enter(self, phase: str, *, saves: bool = False) -> None:
-        """From now on the run is in ``phase`` (``"evaluating"``); ``saves`` where leaving means saving first,
-        at the next :meth:`boundary`. Raises :class:`Preempted` if a signal came and there is nothing to save."""
+        """Enter ``phase`` (such as ``"evaluating"``). With ``saves``, a signal takes effect at the next
+        :meth:`boundary`, where a checkpoint is saved. Raises :class:`Preempted` if a signal came and nothing needs
+        saving."""
         self.phase = phase
         with self._mutex:
             self._immediate = not saves
@@ -150,7 +151,8 @@ class Departure:
             self._leave_at_once()
 
     def boundary(self, step: int) -> bool:
-        """Whether all ranks save and leave before optimiser step ``step``. Main thread, no window open."""
+        """Whether all ranks save and stop before optimiser step ``step``. Call it in the main thread, between two
+        accumulation windows."""
         if self.placement.world_size > 1:
             with self._mutex:
                 if not self._answered:
@@ -167,21 +169,21 @@ class Departure:
 
     @property
     def signal_name(self) -> str:
-        """Of the signal that asked, or ``''``."""
+        """Name of the signal received, or ``''``."""
         return signal.Signals(self._received).name if self._received else ""
 
-    # -- the ranks ----------------------------------------------------------------------------------
+    # -- agreement of the ranks -----------------------------------------------------------------------
 
     def join(self, store: Any) -> None:
-        """Watch ``store``, which all ranks share, from now on; nothing with one process."""
+        """Start watching ``store``, which all ranks share; None, with one process, does nothing."""
         if store is not None:
             self._store = store
             self._thread = threading.Thread(target=self._watch, name="departure", daemon=True)
             self._thread.start()
 
     def report(self, ending: Ending) -> Ending:
-        """Tell the others that this rank ends otherwise than planned. Returns the ending that came first of all
-        ranks, which may be this one."""
+        """Report to the other ranks that this one ends early. Returns the first such ending of all ranks, which may be
+        this one."""
         if self._store is None:
             return ending
         try:
@@ -192,14 +194,14 @@ class Departure:
             return ending
 
     def raised(self, error: BaseException) -> None:
-        """Tell the others at once what ends this rank; tearing down may take seconds."""
+        """Report ``error`` to the other ranks at once, before a teardown that may take seconds."""
         self._reacting = True
         if self._describe is not None:
             self.report(self._describe(error))
 
     def close(self, ending: Ending) -> Ending:
-        """This rank is through; how the first that did not end as planned has ended, if there was one. Rank 0
-        stays, for some seconds at most, until the others have heard of it. Signals are ignored from now on."""
+        """End this rank's part and return the first early ending of all ranks, or ``ending`` if there was none. Rank 0
+        waits, at most a minute, until the others have read it. Signals are ignored from now on."""
         self._reacting = True
         first = ending
         if self._store is not None:
@@ -222,18 +224,18 @@ class Departure:
                 while not self._store.check(keys) and time.monotonic() < end:
                     time.sleep(0.05)
         except RuntimeError:
-            pass  # rank 0 is gone already
+            pass  # rank 0 has already exited
 
     def _watch(self) -> None:
-        told = False
+        published = False
         since: float | None = None
         end: Ending | None = None
         while not self._done.wait(POLL):
             try:
-                if self._received and not told:
+                if self._received and not published:
                     self._store.set("leave", str(self._received))
-                    told = True
-                if not self._answered and (told or self._store.check(["leave"])):
+                    published = True
+                if not self._answered and (published or self._store.check(["leave"])):
                     self._answer()
                 if self._answered and self._stop is None:
                     self._decide()
@@ -242,7 +244,7 @@ class Departure:
             except RuntimeError:
                 self.leader_gone = True
                 end = end or Ending(
-                    code=ExitCode.FAILURE, kind="RankLost", message="rank 0 ended without a word", rank=0
+                    code=ExitCode.FAILURE, kind="RankLost", message="rank 0 stopped responding", rank=0
                 )
             if self._stop in (_AT_ONCE, _LOST) and end is None:
                 lost = self._stop == _LOST
@@ -270,7 +272,7 @@ class Departure:
             os._exit(end.code)
 
     def _answer(self, *, at_once: bool = False) -> None:
-        """Say until where this rank cannot stop: the first step that it has not gone into."""
+        """Publish the first step at which this rank can still stop: the first one that it has not begun."""
         with self._mutex:
             if self._answered:
                 return
@@ -280,7 +282,7 @@ class Departure:
             answer = _AT_ONCE if immediate else self._passed + 1
         try:
             if not self._received:
-                # Of a rank that ends by itself there was no signal.
+                # This rank received no signal itself: take the one of another rank, if there is one.
                 self._received = int(self._store.get("leave")) if self._store.check(["leave"]) else 0
             self._store.set(f"leave/{self.placement.rank}", str(answer))
         except RuntimeError:
@@ -293,7 +295,7 @@ class Departure:
             self._stop = _AT_ONCE if _AT_ONCE in answers else max(answers)
         elif time.monotonic() - self._answered_at > LOST:
             silent = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
-            self._lost = f"rank {', '.join(silent)} ended without a word"
+            self._lost = f"rank {', '.join(silent)} stopped responding"
             self._stop = _LOST
         else:
             return

@@ -1,7 +1,7 @@
-"""The run directory: one folder that says what was run, with what, and how it went. Importable without torch.
+"""The run directory: its files, and the decision which run to start or continue. Importable without torch.
 
-Rank 0 alone reads and writes here. First :func:`choose` decides which run to begin or to continue, and refuses what
-cannot be; then :func:`begin` writes.
+Only rank 0 uses it. First :func:`choose` decides which run to start or continue and refuses invalid requests, without
+writing; then :func:`begin` writes manifest and recipe.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from sslzoo.run.provenance import git_state, hardware, versions
 
 log = logging.getLogger(__name__)
 
-# What may differ when a run continues: nothing that the numbers of a finished step depend on.
-# trainer.max_epochs stretches the schedules of the steps to come, and is allowed for that.
+# Keys that may change when a run continues, because finished steps do not depend on them.
+# trainer.max_epochs is one of them; it stretches the schedules of the remaining steps.
 CHANGEABLE = (
     "name",
     "data.root",
@@ -44,72 +44,72 @@ CHANGEABLE = (
     "trainer.profiler",
     "trainer.detect_anomaly",
 )
-SHOWN = 3  # differences that an error lists
-PHASES = ("training", "evaluation")  # what the manifest adds up the seconds of
+SHOWN = 3  # maximum number of differences listed in an error
+PHASES = ("training", "evaluation")  # phases whose duration the manifest records
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's directory, and the names of what lies in it."""
+    """A run's directory and the paths of its files."""
 
     path: Path
     run_id: str
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
+        """Folder with the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def manifest(self) -> Path:
-        """Versions, hardware, every start with its command, recipe, data and end."""
+        """JSON file with versions, hardware, and every start with its command, recipe, data and end."""
         return self.path / "manifest.json"
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe with the origin of each value."""
+        """The resolved recipe as YAML, with the origin of each value."""
         return self.path / "recipe.yaml"
 
     @property
     def log(self) -> Path:
-        """Everything that rank 0 logged."""
+        """Log of rank 0."""
         return self.path / "train.log"
 
     def rank_log(self, rank: int) -> Path:
-        """What one rank logged, with the traceback of its error."""
+        """Log of one rank, with the traceback of its error."""
         return self.path / "logs" / f"rank-{rank}.log"
 
     @property
     def start(self) -> Path:
-        """What the encoder started from, where that was not random."""
+        """Initial weights of the encoder, unless they were random."""
         return self.path / "start.pt"
 
     @property
     def metrics(self) -> Path:
-        """The metrics, one row per interval."""
+        """Metrics as CSV, one row per logging interval."""
         return self.path / "metrics.csv"
 
     @property
     def evaluation(self) -> Path:
-        """Folder of the evaluations' JSON files."""
+        """Folder with the evaluations' JSON files."""
         return self.path / "eval"
 
     def read_manifest(self) -> dict[str, Any]:
-        """The manifest's content; ``RunError`` where it cannot be read."""
+        """The content of the manifest; ``RunError`` if it cannot be read."""
         try:
             manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
             _ = manifest["run_id"], manifest["recipe"], manifest["world_size"]
         except FileNotFoundError as error:
-            raise RunError(f"the run directory {self.path} is gone, or its manifest.json is") from error
+            raise RunError(f"the run directory {self.path} or its manifest.json is gone") from error
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{self.manifest} is empty or damaged; start a run in another directory, from "
-                f"{self.checkpoints} by --init-from"
+                f"{self.manifest} is empty or damaged; start a new run with a different --out, initialised with "
+                f"--init-from {self.checkpoints}"
             ) from error
         return manifest
 
     def conclude(self, ending: Ending, seconds: Mapping[str, float]) -> None:
-        """Record the end of the start in progress, and what it spent."""
+        """Record how the current start ended, and its seconds per phase."""
         manifest = self.read_manifest()
         error = None if ending.code == ExitCode.DONE else ending.for_manifest()
         end = {"finished": _now(), "exit_code": int(ending.code), "error": error}
@@ -119,14 +119,14 @@ class Run:
         write_json(self.manifest, manifest | end | {"sessions": starts})
 
     def seconds_before(self, phase: str) -> float:
-        """What the starts before the one in progress spent in ``phase``."""
+        """Seconds that all earlier starts spent in ``phase``."""
         starts = self.read_manifest().get("sessions", [])
         return sum(start.get(f"{phase}_seconds") or 0.0 for start in starts[:-1])
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is going to happen: this run, from this checkpoint, or nothing because it is finished."""
+    """The run to start or continue, the checkpoint to continue from, and whether it is already finished."""
 
     run: Run
     checkpoint: Path | None = None
@@ -134,7 +134,7 @@ class Choice:
 
 
 def new_run_id() -> str:
-    """Sorts by time and does not repeat; under SLURM the job's number, so that a requeued job finds itself."""
+    """A unique id that sorts by time; under SLURM the job id, so that a requeued job finds its run."""
     if "SLURM_JOB_ID" in os.environ:
         return f"slurm-{os.environ['SLURM_JOB_ID']}"
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -150,16 +150,16 @@ def choose(
     resume: str | None,
     root: Path = Path("runs"),
 ) -> Choice:
-    """The run to begin or to continue: ``out``, the run that ``resume`` names, or ``root/<recipe>/<run id>``.
+    """Decide which run to start or continue: ``out``, the run that ``resume`` names, or ``root/<recipe>/<run id>``.
     Nothing is written.
 
-    ``resume`` is ``auto`` (the recipe's newest run with a checkpoint where ``out`` is not given; a new run where
-    there is none), a run directory or a checkpoint file. A damaged newest checkpoint gives way to the one before
-    it, unless it was named.
+    ``resume`` is ``auto`` (without ``out``, the recipe's newest run with a checkpoint; if there is none, a new
+    run), a run directory or a checkpoint file. If the newest checkpoint is damaged, the one before it is used,
+    unless the damaged one was named.
 
     Raises:
-        RunError: the directory holds another run or has an owner, or the run in it had another recipe, other
-            images, another world size or more epochs.
+        RunError: the directory contains another run or is in use, or its run had a different recipe, different
+            images, a different world size or more epochs.
         ValueError: no checkpoint can be read.
     """
     from sslzoo.checkpoints import load_checkpoint, newest_sound
@@ -175,7 +175,8 @@ def choose(
     run = Run(Path(path or root / loaded.recipe.name / run_id).absolute(), run_id)
     if origin is not None and origin != run.path and run.manifest.exists():
         raise RunError(
-            f"{run.path} holds another run than --resume {resume}, whose end would be lost; give --out a new directory"
+            f"{run.path} contains a different run than --resume {resume} and would be overwritten; give --out a new "
+            "directory"
         )
     source = run if origin is None else Run(origin, "")
     remarks: list[str] = []
@@ -183,14 +184,14 @@ def choose(
     if source.manifest.exists():
         if not resume:
             raise RunError(
-                f"{run.path} holds another run; continue it with --resume auto, or give --out another directory"
+                f"{run.path} already contains a run; continue it with --resume auto, or give --out another directory"
             )
         manifest = source.read_manifest()
         remarks = _check_same(source, manifest, loaded, plan, fingerprint)
         if source.path == run.path:
             run = Run(run.path, manifest["run_id"])
     if not run.manifest.exists() and _is_occupied(run.path):
-        raise RunError(f"{run.path} is not empty and holds no run; give --out a new directory")
+        raise RunError(f"{run.path} is not empty and contains no run; give --out a new directory")
     refuse_if_owned(run.path)
     if resume is None:
         return Choice(run)
@@ -201,7 +202,7 @@ def choose(
             raise RunError(f"--resume {resume}: no checkpoint in {source.checkpoints}")
         if done:
             raise RunError(
-                f"{run.path} is a finished run whose checkpoints are gone; to train again give another --out"
+                f"{run.path} is a finished run whose checkpoints are gone; to train again, give another --out"
             )
         return Choice(run)
     content = load_checkpoint(checkpoint)
@@ -216,33 +217,33 @@ def choose(
 
 
 def _is_occupied(path: Path) -> bool:
-    """Whether something lies at ``path`` that a start of ours, killed before its manifest, has not left."""
+    """Whether ``path`` contains anything but the leftovers of a start that was killed before it wrote a manifest."""
     if not path.is_dir():
         return path.exists()
     return any(p.name != LOCK and not p.name.endswith(".part") for p in path.iterdir())
 
 
 def newest(folder: Path) -> Path | None:
-    """The run in ``folder`` that was started last, among those with a checkpoint."""
+    """The most recently started run in ``folder`` that has a checkpoint, or None."""
     started: dict[Path, str] = {}
     for path in Path(folder).glob("*/manifest.json"):
         try:
             started[path.parent] = Run(path.parent, "").read_manifest()["started"]
         except RunError as error:
-            log.warning("passing over a run: %s", error)
+            log.warning("skipping a run: %s", error)
     passed: list[Path] = []
     for run in sorted(started, key=started.__getitem__, reverse=True):
         if any(run.glob("checkpoints/step=*.ckpt")):
             for other in passed:
-                log.warning("%s has no checkpoint; taking up %s instead", other, run)
+                log.warning("%s has no checkpoint; continuing %s instead", other, run)
             return run
         passed.append(run)
     return None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """``{dotted key: (old, new)}`` of the leaves that differ."""
-    absent = "not there"
+    """``{dotted key: (old, new)}`` for the leaves that differ."""
+    absent = "absent"
     keys = [*old, *(key for key in new if key not in old)]
     return {
         key: (old.get(key, absent), new.get(key, absent))
@@ -254,12 +255,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 def _check_same(
     run: Run, manifest: Mapping[str, Any], loaded: LoadedRecipe, plan: TrainingPlan, fingerprint: str
 ) -> list[str]:
-    """What differs and may differ, one line each; ``RunError`` for what may not."""
+    """One line for each changed key that may change; ``RunError`` for any other difference."""
     if manifest["world_size"] != plan.world_size:
         raise RunError(
-            f"{run.path} was run with {manifest['world_size']} processes, not {plan.world_size}: a run continues "
-            "exactly only with as many; set trainer.devices and trainer.num_nodes back, or start another run "
-            "with another --out, from its weights by --init-from"
+            f"{run.path} was run with {manifest['world_size']} processes, not {plan.world_size}, and can only be "
+            "continued with the same number; change trainer.devices and trainer.num_nodes back, or start a new run "
+            "with a different --out, initialised with --init-from"
         )
     changed = differences(manifest["recipe"], _flat(loaded))
     refused = {key: pair for key, pair in changed.items() if not key.startswith(CHANGEABLE)}
@@ -267,18 +268,20 @@ def _check_same(
         listing = [f"{key} was {old!r}, is {new!r}" for key, (old, new) in refused.items()]
         more = f" and {len(listing) - SHOWN} more" if len(listing) > SHOWN else ""
         raise RunError(
-            f"{run.path} was run with another recipe: {', '.join(listing[:SHOWN])}{more}; set that back, or start "
-            "another run with another --out"
+            f"{run.path} was run with a different recipe: {', '.join(listing[:SHOWN])}{more}; change that back, or "
+            "start a new run with a different --out"
         )
     _check_data(run.path, manifest.get("data_fingerprint", fingerprint), fingerprint)
-    return [f"continuing with another {key}: was {old!r}, is {new!r}" for key, (old, new) in changed.items()]
+    return [
+        f"continuing with a changed {key}: was {old!r}, is {new!r}" for key, (old, new) in changed.items()
+    ]
 
 
 def _check_data(what: Path, old: str, new: str) -> None:
     if old != new:
         raise RunError(
-            f"{what} was trained on other images: then {old}, now {new}; set data.dataset, data.root and data.split "
-            "back, or start another run with another --out, from its weights by --init-from"
+            f"{what} was trained on different images (then {old}, now {new}); change data.dataset, data.root and "
+            "data.split back, or start a new run with a different --out, initialised with --init-from"
         )
 
 
@@ -287,7 +290,7 @@ def _check_epochs(run: Run, step: int, plan: TrainingPlan) -> None:
         done = math.ceil(step / plan.steps_per_epoch)
         raise RunError(
             f"{run.path} has already trained to step {step}, in epoch {done}; trainer.max_epochs={plan.max_epochs} "
-            f"lies below: set at least {done}, or --resume an older checkpoint"
+            f"is less: set at least {done}, or --resume an older checkpoint"
         )
 
 
@@ -304,15 +307,15 @@ def begin(
     left_behind: Mapping[str, float],
     start: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write manifest and recipe, and make the folders of ``choice.run``. The caller owns the directory.
+    """Write manifest and recipe, and create the folders of ``choice.run``. The caller must hold the directory's lock.
 
-    ``left_behind`` holds the seconds by phase of the last start, should it have been killed; ``start`` says which
-    weights a new run's encoder starts from. ``OSError`` where the file system refuses.
+    ``left_behind`` holds the seconds per phase of the last start in case it was killed; ``start`` describes the
+    weights that a new run's encoder starts from. Raises ``OSError`` if a file cannot be written.
     """
     run = choice.run
     before = run.read_manifest() if run.manifest.exists() else {}
     starts = before.get("sessions", [])
-    if starts and starts[-1].get("exit_code") is None:  # it was killed: its lock tells how long it lived
+    if starts and starts[-1].get("exit_code") is None:  # it was killed; its lock holds its durations
         starts[-1] |= {f"{phase}_seconds": left_behind.get(phase, 0.0) for phase in PHASES}
     recipe = _flat(loaded)
     now = {
@@ -346,7 +349,7 @@ def begin(
         "recipe": recipe,
     } | ({} if start is None else {"start": start})
     run.path.mkdir(parents=True, exist_ok=True)
-    write_json(run.manifest, before | now)  # first: whatever lies here from now on belongs to a run
+    write_json(run.manifest, before | now)  # first, because it marks the folder as a run directory
     write_text(run.recipe, loaded.to_yaml(origins=True))
     for folder in (run.checkpoints, run.evaluation):
         folder.mkdir(exist_ok=True)

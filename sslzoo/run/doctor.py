@@ -1,4 +1,4 @@
-"""What a machine offers a run, and what is wrong with it. Every problem comes with its repair."""
+"""Check a machine for problems that would affect a run, and say how to fix them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pathlib import Path
 from sslzoo.recipe import registry
 
 FINE, NOTE, BROKEN = "fine", "note", "broken"
-SHARED_MEMORY_NEEDED = 1 << 30  # bytes; worker processes hand their batches over through it
+SHARED_MEMORY_NEEDED = 1 << 30  # bytes; data workers pass batches through shared memory
 WANDB_HOST = "api.wandb.ai"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing looked at. ``note``: a run works, but maybe not as wished; ``broken``: it will not."""
+    """The result of one check. ``note``: runs work, but perhaps not as intended; ``broken``: they will fail."""
 
     subject: str
     detail: str
@@ -31,7 +31,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Everything that is looked at, in order."""
+    """Run all checks, in order."""
     return [
         Finding(subject="python", detail=f"{platform.python_version()} on {platform.platform()}"),
         *packages(),
@@ -45,18 +45,18 @@ def examine() -> list[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """The installed version of every dependency against the one asked for."""
+    """Check the installed version of every dependency against the required one."""
     from packaging.requirements import Requirement
 
     for line in requires("sslzoo") or []:
         requirement = Requirement(line)
         try:
-            found = version(requirement.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
             if requirement.marker is not None:
                 yield Finding(
                     subject=requirement.name,
-                    detail="not installed, and only needed by recipes that ask for it",
+                    detail="not installed; only some recipes need it",
                     state=NOTE,
                     fix=f"pip install 'sslzoo[{requirement.name}]'",
                 )
@@ -68,31 +68,31 @@ def packages() -> Iterator[Finding]:
                 fix=f"pip install '{requirement}'",
             )
             continue
-        if requirement.specifier.contains(found, prereleases=True):
-            yield Finding(subject=requirement.name, detail=found)
+        if requirement.specifier.contains(installed, prereleases=True):
+            yield Finding(subject=requirement.name, detail=installed)
         else:
             yield Finding(
                 subject=requirement.name,
-                detail=f"{found}, but sslzoo needs {requirement.specifier}",
+                detail=f"{installed}, but sslzoo needs {requirement.specifier}",
                 state=BROKEN,
                 fix=f"pip install '{requirement}'",
             )
 
 
 def methods() -> Iterator[Finding]:
-    """Whether every registered method can be imported."""
+    """Check that every registered method can be imported."""
     known = registry.methods()
     broken = []
     for name in known:
         try:
             registry.method_class(name)
-        except Exception as error:  # whatever a stranger's package raises when imported
+        except Exception as error:  # importing third-party code may raise anything
             broken.append(
                 Finding(
                     subject=f"method {name}",
                     detail=f"{known[name].value} cannot be loaded: {error}",
                     state=BROKEN,
-                    fix="repair or uninstall the package that registers it",
+                    fix="fix or uninstall the package that registers it",
                 )
             )
     if not known:
@@ -100,7 +100,7 @@ def methods() -> Iterator[Finding]:
             subject="methods",
             detail="none registered",
             state=BROKEN,
-            fix="install sslzoo itself (pip install -e .), not only its folder on the path",
+            fix="install sslzoo (pip install -e .); its folder on the path is not enough",
         )
     elif len(known) > len(broken):
         yield Finding(subject="methods", detail=f"{len(known) - len(broken)} of {len(known)} load")
@@ -108,7 +108,7 @@ def methods() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    """What can compute."""
+    """List the GPUs."""
     import torch
 
     for index in range(torch.cuda.device_count()):
@@ -119,7 +119,7 @@ def devices() -> Iterator[Finding]:
             detail=f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB{bf16}",
         )
     if not torch.cuda.is_available():
-        reason = "this torch is built without CUDA" if torch.version.cuda is None else "the driver shows none"
+        reason = "torch is built without CUDA" if torch.version.cuda is None else "the driver finds none"
         yield Finding(
             subject="gpu",
             detail=f"none ({reason})",
@@ -130,7 +130,7 @@ def devices() -> Iterator[Finding]:
 
 
 def threads() -> Iterator[Finding]:
-    """Processors that this process may use against the threads that torch starts."""
+    """Compare the number of torch's threads with the processors that this process may use."""
     import torch
 
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -141,14 +141,14 @@ def threads() -> Iterator[Finding]:
             subject="threads",
             detail=detail,
             state=NOTE,
-            fix=f"export OMP_NUM_THREADS={processors}: more threads than processors only fight",
+            fix=f"export OMP_NUM_THREADS={processors}: more threads than processors slow each other down",
         )
     else:
         yield Finding(subject="threads", detail=detail)
 
 
 def data(environ: Mapping[str, str]) -> Finding:
-    """The folder under which bundled recipes look for their images."""
+    """Check the folder in which bundled recipes look for their images."""
     folder = environ.get("SSLZOO_DATA_DIR", "")
     if not folder:
         return Finding(
@@ -161,16 +161,16 @@ def data(environ: Mapping[str, str]) -> Finding:
     if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
         return Finding(
             subject="data",
-            detail=f"SSLZOO_DATA_DIR={folder} is no folder that can be read",
+            detail=f"SSLZOO_DATA_DIR={folder} is not a readable folder",
             state=BROKEN,
-            fix="mount or make it, or export another SSLZOO_DATA_DIR",
+            fix="mount or create it, or export another SSLZOO_DATA_DIR",
         )
     inside = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-    return Finding(subject="data", detail=f"{path}: {', '.join(inside) or 'no folders in it'}")
+    return Finding(subject="data", detail=f"{path}: {', '.join(inside) or 'contains no folders'}")
 
 
 def shared_memory(path: Path) -> Iterator[Finding]:
-    """Room for what worker processes hand over; nothing where the system has no such folder."""
+    """Check the free shared memory, on systems that have the folder ``path`` for it."""
     if not path.is_dir():
         return
     usage = shutil.disk_usage(path)
@@ -187,7 +187,7 @@ def shared_memory(path: Path) -> Iterator[Finding]:
 
 
 def wandb(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Where Weights & Biases runs will go, where it is installed."""
+    """Check whether Weights & Biases runs, if it is installed, will be online or offline."""
     if find_spec("wandb") is None:
         return
     if environ.get("WANDB_MODE") in ("offline", "disabled"):
@@ -199,12 +199,12 @@ def wandb(environ: Mapping[str, str]) -> Iterator[Finding]:
             subject="wandb",
             detail="not logged in; runs are kept offline in their own folder",
             state=NOTE,
-            fix="wandb login; later wandb sync RUN_DIR/wandb/offline-* sends what was kept",
+            fix="run wandb login; wandb sync RUN_DIR/wandb/offline-* uploads earlier runs",
         )
 
 
 def _in_netrc(environ: Mapping[str, str]) -> bool:
-    """Whether a login stands where ``wandb login`` writes it. Its secret is not looked at."""
+    """Whether the netrc file, in which ``wandb login`` stores logins, has an entry. The key itself is not read."""
     path = Path(environ.get("NETRC") or Path.home() / ("_netrc" if sys.platform == "win32" else ".netrc"))
     try:
         return WANDB_HOST in netrc(path).hosts

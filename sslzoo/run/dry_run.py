@@ -1,4 +1,4 @@
-"""A run in miniature: built as ``fit`` builds it, and each of its stages once. What ``fit --dry-run`` does."""
+"""``fit --dry-run``: build the run as ``fit`` does, and run each stage once on a few generated images."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from sslzoo.run.placement import world_size_of
 from sslzoo.run.summary import human_bytes, run_summary, state_memory
 from sslzoo.terminal import OUT
 
-LARGE = 100  # pixels: images above this are fewer
-EVALUATED = 2  # images of each evaluation set
-UNKNOWN_CLASSES = 10  # of labelled images that are not there to be looked at
+LARGE = 100  # pixels; above this size fewer images are used
+EVALUATED = 2  # images per evaluation set
+UNKNOWN_CLASSES = 10  # assumed number of classes if labelled images are not available
 
 
 def dry_run(recipe: Recipe) -> int:
-    """Try the run of ``recipe`` on a few generated images and the CPU; say what it is and what was done. The exit code.
+    """Try the run of ``recipe`` on a few generated images on the CPU, print a summary, and return the exit code.
 
-    The data need not be there: the catalogue's size stands in. All that is written goes to a folder that is removed.
+    The data need not be available: sizes come from the catalogue. Files go to a temporary folder that is removed.
     """
     departure = Departure()
-    departure.install()  # what a signal raises removes the folder
+    departure.install()  # signals raise an exception, so that the folder is removed
     stage = ""
     try:
         with tempfile.TemporaryDirectory(prefix="sslzoo-dry-run-") as folder:
@@ -62,10 +62,10 @@ def dry_run(recipe: Recipe) -> int:
 
 
 def build_rehearsal(recipe: Recipe, folder: Path, departure: Departure | None = None) -> BuiltRun:
-    """The run of ``recipe`` with its method in full size, a few generated images and one short epoch, in ``folder``."""
+    """Build the run in ``folder`` with a full-size method, a few generated images and a single step."""
     size, classes = known_of_data(recipe)
     pixels = max(recipe.eval.size, *(view.size for view in recipe.views))
-    images = 4 if pixels > LARGE else 8  # in a forward pass of training
+    images = 4 if pixels > LARGE else 8  # per training micro-batch
     return build_run(
         _miniature(recipe, images),
         Run(folder, "dry-run"),
@@ -77,8 +77,8 @@ def build_rehearsal(recipe: Recipe, folder: Path, departure: Departure | None = 
 
 
 def known_of_data(recipe: Recipe) -> tuple[int, int]:
-    """Images and classes (0: no labels) of the training split by the catalogue, or by the folder itself where that
-    has no entry. Of a folder that is not there, what comes nearest."""
+    """Number of images and of classes (0: no labels) in the training split: from the catalogue, otherwise from the
+    folder, and if that does not exist, a guess."""
     data, info = recipe.data, dataset_info(recipe.data.dataset)
     classes = (
         (len(data.class_names) or info.num_classes or UNKNOWN_CLASSES) if info.has_labels(data.split) else 0
@@ -94,10 +94,10 @@ def known_of_data(recipe: Recipe) -> tuple[int, int]:
 
 
 def _miniature(recipe: Recipe, images: int) -> Recipe:
-    """``recipe`` for one step of ``images`` a micro-batch and one batch of each evaluation set, in one process on the
-    CPU."""
+    """``recipe`` changed to one step with ``images`` per micro-batch and one batch per evaluation set, in one process
+    on the CPU."""
     precision = str(recipe.trainer.get("precision", "32-true"))
-    here = {
+    trainer = {
         "max_epochs": 1,
         "accelerator": "cpu",
         "devices": 1,
@@ -105,7 +105,7 @@ def _miniature(recipe: Recipe, images: int) -> Recipe:
         "precision": "bf16-mixed" if precision in ("16-mixed", "16") else precision,  # fp16 is for GPUs
         "limit_val_batches": 1,
     }
-    # Of the images that are evaluated some are held out, some are not.
+    # A fraction for which some, but not all, of the evaluated images are held out.
     holdout = next(
         fraction
         for fraction in (i / 1000 for i in range(1, 1000))
@@ -122,20 +122,20 @@ def _miniature(recipe: Recipe, images: int) -> Recipe:
             bank_size=None,
             knn_k=min(recipe.eval.knn_k, EVALUATED),
         ),
-        trainer=recipe.trainer | here,
+        trainer=recipe.trainer | trainer,
     )
 
 
 def train(built: BuiltRun) -> None:
-    """One optimiser step, an evaluation where something is labelled, and a checkpoint."""
+    """Run one optimiser step, an evaluation if there are labels, and write a checkpoint."""
     built.trainer.fit(built.method, datamodule=built.data)
     steps = built.method.optimizer_steps
     if steps != 1:
-        raise RuntimeError(f"{built.recipe.method.name} made {steps} optimiser steps instead of one")
+        raise RuntimeError(f"{built.recipe.method.name} took {steps} optimiser steps instead of one")
 
 
 def read_back(built: BuiltRun) -> int:
-    """Continue from the checkpoint, at whose step the run is through. Returns its bytes."""
+    """Resume from the checkpoint, which is at the last step, and return its size in bytes."""
     path = latest(built.run.checkpoints)
     assert path is not None
     built.trainer.fit(built.method, datamodule=built.data, ckpt_path=path)
@@ -143,7 +143,7 @@ def read_back(built: BuiltRun) -> int:
 
 
 def evaluate(built: BuiltRun) -> None:
-    """The final evaluation."""
+    """Run the final evaluation."""
     final_evaluation(
         built.method,
         built.data,
@@ -157,7 +157,7 @@ def evaluate(built: BuiltRun) -> None:
 
 
 def _failed(error: BaseException, stage: str) -> int:
-    """Say on stderr what went wrong; the exit code."""
+    """Report the error on stderr and return the exit code."""
     if isinstance(error, REFUSED):
         code, message, traceback = ExitCode.USAGE, one_line(error), ""
     else:
@@ -174,13 +174,13 @@ def _done(built: BuiltRun) -> str:
     samples = built.recipe.data.global_batch_size
     done = f"one training step on {samples} generated images"
     if built.callbacks.probe is None:
-        return f"{done} without labels, hence no evaluation"
+        return f"{done} without labels, so no evaluation"
     baselines = ", the final table" if built.recipe.eval.baselines else ""
     return f"{done}, one validation batch, probe and k-NN{baselines}"
 
 
 def _details(recipe: Recipe, built: BuiltRun) -> Table:
-    """Sizes that matter when a run does not fit."""
+    """Sizes of views and state, for runs that do not fit into memory."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("view", style="bold cyan")
     table.add_column("one image, float32")

@@ -18,33 +18,33 @@ from sslzoo.run.placement import LAUNCHER_FOLDER
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """The end of a run, or of one rank of it."""
+    """How a run, or one of its ranks, ended."""
 
     code: int
     message: str  # one sentence
-    kind: str = ""  # class of the exception
+    kind: str = ""  # class name of the exception
     traceback: str = ""
-    expected: bool = True  # False: the traceback tells more than the message
+    expected: bool = True  # whether the message suffices; if False, the traceback is shown too
     rank: int = 0
     host: str = field(default_factory=platform.node)
     time: float = field(default_factory=time.time)
 
     @property
     def is_failure(self) -> bool:
-        """Whether something went wrong at run time."""
+        """Whether the run ended with an error at run time."""
         return self.code == ExitCode.FAILURE
 
     def to_json(self) -> str:
-        """One line; :meth:`from_json` reads it."""
+        """A line of JSON for :meth:`from_json`."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str | bytes) -> Ending:
-        """What :meth:`to_json` wrote."""
+        """Read the output of :meth:`to_json`."""
         return Ending(**json.loads(text))
 
     def for_manifest(self) -> dict[str, Any]:
-        """What the manifest keeps of an end that was not the planned one."""
+        """The ``error`` entry of the manifest for a run that did not finish."""
         return {
             "rank": self.rank,
             "host": self.host,
@@ -54,27 +54,27 @@ class Ending:
         }
 
     def described(self, world_size: int) -> str:
-        """The message, with the rank where there are several."""
-        of = f"rank {self.rank} on {self.host} failed first: " if world_size > 1 and self.is_failure else ""
-        return of + self.message
+        """The message, prefixed with the failed rank if there are several ranks."""
+        who = f"rank {self.rank} on {self.host} failed first: " if world_size > 1 and self.is_failure else ""
+        return who + self.message
 
 
-# -- what a rank tells the launcher that started it ------------------------------------------------
+# -- messages from a rank to the launcher that started it -------------------------------------------
 
 
 def tell_launcher(name: str, text: str) -> bool:
-    """Leave ``text`` under ``name`` for sslzoo's own launcher; False where another program started this process, or
-    where the launcher is gone."""
+    """Send ``text`` as message ``name`` to sslzoo's own launcher. Returns False if another program started this
+    process, or if the launcher is gone."""
     folder = Path(os.environ.get(LAUNCHER_FOLDER, ""))
-    if LAUNCHER_FOLDER not in os.environ or told(folder, "pid") != str(os.getppid()):
-        if LAUNCHER_FOLDER in os.environ:  # it was killed and cannot tidy up itself
+    if LAUNCHER_FOLDER not in os.environ or read_message(folder, "pid") != str(os.getppid()):
+        if LAUNCHER_FOLDER in os.environ:  # the launcher was killed and could not clean up
             shutil.rmtree(folder, ignore_errors=True)
         return False
     write_text(folder / name, text)
     return True
 
 
-def told(folder: Path, name: str) -> str | None:
-    """What a rank left under ``name`` in the launcher's ``folder``."""
+def read_message(folder: Path, name: str) -> str | None:
+    """The message ``name`` from a rank in the launcher's ``folder``, or None."""
     path = folder / name
     return path.read_text() if path.exists() else None

@@ -1,4 +1,4 @@
-"""From an exception to an exit code and one sentence that says what to do."""
+"""Map exceptions to exit codes and one-sentence messages that say what to do."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from sslzoo.recipe.sections import EvalConfig
 from sslzoo.run.departure import RankLost
 from sslzoo.run.ending import Ending
 
-# Before the start: something is wrong with what the user gave, not with this program.
+# Errors that, before the start, are due to the user's input and not to a bug.
 REFUSED = (ValueError, OSError)
-# What the file system refuses: full, over quota, too large, read-only, forbidden, gone.
+# File-system errors: full, over quota, too large, read-only, forbidden, gone.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
 
 
 def explain(error: BaseException, *, rank: int, phase: str, begun: bool, out_of_memory: str = "") -> Ending:
-    """How a rank ends that ``error`` ends in ``phase``; ``begun`` once the run has a directory.
+    """The ending of a rank that raised ``error`` in ``phase``; ``begun`` says whether the run has its directory.
 
-    ``out_of_memory`` is what to say where a device has no memory left. What a sentence can explain is expected, and
-    shows no traceback on the terminal.
+    ``out_of_memory`` is the message if a device is out of memory. Errors that one sentence explains count as expected,
+    and their traceback is not shown on the terminal.
     """
     code, kind, message, expected = ExitCode.FAILURE, type(error).__name__, one_line(error), True
     if isinstance(error, Leave):
         code, message = error.exit_code, error.message
     elif isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
-        # Lightning makes an exit of the interrupt.
+        # Lightning turns the interrupt into a SystemExit.
         code, kind, message = ExitCode.INTERRUPT, KeyboardInterrupt.__name__, f"interrupted while {phase}"
     elif isinstance(error, REFUSED) and not begun and phase == "starting":
         code = ExitCode.USAGE
@@ -42,14 +42,14 @@ def explain(error: BaseException, *, rank: int, phase: str, begun: bool, out_of_
 
 
 def one_line(error: BaseException) -> str:
-    """What ``error`` says, without line breaks; of the file system, which file and why."""
+    """The message of ``error`` in one line; for file-system errors, the file and the reason."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def out_of_memory(plan: TrainingPlan, evaluation: EvalConfig, *, device: str, phase: str) -> str:
-    """Which batch was too large for ``device``, and what to set."""
+    """Message that says which batch was too large for ``device``, and what to change."""
     if phase == "evaluating":
         return (
             f"out of memory on {device} while evaluating; set eval.batch_size below {evaluation.batch_size}"

@@ -1,4 +1,4 @@
-"""The life of a run: build, agree, train, evaluate, report, and end with a word and an exit code."""
+"""Run an experiment from start to end: build, synchronise the ranks, train, evaluate, report, exit."""
 
 from __future__ import annotations
 
@@ -47,30 +47,30 @@ EXAMPLES = 6  # images in views.png
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What is going to run, and from where: everything is built and checked, nothing is written."""
+    """A built run and the checkpoint it starts from; everything is checked, and nothing has been written."""
 
     built: BuiltRun
     choice: Choice
 
     @property
     def run(self) -> Run:
-        """Its directory."""
+        """The run directory."""
         return self.choice.run
 
 
 def fit(
     loaded: LoadedRecipe, *, out: Path | None = None, resume: str | None = None, init_from: Path | None = None
 ) -> int:
-    """Train by ``loaded``, as one of the run's processes. Returns the exit code, which the manifest has too.
+    """Train the recipe ``loaded`` as one process of the run. Returns the exit code, also recorded in the manifest.
 
-    ``resume`` is ``auto`` (the newest checkpoint of ``out``, or of the recipe's newest run that has one; a new run
-    where there is none) or the path of a checkpoint or run directory. ``init_from`` takes weights only.
+    ``resume`` is ``auto`` (continue from the newest checkpoint in ``out``, or in the recipe's newest run that has one;
+    start a new run if there is none) or the path of a checkpoint or run directory. ``init_from`` loads only weights.
     """
     return _Life(loaded, place()).live(out=out, resume=resume, init_from=init_from)
 
 
 class _Life:
-    """One start of a run in one process, from the first check to the last word."""
+    """One start of a run in one process, from the first check to the last message."""
 
     def __init__(self, loaded: LoadedRecipe, placement: Placement) -> None:
         self.loaded, self.placement = loaded, placement
@@ -79,10 +79,10 @@ class _Life:
         self.stopwatch = Stopwatch()
         self.session: Session | None = None
         self.lock: RunLock | None = None
-        self.begun = False  # the directory is this run's, the manifest written
+        self.begun = False  # whether this run owns its directory and has written the manifest
 
     def live(self, *, out: Path | None, resume: str | None, init_from: Path | None) -> int:
-        """Prepare, train, evaluate; whatever happens, end in order."""
+        """Prepare, train and evaluate, and end in an orderly way whatever happens; returns the exit code."""
         self.messages.start()
         self.messages.silence_lightning()
         try:
@@ -105,9 +105,9 @@ class _Life:
     # -- before training ----------------------------------------------------------------------------
 
     def _prepare(self, *, out: Path | None, resume: str | None, init_from: Path | None) -> Session:
-        """Build everything and agree with the other ranks on what to do; nothing is written yet.
+        """Build everything, agree with the other ranks on what to do, and take the directory.
 
-        ``ValueError``, on all ranks, for whatever is wrong with recipe, data, checkpoint or directory.
+        Raises ``ValueError`` on all ranks if recipe, data, checkpoint or directory are invalid on any rank.
         """
         recipe = self.loaded.recipe
         check_world_size(self.placement, recipe)
@@ -148,7 +148,7 @@ class _Life:
                 raise missing
             if checkpoint is not None and not os.access(checkpoint, os.R_OK):
                 raise RunError(
-                    f"cannot read {checkpoint}, from which rank 0 continues; the run directory must lie on a file "
+                    f"cannot read {checkpoint}, from which rank 0 continues; the run directory must be on a file "
                     "system that all machines share"
                 )
             built = equip(experiment, choice.run, placement=self.placement, departure=self.departure)
@@ -172,7 +172,7 @@ class _Life:
             return build_experiment(recipe, world_size=world_size, start=False), error
 
     def _own(self, session: Session) -> None:
-        """Take the directory and write what is going to be run. Rank 0."""
+        """Lock the directory and write manifest and recipe. Rank 0 only."""
         run, choice = session.run, session.choice
         run.path.mkdir(parents=True, exist_ok=True)
         lock = RunLock(run.path, seconds=self.stopwatch.seconds, on_lost=self._lost)
@@ -192,10 +192,10 @@ class _Life:
         if choice.checkpoint is not None and choice.checkpoint.parent == run.checkpoints:
             for path in checkpoints(run.checkpoints):
                 if path.name > choice.checkpoint.name and is_damaged(path):
-                    set_aside(path)  # it was passed over for the one chosen
+                    set_aside(path)  # it was skipped in favour of an older one
 
     def _begin(self) -> None:
-        """Open the logs, show what is about to run."""
+        """Open the log files, and show what is about to run."""
         session = self.session
         assert session is not None
         run, built, recipe = session.run, session.built, self.loaded.recipe
@@ -229,9 +229,9 @@ class _Life:
             self._report(session)
 
     def _report(self, session: Session) -> None:
-        """The final evaluation, its table and the pictures. Collective; rank 0 writes and prints."""
+        """Run the final evaluation, and show its table and plots. Collective; rank 0 writes and prints."""
         run, built = session.run, session.built
-        built.method.to(built.trainer.strategy.root_device)  # Lightning moves it to the CPU when it is done
+        built.method.to(built.trainer.strategy.root_device)  # Lightning moves it to the CPU after training
         leader = self.placement.is_leader
         before = {phase: run.seconds_before(phase) if leader else 0.0 for phase in ("training", "evaluation")}
         summary = final_evaluation(
@@ -256,12 +256,12 @@ class _Life:
         plan, run = self.session.built.plan, self.session.run
         epochs = f"{plan.max_epochs} epoch{'s' * (plan.max_epochs > 1)}, {plan.total_steps:,} steps"
         figures = run.evaluation / "summary.json"
-        return f"{run.path} is finished: {epochs}; its figures are in {figures}. A larger trainer.max_epochs trains on"
+        return f"{run.path} is finished: {epochs}; results are in {figures}. Raise trainer.max_epochs to train longer"
 
     # -- the end ----------------------------------------------------------------------------------------
 
     def _ending_of(self, error: BaseException) -> Ending:
-        """Exit code and one sentence for what ended this process."""
+        """Exit code and one-sentence message for the exception that ends this process."""
         advice = ""
         if self.session is not None:
             built = self.session.built
@@ -276,9 +276,9 @@ class _Life:
         )
 
     def _conclude(self, own: Ending, ending: Ending) -> None:
-        """Record the end in log and manifest, give the directory back, and have the last word.
+        """Record the end in log and manifest, release the directory, and print the last message.
 
-        ``own`` is how this rank ended, ``ending`` how the first one did, which is what the others died of.
+        ``own`` is how this rank ended; ``ending`` is how the first rank ended, which made the others end too.
         """
         leader = self.placement.is_leader
         if own.traceback:
@@ -292,16 +292,16 @@ class _Life:
             try:
                 self.session.run.conclude(ending, self.stopwatch.seconds())
             except (OSError, RunError) as error:
-                trouble = f"the manifest lacks this end: {one_line(error)}"
+                trouble = f"the manifest does not record this end: {one_line(error)}"
         if self.lock is not None:
-            with suppress(OSError):  # the directory may be what is wrong
+            with suppress(OSError):  # the directory itself may be gone
                 self.lock.release()
-        self._last_word(ending, trouble)
+        self._print_last_words(ending, trouble)
         self.messages.close()
         _end_workers()
 
-    def _last_word(self, ending: Ending, trouble: str) -> None:
-        """What happened and what to do next, as the last lines on the terminal."""
+    def _print_last_words(self, ending: Ending, trouble: str) -> None:
+        """Print what happened and what to do next as the last lines on the terminal."""
         if ending.code == ExitCode.DONE:
             if self.placement.is_leader:
                 OUT.print(ending.message, soft_wrap=True)
@@ -315,23 +315,25 @@ class _Life:
             ending.rank == self.placement.rank
             and (self.placement.node_rank > 0 or self.departure.leader_gone)
         ):
-            # Rank 0 tells what happened to any rank. On another machine, or without rank 0, one tells it oneself.
+            # Rank 0 reports the failure of any rank; the failed rank itself also does on another machine, or
+            # if rank 0 is gone.
             self.messages.print_error(text)
 
     def _abandon(self, ending: Ending) -> None:
-        """The main thread waits for a rank that is gone: write what has to be written, from another thread."""
+        """Conclude from another thread because the main thread waits for a rank that is gone."""
         self._conclude(ending, ending)
 
     def _lost(self, owner: str) -> None:
-        """Another process owns the directory: whatever this one wrote now would damage its run."""
+        """Exit because another process owns the directory, and writing to it would damage that run."""
         self.messages.print_error(
-            f"sslzoo fit: this run was silent for so long that {owner} has taken its directory over; it ends here"
+            f"sslzoo fit: {owner} has taken over the run directory, because this run did not renew its lock for "
+            "too long; stopping"
         )
         os._exit(ExitCode.FAILURE)
 
 
 def _to_files_only(level: int, text: str) -> None:
-    """Into the logs; the terminal gets its own last word."""
+    """Log ``text`` to the log files but not to the terminal, which gets its own message."""
     logger = logging.getLogger("sslzoo")
     record = logger.makeRecord("sslzoo.run.fit", level, __file__, 0, text, (), None)
     for handler in logger.handlers:
@@ -340,12 +342,12 @@ def _to_files_only(level: int, text: str) -> None:
 
 
 def _end_workers() -> None:
-    """Data workers leave signals to this process, so the polite end at exit would not reach them."""
+    """Kill the data workers: they ignore SIGTERM, with which they would be ended at exit."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers and threading.current_thread() is threading.main_thread():
         signal.signal(
             signal.SIGCHLD, signal.SIG_DFL
-        )  # the data loader's handler takes this end for an accident
+        )  # the data loader's handler would report the killed workers as an error
     for worker in workers:
         worker.kill()
         worker.join()
@@ -353,14 +355,14 @@ def _end_workers() -> None:
 
 @contextmanager
 def _together(meeting: Rendezvous, stage: str) -> Iterator[None]:
-    """What goes wrong inside on one rank is raised on all."""
+    """Raise an error that occurs inside on one rank on all ranks."""
     try:
         yield
     except Exception as error:
         try:
             meeting.agree(stage, one_line(error))
         except RunError as refusal:
-            if isinstance(error, REFUSED):  # a plain word for all; a bug keeps its own traceback
+            if isinstance(error, REFUSED):  # a plain message on all ranks; bugs keep their own traceback
                 raise refusal from error
         raise
     meeting.agree(stage, None)

@@ -1,7 +1,7 @@
-"""Start the ranks of this machine and wait for them: what torchrun does, without a second command.
+"""Start the ranks on this machine and wait for them, as torchrun does, but without a second command.
 
-The parent imports no torch. It forwards signals, ends the other ranks when one has died, and has the last word when
-a rank could not speak for itself.
+The parent does not import torch. It forwards signals, ends the other ranks when one has died, and reports the error of
+a rank that could not report it itself.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from sslzoo.checks import require
 from sslzoo.exits import LEAVE_SIGNALS, ExitCode
 from sslzoo.recipe.load import LoadedRecipe
 from sslzoo.run.directory import PHASES, Run
-from sslzoo.run.ending import Ending, told
+from sslzoo.run.ending import Ending, read_message
 from sslzoo.run.lock import read_lock
 from sslzoo.run.placement import ALONE, LAUNCHER_FOLDER, devices_per_node
 from sslzoo.run.words import last_words
 
-PATIENCE = 20.0  # seconds that the other ranks have to end by themselves after the first has
-POLL = 0.05
-_INTERRUPT_AFTER = 3.0  # seconds until an interrupt that only this process received is passed on
+PATIENCE = 20.0  # seconds that the other ranks get to exit by themselves after one has failed
+POLL = 0.05  # seconds
+_INTERRUPT_AFTER = 3.0  # seconds until SIGINT is forwarded, if the ranks did not receive it themselves
 
 
 def launch(arguments: Sequence[str], loaded: LoadedRecipe) -> int:
-    """Run ``sslzoo`` with ``arguments`` as every rank of this machine; the run's exit code.
+    """Run ``sslzoo`` with ``arguments`` as each rank of this machine, and return the run's exit code.
 
-    Raises ``ValueError`` for a run on several machines that nobody has told how to meet.
+    Raises ``ValueError`` for a run on several machines without an address for their rendezvous.
     """
     processes, nodes = devices_per_node(loaded.recipe), loaded.recipe.nodes
     require(
         nodes == 1 or all(name in os.environ for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")),
-        f"trainer.num_nodes={nodes}, but nobody says how the machines meet: start one task per device with srun, or "
-        f"on every machine: torchrun --nnodes {nodes} --nproc-per-node {processes} --rdzv-backend c10d "
+        f"trainer.num_nodes={nodes}, but this process does not know the other machines: start one task per device "
+        f"with srun, or on every machine: torchrun --nnodes {nodes} --nproc-per-node {processes} --rdzv-backend c10d "
         "--rdzv-endpoint HOST:29500 -m sslzoo fit ...",
     )
     folder = Path(tempfile.mkdtemp(prefix="sslzoo-"))
@@ -56,7 +56,7 @@ def launch(arguments: Sequence[str], loaded: LoadedRecipe) -> int:
 
 
 class _Ranks:
-    """The processes of one machine."""
+    """The rank processes on one machine."""
 
     def __init__(self, arguments: Sequence[str], processes: int, nodes: int, folder: Path) -> None:
         node = int(os.environ.get("NODE_RANK", "0")) if nodes > 1 else 0
@@ -72,13 +72,13 @@ class _Ranks:
         if "OMP_NUM_THREADS" not in os.environ:
             shared["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // processes, 1))
         self._interrupted: float | None = None
-        self.died: list[int] = []  # ranks that a signal killed which this process did not send, in that order
-        self._sent: set[int] = set()  # signals that were passed on
+        self.died: list[int] = []  # local ranks killed by a signal that was not forwarded, in order
+        self._sent: set[int] = set()  # forwarded signals
         self.left_over: list[subprocess.Popen[bytes]] = []
         self._children: list[subprocess.Popen[bytes]] = []
-        # Before the first child: a signal in between must reach it.
+        # Set up before starting the first child, so that no signal is missed.
         previous = {
-            number: signal.signal(number, self._forward) for number in LEAVE_SIGNALS if _heeded(number)
+            number: signal.signal(number, self._forward) for number in LEAVE_SIGNALS if _is_handled(number)
         }
         previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         self._previous = previous
@@ -94,8 +94,8 @@ class _Ranks:
 
     @property
     def codes(self) -> list[int]:
-        """Exit codes, without those of ranks that were ended at last; negative for those that a signal killed. One
-        that died of a signal which was passed on, before it could heed it, was pre-empted."""
+        """Exit codes, except of ranks killed at the end; negative for ranks killed by a signal. A rank that died of a
+        forwarded signal, before it could handle it, counts as pre-empted."""
         codes = [child.wait() for child in self._children if child not in self.left_over]
         return [ExitCode.PREEMPTED if -code in self._sent else code for code in codes]
 
@@ -104,10 +104,10 @@ class _Ranks:
         return self._children[local].wait()
 
     def wait(self) -> None:
-        """Until all have ended. When one has failed, the others have some seconds to end by themselves."""
+        """Wait until all ranks have exited. Once one has failed, the others get ``PATIENCE`` seconds to exit."""
         failed: float | None = None
         try:
-            # All are polled, not only those before the first that lives.
+            # A list, not a generator, so that every child is polled even if the first is still running.
             while None in [child.poll() for child in self._children]:
                 now = time.monotonic()
                 self._note_deaths()
@@ -128,7 +128,7 @@ class _Ranks:
                 signal.signal(number, handler)
 
     def _failed(self, code: int | None) -> bool:
-        """Whether this is the end of a rank from which the others cannot recover. All leave together on 75."""
+        """Whether the other ranks cannot continue after this exit code. On 75 all ranks leave together."""
         return code == ExitCode.FAILURE or (code is not None and code < 0 and -code not in self._sent)
 
     def _note_deaths(self) -> None:
@@ -144,18 +144,18 @@ class _Ranks:
                 child.send_signal(number)
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        """The terminal has sent it to the ranks too; ``kill -INT`` has not."""
+        """Note the time: Ctrl-C in a terminal reaches the ranks too, but ``kill -INT`` does not."""
         self._interrupted = time.monotonic()
 
 
 def end_with_parent() -> None:
-    """Have the kernel ask this process to leave when the launcher dies. Linux only."""
+    """Make the kernel send SIGTERM to this process if the launcher dies. Linux only."""
     if LAUNCHER_FOLDER in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def _heeded(number: int) -> bool:
+def _is_handled(number: int) -> bool:
     return signal.getsignal(number) is not signal.SIG_IGN
 
 
@@ -166,18 +166,19 @@ def _free_port() -> int:
 
 
 def _conclude(ranks: _Ranks, folder: Path, loaded: LoadedRecipe) -> int:
-    """The run's exit code. A rank that died without a word is named last, after what the others have said."""
+    """Print the last message of a failed run and return the exit code. A rank that was killed is reported as the
+    cause, unless another rank had failed before."""
     codes = ranks.codes
-    ending = told(folder, "ending")
-    words = told(folder, "words")  # of rank 0, which leaves the telling of a failure to this process
-    # Who was killed after another had failed is no cause.
+    ending = read_message(folder, "ending")
+    words = read_message(folder, "words")  # the last message, which a failed rank leaves to this process
+    # A rank that was killed after another had failed is not the cause.
     if ranks.died and (ending is None or Ending.from_json(ending).kind in _CONSEQUENCES):
         rank, number = ranks.first_rank + ranks.died[0], signal.Signals(-ranks.code_of(ranks.died[0]))
         why = "; the machine may have run out of memory" if number is signal.SIGKILL else ""
         message = f"rank {rank} was killed by {number.name}{why}"
         dead = Ending(code=ExitCode.FAILURE, kind=number.name, rank=rank, message=message)
-        where = told(folder, "run")
-        run = Run(Path(where), "") if where is not None else None
+        path = read_message(folder, "run")
+        run = Run(Path(path), "") if path is not None else None
         words = last_words(dead, ALONE, run, loaded)
         if run is not None:
             _record(run, dead)
@@ -189,12 +190,12 @@ def _conclude(ranks: _Ranks, folder: Path, loaded: LoadedRecipe) -> int:
     return next((code for code in codes if code), 0)
 
 
-# What the loss of a rank looks like on the others.
+# Errors that the other ranks raise when a rank dies.
 _CONSEQUENCES = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError", "RankLost", "")
 
 
 def _record(run: Run, ending: Ending) -> None:
-    """Correct what rank 0 took for the end, if it could write at all."""
+    """Replace the end that rank 0 recorded, if any, in the manifest."""
     try:
         start = run.read_manifest()["sessions"][-1]
         spent = (read_lock(run.path) or {}).get("seconds", {})
@@ -202,6 +203,6 @@ def _record(run: Run, ending: Ending) -> None:
             ending, {phase: start.get(f"{phase}_seconds", spent.get(phase, 0.0)) for phase in PHASES}
         )
         with run.log.open("a") as log:
-            log.write(f"{ending.message}; what the other ranks say above follows from that\n")
+            log.write(f"{ending.message}; this caused the errors of the other ranks above\n")
     except (ValueError, OSError, KeyError, IndexError) as error:
-        sys.stderr.write(f"sslzoo fit: the manifest of {run.path} could not be completed: {error}\n")
+        sys.stderr.write(f"sslzoo fit: the manifest of {run.path} could not be updated: {error}\n")

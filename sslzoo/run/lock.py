@@ -1,7 +1,7 @@
-"""One run at a time in a run directory. Importable without torch.
+"""Lock of a run directory, so that only one process uses it at a time. Importable without torch.
 
-``run.lock`` names the owner: host, process and job. A run that was killed leaves it behind; the next one takes it
-over when the owner is certainly gone.
+``run.lock`` names the owner: host, process and job. A killed run leaves it behind; the next run takes it over once the
+owner is known to be dead.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 from sslzoo.exits import RunError
 from sslzoo.files import write_json
 
-LOCK = "run.lock"  # the file's name
-HEARTBEAT = 10.0  # seconds between signs of life
-STALE = 120.0  # seconds without one after which an owner that cannot be asked counts as dead
+LOCK = "run.lock"  # file name
+HEARTBEAT = 10.0  # seconds between heartbeats
+STALE = 120.0  # seconds without a heartbeat after which an owner on another machine counts as dead
 
 
 class RunLock:
-    """Ownership of one run directory, with a thread that gives a sign of life every ten seconds.
+    """Ownership of one run directory, with a thread that writes a heartbeat every ten seconds.
 
-    ``seconds`` is called at each of them; what it returns stays readable after a kill. ``on_lost`` is called
-    from that thread when another process has taken the directory over, which can only happen to a run that
-    was silent for two minutes.
+    ``seconds`` returns the seconds per phase; each heartbeat stores them, so that they survive a kill. ``on_lost``
+    is called from the thread, with the new owner, if another process took over the directory, which can only
+    happen after two minutes without a heartbeat.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class RunLock:
             "pid_namespace": _pid_namespace(),
             "job": os.environ.get("SLURM_JOB_ID", ""),
         }
-        self.left_behind: dict[str, float] = {}  # seconds of a run that was killed, by its last sign of life
+        self.left_behind: dict[str, float] = {}  # seconds per phase of a killed run, from its last heartbeat
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
 
     def acquire(self) -> None:
-        """Take the directory. ``RunError`` names the owner where another run has it."""
+        """Lock the directory. Raises ``RunError`` with the owner's name if it is in use."""
         part = self.path.with_name(f"{LOCK}.{self._owner['id']}.part")
         try:
             part.write_text(json.dumps(self._content()))
@@ -60,7 +60,7 @@ class RunLock:
                 self._clear(dead)
                 self.left_behind = dead.get("seconds", {})
             try:
-                os.link(part, self.path)  # fails where somebody was faster
+                os.link(part, self.path)  # fails if another process was faster
             except FileExistsError:
                 raise RunError(_in_use(self.path.parent, read_lock(self.path.parent) or {})) from None
             except OSError:  # a file system without hard links
@@ -70,22 +70,22 @@ class RunLock:
         self._thread.start()
 
     def _clear(self, dead: dict[str, Any]) -> None:
-        """Move the lock of a ``dead`` owner out of the way. Of several that try at once, one moves it; another may
-        catch the lock that the first has made since, and puts it back."""
+        """Remove the lock of a ``dead`` owner. If several processes try at once, only one removes it; another may
+        move the new lock of the first by mistake, and puts it back."""
         aside = self.path.with_name(f"{LOCK}.{self._owner['id']}.old.part")
         try:
             self.path.rename(aside)
-            caught = _content(aside) or {}
-            if caught.get("id") != dead.get("id"):
+            moved = _content(aside) or {}
+            if moved.get("id") != dead.get("id"):
                 os.link(aside, self.path)
-                raise RunError(_in_use(self.path.parent, caught))
+                raise RunError(_in_use(self.path.parent, moved))
         except FileNotFoundError:
-            pass  # somebody was faster, and has not made his own yet
+            pass  # another process removed it and has not written its own yet
         finally:
             aside.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Give the directory back."""
+        """Stop the heartbeats and remove the lock."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
@@ -93,12 +93,12 @@ class RunLock:
             self.path.unlink(missing_ok=True)
 
     def beat(self) -> None:
-        """Give a sign of life now."""
+        """Write a heartbeat now."""
         now = read_lock(self.path.parent)
         if now and now.get("id") != self._owner["id"]:
             self._ended.set()
             self._on_lost(_named(now))
-        elif now is not None:  # where it cannot be read, as for a moment on a network, it is written anew
+        elif now is not None:  # also if it is unreadable, as may happen briefly on a network file system
             write_json(self.path, self._content())
 
     def _content(self) -> dict[str, Any]:
@@ -108,12 +108,12 @@ class RunLock:
         while not self._ended.wait(HEARTBEAT):
             with suppress(
                 OSError
-            ):  # a full disk or a deleted directory ends the run where it writes its results
+            ):  # a full disk or a deleted directory ends the run when it writes its results
                 self.beat()
 
 
 def read_lock(folder: Path) -> dict[str, Any] | None:
-    """The content of the directory's lock; None without one, empty where it cannot be read."""
+    """The content of the lock in ``folder``: None without a lock, empty if it cannot be read."""
     return _content(Path(folder) / LOCK)
 
 
@@ -127,10 +127,10 @@ def _content(path: Path) -> dict[str, Any] | None:
 
 
 def refuse_if_owned(folder: Path) -> None:
-    """``RunError`` where a run that may be alive owns ``folder``.
+    """Raise ``RunError`` if a run that may be alive owns ``folder``.
 
-    Dead is an owner whose process is gone from this machine, one of this very job (a job that starts again
-    has no other process left), and one without a sign of life for two minutes.
+    An owner is dead if its process no longer exists on this machine, if it belongs to the same SLURM job (a
+    requeued job has no older processes), or if its last heartbeat is more than two minutes old.
     """
     owner = read_lock(folder)
     if owner is None or _is_dead(Path(folder) / LOCK, owner):
@@ -143,7 +143,7 @@ def _in_use(folder: Path, owner: dict[str, Any]) -> str:
 
 
 def _is_dead(path: Path, owner: dict[str, Any]) -> bool:
-    here = (platform.node(), _pid_namespace())  # of another container, no process can be seen
+    here = (platform.node(), _pid_namespace())  # processes in other containers are invisible
     if (owner.get("host"), owner.get("pid_namespace")) == here:
         return (
             _started(int(owner.get("pid", 0))) != owner.get("pid_started") or owner.get("pid") == os.getpid()
@@ -153,7 +153,7 @@ def _is_dead(path: Path, owner: dict[str, Any]) -> bool:
 
 
 def _age(path: Path) -> float:
-    """Seconds since ``path`` was written, by the clock of its file system: hosts' clocks differ."""
+    """Seconds since ``path`` was written, by the clock of its file system, since hosts' clocks may differ."""
     probe = path.with_name(f"{LOCK}.{uuid.uuid4().hex}.part")
     try:
         probe.touch()
@@ -165,15 +165,15 @@ def _age(path: Path) -> float:
 
 
 def _started(pid: int) -> str:
-    """When process ``pid`` of this machine started, which tells it from a later one of the same number; ``''``
-    without such a process."""
+    """Start time of process ``pid`` on this machine, which distinguishes it from a later process with the same id;
+    ``''`` if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         pass
     if Path("/proc/self/stat").exists():
         return ""
-    try:  # no /proc: the number must do
+    try:  # without /proc, only check that the process exists
         os.kill(pid, 0)
     except ProcessLookupError:
         return ""
@@ -191,6 +191,6 @@ def _pid_namespace() -> str:
 
 def _named(owner: dict[str, Any]) -> str:
     if not owner:
-        return "an owner that run.lock does not name"
+        return "an unknown owner (run.lock is unreadable)"
     job = f", job {owner['job']}" if owner.get("job") else ""
     return f"process {owner.get('pid')} on {owner.get('host')}{job}"

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases beside ``metrics.csv``. Once a run has begun, neither can fail it."""
+"""TensorBoard and Weights & Biases loggers. Once a run has started, their errors never end it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sslzoo.recipe.sections import LoggingConfig, WandbConfig
 
 log = logging.getLogger(__name__)
 
-# Packages that keys under logging need, of the same name, and how pip is asked for them.
+# Key under logging, which is also the name of the package it needs -> argument of pip install.
 PACKAGES = {"tensorboard": "'sslzoo[tensorboard]'", "wandb": "wandb"}
-ONLINE_TIMEOUT = 20.0  # seconds to reach the server at the start, then the run goes on offline
+ONLINE_TIMEOUT = 20.0  # seconds to reach the server at the start, before the run continues offline
 
 
 def require_packages(cfg: LoggingConfig) -> None:
-    """Raise ``ValueError`` where the package for what ``cfg`` asks is not installed."""
+    """Raise ``ValueError`` if a package that ``cfg`` needs is not installed."""
     for name, requirement in PACKAGES.items():
         if getattr(cfg, name) and find_spec(name) is None:
             raise ValueError(
@@ -35,10 +35,10 @@ def require_packages(cfg: LoggingConfig) -> None:
 def build_loggers(
     cfg: LoggingConfig, run_dir: Path, run_id: str, *, recipe: dict[str, Any] | None = None
 ) -> list[Logger]:
-    """The loggers that ``cfg`` asks for; those that cannot start are left out with one warning.
+    """The loggers that ``cfg`` asks for; one that cannot start is left out with a warning.
 
-    ``recipe`` (plain values) becomes the W&B run's config. A resumed run continues its W&B run by
-    ``run_id``. Values go to ``logger.log_metrics(values, step=optimizer_steps)``.
+    ``recipe`` (plain values) becomes the config of the W&B run. A resumed run continues the W&B run with
+    the same ``run_id``. Log values with ``logger.log_metrics(values, step=optimizer_steps)``.
     """
     loggers: list[Logger] = []
     if cfg.tensorboard:
@@ -50,7 +50,7 @@ def build_loggers(
 
 
 def log_histogram(loggers: Iterable[Logger], name: str, values: Tensor, *, step: int) -> None:
-    """A histogram of ``values`` in every logger that has them."""
+    """Log a histogram of ``values`` with every logger that supports histograms."""
     values = values.detach().cpu()
     for logger in loggers:
         try:
@@ -61,7 +61,7 @@ def log_histogram(loggers: Iterable[Logger], name: str, values: Tensor, *, step:
 
                 logger.log_metrics({name: wandb.Histogram(values.tolist())}, step=step)  # type: ignore[dict-item]
         except Exception as error:
-            log.warning("%s took no histogram of %s: %s", type(logger).__name__, name, error)
+            log.warning("%s could not log the histogram %s: %s", type(logger).__name__, name, error)
 
 
 def wandb_login() -> bool:
@@ -80,7 +80,7 @@ def _wandb(cfg: WandbConfig, run_dir: Path, run_id: str, recipe: dict[str, Any])
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb_login() else "offline")
     if mode == "online" and not wandb_login():
-        log.warning("logging.wandb.mode=online, but there is no W&B login: going on offline")
+        log.warning("logging.wandb.mode=online, but there is no W&B login; continuing offline")
         mode = "offline"
     modes = ["online", "offline"] if mode == "online" else [mode]
     for attempt in modes:
@@ -88,7 +88,7 @@ def _wandb(cfg: WandbConfig, run_dir: Path, run_id: str, recipe: dict[str, Any])
             return _start(cfg, attempt, run_dir, run_id, recipe)
         except Exception as error:  # not installed, logged out, unreachable, a full disk: never fatal
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            after = "going on offline" if attempt != modes[-1] else "going on without"
+            after = "continuing offline" if attempt != modes[-1] else "continuing without it"
             log.warning("W&B (%s) could not start: %s; %s", attempt, reason, after)
     return None
 
@@ -108,5 +108,5 @@ def _start(cfg: WandbConfig, mode: str, run_dir: Path, run_id: str, recipe: dict
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(init_timeout=ONLINE_TIMEOUT, silent=True),
     )
-    _ = logger.experiment  # connects now, where a failure can be handled; a dummy on ranks other than 0
+    _ = logger.experiment  # connect now, while errors can be handled; a dummy on ranks other than 0
     return logger

@@ -1,6 +1,6 @@
-"""Where the words of a run go: everything to files, warnings and errors to the terminal of rank 0 as well.
+"""Logging of a run: everything goes to files, warnings and errors also to the terminal of rank 0.
 
-The run directory is known only after a while. What was logged until then reaches its files too.
+Records logged before the run directory is known are kept and written to its files later.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from sslzoo.terminal import ERR
 
 _FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
 _STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
-# `path:line: Category: text`, then the line of source: what Python makes of warnings.warn(text).
+# Python formats warnings as `path:line: Category: text`, followed by the source line.
 _PYTHON_WARNING = re.compile(r"\A.*?:\d+: \w+: (?P<text>.*?)(?:\n  .*)?\s*\Z", re.DOTALL)
 
 
 def packages() -> set[str]:
-    """The framework, and every package that registers a method or an analysis."""
+    """Names of the packages whose loggers are captured: sslzoo, and those that register a method or an analysis."""
     points = (*registry.methods().values(), *registry.analyses().values())
     return {"sslzoo", *(point.module.partition(".")[0] for point in points)}
 
@@ -35,8 +35,8 @@ def packages() -> set[str]:
 class Messages:
     """The logging of one process of a run, from the start of the command to its end.
 
-    Ranks other than 0 have no terminal: from :meth:`open` on, all that they or the libraries under them print
-    goes to their own log.
+    Ranks other than 0 do not use the terminal: from :meth:`open` on, everything that they or their libraries
+    print goes to their own log file.
     """
 
     def __init__(self, placement: Placement) -> None:
@@ -49,12 +49,12 @@ class Messages:
             self._handlers.append(_Terminal(level=logging.WARNING))
         self._quiet: list[tuple[logging.Logger, logging.Handler]] = []
         self._own_log: IO[str] | None = None
-        self._terminal: int | None = None  # stderr as it was
+        self._terminal: int | None = None  # file descriptor of the original stderr
 
     def start(self) -> None:
-        """Listen to the framework, to methods, to Lightning and to Python's warnings."""
+        """Capture log records of the framework, methods and Lightning, and Python's warnings."""
         logging.captureWarnings(True)
-        logging.raiseExceptions = False  # a log that cannot be written is no page of its own on the terminal
+        logging.raiseExceptions = False  # no traceback on the terminal if a log file cannot be written
         for name in self._packages:
             logging.getLogger(name).setLevel(logging.INFO)
         for name in self._loggers:
@@ -62,7 +62,7 @@ class Messages:
                 logging.getLogger(name).addHandler(handler)
 
     def silence_lightning(self) -> None:
-        """Take away Lightning's own line on stderr, which would be a second one. After its import."""
+        """Remove Lightning's handlers for stderr, which would print each record twice. Call after importing it."""
         for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
             logger = logging.getLogger(name)
             for handler in list(logger.handlers):
@@ -71,17 +71,17 @@ class Messages:
                     self._quiet.append((logger, handler))
 
     def open(self, run: Run) -> None:
-        """Write to the files of ``run``, first what was logged before. ``OSError`` on rank 0 if that is refused;
-        another rank, whose machine may not have the directory, does without."""
-        own = run.rank_log(self.placement.rank)
+        """Start logging to the files of ``run``, beginning with earlier records. Raises ``OSError`` on rank 0 if they
+        cannot be written; other ranks, whose machine may not have the directory, continue without."""
+        path = run.rank_log(self.placement.rank)
         try:
-            own.parent.mkdir(parents=True, exist_ok=True)
-            self._own_log = own.open("a", buffering=1)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._own_log = path.open("a", buffering=1)
         except OSError:
             if self.placement.is_leader:
                 raise
             return
-        paths = [own, run.log] if self.placement.is_leader else [own]
+        paths = [path, run.log] if self.placement.is_leader else [path]
         files: list[logging.Handler] = [logging.FileHandler(path) for path in paths]
         for handler in files:
             handler.setFormatter(_FORMAT)
@@ -104,11 +104,11 @@ class Messages:
     def record(self, text: str) -> None:
         """Write ``text``, such as a traceback, to this rank's own log."""
         if self._own_log is not None:
-            with suppress(OSError):  # a full disk must not hide what has filled it
+            with suppress(OSError):  # a full disk must not hide the original error
                 self._own_log.write(text.rstrip() + "\n")
 
     def print_error(self, text: str) -> None:
-        """Write ``text`` to the terminal, also on a rank that has given its own away."""
+        """Write ``text`` to the terminal, also on a rank whose stderr is redirected to its log."""
         if self._terminal is not None:
             with suppress(OSError):
                 os.write(self._terminal, f"{text.rstrip()}\n".encode())
@@ -116,7 +116,7 @@ class Messages:
             ERR.print(Text(text.rstrip()), soft_wrap=True)
 
     def close(self) -> None:
-        """Stop listening, close the files."""
+        """Remove the handlers and close the files."""
         logging.captureWarnings(False)
         for name in self._loggers:
             for handler in self._handlers:
@@ -128,13 +128,13 @@ class Messages:
             logger.addHandler(handler)
         if self._own_log is not None:
             faulthandler.disable()
-            if self._terminal is None:  # else stdout and stderr go there until the process ends
+            if self._terminal is None:  # otherwise stdout and stderr use the file until the process exits
                 with suppress(OSError):
                     self._own_log.close()
 
 
 class _Early(logging.Handler):
-    """Keeps what is logged before there is a file."""
+    """Keeps records in memory until there is a log file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class _Early(logging.Handler):
 
 
 class _Terminal(logging.Handler):
-    """One line on stderr, above a live display where there is one."""
+    """Prints records to stderr, one line each, above a live display if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, read from the environment before any process group exists.
+"""Rank and world size of this process, read from the environment before a process group exists.
 
 Importable without torch.
 """
@@ -15,22 +15,22 @@ from sslzoo.recipe.sections import Recipe
 
 LAUNCHER_FOLDER = "SSLZOO_LAUNCHER_FOLDER"  # set by sslzoo's own launcher for the ranks that it starts
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_SPECIAL_STEPS = 0xFFFFFFF0  # SLURM numbers its batch and interactive steps from here on
+_SPECIAL_STEPS = 0xFFFFFFF0  # SLURM step ids from here on are batch scripts and interactive steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """This process among those of the run."""
+    """Rank, world size and address of this process within the run."""
 
-    starter: str = "alone"  # or sslzoo (its own launcher), torchrun, srun
+    starter: str = "alone"  # what started it: alone, sslzoo (its own launcher), torchrun or srun
     rank: int = 0
     local_rank: int = 0
     node_rank: int = 0
     world_size: int = 1
-    per_node: int = 1  # processes on this machine
-    address: str = "127.0.0.1"  # where rank 0 runs
+    per_node: int = 1  # processes per machine
+    address: str = "127.0.0.1"  # of rank 0
     port: int = 0
-    attempt: int = 0  # of torchrun, which restarts a group that failed
+    attempt: int = 0  # number of restarts by torchrun, which restarts a failed group
 
     @property
     def is_leader(self) -> bool:
@@ -42,10 +42,10 @@ ALONE = Placement()
 
 
 def place(environ: Mapping[str, str] = os.environ) -> Placement:
-    """This process's place by the variables of torchrun, else of srun, else alone.
+    """Read the placement from the variables of torchrun, otherwise of srun; without either the process is alone.
 
-    torchrun inside a SLURM job wins over SLURM's own variables, which then describe the agent. A batch
-    script has SLURM's variables too, but only a step that srun started has several tasks.
+    torchrun's variables take precedence over SLURM's, which describe its agent in a SLURM job. A batch
+    script has SLURM's variables too, but only steps started by srun have several tasks.
     """
     if all(name in environ for name in _TORCHRUN):
         return Placement(
@@ -65,7 +65,7 @@ def place(environ: Mapping[str, str] = os.environ) -> Placement:
     nodes = (
         environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or environ["SLURM_JOB_NODELIST"]
     )
-    # Two steps of one job must not meet at the same port.
+    # Two steps of the same job need different ports.
     port = 15000 + (int(environ["SLURM_JOB_ID"]) + 101 * int(environ["SLURM_STEP_ID"])) % 10000
     count = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES") or "1")
     return Placement(
@@ -87,12 +87,12 @@ def _srun_tasks(environ: Mapping[str, str]) -> int:
 
 
 def first_node(nodes: str) -> str:
-    """``gpu[003-007,12],login`` -> ``gpu003``."""
+    """The first host of a SLURM node list: ``gpu003`` for ``gpu[003-007,12],login``."""
     return re.split(r"[,\s]", re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes))[0]
 
 
 def devices_per_node(recipe: Recipe) -> int:
-    """Processes on one machine. Imports torch only where the number of its GPUs decides."""
+    """Number of processes per machine. Imports torch only if it depends on the number of GPUs."""
     if recipe.devices is not None:
         return recipe.devices
     import torch
@@ -101,20 +101,20 @@ def devices_per_node(recipe: Recipe) -> int:
 
 
 def world_size_of(recipe: Recipe) -> int:
-    """Processes of the whole run."""
+    """Number of processes in the whole run."""
     return devices_per_node(recipe) * recipe.nodes
 
 
 def check_world_size(placement: Placement, recipe: Recipe) -> None:
-    """Refuse a run whose number of processes is not the one that its recipe plans with.
+    """Raise ``ValueError`` if the number of processes differs from the recipe's.
 
-    Each process would take its share of a global batch that the others never complete.
+    Otherwise the shares of the processes would not add up to the global batch.
     """
     planned = world_size_of(recipe)
     nodes = max(placement.world_size // max(placement.per_node, 1), 1)
     require(
         planned == placement.world_size,
         f"{placement.starter} started {placement.world_size} process(es), but trainer.devices x trainer.num_nodes "
-        f"of the recipe makes {planned}; set trainer.devices={placement.per_node} trainer.num_nodes={nodes}, or "
+        f"in the recipe is {planned}; set trainer.devices={placement.per_node} trainer.num_nodes={nodes}, or "
         f"start {planned}",
     )

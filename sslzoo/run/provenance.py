@@ -1,4 +1,4 @@
-"""What a run was made with: versions, git commit, hardware."""
+"""Provenance of a run: package versions, git commit, hardware."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ PACKAGES = ("sslzoo", "torch", "torchvision", "lightning", "timm", "omegaconf", 
 
 
 def versions() -> dict[str, str]:
-    """Installed version of Python and of each package that numbers depend on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that results depend on."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the repository that ``folder`` lies in and whether files differ from it, or None."""
+    """Commit of the git repository that contains ``folder``, and whether tracked files differ; None without one."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
@@ -37,7 +37,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def hardware() -> dict[str, Any]:
-    """What the numbers and the speed depend on."""
+    """Hardware that results and speed depend on."""
     import torch
 
     return {

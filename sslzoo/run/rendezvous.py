@@ -1,6 +1,6 @@
-"""Where the ranks of a run meet before there is a process group: they start together or not at all.
+"""Rendezvous of the ranks before there is a process group, so that either all start or none.
 
-A rank may come minutes after another (a cold file system, a slow node): the others say for whom they wait.
+A rank may arrive minutes after the others (cold file system, slow node); they report which ranks they wait for.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from sslzoo.run.placement import Placement
 
 log = logging.getLogger(__name__)
 
-JOIN = 1800.0  # seconds that ranks wait for one another at the start
-SPEAK = 30.0  # seconds of waiting after which they say so, and between two such lines
-POLL = 0.05  # seconds between two looks at the store
+JOIN = 1800.0  # seconds that ranks wait for each other at the start
+SPEAK = 30.0  # seconds between messages about waiting
+POLL = 0.05  # seconds between polls of the store
 
 
 class Rendezvous:
-    """A key-value store of all ranks. With one process there is none, and agreeing is having no problem."""
+    """Agreement between ranks through a key-value store (TCPStore); with one process there is no store."""
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
         self.store: Any = _connect(placement) if placement.world_size > 1 else None
 
     def agree(self, stage: str, problem: str | None) -> None:
-        """Go on together, or raise ``RunError`` with the first rank's ``problem`` on all ranks. Collective."""
+        """Return if no rank has a ``problem``; otherwise raise ``RunError`` with the lowest rank's problem on all
+        ranks. Collective."""
         if self.store is None:
             if problem is not None:
                 raise RunError(problem)
@@ -44,9 +45,9 @@ class Rendezvous:
             keys = [f"{stage}/{rank}" for rank in range(place.world_size)]
             self._wait(keys, "for the other processes")
             answers = [json.loads(self.store.get(key)) for key in keys]
-            found = ((rank, a) for rank, a in enumerate(answers) if a["problem"] is not None)
-            verdict = next((f"rank {rank} on {a['host']}: {a['problem']}" for rank, a in found), None)
-            # One's own data folder missing on all ranks is no matter of ranks.
+            failed = ((rank, a) for rank, a in enumerate(answers) if a["problem"] is not None)
+            verdict = next((f"rank {rank} on {a['host']}: {a['problem']}" for rank, a in failed), None)
+            # If all ranks have the same problem, such as a missing data folder, no rank is named.
             if verdict is not None and all(a["problem"] == answers[0]["problem"] for a in answers):
                 verdict = answers[0]["problem"]
             self.store.set(f"{stage}/verdict", json.dumps(verdict))
@@ -56,7 +57,8 @@ class Rendezvous:
             raise RunError(verdict)
 
     def lead(self, stage: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``decide`` returns on rank 0, on all ranks; its ``ValueError`` is raised on all. Collective."""
+        """Call ``decide`` on rank 0 and return its JSON-compatible result on all ranks; on a ``ValueError`` or
+        ``OSError`` all ranks raise. Collective."""
         if self.store is None:
             return decide()
         if not self.placement.is_leader:
@@ -87,13 +89,11 @@ class Rendezvous:
                 who = f" (ranks {', '.join(missing[:8])})" if len(keys) > 1 else ""
                 log.warning("waiting %s%s for %.0f s", for_whom, who, now - start)
             if now - start > JOIN:
-                raise RunError(
-                    f"waited {JOIN / 60:.0f} minutes {for_whom}; see their own output for what keeps them"
-                )
+                raise RunError(f"waited {JOIN / 60:.0f} minutes {for_whom}; see their output for the reason")
 
 
 def _connect(placement: Placement) -> Any:
-    """The store at the address where the process group is going to meet; keys carry torchrun's attempt."""
+    """Connect to a TCPStore at the process group's address; keys are prefixed by torchrun's restart count."""
     from torch.distributed import DistError, PrefixStore, TCPStore
 
     serves = placement.is_leader and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -111,13 +111,13 @@ def _connect(placement: Placement) -> Any:
     except DistError as error:
         where = f"{placement.address}:{placement.port}"
         raise RunError(
-            f"rank {placement.rank} cannot meet the others at {where}; set another MASTER_PORT"
+            f"rank {placement.rank} cannot connect to the other ranks at {where}; set another MASTER_PORT"
         ) from error
     return PrefixStore(f"sslzoo/{placement.attempt}", store)
 
 
 def _wait_for_port(address: str, port: int) -> None:
-    """Until somebody listens there. The store's own waiting is silent at first and then a page of C++ frames."""
+    """Wait until the port accepts connections. TCPStore would wait silently and then print a C++ stack trace."""
     start = spoken = time.monotonic()
     while True:
         try:
@@ -126,8 +126,8 @@ def _wait_for_port(address: str, port: int) -> None:
             now = time.monotonic()
             if now - start > JOIN:
                 raise RunError(
-                    f"nobody listens at {address}:{port} after {JOIN / 60:.0f} minutes ({error}); check MASTER_ADDR, "
-                    "MASTER_PORT and the firewall between the nodes"
+                    f"no connection to rank 0 at {address}:{port} after {JOIN / 60:.0f} minutes ({error}); check "
+                    "MASTER_ADDR, MASTER_PORT and the firewall between the nodes"
                 ) from error
             if now - spoken > SPEAK:
                 spoken = now

@@ -1,4 +1,4 @@
-"""What a start of a run spends its seconds on. Importable without torch."""
+"""Time spent in each phase of a run. Importable without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Stopwatch:
-    """Seconds that this start spends by phase, readable while one goes on."""
+    """Seconds per phase of this start, readable at any time."""
 
     spent: dict[str, float] = field(default_factory=dict)
     _phase: str = ""
@@ -18,7 +18,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure what happens inside as ``name``."""
+        """Count the time spent inside the context as phase ``name``."""
         self._phase, self._since = name, time.perf_counter()
         try:
             yield
@@ -27,7 +27,7 @@ class Stopwatch:
             self._phase = ""
 
     def seconds(self) -> dict[str, float]:
-        """By phase, the one in progress included."""
+        """Seconds per phase, including the current one."""
         now = dict(self.spent)
         if self._phase:
             now[self._phase] = now.get(self._phase, 0.0) + time.perf_counter() - self._since

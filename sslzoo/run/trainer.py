@@ -1,4 +1,4 @@
-"""From the recipe's ``trainer:`` section to a ``lightning.Trainer`` that keeps the framework's promises."""
+"""Build the ``lightning.Trainer`` from a recipe's ``trainer`` section."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from sslzoo.checkpoints import AtomicCheckpointIO
 from sslzoo.nn.batchnorm import LayerSync
 from sslzoo.run.placement import ALONE, Placement
 
-# A rank that hangs ends the run after this, not after torch's 30 minutes; long enough for one rank to
-# evaluate or to write a checkpoint while the others wait.
+# Timeout of collectives, after which a hanging rank ends the run (torch's default is 30 minutes). Long enough for
+# one rank to evaluate or write a checkpoint while the others wait.
 TIMEOUT = timedelta(minutes=10)
-# Lightning's advice that does not apply here, and a deprecation in its own use of torch.
-_BESIDE_THE_POINT = (
+# Lightning warnings that do not apply here, and a deprecation in Lightning's own use of torch.
+_IRRELEVANT = (
     "isinstance.treespec, LeafSpec",
-    "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler starts at its position
-    "does not have many workers",  # data in memory needs none
-    "You defined a `validation_step` but have no `val_dataloader`",  # data without labels
-    "is smaller than the logging interval",  # the meter has its own
-    "across ranks is zero",  # data without labels has nothing to validate on
+    "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler resumes mid-epoch
+    "does not have many workers",  # data in memory need none
+    "You defined a `validation_step` but have no `val_dataloader`",  # unlabelled data
+    "is smaller than the logging interval",  # Meter has its own interval
+    "across ranks is zero",  # unlabelled data have no validation batches
 )
 
 
 class NoProfiler(PassThroughProfiler):
-    """Measures as little as Lightning's default, which opens a generator for each named action of a step.
+    """Like Lightning's default profiler, which measures nothing, but without its overhead of one generator per action.
 
-    :meth:`profile` gives a context and nothing else: no decorator, no value after ``as``.
+    :meth:`profile` only returns a context manager: it is no decorator and yields None.
     """
 
     _nothing = nullcontext()
@@ -50,7 +50,7 @@ class NoProfiler(PassThroughProfiler):
 
 
 class PlacedEnvironment(ClusterEnvironment):
-    """Tells Lightning what :mod:`sslzoo.run.placement` has found, so that it does not guess by itself."""
+    """Gives Lightning the ranks found by :mod:`sslzoo.run.placement` instead of letting it detect them."""
 
     def __init__(self, placement: Placement) -> None:
         super().__init__()
@@ -58,58 +58,58 @@ class PlacedEnvironment(ClusterEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
-        """Every rank was started before this one asked."""
+        """True: Lightning must not start processes, because all ranks are running already."""
         return True
 
     @property
     def main_address(self) -> str:
-        """Where rank 0 runs."""
+        """Address of rank 0."""
         return self._placement.address
 
     @property
     def main_port(self) -> int:
-        """Where the ranks meet."""
+        """Port of the rendezvous."""
         return self._placement.port
 
     @staticmethod
     def detect() -> bool:
-        """Given explicitly, never detected."""
+        """False: this environment is passed explicitly and never auto-detected."""
         return False
 
     def world_size(self) -> int:
-        """Processes of the run."""
+        """Number of processes in the run."""
         return self._placement.world_size
 
     def set_world_size(self, size: int) -> None:
-        """The recipe's number was compared with the real one before."""
+        """Do nothing; the number of processes was checked against the recipe before."""
         assert size == self._placement.world_size
 
     def global_rank(self) -> int:
-        """This process among all."""
+        """Rank of this process among all."""
         return self._placement.rank
 
     def set_global_rank(self, rank: int) -> None:
-        """Lightning derives it once more, from node and local rank."""
+        """Do nothing: Lightning would set the rank that it derives from node and local rank."""
 
     def local_rank(self) -> int:
-        """This process on its machine."""
+        """Rank of this process on its machine."""
         return self._placement.local_rank
 
     def node_rank(self) -> int:
-        """This machine."""
+        """Index of this machine."""
         return self._placement.node_rank
 
 
 def build_strategy(trainer: Mapping[str, Any], world_size: int) -> DDPStrategy | str:
     """``auto`` for one process, DDP (gloo on CPUs, NCCL on GPUs) for several.
 
-    Buffers are not broadcast at every step: rank 0's queue would be sent to ranks that already have it,
-    and batch-norm statistics are shared before validation by ``BroadcastBatchNormStats``.
+    Buffers are not broadcast at every step: queues are equal on all ranks anyway, and
+    ``BroadcastBatchNormStats`` broadcasts batch-norm statistics before validation.
     """
     name = trainer.get("strategy", "auto")
     if world_size == 1:
         return "auto"
-    # Renamed in torch 2.14, where the old name warns.
+    # Renamed in torch 2.14, where the old name raises a warning.
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DDPStrategy(
@@ -127,13 +127,13 @@ def build_trainer(
     callbacks: Sequence[Callback],
     placement: Placement = ALONE,
 ) -> Trainer:
-    """The Trainer of the recipe's ``trainer`` section, with everything of Lightning's off that would break
-    exact resume or that the framework does itself.
+    """Build the Trainer from the recipe's ``trainer`` section, with those Lightning features disabled that
+    would break exact resume or that the framework replaces.
 
-    Raises ``ValueError`` where this machine has not what the section asks for.
+    Raises ``ValueError`` if this machine lacks what the section asks for.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its greetings and tips
-    for message in _BESIDE_THE_POINT:
+    for message in _IRRELEVANT:
         warnings.filterwarnings("ignore", message=f".*{message}")
     plugins: list[Any] = [AtomicCheckpointIO(), PlacedEnvironment(placement)]
     if trainer.get("sync_batchnorm", False):
@@ -144,7 +144,7 @@ def build_trainer(
         "strategy": build_strategy(trainer, placement.world_size),
         "plugins": plugins,
         "callbacks": list(callbacks),
-        "logger": False,  # set once the run directory is there
+        "logger": False,  # set once the run directory exists
         "default_root_dir": str(run_dir),
         "use_distributed_sampler": False,
         "num_sanity_val_steps": 0,

@@ -15,9 +15,9 @@ from sslzoo.run.placement import Placement
 def last_words(
     ending: Ending, placement: Placement, run: Run | None, loaded: LoadedRecipe, trouble: str = ""
 ) -> str:
-    """What happened and what to do next: the last lines on the terminal of a run that did not end as planned.
+    """The last lines on the terminal for a run that did not finish: what happened and what to do next.
 
-    ``run`` is None where nothing was begun; ``trouble`` is a second thing that went wrong.
+    ``run`` is None if no directory was created; ``trouble`` describes a second error, if any.
     """
     lines = [] if ending.expected else [ending.traceback.rstrip()]
     lines.append(f"sslzoo fit: {ending.described(placement.world_size)}")
@@ -27,14 +27,14 @@ def last_words(
 
 def _what_next(ending: Ending, placement: Placement, run: Run, loaded: LoadedRecipe) -> Iterator[str]:
     saved = sorted(run.checkpoints.glob("step=*.ckpt"))
-    # Changes of the recipe, which a run that continues keeps.
+    # These two cases need a changed recipe, so resuming is no option.
     if ending.kind == "Diverged":
-        spoilt = f"; weights as late as {saved[-1].name} may be spoilt already" if saved else ""
-        yield f"lower optim.lr or raise optim.warmup_epochs, and start another run with another --out{spoilt}"
+        spoilt = f"; even the weights in {saved[-1].name} may already be unusable" if saved else ""
+        yield f"lower optim.lr or raise optim.warmup_epochs, and start a new run with a different --out{spoilt}"
         return
     if ending.kind == "OutOfMemoryError" and "eval.batch_size" not in ending.message:
-        start = f", from its weights by --init-from {run.path}" if saved else ""
-        yield f"start another run with another --out{start}"
+        start = f", initialised with --init-from {run.path}" if saved else ""
+        yield f"start a new run with a different --out{start}"
         return
     if ending.is_failure and not ending.expected:
         yield f"the traceback is in {run.rank_log(ending.rank)}"
@@ -47,7 +47,7 @@ def _what_next(ending: Ending, placement: Placement, run: Run, loaded: LoadedRec
 
 def command_to_continue(run: Run, loaded: LoadedRecipe, placement: Placement) -> str:
     """The command that continues ``run``."""
-    overrides = {word.partition("=")[0]: word for word in loaded.overrides}  # the last one of a key counts
+    overrides = {word.partition("=")[0]: word for word in loaded.overrides}  # the last one for a key wins
     words = ["sslzoo", "fit", "--recipe", name_of(loaded.source), "--out", str(run.path), "--resume", "auto"]
     started = {"torchrun": "torchrun ... -m ", "srun": "srun "}.get(placement.starter, "")
     return started + shlex.join([*words, *overrides.values()])

@@ -125,7 +125,7 @@ def test_the_data_set_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ([NAME, "seed=3"], "name a run directory or a checkpoint"),
         ([NAME, "nowhere"], "nowhere: there is no such checkpoint or run directory"),
         ([NAME, "watched/eval"], "there is no checkpoint in watched/eval"),
-        ([NAME, "x.ckpt"], "x.ckpt lies in no run directory: name its recipe with --recipe"),
+        ([NAME, "x.ckpt"], "x.ckpt is not in a run directory: name its recipe with --recipe"),
         ([NAME, "x.ckpt", "--recipe", "tiny.yaml"], "name a folder for the report with --out"),
         ([NAME, "watched", "--samples", "0"], "--samples must be positive, got 0"),
         ([NAME, "watched", "plain"], "these are checkpoints of 2 runs"),

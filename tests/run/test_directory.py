@@ -78,11 +78,11 @@ def test_a_new_run_writes_what_was_run_with_what(tmp_path: Path) -> None:
 def test_a_directory_with_another_run_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     _open(tmp_path, out=out)
-    with pytest.raises(RunError, match="holds another run"):
+    with pytest.raises(RunError, match="already contains a run"):
         _open(tmp_path, out=out)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(RunError, match="holds no run"):
+    with pytest.raises(RunError, match="contains no run"):
         _open(tmp_path, out=tmp_path / "full")
 
 

@@ -52,7 +52,7 @@ def _nothing_is_left(folder: Path, temporary: Path) -> bool:
         (("eval.baselines=true",), "probe and k-NN, the final table, a checkpoint of"),
         (
             ("data.dataset=folder",),
-            "on 8 generated images without labels, hence no evaluation, a checkpoint of",
+            "on 8 generated images without labels, so no evaluation, a checkpoint of",
         ),
     ],
 )

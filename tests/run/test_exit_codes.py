@@ -115,7 +115,7 @@ def test_exit_code_manifest_and_last_words(name: str, ended) -> None:
             line for line in command.err.splitlines() if "the traceback is in" not in line
         ]
         assert happened.startswith("sslzoo fit: ") and re.search(case.says, happened), command.err
-        expected = "start another run with another --out" if case.code == ExitCode.NAN else CONTINUE
+        expected = "start a new run with a different --out" if case.code == ExitCode.NAN else CONTINUE
         assert re.search(expected, what_next), command.err
         assert re.search(kept["error"]["message"][:40], (run / "train.log").read_text()) or name == "killed"
 

@@ -69,6 +69,6 @@ def test_the_number_of_processes_must_be_the_planned_one() -> None:
     assert world_size_of(_on("devices=auto", "accelerator=cpu")) == 1
     check_world_size(place(TORCHRUN), _on("devices=2", "num_nodes=4"))
     with pytest.raises(
-        ValueError, match=r"torchrun started 8 process.* makes 1; set trainer\.devices=2 trainer\.num_nodes=4"
+        ValueError, match=r"torchrun started 8 process.* is 1; set trainer\.devices=2 trainer\.num_nodes=4"
     ):
         check_world_size(place(TORCHRUN), _on("devices=1"))

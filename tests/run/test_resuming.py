@@ -135,7 +135,7 @@ def test_more_epochs_train_on_and_fewer_than_done_are_refused(folder: Path) -> N
     assert _fit(folder, "grown", *constant, "trainer.max_epochs=2").wait() == 0
     more = _fit(folder, "grown", *constant, "trainer.max_epochs=3", resume="auto")
     assert more.wait() == 0, more.said
-    assert "continuing with another trainer.max_epochs: was 2, is 3" in more.err
+    assert "continuing with a changed trainer.max_epochs: was 2, is 3" in more.err
     assert _fit(folder, "planned", *constant, "trainer.max_epochs=3").wait() == 0
     grown, planned = (
         load_checkpoint(folder / n / "checkpoints" / "step=000000018.ckpt") for n in ("grown", "planned")
@@ -147,7 +147,7 @@ def test_more_epochs_train_on_and_fewer_than_done_are_refused(folder: Path) -> N
     fewer = _fit(folder, "grown", *constant, "trainer.max_epochs=2", resume="auto")
     assert fewer.wait() == ExitCode.USAGE
     assert (
-        "has already trained to step 18, in epoch 3; trainer.max_epochs=2 lies below: set at least 3"
+        "has already trained to step 18, in epoch 3; trainer.max_epochs=2 is less:  set at least 3"
         in fewer.err
     )
     assert _files(folder / "grown") == before
@@ -231,7 +231,7 @@ def test_other_images_are_refused_and_the_same_ones_elsewhere_are_not(folder: Pa
     # Nor by a checkpoint that is taken to another directory.
     newest = folder / "images-run" / "checkpoints" / f"step={saved(folder / 'images-run')[-1]:09d}.ckpt"
     refused = _fit(folder, "elsewhere", f"data.root={others}", resume=str(newest))
-    assert refused.wait() == ExitCode.USAGE and "was trained on other images" in refused.err, refused.said
+    assert refused.wait() == ExitCode.USAGE and "was trained on different images" in refused.err, refused.said
 
     again = _fit(folder, "images-run", f"data.root={moved}", resume="auto")
     assert again.wait() == 0, again.said
@@ -242,7 +242,7 @@ def test_other_images_are_refused_and_the_same_ones_elsewhere_are_not(folder: Pa
         str(moved),
     )
     # Said before there was a train.log.
-    assert "continuing with another data.root" in (folder / "images-run" / "train.log").read_text()
+    assert "continuing with a changed data.root" in (folder / "images-run" / "train.log").read_text()
 
 
 def test_an_edited_copy_of_a_recipe_is_the_one_that_runs(folder: Path, tmp_path: Path) -> None:
@@ -284,7 +284,9 @@ def test_a_checkpoint_of_one_run_does_not_end_another(folder: Path) -> None:
     assert _fit(folder, "second").wait() == 0
     before = _files(folder / "second")
     refused = _fit(folder, "second", resume=str(newest))
-    assert refused.wait() == ExitCode.USAGE and "holds another run than --resume" in refused.err, refused.said
+    assert refused.wait() == ExitCode.USAGE and "contains a different run than --resume" in refused.err, (
+        refused.said
+    )
     assert _files(folder / "second") == before
     refused = _fit(folder, "third", "optim.lr=0.5", resume=str(newest))
     assert refused.wait() == ExitCode.USAGE and "optim.lr was 0.01, is 0.5" in refused.err, refused.said
@@ -308,7 +310,7 @@ def test_a_broken_neighbour_does_not_stop_auto(folder: Path, tmp_path: Path) -> 
     (tmp_path / "runs/tiny/b/manifest.json").write_text("")
     last = fork(tmp_path, "fit", "--recipe", folder / "tiny.yaml", "--resume", "auto")
     assert last.wait() == 0 and f"{tmp_path / 'runs/tiny/a'} is finished" in last.out, last.said
-    assert "passing over a run" in last.err and "runs/tiny/b/manifest.json is empty or damaged" in last.err
+    assert "skipping a run" in last.err and "runs/tiny/b/manifest.json is empty or damaged" in last.err
 
 
 def test_the_command_that_is_printed_continues_the_run(folder: Path) -> None:
@@ -322,7 +324,7 @@ def test_the_command_that_is_printed_continues_the_run(folder: Path) -> None:
     assert until(lambda: run.ended or saved(folder / "printed")), run.said
     run.signal(signal.SIGTERM)
     assert run.wait() == ExitCode.PREEMPTED, run.said
-    assert "visits left out, which belongs to the images of that run" in run.err, run.said
+    assert "not loading visits, which belongs to the images of that run" in run.err, run.said
     command = shlex.split(run.err.splitlines()[-1].partition("continue with: sslzoo ")[2])
     assert command[-2:] == ["trainer.max_epochs=3", "optim.lr=0.02"], command
     again = fork(folder, *command)
