@@ -80,7 +80,7 @@ CropBatching = Literal["per_crop", "per_resolution", "joint"]
 
 
 PRETRAINED = "pretrained"
-# Arguments by which torchvision and timm would load weights on their own.
+# Constructor arguments with which torchvision and timm would load weights themselves.
 LIBRARIES_WEIGHTS = ("weights", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
 
 
@@ -94,9 +94,7 @@ class BackboneConfig:
     )
     in_channels: int = 3
     options: dict[str, Any] = field(default_factory=dict)  # passed on to the library's constructor
-    weights: str | None = (
-        None  # to start from: pretrained, which are the library's own, or a file; None: random
-    )
+    weights: str | None = None  # initial weights: pretrained (those of the library) or a file; None: random
 
     def __post_init__(self) -> None:
         check_plugin_name(self.name, "name")
@@ -112,24 +110,26 @@ class BackboneConfig:
         self._check_weights()
 
     def _check_weights(self) -> None:
-        own = self.name == "conv5" or ":" in self.name
+        without_library = self.name == "conv5" or ":" in self.name
         for key in LIBRARIES_WEIGHTS:
             check_field(
-                own or key not in self.options,
+                without_library or key not in self.options,
                 f"options.{key}",
-                f"must be left out; the weights to start from are backbone.weights={PRETRAINED}, or a file",
+                f"must be left out; set backbone.weights to {PRETRAINED} or a file instead",
             )
         check_field(
-            self.weights != "", "weights", f"must be {PRETRAINED}, a file, or null for a random start"
+            self.weights != "", "weights", f"must be {PRETRAINED}, a file, or null for random weights"
         )
         if self.weights == PRETRAINED:
             check_field(
-                not own, "weights", f"must be a file, or left out: {self.name} has no published weights"
+                not without_library,
+                "weights",
+                f"must be a file, or left out: {self.name} has no published weights",
             )
             check_field(
                 self.stem == "imagenet",
                 "stem",
-                f"must be imagenet with weights {PRETRAINED}, whose first convolution is that one",
+                f"must be imagenet with weights {PRETRAINED}, which have that first convolution",
             )
 
 

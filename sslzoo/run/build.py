@@ -93,7 +93,7 @@ class BuiltRun(Experiment):
     trainer: Trainer
 
     def initial_backbone(self) -> nn.Module:
-        """As above; one that did not start at random from the run's own copy of what it started from."""
+        """Like the base class's, but with the run's copy of the initial weights if they were not random."""
         if not self.run.start.exists():
             return super().initial_backbone()
         backbone = _build_method(self.recipe, self.plan, start=False).backbone
@@ -101,8 +101,8 @@ class BuiltRun(Experiment):
         return backbone
 
     def keep_start(self, checkpoint: Path | None) -> None:
-        """Copy what the encoder starts from into the run directory, where that is not random: no later start of the
-        run needs the file again. Of a run that continues another one's ``checkpoint``, that one's copy."""
+        """Save the encoder's initial weights in the run directory unless they are random, so that later starts do not
+        need the file again. A run that continues another run's ``checkpoint`` copies that run's file."""
         start = self.run.start
         if self.recipe.backbone.weights is None or start.exists():
             return

@@ -120,7 +120,7 @@ class _Life:
             if init_from is not None:
                 require(
                     recipe.backbone.weights is None,
-                    "--init-from brings the weights to start from: add backbone.weights=null",
+                    "--init-from provides the initial weights: add backbone.weights=null",
                 )
                 load_weights(experiment.method, init_from)
             try_analyses(experiment)
@@ -161,8 +161,8 @@ class _Life:
         return session
 
     def _build(self, recipe: Recipe, resume: str | None) -> tuple[Experiment, MissingWeights | None]:
-        """Data and method. Who resumes does not need the weights that the run started from, unless there is no
-        checkpoint: then they are what is missing."""
+        """Build data and method. A resumed run does not need its initial weights, so ``MissingWeights`` is returned
+        instead of raised then, to be raised if there is no checkpoint."""
         world_size = self.placement.world_size
         try:
             return build_experiment(recipe, world_size=world_size), None
