@@ -134,7 +134,7 @@ def test_the_data_set_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
             [NAME, "watched", "--digit", "2", "--layers", "x"],
             "unknown argument '--layers'; did you mean --layer?",
         ),
-        ([NAME, "watched", "--recipe", "simclr_fashion_mnist"], "give the recipe of its run by --recipe"),
+        ([NAME, "watched", "--recipe", "simclr_fashion_mnist"], "give the recipe of its run with --recipe"),
         (
             [NAME, "watched", "backbone.in_channels=3"],
             "override: backbone.in_channels: 3 channels, but",

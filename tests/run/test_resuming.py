@@ -147,7 +147,7 @@ def test_more_epochs_train_on_and_fewer_than_done_are_refused(folder: Path) -> N
     fewer = _fit(folder, "grown", *constant, "trainer.max_epochs=2", resume="auto")
     assert fewer.wait() == ExitCode.USAGE
     assert (
-        "has already trained to step 18, in epoch 3; trainer.max_epochs=2 is less:  set at least 3"
+        "has already trained to step 18, in epoch 3; trainer.max_epochs=2 is less: set at least 3"
         in fewer.err
     )
     assert _files(folder / "grown") == before
