@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
@@ -288,8 +289,25 @@ class SSLDataModule(LightningDataModule):
 
     def example_batch(self, n: int) -> Batch:
         """The first ``n`` samples of the training data as epoch 0 shows them."""
-        items = [(0, i) for i in range(n)]
+        return self.batch_of(range(n))
+
+    def batch_of(self, sample_id: Sequence[int]) -> Batch:
+        """These samples of the training data as epoch 0 shows them."""
+        items = [(0, i) for i in sample_id]
         return self.finish(ViewDataset(self.train_source, self.views, self.seed).__getitems__(items))
+
+    def varied_samples(self, n: int) -> list[int]:
+        """``n`` samples of the training data, or all, of as many classes as there are; unlabelled, from all over it."""
+        source = self.train_source
+        n = min(n, len(source))
+        chosen: dict[int, None] = {}
+        if source.labels is not None:
+            firsts = np.unique(source.labels, return_index=True)[1].tolist()
+            classes = min(n, len(firsts))
+            chosen |= dict.fromkeys(firsts[i * len(firsts) // classes] for i in range(classes))
+        spread = (i * len(source) // n for i in range(n))
+        chosen |= dict.fromkeys([*spread, *range(n)])
+        return list(chosen)[:n]
 
 
 def leave_signals_to_parent(worker: int) -> None:

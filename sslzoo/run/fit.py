@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sslzoo.checkpoints import checkpoints, is_damaged, set_aside
 from sslzoo.checks import require
+from sslzoo.data.sources import UnreadableImageError
 from sslzoo.evaluate.final import final_evaluation
 from sslzoo.evaluate.progress import EvaluationProgress
 from sslzoo.exits import ExitCode, RunError
@@ -211,10 +214,7 @@ class _Life:
         log.info("%s: %s", shlex.join(sys.argv), begins)
         if session.choice.checkpoint is not None:
             OUT.print(begins, soft_wrap=True)
-        example = built.data.example_batch(EXAMPLES)
-        plot_views(
-            example, run.path / "views.png", mean=recipe.data.mean, std=recipe.data.std, images=EXAMPLES
-        )
+        _picture_views(built, run.path / "views.png")
 
     # -- training and after ---------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ class _Life:
             progress=EvaluationProgress(shown=leader),
         )
         if leader:
-            plot_curves(run.metrics, run.path / "curves.png")
+            plot_curves(run.metrics, run.path / "curves.png", summary)
             OUT.print(results_table(summary))
             figures = [f"{key} {value:.4f}" for key, value in summary.items() if "top" in key]
             log.info("finished: %s", ", ".join(figures) or summary["protocol"])
@@ -330,6 +330,22 @@ class _Life:
             "too long; stopping"
         )
         os._exit(ExitCode.FAILURE)
+
+
+def _picture_views(built: BuiltRun, path: Path) -> None:
+    """A few images of different classes, and what the recipe's views make of them."""
+    source, recipe = built.data.train_source, built.recipe
+    batch = built.data.batch_of(built.data.varied_samples(EXAMPLES))
+    originals: list[Tensor | None] = []
+    titles: list[str] = []
+    for sample in batch.sample_id.tolist():
+        try:
+            originals.append(source.read(sample))
+        except UnreadableImageError:
+            originals.append(None)
+        label = None if source.labels is None else source.labels[sample]
+        titles.append(f"image {sample}" if label is None else source.class_names[label])
+    plot_views(batch, originals, path, mean=recipe.data.mean, std=recipe.data.std, titles=titles)
 
 
 def _to_files_only(level: int, text: str) -> None:

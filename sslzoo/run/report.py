@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
@@ -14,6 +14,7 @@ from sslzoo.terminal import duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
     from sslzoo.batch import Batch
 
@@ -25,6 +26,7 @@ COLUMNS = {
 }
 # Okabe and Ito's colours: apart for every kind of colour vision, and in grey.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+NARROW = 5.0  # percentage points that an axis spans at least: noise shall not look like a trend
 
 
 def results_table(summary: Mapping[str, Any]) -> Table | str:
@@ -59,71 +61,184 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
     return series
 
 
-def plot_curves(metrics: Path, path: Path) -> None:
-    """Loss above, online accuracies below, over optimiser steps, from ``metrics.csv`` to a PNG."""
+class _Name(NamedTuple):
+    """What stands at the right edge of a panel, at the height of what it names."""
+
+    height: float
+    text: str
+    colour: str
+
+
+def plot_curves(metrics: Path, path: Path, summary: Mapping[str, Any]) -> None:
+    """The course of a run, as a PNG: the loss above; below, a panel each for the linear probe and k-NN, with the final
+    figure as a mark and the baselines as lines.
+
+    ``metrics`` is the run's ``metrics.csv``, ``summary`` the content of its ``summary.json``.
+    """
     from matplotlib.figure import Figure
 
     series = read_metrics(metrics)
-    figure = Figure(figsize=(6.4, 5.6), dpi=150, layout="constrained")
-    loss, accuracy = figure.subplots(2, 1, sharex=True)
-    _draw(loss, series, {"train/loss": ("loss", BLUE)}, label="pre-training loss", percent=False)
-    accuracies = {"val/linear_top1": ("linear probe", BLUE), "val/knn_top1": ("k-NN", ORANGE)}
-    _draw(accuracy, series, accuracies, label="top-1 on test images (%)", percent=True)
-    accuracy.set_xlabel("optimiser step")
+    judges = {"linear_top1": ("linear probe", BLUE), "knn_top1": ("k-NN", ORANGE)}
+    shown = [key for key in judges if f"val/{key}" in series or key in summary]
+    figure = Figure(figsize=(8, 5.6 if shown else 3), dpi=150, layout="constrained")
+    grid = figure.add_gridspec(1 + (len(shown) > 0), max(1, len(shown)))
+    last = max((steps[-1] for steps, _ in series.values()), default=1)
+    loss = figure.add_subplot(grid[0, :])
+    loss.plot(*equal_intervals(*series.get("train/loss", ([], []))), color=BLUE, linewidth=1.6)
+    _finish(loss, "pre-training loss", last, ticks=8)
+    panels = [figure.add_subplot(grid[1, column]) for column in range(len(shown))]
+    names = [
+        _draw_accuracy(axes, series, summary, key, judges[key][1], last)
+        for axes, key in zip(panels, shown, strict=True)
+    ]
+    limits = [limit for axes in panels for limit in axes.get_ylim()]
+    for axes, key, own in zip(panels, shown, names, strict=True):
+        axes.set_ylim(min(limits), max(limits))  # one scale for all
+        _finish(axes, f"{judges[key][0]}, top-1 on test images (%)", last, ticks=4)
+        _write_names(axes, own)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def _draw(
+def equal_intervals(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Means over intervals of equal length, from the rows of a metrics file.
+
+    The end of an epoch cuts an interval in two, whose means come from fewer steps and scatter more: here both parts
+    are one again, and a short part at the end belongs to the interval before it.
+    """
+    lengths = [step - before for before, step in zip([0, *steps], steps, strict=False)]
+    whole = max(lengths, default=1)
+    joined: list[tuple[int, int, float]] = []  # last step, length, sum
+    for step, length, value in zip(steps, lengths, values, strict=True):
+        row = (step, length, length * value)
+        if joined and joined[-1][1] + length <= whole:
+            _, before, total = joined.pop()
+            row = (step, before + length, total + length * value)
+        joined.append(row)
+    if len(joined) > 1 and 2 * joined[-1][1] < whole:
+        step, length, rest = joined.pop()
+        _, before, total = joined.pop()
+        joined.append((step, before + length, total + rest))
+    return [step for step, _, _ in joined], [total / length for _, length, total in joined]
+
+
+def _draw_accuracy(
     axes: Axes,
     series: Mapping[str, tuple[list[int], list[float]]],
-    curves: Mapping[str, tuple[str, str]],
-    *,
-    label: str,
-    percent: bool,
-) -> None:
-    drawn = [(name, title, colour) for name, (title, colour) in curves.items() if name in series]
-    for (name, title, colour), marker in zip(drawn, "os", strict=False):
-        steps, values = series[name]
-        shown = [100 * v for v in values] if percent else values
-        sparse = marker if len(steps) <= 40 else ""
-        axes.plot(steps, shown, color=colour, label=title, linewidth=1.6, marker=sparse, markersize=4)
-    if not drawn:
-        axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="0.4")
-    if len(drawn) > 1:
-        axes.legend(frameon=False, loc="lower right")
-    axes.set_ylabel(label)
-    axes.grid(color="0.9", linewidth=0.8)
+    summary: Mapping[str, Any],
+    key: str,
+    colour: str,
+    last: int,
+) -> list[_Name]:
+    """One judge's course, final figure and baselines. Returns their names."""
+    steps, values = series.get(f"val/{key}", ([], []))
+    marker = "o" if len(steps) <= 40 else ""
+    course = [100 * value for value in values]
+    axes.plot(steps, course, color=colour, linewidth=1.6, marker=marker, markersize=4, clip_on=False)
+    names: list[_Name] = []
+    for prefix, title in FEATURES.items():
+        figure = summary.get(prefix + key, values[-1] if values and not prefix else None)
+        if figure is None:
+            continue
+        height = 100 * figure
+        names.append(_Name(height, f"{title} {height:.1f}", "0.35" if prefix else colour))
+        if prefix:
+            axes.axhline(height, color="0.6", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        else:
+            axes.plot(last, height, "D", color=colour, markersize=8, mec="white", clip_on=False, zorder=4)
+    low, high = axes.get_ylim()
+    if high - low < NARROW:
+        axes.set_ylim((low + high - NARROW) / 2, (low + high + NARROW) / 2)
+    return names
+
+
+def _finish(axes: Axes, title: str, last: int, *, ticks: int) -> None:
+    """Title and ticks: whole steps, and values without an offset to add to them."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlim(0, last)
+    axes.set_xlabel("optimiser step", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.tick_params(labelsize=9)
+    axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _write_names(axes: Axes, names: Sequence[_Name]) -> None:
+    """Beside the right edge, apart from one another where their heights are not."""
+    low, high = axes.get_ylim()
+    names = sorted(names)
+    for name, at in zip(names, spread([name.height for name in names], 0.08 * (high - low)), strict=True):
+        axes.annotate(
+            name.text,
+            (1.05, at),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+            color=name.colour,
+            annotation_clip=False,
+        )
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights nearest to ``heights``, which increase, that are at least ``gap`` apart."""
+    blocks: list[tuple[float, int]] = []  # mean, less the gaps below, and how many
+    for i, height in enumerate(heights):
+        mean, count = height - i * gap, 1
+        while blocks and blocks[-1][0] > mean:
+            before, more = blocks.pop()
+            mean, count = (before * more + mean * count) / (more + count), more + count
+        blocks.append((mean, count))
+    flat = [mean for mean, count in blocks for _ in range(count)]
+    return [height + i * gap for i, height in enumerate(flat)]
+
+
 def plot_views(
-    batch: Batch, path: Path, *, mean: Sequence[float], std: Sequence[float], images: int = 6
+    batch: Batch,
+    originals: Sequence[Tensor | None],
+    path: Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    titles: Sequence[str],
 ) -> None:
-    """A PNG with a row for each of the first ``images`` samples of a training batch and a column a view,
-    normalisation by ``mean`` and ``std`` undone."""
+    """A PNG with a column for each sample of a training batch: its title, the original, and a row for each view,
+    normalisation by ``mean`` and ``std`` undone.
+
+    ``originals``, (C, H, W) uint8 each, are as they are on disk; None where one cannot be read.
+    """
     import torch
     from matplotlib.figure import Figure
 
-    views = [("global", i + 1, view) for i, view in enumerate(batch.global_views)]
-    views += [("local", i + 1, view) for i, view in enumerate(batch.local_views)]
-    count = min(images, len(batch.sample_id))
-    figure = Figure(figsize=(1.3 * len(views) + 0.3, 1.3 * count + 0.4), dpi=150, layout="constrained")
-    grid = figure.subplots(count, len(views), squeeze=False)
-    for column, (role, number, view) in enumerate(views):
-        shape = (1, -1, 1, 1)
-        pixels = view[:count].detach().float().cpu()
-        pixels = pixels * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
-        pixels = pixels.clamp(0, 1).permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
-        for row, axes in enumerate(grid[:, column]):
-            axes.imshow(pixels[row].squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    def undone(view: Tensor) -> Tensor:
+        pixels = view.detach().float().cpu()
+        return (pixels * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)).clamp(
+            0, 1
+        )
+
+    rows: list[tuple[str, Sequence[Tensor | None]]] = [
+        ("original", [None if image is None else image.float() / 255 for image in originals])
+    ]
+    for role, views in (("global", batch.global_views), ("local", batch.local_views)):
+        for i, view in enumerate(views):
+            number = f" {i + 1}" if len(views) > 1 else ""
+            rows.append((f"{role} view{number}\n{view.shape[-1]} px", list(undone(view))))
+    figure = Figure(figsize=(1.25 * len(titles) + 0.4, 1.25 * len(rows) + 0.3), dpi=150, layout="constrained")
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    for line, (label, images) in zip(grid, rows, strict=True):
+        line[0].set_ylabel(label, fontsize=8)
+        for axes, image in zip(line, images, strict=True):
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
-        size = f"{view.shape[-1]} px"
-        grid[0, column].set_title(f"{role} view {number}\n{size}", fontsize=8)
-    for row, axes in enumerate(grid[:, 0]):
-        axes.set_ylabel(f"image {int(batch.sample_id[row])}", fontsize=8)
+            if image is not None:
+                pixels = image.permute(1, 2, 0).numpy()  # (H, W, C)
+                axes.imshow(pixels.squeeze(2) if len(image) == 1 else pixels, cmap="gray", vmin=0, vmax=1)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

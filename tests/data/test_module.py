@@ -20,7 +20,7 @@ from sslzoo.batch import Batch
 from sslzoo.data.crops import crop_image
 from sslzoo.data.datasets import open_source
 from sslzoo.data.module import SSLDataModule
-from sslzoo.data.sources import ImageSource, fake_source
+from sslzoo.data.sources import ArraySource, ImageSource, fake_source
 from sslzoo.data.views import draw_boxes, draw_uniforms
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import DataConfig, EvalConfig, ProbeConfig, SourceConfig, ViewConfig
@@ -225,6 +225,22 @@ def test_multi_crop() -> None:
         v.shape[:2] == (2, 3) and v.dtype == torch.float32 for v in batch.global_views + batch.local_views
     )
     assert not torch.equal(batch.global_views[0], batch.global_views[1])
+
+
+def test_varied_samples_are_of_different_classes() -> None:
+    """Of more classes than asked for, from all over their order; of fewer, more of each."""
+
+    def chosen(labels: list[int] | None, classes: int, n: int) -> list[int]:
+        images = np.zeros((12, 3, 64, 64), dtype=np.uint8)
+        known = None if labels is None else np.array(labels)
+        source = ArraySource("x", "train", images, known, [str(c) for c in range(classes)])
+        return build(colour_data(global_batch_size=2), source=source).varied_samples(n)
+
+    labels = [c for c in range(6) for _ in range(2)]
+    assert chosen(labels, 6, 3) == [0, 4, 8]
+    assert chosen([0] * 6 + [1] * 6, 2, 4) == [0, 6, 3, 9]
+    assert chosen(None, 0, 4) == [0, 3, 6, 9]
+    assert sorted(chosen(labels, 6, 99)) == list(range(12))
 
 
 def test_views_are_weak_and_strong_as_declared() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from sslzoo.batch import Batch
 from sslzoo.callbacks.metrics_file import MetricsFile
-from sslzoo.run.report import plot_curves, plot_views, read_metrics, results_table
+from sslzoo.run.report import equal_intervals, plot_curves, plot_views, read_metrics, results_table, spread
 from sslzoo.terminal import duration
 
 PNG = b"\x89PNG\r\n"
@@ -34,18 +38,81 @@ def test_series_skip_empty_cells(tmp_path: Path) -> None:
     assert "step" not in series and "epoch" not in series
 
 
-def test_curves_are_drawn_with_and_without_accuracies(tmp_path: Path) -> None:
-    plot_curves(_metrics(tmp_path), tmp_path / "new" / "curves.png")
-    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(PNG)
+def _drawn(
+    monkeypatch: pytest.MonkeyPatch, metrics: Path, out: Path, summary: dict[str, float]
+) -> list[Axes]:
+    """The panels of the picture."""
+    figures: list[Figure] = []
+    original = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: (figures.append(self), original(self, path)))
+    plot_curves(metrics, out, summary)
+    assert out.read_bytes().startswith(PNG)
+    figures[0].draw_without_rendering()
+    return figures[0].axes
+
+
+def _heights(axes: Axes) -> list[list[float]]:
+    return [np.asarray(line.get_ydata()).tolist() for line in axes.lines]
+
+
+def test_curves_have_baselines_as_lines_and_the_final_figure_as_a_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = {
+        "linear_top1": 0.86,
+        "knn_top1": 0.82,
+        "raw_pixels_linear_top1": 0.829,
+        "pca_linear_top1": 0.825,
+        "random_init_knn_top1": 0.778,
+    }
+    loss, linear, knn = _drawn(monkeypatch, _metrics(tmp_path), tmp_path / "new" / "curves.png", summary)
+    assert _heights(loss) == [[2.5, 2.0]]
+    assert _heights(linear) == [[50.0], [86.0], pytest.approx([82.9] * 2), pytest.approx([82.5] * 2)]
+    assert _heights(knn) == [[25.0], [82.0], pytest.approx([77.8] * 2)]
+    mark = linear.lines[1]
+    assert mark.get_marker() == "D" and np.asarray(mark.get_xdata()).tolist() == [30]
+    assert {t.get_text() for t in linear.texts} == {"trained encoder 86.0", "raw pixels 82.9", "PCA-64 82.5"}
+    assert linear.get_ylim() == knn.get_ylim()
+    heights = sorted(text.get_window_extent().y0 for text in linear.texts)
+    assert all(b - a > 10 for a, b in pairwise(heights)), "names on top of one another"
+
+
+def test_curves_of_what_was_not_measured_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "empty.csv").write_text("step,epoch\n")
-    plot_curves(tmp_path / "empty.csv", tmp_path / "empty.png")
-    assert (tmp_path / "empty.png").read_bytes().startswith(PNG)
+    assert len(_drawn(monkeypatch, tmp_path / "empty.csv", tmp_path / "empty.png", {})) == 1
+
+
+def test_ticks_say_the_whole_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No offset to add, no factor to multiply by."""
+    (tmp_path / "flat.csv").write_text("step,epoch,train/loss\n5000,0,6.23811\n10000,1,6.23807\n")
+    (loss,) = _drawn(monkeypatch, tmp_path / "flat.csv", tmp_path / "flat.png", {})
+    assert not loss.yaxis.get_offset_text().get_text() and not loss.xaxis.get_offset_text().get_text()
+    assert all(label.get_text().startswith("6.238") for label in loss.get_yticklabels())
+    assert "10,000" in [label.get_text() for label in loss.get_xticklabels()]
+
+
+def test_parts_of_an_interval_are_one_again() -> None:
+    """Rows at every 50th step and at the end of each epoch, of 93 steps."""
+    steps = [50, 93, 100, 150, 186, 200, 250, 279]
+    values = [5.0, 4.0, 2.0, 3.5, 3.0, 2.0, 2.5, 2.0]
+    got = equal_intervals(steps, values)
+    assert got[0] == [50, 100, 150, 200, 250, 279]
+    assert got[1] == pytest.approx([5.0, (43 * 4 + 7 * 2) / 50, 3.5, (36 * 3 + 14 * 2) / 50, 2.5, 2.0])
+    assert equal_intervals([50, 100, 110], [1.0, 2.0, 8.0]) == ([50, 110], [1.0, 3.0])
+    assert equal_intervals([], []) == ([], [])
+
+
+def test_names_are_spread_about_their_heights() -> None:
+    assert spread([1.0, 5.0], 2.0) == [1.0, 5.0]
+    assert spread([1.0, 1.0, 1.5, 9.0], 1.0) == pytest.approx([1 / 6, 7 / 6, 13 / 6, 9.0])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_views_are_drawn_denormalised(channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.axes import Axes
-
+def test_views_are_drawn_denormalised_under_their_original(
+    channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shown = []
     original = Axes.imshow
     monkeypatch.setattr(
@@ -55,10 +122,19 @@ def test_views_are_drawn_denormalised(channels: int, tmp_path: Path, monkeypatch
     mean, std = (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.4)[:channels]
     normalised = (images - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
     batch = Batch((normalised, normalised), (normalised[..., :3, :3],), torch.arange(3))
-    plot_views(batch, tmp_path / "views.png", mean=mean, std=std, images=2)
+    originals = [torch.full((channels, 9, 7), 51 * i, dtype=torch.uint8) for i in range(2)]
+    plot_views(
+        batch,
+        [*originals, None],
+        tmp_path / "views.png",
+        mean=mean,
+        std=std,
+        titles=["cat", "dog", "image 7"],
+    )
     assert (tmp_path / "views.png").read_bytes().startswith(PNG)
-    assert len(shown) == 2 * 3  # images x views
-    torch.testing.assert_close(torch.from_numpy(shown[0]), images[0].permute(1, 2, 0).squeeze())
+    assert len(shown) == 2 + 3 * 3  # one original cannot be read
+    assert shown[1].shape[:2] == (9, 7) and shown[1].max() == pytest.approx(0.2)
+    torch.testing.assert_close(torch.from_numpy(shown[2]), images[0].permute(1, 2, 0).squeeze())
 
 
 def test_the_table_shows_what_was_measured() -> None:
