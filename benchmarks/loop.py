@@ -139,7 +139,7 @@ def framework(steps: int, *, companions: bool, probe: bool) -> float:
         callbacks: list[Callback] = []
         if companions:
             checkpoint = ExactCheckpoint(
-                folder / "checkpoints", every_steps=10 * steps, evaluate_every_epochs=1
+                folder / "checkpoints", recipe="", every_steps=10 * steps, evaluate_every_epochs=1
             )
             callbacks = [
                 StepSeeding(),

@@ -433,7 +433,7 @@ def _saves(
             saved.append(self.saved_step)
             return self.folder
 
-    callback = Noted(Path(), every_steps=every_steps, evaluate_every_epochs=evaluate)
+    callback = Noted(Path(), recipe="", every_steps=every_steps, evaluate_every_epochs=evaluate)
     plan = SimpleNamespace(steps_per_epoch=steps_per_epoch, max_epochs=3, accumulate=accumulate)
     data = SimpleNamespace(position=0, eval_sets=lambda: [None] * sets)
     trainer: Any = SimpleNamespace(datamodule=data)

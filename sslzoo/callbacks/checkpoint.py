@@ -28,12 +28,23 @@ class ExactCheckpoint(Callback):
     Where an evaluation follows an epoch (as ``evaluate_every_epochs`` says, and after the last), the epoch's
     end is saved after it only, and it may be long. So one more save comes before the epoch's last step: a run
     that is killed or signalled while it evaluates loses that step alone.
+
+    Each file carries the ``recipe`` (as YAML), and the ``manifest`` once that is set, so that one which left its
+    folder still says what it is.
     """
 
     def __init__(
-        self, folder: Path, *, every_steps: int, evaluate_every_epochs: int, keep_epochs: tuple[int, ...] = ()
+        self,
+        folder: Path,
+        *,
+        recipe: str,
+        every_steps: int,
+        evaluate_every_epochs: int,
+        keep_epochs: tuple[int, ...] = (),
     ) -> None:
         self.folder = Path(folder)
+        self.recipe = recipe
+        self.manifest: dict[str, Any] | None = None  # set by rank 0, which writes it, when a run has begun
         self.every_steps = every_steps
         self.evaluate_every_epochs = evaluate_every_epochs
         self.keep_epochs = keep_epochs
@@ -46,6 +57,11 @@ class ExactCheckpoint(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
         self.saved_step = state_dict["saved_step"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add what the file is."""
+        checkpoint["recipe"] = self.recipe
+        checkpoint["manifest"] = self.manifest
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Going back to an older checkpoint discards the newer ones, as it discards their metrics."""

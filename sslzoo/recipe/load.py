@@ -8,7 +8,7 @@ torch and Lightning.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import DATASETS, DatasetInfo, dataset_info
 from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
-from sslzoo.recipe.text import join, lines_of, read, resolve, value_of
+from sslzoo.recipe.text import join, lines_of, parse, read, resolve, value_of
 from sslzoo.recipe.typed import OtherVariant, check_plain, section, trainer_section
 
 
@@ -40,9 +40,7 @@ class LoadedRecipe:
 
     def to_yaml(self, *, origins: bool = False) -> str:
         """The resolved recipe as YAML that loads again; ``origins`` adds a comment to each value."""
-        text = yaml.dump(
-            plain(self.recipe), Dumper=_Dumper, sort_keys=False, width=float("inf"), allow_unicode=True
-        )
+        text = to_yaml(self.recipe)
         if not origins:
             return text
         lines = text.splitlines()
@@ -65,6 +63,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [plain(item) for item in value]
     return value
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """``recipe`` as YAML that loads again, with every value stated."""
+    return yaml.dump(plain(recipe), Dumper=_Dumper, sort_keys=False, width=float("inf"), allow_unicode=True)
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -93,10 +96,51 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
     except ValueError as error:
         raise RecipeError(str(error)) from None
     registry.look_beside(source)
+    return _load(lambda lines: read(source, lines), source, overrides)
+
+
+def load_carried(text: str, carrier: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Load the recipe that the checkpoint or export ``carrier`` carries as YAML ``text``.
+
+    Such a file says which weights it holds, and must not say which code runs.
+
+    Raises:
+        RecipeError: if anything is wrong with it, or if it names code (``module:attribute``).
+    """
+
+    def source(lines: dict[str, int]) -> dict[str, Any]:
+        raw = parse(text, lines)
+        for key, value in _strings(resolve(raw)):
+            if _NAMES_CODE.fullmatch(key) and registry.is_plugin(value):
+                raise ConfigError(
+                    key, f"{value} is code that this file names; if you trust it, give its recipe by --recipe"
+                )
+        return raw
+
+    return _load(source, carrier, overrides)
+
+
+_NAMES_CODE = re.compile(r"(backbone|method|analyses\.\d+)(\.name)?|(data|probe\.data\.\d+)\.dataset")
+
+
+def _strings(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """``(dotted key, value)`` of each text in a recipe's plain values."""
+    if isinstance(values, str):
+        yield key, values
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(values, (dict, list)):
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+    for name, value in items:
+        yield from _strings(value, join(key, str(name)))
+
+
+def _load(
+    raw_values: Callable[[dict[str, int]], dict[str, Any]], source: Path, overrides: Sequence[str]
+) -> LoadedRecipe:
     lines: dict[str, int] = {}
     overridden: set[str] = set()
     try:
-        raw = read(source, lines)
+        raw = raw_values(lines)
         for override in overrides:
             _apply(raw, override, overridden)
         values = resolve(raw)

@@ -38,6 +38,16 @@ def read(source: Path, lines: dict[str, int]) -> dict[str, Any]:
         if source.stat().st_size > MAX_BYTES:
             raise _TooMuch(problem=f"it has more than {MAX_BYTES:,} bytes")
         text = source.read_text(encoding="utf-8")
+    except _TooMuch as error:
+        raise ConfigError("", f"not a recipe: {error.problem}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("", f"cannot be read: {error}") from None
+    return parse(text, lines)
+
+
+def parse(text: str, lines: dict[str, int]) -> dict[str, Any]:
+    """The values in ``text``, with references unresolved. Fills ``lines``, even when it raises ``ConfigError``."""
+    try:
         lines |= lines_of(text)
         values = OmegaConf.to_container(OmegaConf.create(text))
     except _Duplicate as error:
@@ -52,8 +62,6 @@ def read(source: Path, lines: dict[str, int]) -> dict[str, Any]:
         raise ConfigError(_dotted(error), f"bad reference: {_first_line(error)}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(_dotted(error), _first_line(error)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("", f"cannot be read: {error}") from None
     except (ValueError, TypeError, AttributeError) as error:  # from YAML's explicit tags, such as !!int x
         raise ConfigError("", f"not YAML: {_first_line(error)}") from None
     if not isinstance(values, dict) or not lines:

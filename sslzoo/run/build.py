@@ -30,6 +30,7 @@ from sslzoo.data.datasets import ImageSource, open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.nn.per_sample import tables_of
+from sslzoo.recipe.load import to_yaml
 from sslzoo.recipe.plan import TrainingPlan, plan_of
 from sslzoo.recipe.registry import analysis_class, method_class
 from sslzoo.recipe.sections import Recipe
@@ -218,6 +219,7 @@ def _build_callbacks(
 ) -> Callbacks:
     checkpoint = ExactCheckpoint(
         run.checkpoints,
+        recipe=to_yaml(recipe),
         every_steps=recipe.logging.checkpoint_every_steps,
         evaluate_every_epochs=recipe.eval.every_epochs,
         keep_epochs=recipe.logging.keep_epochs,

@@ -306,8 +306,9 @@ def begin(
     fingerprint: str,
     left_behind: Mapping[str, float],
     start: Mapping[str, Any] | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Write manifest and recipe, and create the folders of ``choice.run``. The caller must hold the directory's lock.
+    Returns the manifest without the recipe, for the checkpoints.
 
     ``left_behind`` holds the seconds per phase of the last start in case it was killed; ``start`` describes the
     weights that a new run's encoder starts from. Raises ``OSError`` if a file cannot be written.
@@ -353,6 +354,15 @@ def begin(
     write_text(run.recipe, loaded.to_yaml(origins=True))
     for folder in (run.checkpoints, run.evaluation):
         folder.mkdir(exist_ok=True)
+    return _without_recipe(json.loads(json.dumps(before | now)))
+
+
+def _without_recipe(manifest: dict[str, Any]) -> dict[str, Any]:
+    """``manifest`` and its sessions without the recipe's flat keys."""
+    kept = {key: value for key, value in manifest.items() if key != "recipe"}
+    if "sessions" in kept:
+        kept["sessions"] = [_without_recipe(start) for start in kept["sessions"]]
+    return kept
 
 
 def _now() -> str:

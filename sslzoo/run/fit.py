@@ -181,7 +181,7 @@ class _Life:
         lock = RunLock(run.path, seconds=self.stopwatch.seconds, on_lost=self._lost)
         lock.acquire()
         self.lock = lock
-        begin(
+        session.built.callbacks.checkpoint.manifest = begin(
             choice,
             self.loaded,
             session.built.plan,

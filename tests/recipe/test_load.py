@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +13,7 @@ import pytest
 from sslzoo.checks import ConfigError
 from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import DATASETS
-from sslzoo.recipe.load import RecipeError, leaves, load_recipe
+from sslzoo.recipe.load import RecipeError, leaves, load_carried, load_recipe
 from sslzoo.recipe.sections import MethodConfig, ViewConfig
 from sslzoo.recipe.trainer_keys import OWNED, trainer_arguments
 
@@ -128,6 +128,35 @@ def test_what_is_written_loads_again(write, tmp_path: Path, origins: bool) -> No
     again = tmp_path / "again.yaml"
     again.write_text(loaded.to_yaml(origins=origins))
     assert load_recipe(str(again)).recipe == loaded.recipe
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "key"),
+    [
+        ("name: alpha", "name: mine:Method", "method.name"),
+        ("resnet18}", 'resnet18, options: {a: "x:y"}}', ""),  # an argument is no code
+        ("dataset: cifar10", "dataset: mine:scans", "data.dataset"),
+        ("seed: 1", "seed: 1\nanalyses: [{name: mine:Spread}]", "analyses.0.name"),
+        (
+            "name: alpha\n  temperature: 0.5",
+            "name: mine${method.temperature}\n  temperature: ':Method'",
+            "method.name",
+        ),
+    ],
+)
+def test_a_recipe_in_a_checkpoint_names_no_code(
+    write, tmp_path: Path, before: str, after: str, key: str
+) -> None:
+    text = Path(write()).read_text()
+    carrier = tmp_path / "left.ckpt"
+    assert load_carried(text, carrier).recipe == replace(load_recipe(write()).recipe, name="left")
+    assert before in text
+    text = text.replace(before, after, 1)
+    if not key:
+        assert load_carried(text, carrier).recipe.backbone.options == {"a": "x:y"}
+        return
+    with pytest.raises(RecipeError, match=rf"left\.ckpt:\d+: {key}: mine:\w+ is code .* by --recipe$"):
+        load_carried(text, carrier)
 
 
 def test_every_written_value_carries_its_origin(write) -> None:

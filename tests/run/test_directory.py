@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from sslzoo.checkpoints import load_checkpoint
 from sslzoo.exits import ExitCode, RunError
-from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.load import load_recipe, plain
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import LoggingConfig, WandbConfig
 from sslzoo.run.directory import Run, begin, choose, newest
@@ -73,6 +75,18 @@ def test_a_new_run_writes_what_was_run_with_what(tmp_path: Path) -> None:
     kept = run.read_manifest()
     assert kept["exit_code"] == 75 and kept["error"]["message"] == "SIGTERM: saved at step 3"
     assert kept["sessions"][0]["training_seconds"] == 12.5
+
+
+def test_a_checkpoint_says_what_it_is_wherever_it_lies(folder: Path, tmp_path: Path) -> None:
+    fit = _fit(folder, "says", "trainer.max_epochs=1", "seed=8")
+    assert fit.wait() == 0, fit.said
+    (path,) = [p.rename(tmp_path / "left.ckpt") for p in (folder / "says/checkpoints").glob("*6.ckpt")]
+    content = load_checkpoint(path)
+    assert yaml.safe_load(content["recipe"]) == plain(load_recipe(str(folder / "says/recipe.yaml")).recipe)
+    kept, said = manifest(folder / "says"), content["manifest"]
+    for key in ("run_id", "started", "seed", "world_size", "data_fingerprint", "versions", "git", "hardware"):
+        assert said[key] == kept[key]
+    assert said["sessions"][0]["command"] == kept["sessions"][0]["command"]
 
 
 def test_a_directory_with_another_run_is_refused(tmp_path: Path) -> None:
