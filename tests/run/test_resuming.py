@@ -18,6 +18,8 @@ import torch
 from sslzoo.checkpoints import load_checkpoint
 from sslzoo.exits import ExitCode
 from sslzoo.nn.backbones import Conv5
+from sslzoo.recipe.load import load_recipe
+from sslzoo.run.build import build_experiment, load_weights
 from sslzoo.testing.kills import digest
 from tests.command import (
     STEPS,
@@ -127,6 +129,17 @@ def test_a_run_from_weights_says_so_and_goes_on_without_their_file(folder: Path)
     none = _fit(folder, "other", *options, resume="auto")
     assert none.wait() == 2 and not (folder / "other").exists(), none.said
     assert "backbone.weights: there is no file w.pt" in none.err, none.said
+
+
+@pytest.mark.parametrize("path", ["whole", "whole/checkpoints", "whole/checkpoints/last.ckpt"])
+def test_weights_come_from_a_run_as_a_resumed_run_does(path: str, folder: Path) -> None:
+    method = build_experiment(load_recipe(str(folder / "tiny.yaml")).recipe).method
+    load_weights(method, folder / path)
+    stored = load_checkpoint(folder / "whole" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert all(
+        torch.equal(value, stored[name])
+        for name, value in method.backbone.state_dict(prefix="backbone.").items()
+    )
 
 
 def test_more_epochs_train_on_and_fewer_than_done_are_refused(folder: Path) -> None:
