@@ -1,8 +1,6 @@
-"""A tiny method with everything that a resume can lose, and bundled recipes, as jobs to be killed."""
+"""A tiny method with everything that a resume can lose, as a job to be killed."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,6 @@ from sslzoo.distributed import gather_detached
 from sslzoo.method import SSLMethod
 from sslzoo.nn.momentum import MomentumEncoder
 from sslzoo.nn.queue import FeatureQueue
-from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.sections import (
     AdamConfig,
     BackboneConfig,
@@ -86,18 +83,12 @@ def tiny_job(*, world: int = 1, accumulate: int = 1, epochs: int = 3, pause: flo
         probe=ProbeConfig(lrs=(0.1, 1.0)),
         eval=EvalConfig(every_epochs=1, size=8, knn_k=5, knn_temperature=0.1, batch_size=32),
         logging=LoggingConfig(every_steps=4, checkpoint_every_steps=3, keep_epochs=(2,)),
-        trainer=_trainer(epochs, world) | {"accumulate_grad_batches": accumulate},
+        trainer={
+            "max_epochs": epochs,
+            "accelerator": "cpu",
+            "devices": world,
+            "accumulate_grad_batches": accumulate,
+        },
         name="tiny",
     )
     return Job(recipe=recipe, samples=100, pause=pause)
-
-
-def recipe_job(name: str, *overrides: str, world: int = 1, epochs: int = 3, samples: int = 100) -> Job:
-    """A bundled recipe with overrides, in batches of 16."""
-    changes = [f"trainer.{key}={value}" for key, value in _trainer(epochs, world).items()]
-    recipe = load_recipe(name, [*changes, "data.global_batch_size=16", *overrides]).recipe
-    return Job(recipe=recipe, samples=samples)
-
-
-def _trainer(epochs: int, world: int) -> dict[str, Any]:
-    return {"max_epochs": epochs, "accelerator": "cpu", "devices": world}

@@ -44,7 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.tensor  # while torch.Generator is what it expects
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
@@ -56,9 +56,8 @@ from sslzoo.data.datasets import open_source
 from sslzoo.data.sources import FakeSource, ImageSource
 from sslzoo.nn.batchnorm import to_sync
 from sslzoo.recipe.catalog import dataset_info
-from sslzoo.recipe.load import load_recipe, to_yaml
+from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.sections import Recipe
-from sslzoo.run import build
 from sslzoo.run import trainer as launch
 from sslzoo.run.build import build_run
 from sslzoo.run.directory import Run
@@ -644,13 +643,12 @@ def pretend(
     strategy = SingleDeviceStrategy(device=CUDA)
     strategy.world_size = gpu.world
     options = {key: value for key, value in recipe.trainer.items() if key not in MACHINE}
-    here = replace(recipe, trainer=options | {"accelerator": _Accelerator(), "devices": 1})
-    said = to_yaml(recipe)  # what checkpoints carry; the accelerator there is none that a recipe could name
-    with (
-        gpu,
-        mock.patch.object(launch, "build_strategy", return_value=strategy),
-        mock.patch.object(build, "to_yaml", return_value=said),
-    ):
+    here = replace(recipe, trainer=options | {"accelerator": "cpu", "devices": 1})
+    built_here: dict[str, Any] = {
+        "build_strategy": lambda *_: strategy,
+        "Trainer": lambda **given: Trainer(**{**given, "accelerator": _Accelerator()}),
+    }
+    with gpu, mock.patch.multiple(launch, **built_here):
         placement = Placement(world_size=gpu.world)
         built = build_run(here, Run(folder, "pretended"), source=source, placement=placement, brief=True)
         method, trainer = built.method, built.trainer

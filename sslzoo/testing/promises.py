@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,7 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
 
 def _placed(recipe: Recipe, *, world: int = 1, **trainer: Any) -> Recipe:
     """``recipe`` on so many processes."""
-    options = {"devices": world} | ({"sync_batchnorm": True} if world > 1 else {}) | trainer
-    return replace(recipe, trainer=recipe.trainer | options)
+    return replace(recipe, trainer=recipe.trainer | {"devices": world} | trainer)
 
 
 def _refusal(recipe: Recipe) -> str:
@@ -265,26 +264,50 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 @_promise("world-size", "1, 2 and 3 processes give the same loss, gradients and state")
 def ignores_world_size(recipe: Recipe, folder: Path) -> str:
     """Two steps in float64, with synchronised batch norm and without dropout."""
-    one = _on_rank(0, 1, recipe, folder)
-    for world in WORLDS:
+    try:
+        _synchronised(recipe, 1)
+    except ConfigError as error:
+        return f"not tried, since batch norm cannot be synchronised: {error}"
+    compare_worlds({"": recipe}, folder)
+    return ""
+
+
+def compare_worlds(recipes: Mapping[str, Recipe], folder: Path, worlds: Sequence[int] = WORLDS) -> None:
+    """The promise ``world-size`` for several small recipes, by name; each number of processes is started once.
+
+    Raises :class:`Broken` at the first that differs.
+    """
+    one = _courses(0, 1, recipes, folder)
+    for world in worlds:
         try:
-            parts = run_ranks(world, _on_rank, recipe, folder)
+            parts = run_ranks(world, _courses, recipes, folder)
         except RankFailed as failed:
             raise Broken(
                 f"{world} processes: {failed.reason}", "it must train on several as it does on one"
             ) from failed
-        _compare(world, one, parts)
-    return ""
+        for name in recipes:
+            says = f"{name}, {world} processes:" if name else f"{world} processes:"
+            _compare(says, one[name], [part[name] for part in parts])
 
 
-def _on_rank(rank: int, world: int, recipe: Recipe, folder: Path) -> Course:
-    placed = _placed(recipe, world=world, precision="64-true")
-    return train(placed, folder / f"{world}", steps=2, dropout=False)
+def _courses(rank: int, world: int, recipes: Mapping[str, Recipe], folder: Path) -> dict[str, Course]:
+    return {
+        name: train(
+            _synchronised(recipe, world),
+            folder / f"{i}-{world}",
+            steps=2,
+            dropout=False,
+        )
+        for i, (name, recipe) in enumerate(recipes.items())
+    }
 
 
-def _compare(world: int, one: Course, parts: Sequence[Course]) -> None:
+def _synchronised(recipe: Recipe, world: int) -> Recipe:
+    return _placed(recipe, world=world, sync_batchnorm=True, precision="64-true")
+
+
+def _compare(says: str, one: Course, parts: Sequence[Course]) -> None:
     """Refuse what differs first: a loss, else a gradient, else what is carried."""
-    says = f"{world} processes:"
     for step, expected in enumerate(one.losses):
         got = torch.stack([part.losses[step] for part in parts]).mean()
         _expect(

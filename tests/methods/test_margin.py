@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslzoo.batch import Batch
-from sslzoo.distributed import all_reduce_mean
 from sslzoo.nn.batchnorm import to_sync
 from sslzoo.nn.numerics import normalize
 from sslzoo.recipe.load import RecipeError, load_recipe
@@ -25,8 +24,6 @@ from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import recipes
 from sslzoo.recipe.sections import HeadConfig, SGDConfig
 from sslzoo.testing.golden import GoldenCase
-from sslzoo.testing.kills import Fault, run
-from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.margin.analysis.observe import angle_histogram
 from sslzoo_methods.margin.config import (
     MACL,
@@ -71,7 +68,6 @@ from sslzoo_methods.margin.loss import (
 )
 from sslzoo_methods.margin.method import MarginContrast
 from sslzoo_methods.simclr.loss import nt_xent
-from tests.chaos import recipe_job
 
 Outputs = dict[str, Tensor | float | int]
 
@@ -628,65 +624,6 @@ def tiny_batch(rank: int = 0, world: int = 1, locals_: int = 0) -> Batch:
     return Batch(tuple(views[:2]), tuple(views[2:]), torch.arange(12)[rows])
 
 
-CASES: dict[str, tuple[dict[str, Any], int]] = {
-    "NT-Xent": ({"base": "simclr"}, 0),
-    "SimCLR with local crops, one effect, in chunks": (
-        {"base": "simclr", "effects": Isolated(emphasis="batch"), "chunk_size": 5},
-        1,
-    ),
-    "MACL": ({"base": "simclr", "family": MACL()}, 0),
-    "MoCo v3 with local crops, two effects": (
-        {"base": "mocov3", "effects": Isolated(angle=True, logit="negative")},
-        1,
-    ),
-    "MoCo v2 with local crops": ({"base": "mocov2"}, 1),
-    "MoCo v2, one order, shuffled": (
-        {"base": "mocov2", "symmetric": False, "momentum_batchnorm": "shuffle"},
-        0,
-    ),
-    "BYOL, one effect": ({"base": "byol", "effects": Isolated(angle=True)}, 0),
-    "SimSiam with local crops, one effect": (
-        {"base": "simsiam", "effects": Isolated(emphasis="batch")},
-        1,
-    ),
-}
-Course = tuple[Tensor, list[Tensor], dict[str, Tensor]]
-
-
-def two_steps(rank: int, world: int) -> dict[str, Course]:
-    """Losses and averaged gradients of two plain SGD steps, and the state after them, in every case."""
-    return {case: course(rank, world, *CASES[case]) for case in CASES}
-
-
-def course(rank: int, world: int, options: dict[str, Any], locals_: int) -> Course:
-    method = tiny(**options, world=world, sync=True)
-    losses, gradients = [], []
-    for _ in range(2):
-        loss = method.loss(tiny_batch(rank, world, locals_))
-        loss.backward()
-        for parameter in method.parameters():
-            if parameter.grad is not None:
-                parameter.grad = all_reduce_mean(parameter.grad)
-                gradients.append(parameter.grad)
-                parameter.data.add_(parameter.grad, alpha=-0.5)
-                parameter.grad = None
-        losses.append(all_reduce_mean(loss.detach()))
-        method.finish_step()
-    return torch.stack(losses), gradients, {k: v.clone() for k, v in method.state_dict().items()}
-
-
-def test_world_size_changes_nothing() -> None:
-    alone = two_steps(0, 1)
-    for world in (2, 3):
-        for together in run_ranks(world, two_steps):
-            for case, (losses, gradients, state) in alone.items():
-                got, grads, carried = together[case]
-                assert losses.isfinite().all()
-                torch.testing.assert_close(got, losses, rtol=1e-10, atol=1e-12, msg=f"{case}: loss")
-                torch.testing.assert_close(grads, gradients, rtol=1e-8, atol=1e-12, msg=f"{case}: gradients")
-                torch.testing.assert_close(carried, state, rtol=1e-8, atol=1e-12, msg=f"{case}: state")
-
-
 def gradients_of(method: MarginContrast, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     loss = method.loss(batch)
     loss.backward()
@@ -980,29 +917,3 @@ def test_the_cards_questions_load() -> None:
     for recipe in ("margin_simclr_cifar10", "margin_mocov2_cifar10", "margin_mocov3_cifar10"):
         for command in commands:
             load_recipe(recipe, shlex.split(command))
-
-
-CHAOS = (
-    "backbone={name: conv5, in_channels: 1}",
-    "views=[{size: 8, scale: [0.3, 1.0], count: 2}]",
-    "eval={every_epochs: 2, size: 8, knn_k: 5, knn_temperature: 0.1}",
-    "logging={every_steps: 4, checkpoint_every_steps: 3}",
-    "data.mean=[0.5]",
-    "data.std=[0.25]",
-    "data.workers=0",
-    "optim={name: sgd, lr: 0.1, lr_scaling: none, weight_decay: 0.0, warmup_epochs: 1}",
-    "probe={lrs: [0.1]}",
-    "trainer.precision=32-true",
-    "method.family.schedule={name: cosine, epochs: 2}",
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("base", ["mocov2", "byol"])
-def test_killed_and_resumed_is_bit_equal(base: str, tmp_path: Path) -> None:
-    overrides = [*CHAOS, "method.projector.widths=[16, 8]"]
-    overrides += ["method.base.queue_size=40" if base == "mocov2" else "method.base.predictor.widths=[16, 8]"]
-    job = recipe_job(f"margin_{base}_cifar10", *overrides)
-    undisturbed = run(job, tmp_path / "a")
-    resumed = run(job, tmp_path / "b", [Fault("batch", 7), Fault("start", 11)])
-    assert resumed.digest == undisturbed.digest and resumed.metrics == undisturbed.metrics

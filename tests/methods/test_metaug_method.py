@@ -26,7 +26,8 @@ from sslzoo.recipe.registry import recipes
 from sslzoo.recipe.sections import BackboneConfig, HeadConfig, Recipe, SGDConfig
 from sslzoo.run.build import load_weights
 from sslzoo.run.trainer import build_trainer
-from sslzoo.testing.kills import Fault, Job, run
+from sslzoo.testing.contract import small_recipe
+from sslzoo.testing.course import train as observe
 from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.metaug.color import normalized, rgb_to_lab, rgb_to_ycbcr
 from sslzoo_methods.metaug.config import (
@@ -47,7 +48,6 @@ from sslzoo_methods.metaug.config import (
 from sslzoo_methods.metaug.encoders import ThreeViewBackbone
 from sslzoo_methods.metaug.method import MetAug
 from sslzoo_methods.metaug.objective import ENCODER
-from tests.chaos import recipe_job
 
 # Rates at which a step on tiny batch norms does not blow rounding up: ten times these, a change of the last bit of
 # the images moves the second step by 5e-10.
@@ -160,21 +160,25 @@ def _rank(rank: int, world: int, cfg: MetAugConfig) -> Any:
     return train(method, range(2), rank, world), dict(method.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("name", "world"), [(name, 2) for name in CONFIGS] + [("second order", 3), ("official", 3)]
-)
-def test_ranks_equal_one_process(name: str, world: int) -> None:
-    """Losses, gradients, the generators' steps, weights, batch norms and banks, through synchronised batch
-    norm and its second derivatives, in float64."""
-    single = make(CONFIGS[name])
-    expected = train(single, range(2))
-    for seen, state in run_ranks(world, _rank, CONFIGS[name]):
-        torch.testing.assert_close(seen, expected, rtol=1e-9, atol=1e-11)
-        assert state.keys() == single.state_dict().keys()
-        for key, value in single.state_dict().items():
-            torch.testing.assert_close(
-                state[key], value, rtol=1e-9, atol=1e-11, msg=lambda m, k=key: f"{k}: {m}"
-            )
+def test_the_generators_step_alike_on_two_processes() -> None:
+    """Their steps too, which the contract's tests do not see, and a sample that both processes hold. Through
+    synchronised batch norm and its second derivatives, in float64."""
+    names = ("second order", "official")
+    configs = [CONFIGS[name] for name in names]
+    singles = [make(cfg) for cfg in configs]
+    expected = [train(single, range(2)) for single in singles]
+    for name, single, want, ranks in zip(
+        names, singles, expected, zip(*run_ranks(2, _each, configs), strict=True), strict=True
+    ):
+        for seen, state in ranks:
+            torch.testing.assert_close(seen, want, rtol=1e-9, atol=1e-11)
+            assert state.keys() == single.state_dict().keys()
+            for key, value in single.state_dict().items():
+                torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-11, msg=f"{name}: {key}")
+
+
+def _each(rank: int, world: int, configs: list[MetAugConfig]) -> list[Any]:
+    return [_rank(rank, world, cfg) for cfg in configs]
 
 
 def test_a_virtual_step_of_each_rank_is_another_thing() -> None:
@@ -315,37 +319,17 @@ def test_the_ramp_starts_at_zero_and_the_margin_says_where() -> None:
 
 # -- Lightning ----------------------------------------------------------------------------------
 
-SMALL = (
-    "method.projector.widths=[16, 8]",
-    "method.generator.hidden=[16, 16]",
-    "views.0.size=8",
-    "logging.checkpoint_every_steps=2",
-    "logging.every_steps=2",
-)
-BANKS = ("method.keys={name: bank, negatives: 8, updates: official}",)
 
-
-def _job(*overrides: str, world: int = 1) -> Job:
-    return recipe_job("metaug_fashion_mnist", *SMALL, *overrides, world=world, epochs=2, samples=48)
-
-
-@pytest.mark.parametrize("extra", [(), BANKS], ids=["batch", "bank"])
-def test_killed_and_resumed_is_bit_equal(tmp_path: Path, extra: tuple[str, ...]) -> None:
-    """Both optimisers, the generators with their statistics, the banks and the draws from them."""
-    job = _job(*extra)
-    whole = run(job, tmp_path / "whole")
-    killed = run(job, tmp_path / "killed", [Fault("batch", 3)])
-    assert killed.sessions == 2
-    assert killed.digest == whole.digest
-    assert killed.metrics == whole.metrics
-    assert "method/second_order_share" in whole.metrics
-
-
-def test_two_processes_under_lightning(tmp_path: Path) -> None:
-    """DDP sees the encoder alone; a kill and a resume change nothing."""
-    job = _job("trainer.sync_batchnorm=true", world=2)
-    whole = run(job, tmp_path / "whole")
-    assert run(job, tmp_path / "killed", [Fault("start", 2)]).digest == whole.digest
+def test_generators_take_no_gradient_that_is_not_finite(tmp_path: Path) -> None:
+    """Without a loss scaler: the run ends, the encoder is lost, the generators and their optimiser are not."""
+    overrides = ["method.projector={widths: [16, 8]}", "method.generator.hidden=[16, 16]"]
+    recipe = small_recipe("metaug", overrides=overrides)
+    course = observe(recipe, tmp_path, steps=4, spoilt=(2, 0))
+    assert course.diverged
+    state = course.states[-1]
+    assert not all(value.isfinite().all() for name, value in state.items() if name.startswith("projector."))
+    kept = [name for name in state if name.startswith(("generators.", "optimizer.1."))]
+    assert kept and all(state[name].isfinite().all() for name in kept)
 
 
 class Batches(torch.utils.data.Dataset[Any]):
@@ -538,7 +522,7 @@ def test_the_official_encoders_have_the_official_size() -> None:
     encoder = sum(p.numel() for p in method.parameters() if p.requires_grad)
     assert round(encoder / 1e6, 1) == 44.5
     assert round(parameter_count(method.generators) / 3e6, 2) == 4.73
-    with pytest.raises(ValueError, match="has a stem of its own"):
+    with pytest.raises(ValueError, match="has its own stem"):
         build_backbone(BackboneConfig(name=OFFICIAL, stem="small"))
 
 

@@ -28,7 +28,6 @@ from sslzoo_methods.mmcl.config import (
     INV,
     PGD,
     RBF,
-    AdaptivePGD,
     ConstantSigma,
     KernelName,
     MMCLConfig,
@@ -565,7 +564,6 @@ def test_memory_of_the_min_kernel():
 
 # -- the method ----------------------------------------------------------------------------------------
 
-FALLING = RBF(sigma=1.0, sigma_schedule=StepSigma(milestones=(2,)))
 OPTIM = SGDConfig(lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0)
 
 
@@ -594,50 +592,6 @@ def _batch(step: int, rows: slice = slice(None)) -> Batch:
     generator = torch.Generator().manual_seed(step)
     a, b, local = (torch.randn(12, 6, dtype=torch.float64, generator=generator)[rows] for _ in range(3))
     return Batch((a, b), (local,), torch.arange(12)[rows])
-
-
-def _train(r: int, world: int, changes: dict[str, Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Five steps of SGD, gradients averaged as DDP does; losses of this rank and the final state."""
-    method, n = _method(**changes), 12 // world
-    optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
-    losses = []
-    for step in range(5):
-        loss = method.loss(_batch(step, slice(r * n, (r + 1) * n)))
-        optimizer.zero_grad()
-        loss.backward()
-        for p in method.parameters():
-            if p.grad is not None and world > 1:
-                torch.distributed.all_reduce(p.grad)
-                p.grad /= world
-        optimizer.step()
-        method.finish_step()
-        losses.append(loss.detach())
-    return losses, dict(method.state_dict())
-
-
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"solver": PGD(), "kernel": FALLING, "crop_batching": "per_crop", "alpha_normalize": "mean"},
-        {
-            "solver": AdaptivePGD(),
-            "negatives": "both",
-            "symmetric": True,
-            "kernel": RBF(sigma=1.0, sigma_rule="median"),
-        },
-    ],
-    ids=["inv", "pgd", "pgd_adaptive-both-symmetric"],
-)
-def test_world_size_changes_nothing(world, changes):
-    losses, state = _train(0, 1, changes)
-    parts = run_ranks(world, _train, changes)
-    for step, expected in enumerate(losses):
-        mean = torch.stack([part[0][step] for part in parts]).mean()
-        torch.testing.assert_close(mean, expected, rtol=1e-9, atol=1e-12)
-    for part in parts:
-        torch.testing.assert_close(part[1], state, rtol=1e-8, atol=1e-11)
 
 
 def test_own_negatives_only():
@@ -697,39 +651,6 @@ def test_sigma_is_a_function_of_the_epoch():
     assert got == pytest.approx({0: 50, 73: 50, 74: 5, 123: 5, 124: 0.5, 199: 0.5})
 
 
-def test_a_resumed_run_goes_on_alike():
-    """Random starts and sigma come from (seed, step): nothing but parameters and the step count is carried."""
-    changes = {"solver": PGD(), "kernel": FALLING}
-
-    def advance(method: MMCL, optimizer: torch.optim.Optimizer, steps: range) -> list[Tensor]:
-        losses = []
-        for step in steps:
-            loss = method.loss(_batch(step))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            method.finish_step()
-            losses.append(loss.detach())
-        return losses
-
-    method = _method(**changes)
-    optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
-    expected = advance(method, optimizer, range(5))[2:]
-    first = _method(**changes)
-    optimizer = torch.optim.SGD(first.parameters(), lr=0.05, momentum=0.9)
-    advance(first, optimizer, range(2))
-    checkpoint: dict[str, Any] = {}
-    first.on_save_checkpoint(checkpoint)
-    second = _method(**changes)
-    second.load_state_dict(first.state_dict())
-    second.on_load_checkpoint(checkpoint)
-    resumed = torch.optim.SGD(second.parameters(), lr=0.05, momentum=0.9)
-    resumed.load_state_dict(optimizer.state_dict())
-    torch.rand(100)  # wherever the global generator stands
-    assert [x.item() for x in advance(second, resumed, range(2, 5))] == [x.item() for x in expected]
-    assert all(torch.equal(a, b) for a, b in zip(second.parameters(), method.parameters(), strict=True))
-
-
 def test_the_global_generator_is_left_alone():
     method, before = _method(solver=PGD()), torch.get_rng_state()
     first = method.loss(_batch(0))
@@ -772,20 +693,6 @@ def test_ranks_with_negatives_of_their_own_start_elsewhere(monkeypatch):
         monkeypatch.setattr("sslzoo_methods.mmcl.method.world_size", lambda: 2)
         starts = _starts(_method(solver=PGD(max_iter=1), gather=False), monkeypatch, 1, 3)
         assert all(torch.equal(a, b) for a, b in zip(starts, expected[r::2], strict=True))
-
-
-@pytest.mark.parametrize("solver", [INV(), PGD(), AdaptivePGD(tol=1e-4)])
-def test_half_precision_is_finite_and_close(solver):
-    method = _method(solver=solver, kernel=RBF(sigma=10.0)).float()
-    view = _batch(0).global_views[0].float()
-    batch = Batch((view, view + 0.1 * _batch(1).global_views[0].float()), (), torch.arange(12))
-    exact = method.loss(batch)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = method.loss(batch)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, exact, rtol=0.05, atol=0)
-    assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
 
 
 def test_a_step_that_is_too_long_is_said():

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sslzoo.batch import Batch
-from sslzoo.nn.batchnorm import to_sync
 from sslzoo.nn.numerics import normalize
 from sslzoo.recipe.load import RecipeError, load_recipe
-from sslzoo.recipe.sections import HeadConfig
 from sslzoo.testing.golden import load_cases
-from sslzoo.testing.ranks import run_ranks
-from sslzoo_methods.simclr.config import SimCLRConfig
 from sslzoo_methods.simclr.loss import nt_xent
-from sslzoo_methods.simclr.method import SimCLR
 from tests.conftest import GOLDEN
 
 NTXENT = [case for case in load_cases(GOLDEN / "sogclr", {}) if case.kind == "ntxent"]
@@ -56,39 +50,6 @@ def test_gradient_by_finite_differences():
         return nt_xent(views, views, offset=0, temperature=0.2)
 
     assert torch.autograd.gradcheck(loss, tuple(z))
-
-
-def _method() -> SimCLR:
-    torch.manual_seed(3)
-    backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
-    cfg = SimCLRConfig(name="simclr", temperature=0.2, projector=HeadConfig(widths=(7, 5)))
-    method = to_sync(SimCLR(cfg, backbone, 8)).double()
-    assert isinstance(method, SimCLR)
-    return method
-
-
-def _views() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(12, 6, dtype=torch.float64, generator=generator) for _ in range(3)]
-
-
-def _loss_and_gradients(rank: int, world: int) -> tuple[Tensor, list[Tensor]]:
-    method, n = _method(), 12 // world
-    rows = slice(rank * n, (rank + 1) * n)
-    a, b, local = (view[rows] for view in _views())
-    loss = method.loss(Batch((a, b), (local,), torch.arange(12)[rows]))
-    loss.backward()
-    return loss.detach(), [p.grad for p in method.parameters() if p.grad is not None]
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_world_size_changes_nothing(world):
-    loss, gradients = _loss_and_gradients(0, 1)
-    parts = run_ranks(world, _loss_and_gradients)
-    torch.testing.assert_close(torch.stack([p[0] for p in parts]).mean(), loss, rtol=1e-12, atol=0)
-    for i, expected in enumerate(gradients):
-        mean = torch.stack([p[1][i] for p in parts]).mean(0)
-        torch.testing.assert_close(mean, expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ from sslzoo.recipe.registry import method_class, recipes
 from sslzoo.recipe.sections import HeadConfig, LARSConfig
 from sslzoo.run.build import load_weights
 from sslzoo.testing.golden import DTYPES, GoldenCase
-from sslzoo.testing.kills import Fault, run
 from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.sogclr.bimodal import bimodal_loss, global_temperature_loss
 from sslzoo_methods.sogclr.config import (
@@ -54,7 +53,6 @@ from sslzoo_methods.sogclr.loss import (
 )
 from sslzoo_methods.sogclr.method import SogCLR
 from sslzoo_methods.sogclr.table import Descent, EstimatorTable, mean_over_duplicates, remember
-from tests.chaos import recipe_job
 
 FORMS: dict[str, Callable[..., Any]] = {"dense": gcl_loss, "lean": gcl_loss_lean}
 UNIMODAL = Descent(rho=0.3, eta=0.01, beta=0.9, tau_min=0.05, tau_max=0.7)
@@ -635,28 +633,31 @@ def _train(method: SogCLR, steps: range, world: int, rows: slice, local: bool = 
     return losses
 
 
-def _rank_state(index_of_rank: int, world: int, flavour: str) -> dict[str, Any]:
+def _after_training(index_of_rank: int, world: int) -> dict[str, dict[str, Any]]:
+    """Losses and state of each flavour."""
     share = BATCH // world
     rows = slice(index_of_rank * share, (index_of_rank + 1) * share)
-    method = _method(flavour, world)
-    losses = _train(method, range(5), world, rows, local=flavour == "locals")
-    return {"losses": torch.stack(losses).numpy()} | {
-        name: t.clone().numpy() for name, t in method.state_dict().items()
-    }
+    found = {}
+    for flavour in FLAVOURS:
+        method = _method(flavour, world)
+        losses = _train(method, range(5), world, rows, local=flavour == "locals")
+        found[flavour] = {"losses": torch.stack(losses), **method.state_dict()}
+    return found
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_world_size_changes_nothing(flavour, world):
-    alone = _rank_state(0, 1, flavour)
-    ranks = run_ranks(world, _rank_state, flavour)
-    for state in ranks:
-        for name, expected in alone.items():
-            torch.testing.assert_close(
-                torch.as_tensor(state[name]), torch.as_tensor(expected), rtol=1e-8, atol=1e-10, msg=name
-            )
-            if name.startswith("tables"):
-                assert state[name].tobytes() == ranks[0][name].tobytes(), f"{name} differs between ranks"
+def test_an_image_that_several_processes_hold_counts_as_on_one():
+    """The contract's tests have every variant on images that differ; here one comes three times."""
+    alone = _after_training(0, 1)
+    ranks = run_ranks(3, _after_training)
+    for flavour, expected in alone.items():
+        for states in ranks:
+            for name, value in expected.items():
+                got = states[flavour][name]
+                torch.testing.assert_close(got, value, rtol=1e-8, atol=1e-10, msg=f"{flavour}: {name}")
+                if name.startswith("tables"):
+                    assert torch.equal(got, ranks[0][flavour][name]), (
+                        f"{flavour}: {name} differs between ranks"
+                    )
 
 
 def test_table_holds_exactly_the_visited_images():
@@ -683,37 +684,6 @@ def test_gradient_accumulation_is_two_batches_of_their_own():
     assert torch.equal(halves.isfinite(), together.isfinite())
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_restored_run_continues_bit_for_bit(flavour, tmp_path):
-    rows = slice(0, BATCH)
-    through = _method(flavour)
-    optimizer = through.configure_optimizers()
-
-    def advance(method: SogCLR, optimizer: torch.optim.Optimizer, steps: range) -> None:
-        for step in steps:
-            optimizer.zero_grad()
-            method.loss(_batch(step, rows)).backward()
-            set_learning_rate(optimizer, 0.5)
-            optimizer.step()
-            method.finish_step()
-
-    advance(through, optimizer, range(3))
-    checkpoint: dict[str, Any] = {"state_dict": through.state_dict(), "optimizer": optimizer.state_dict()}
-    through.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, tmp_path / "a.ckpt")
-    advance(through, optimizer, range(3, 6))
-
-    resumed = _method(flavour)
-    loaded = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    resumed.on_load_checkpoint(loaded)
-    resumed.load_state_dict(loaded["state_dict"])
-    optimizer = resumed.configure_optimizers()
-    optimizer.load_state_dict(loaded["optimizer"])
-    advance(resumed, optimizer, range(3, 6))
-    for name, expected in through.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], expected), name
-
-
 def test_weights_alone_start_with_an_empty_table(tmp_path):
     trained = _method("individual")
     _train(trained, range(2), 1, slice(0, BATCH))
@@ -734,7 +704,7 @@ def test_weights_go_to_a_loss_without_a_table(tmp_path, caplog):
     weight = method.state_dict()["projector.0.weight"].zero_()
     load_weights(method, tmp_path / "a.ckpt")
     assert torch.equal(weight, trained.state_dict()["projector.0.weight"])
-    assert "tables.0 left out" in caplog.text
+    assert "not loading tables.0" in caplog.text
 
 
 def test_histograms_on_request(tmp_path):
@@ -783,20 +753,6 @@ def test_a_step_does_not_synchronise_with_the_host(flavour):
         method.loss(_batch(1, slice(0, BATCH), torch.float32)).backward()
     with pytest.raises(AssertionError), _NoSync():
         torch.ones(()).item()
-
-
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_bf16_autocast_is_close_to_float32(flavour):
-    losses = []
-    for enabled in (False, True):
-        method = _method(flavour, dtype=torch.float32)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = method.loss(_batch(0, slice(0, BATCH), torch.float32))
-        loss.backward()
-        assert loss.dtype == torch.float32
-        assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
-        losses.append(loss.detach())
-    torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0.05)
 
 
 def test_learnable_temperature_has_its_own_group_and_bound():
@@ -882,27 +838,6 @@ def test_recipe_builds(name):
         assert len(classes) == 100
         assert list(classes) == sorted(classes)
         assert (classes[0], classes[-1]) == ("n01440764", "n01855672")
-
-
-INDIVIDUAL_RUN = f"method.loss.temperature_rule={RULE}"
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_killed_run_ends_like_the_one_never_killed(world, tmp_path):
-    overrides = (INDIVIDUAL_RUN, "logging.checkpoint_every_steps=3", "eval.every_epochs=1", "eval.size=28")
-    job = recipe_job(
-        "sogclr_fashion_mnist",
-        *overrides,
-        "trainer.accumulate_grad_batches=2",
-        world=world,
-        epochs=2,
-        samples=60,
-    )
-    whole = run(job, tmp_path / "whole")
-    killed = run(job, tmp_path / "killed", (Fault("batch", 3), Fault("epoch_end", 6)))
-    assert killed.sessions == 3
-    assert killed.digest == whole.digest
-    assert killed.metrics == whole.metrics
 
 
 def test_the_cards_example_runs():
