@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sslzoo.checks import did_you_mean, require
-from sslzoo.nn.weights import load_file, timm_checked, weights_file
+from sslzoo.nn.weights import load_file, read_state, timm_checked, weights_file
 from sslzoo.recipe.registry import is_plugin, plugin
 from sslzoo.recipe.sections import PRETRAINED, BackboneConfig
 
@@ -47,8 +47,12 @@ def build_backbone(cfg: BackboneConfig, *, start: bool = True) -> tuple[nn.Modul
     _check_known(cfg)
     path = weights_file(cfg) if start and cfg.weights is not None else None
     if path is not None and cfg.weights == PRETRAINED and cfg.name.startswith("timm/"):
+        # Read here, since not every version of timm refuses code in a file. npz files hold arrays only.
+        own = {"file": str(path)} if path.suffix == ".npz" else {"state_dict": read_state(path)}
         with timm_checked(path, cfg):
-            return _timm(cfg, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+            model, width = _timm(cfg, pretrained=True, pretrained_cfg_overlay=own)
+        cast(Any, model).pretrained_cfg["state_dict"] = None  # copies of the encoder would copy it too
+        return model, width
     model, width = _build(cfg)
     if path is not None:
         load_file(model, path, cfg)

@@ -1,6 +1,6 @@
-"""Weights that an encoder starts from: a library's own, from its cache, or a file.
+"""Initial weights of an encoder: those that torchvision or timm publish, or a file.
 
-Nothing in a file is executed: safetensors, or ``torch.load`` of tensors and plain values.
+No code in a file is executed: it is read by safetensors, or by ``torch.load`` with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from sslzoo.recipe.sections import PRETRAINED, BackboneConfig
 log = logging.getLogger(__name__)
 
 SHOWN = 3  # names that a message lists
-HEADS = ("fc.", "classifier.", "heads.", "head.")  # of classifiers, which an encoder is without
-WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before each name
+HEADS = ("fc.", "classifier.", "heads.", "head.")  # classifiers, which an encoder does not have
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DDP and torch.compile add to every name
 
 
 class MissingWeights(ValueError):
-    """The file is not here and cannot be fetched."""
+    """The file is missing and cannot be downloaded."""
 
 
 def weights_file(cfg: BackboneConfig) -> Path:
-    """The file of ``cfg.weights``; a library's own is fetched into its cache where it is not there yet.
+    """Return the file that ``cfg.weights`` refers to, downloading published weights unless they are in the cache.
 
-    Raises :class:`MissingWeights` with how to get it, and ``ValueError`` where the library has none.
+    Raises :class:`MissingWeights`, which says how to get the file, and ``ValueError`` if none are published.
     """
     if cfg.weights != PRETRAINED:
         path = Path(cfg.weights or "").expanduser()
@@ -75,7 +75,7 @@ def _of_timm(cfg: BackboneConfig) -> Path:
 
 
 def _in_torch_hub(url: str) -> Path:
-    """The file of ``url`` in torch's hub cache."""
+    """Return the file of ``url`` in the cache of torch.hub, downloading it if necessary."""
     from filelock import FileLock
 
     folder = Path(torch.hub.get_dir()) / "checkpoints"
@@ -85,7 +85,7 @@ def _in_torch_hub(url: str) -> Path:
     try:
         log.warning("fetching %s", url)
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # of a run's processes one fetches
+        with FileLock(f"{path}.lock"):  # only one of a run's processes downloads
             if not path.exists():
                 match = torch.hub.HASH_REGEX.search(path.name)
                 torch.hub.download_url_to_file(url, str(path), match.group(1) if match else None)
@@ -98,8 +98,8 @@ def _in_torch_hub(url: str) -> Path:
 
 
 def _in_hugging_face(repository: str, filename: str | None) -> Path:
-    """The file of weights of ``repository`` (``owner/name``, or with ``@revision``) in Hugging Face's cache; as
-    safetensors, where that is there."""
+    """Return the file of weights of ``repository`` (``owner/name``, optionally with ``@revision``) in the cache of
+    Hugging Face, downloading it if necessary. A safetensors file is preferred to ``filename``."""
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -113,7 +113,7 @@ def _in_hugging_face(repository: str, filename: str | None) -> Path:
             return Path(cached)
     failure: BaseException | None = None
     log.warning("fetching the weights of %s from Hugging Face", repository)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each of its attempts
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
     for name in names:
         try:
             return Path(hf_hub_download(repository, name, revision=revision or None))
@@ -121,8 +121,8 @@ def _in_hugging_face(repository: str, filename: str | None) -> Path:
             failure = error.__cause__ or error
             break
         except EntryNotFoundError as error:
-            failure = error  # the next kind of file
-        except Exception as error:  # of whichever library it speaks HTTP by
+            failure = error  # try the next name
+        except Exception as error:  # the HTTP library, and so its errors, depend on the version
             failure = error
             break
     raise MissingWeights(
@@ -138,7 +138,7 @@ def _brief(error: BaseException | None) -> str:
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -147,10 +147,11 @@ def digest(path: Path) -> str:
 
 
 def load_file(model: nn.Module, path: Path, cfg: BackboneConfig) -> None:
-    """Every weight of ``model`` from ``path``, by name and shape; those of a classifier and any other are left out,
-    which the log says. Of an RGB file's first convolution other ``in_channels`` take the sums, as in timm.
+    """Load every tensor of ``model`` from ``path``, matched by name and shape.
 
-    ``ValueError`` names what the file lacks.
+    Other tensors in the file, such as a classifier, are left out and named in the log. If ``cfg.in_channels`` is not 3,
+    the first convolution of an RGB file is adapted as in timm. Raises ``ValueError`` naming missing tensors and wrong
+    shapes.
     """
     own, state = model.state_dict(), read_state(path)
     count = "num_batches_tracked"  # files from before 2019 have none
@@ -192,7 +193,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _adapted(value: Tensor, own: Tensor, cfg: BackboneConfig) -> Tensor:
-    """``value`` for ``own``, which a first convolution of other channels may differ from."""
+    """Adapt ``value`` to the shape of ``own`` if it is a first convolution with another number of channels."""
     first = value.ndim == own.ndim == 4 and (value.shape[1], own.shape[1]) == (3, cfg.in_channels)
     if not first or cfg.in_channels == 3:
         return value
@@ -202,8 +203,8 @@ def _adapted(value: Tensor, own: Tensor, cfg: BackboneConfig) -> Tensor:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors in ``path`` by name: safetensors, or a state dict that torch saved, also inside a dict under
-    ``state_dict`` or ``model``. ``ValueError`` for anything else."""
+    """Read the tensors of a safetensors file or of a state dict that torch saved, which may be the entry ``state_dict``
+    or ``model`` of a dict. Raises ``ValueError`` for anything else."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -246,7 +247,7 @@ def _unwrapped(name: str) -> str:
 
 @contextmanager
 def timm_checked(path: Path, cfg: BackboneConfig) -> Iterator[None]:
-    """What timm only notes in its log while it loads ``path`` is an error: weights that are not in the file."""
+    """Raise ``ValueError`` if timm, while it loads ``path``, logs that tensors are missing or fails."""
     heard = _Heard()
     logger = logging.getLogger("timm.models._builder")
     level = logger.level
@@ -280,7 +281,7 @@ class _Heard(logging.Handler):
 
 
 def described(cfg: BackboneConfig) -> Mapping[str, Any] | None:
-    """What a manifest says of the start: the file and its SHA-256; None for a random one."""
+    """Return the manifest's entry on the initial weights: the file and its SHA-256; None if they are random."""
     if cfg.weights is None:
         return None
     path = weights_file(cfg)

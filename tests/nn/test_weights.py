@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.error import URLError
 
 import pytest
@@ -90,6 +90,9 @@ def test_timms_own_from_hugging_faces_cache(channels: int, caches: Path) -> None
     state = in_hugging_face(caches)
     model = built("timm/test_resnet", PRETRAINED, in_channels=channels)
     check_same(model, state, "conv1.0.weight" if channels == 1 else "")
+    assert not any(isinstance(v, dict) for v in cast(Any, model).pretrained_cfg.values()), (
+        "a second copy of the weights"
+    )
 
 
 def test_a_cached_file_that_lacks_something_is_refused(caches: Path) -> None:
