@@ -119,12 +119,12 @@ class _Life:
         with _together(meeting, "built"):
             if self.placement.is_leader:
                 require_packages(recipe.logging)
+            require(
+                init_from is None or recipe.backbone.weights is None,
+                "--init-from provides the initial weights: add backbone.weights=null",
+            )
             experiment, missing = self._build(recipe, resume)
             if init_from is not None:
-                require(
-                    recipe.backbone.weights is None,
-                    "--init-from provides the initial weights: add backbone.weights=null",
-                )
                 load_weights(experiment.method, init_from)
             try_analyses(experiment)
 

@@ -129,6 +129,8 @@ def test_a_run_from_weights_says_so_and_goes_on_without_their_file(folder: Path)
     none = _fit(folder, "other", *options, resume="auto")
     assert none.wait() == 2 and not (folder / "other").exists(), none.said
     assert "backbone.weights: there is no file w.pt" in none.err, none.said
+    both = _fit(folder, "other", *options, "--init-from", "whole")
+    assert both.wait() == 2 and "backbone.weights=null" in both.err, both.said
 
 
 @pytest.mark.parametrize("path", ["whole", "whole/checkpoints", "whole/checkpoints/last.ckpt"])
