@@ -1,1 +1,1 @@
-"""The methods that ship with sslzoo: one folder each, one entry point each."""
+"""The methods that come with sslzoo, with one folder and one entry point each."""

@@ -1,1 +1,1 @@
-"""What methods are made of."""
+"""Building blocks of methods: backbones, heads, batch norms, queues, momentum encoders, per-sample state."""

@@ -1,4 +1,4 @@
-"""Batch norms beyond torch's: synchronised on any device and twice differentiable, and split."""
+"""Batch norms that torch lacks: synchronised (on any device, twice differentiable) and split into groups."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sslzoo.checks import require
 from sslzoo.distributed import all_reduce_sum, world_size
 
-FUSED = ["drop", "act"]  # layers inside timm's batch norms, in the order in which they act
+FUSED = ["drop", "act"]  # layers inside timm's batch norms, in the order in which they are applied
 
 
 def _then(norm: nn.Module, y: Tensor) -> Tensor:
-    """What the layers inside ``norm`` make of the normalised ``y``."""
+    """Apply the layers inside ``norm`` to the normalised ``y``."""
     for layer in norm.children():
         y = layer(y)
     return y
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm over the rows of all ranks, from two differentiable sums, then the layers inside it.
+    """Batch norm over the rows of all ranks, followed by the layers inside it, if any.
 
-    torch's own raises on CPU and has no second derivative; this one equals single-process batch norm
-    on the concatenated batch, to any order. Any input (N, C, ...); every rank must hold equally many rows.
+    Equal to single-process batch norm on the concatenated batch, with derivatives of any order; torch's
+    SyncBatchNorm fails on CPU and has no second derivative. Input (N, C, ...), with N equal on all ranks.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
         require(input.ndim >= 2, f"batch norm expects (N, C, ...), got shape {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise with the global batch's statistics in training, the running ones in evaluation."""
+        """Normalise with statistics of the global batch in training mode, running statistics in evaluation mode."""
         self._check_input_dim(input)
         if not self.training:
             return _then(self, super().forward(input))
@@ -42,7 +42,9 @@ class SyncBatchNorm(_BatchNorm):
         shape = [1, -1] + [1] * (input.ndim - 2)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         count = x.numel() // x.shape[1] * world_size()
-        require(count > 1, f"batch norm needs more than one value a channel, got shape {tuple(input.shape)}")
+        require(
+            count > 1, f"batch norm needs more than one value per channel, got shape {tuple(input.shape)}"
+        )
         mean = all_reduce_sum(x.sum(dims)) / count
         centred = x - mean.view(shape)
         var = all_reduce_sum((centred * centred).sum(dims)) / count
@@ -63,10 +65,10 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class SplitBatchNorm(_BatchNorm):
-    """Batch norm in ``splits`` groups on one device, as if each were a device of its own.
+    """Batch norm in ``splits`` groups on one device, simulating that many devices without synchronisation.
 
-    Sample n is in group n mod splits. The running statistics become the mean over the groups of what
-    each alone would have updated them to. Evaluation is plain batch norm.
+    Sample n is in group n mod splits. Each group updates the running statistics on its own, and the mean
+    over the groups is stored. In evaluation mode it is plain batch norm.
     """
 
     def __init__(self, num_features: int, *, splits: int, **kwargs: Any) -> None:
@@ -81,7 +83,7 @@ class SplitBatchNorm(_BatchNorm):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input and output (N, C, ...)."""
+        """Normalise ``input`` (N, C, ...); in training mode N must be divisible by ``splits``."""
         self._check_input_dim(input)
         if not self.training:
             return _then(self, super().forward(input))
@@ -90,7 +92,7 @@ class SplitBatchNorm(_BatchNorm):
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
         mean, var = self.running_mean.repeat(s), self.running_var.repeat(s)
-        # Group g holds samples g, g+S, ...: (N/S, S, C, ...) puts groups and channels side by side.
+        # Group g has samples g, g+S, ...: reshaped to (N/S, S*C, ...), each group has its own channels.
         y = F.batch_norm(
             input.reshape(n // s, s * c, *rest),
             mean,
@@ -108,8 +110,8 @@ class SplitBatchNorm(_BatchNorm):
 
 
 def _replace(module: nn.Module, old: type, build: Any) -> nn.Module:
-    """``module`` with every ``old`` batch norm replaced by ``build(it)``; parameters, buffers and the layers
-    inside it shared. Raises ``ValueError`` for a batch norm that is more than that."""
+    """Replace every batch norm of type ``old`` in ``module`` by ``build(norm)``, sharing parameters, buffers and
+    inner layers. Raises ``ValueError`` for a subclass that computes anything else."""
     if isinstance(module, old) and isinstance(module, _BatchNorm):
         inside = dict(module.named_children())
         require(
@@ -145,24 +147,24 @@ def _options(m: _BatchNorm) -> dict[str, Any]:
 
 
 def to_sync(module: nn.Module) -> nn.Module:
-    """Every batch norm in ``module`` synchronised over ranks by the framework's own layer."""
+    """Replace every batch norm in ``module`` by :class:`SyncBatchNorm`."""
     return _replace(module, _BatchNorm, lambda m: SyncBatchNorm(m.num_features, **_options(m)))
 
 
 def to_split(module: nn.Module, splits: int) -> nn.Module:
-    """Every BatchNorm2d in ``module`` split into groups."""
+    """Replace every BatchNorm2d in ``module`` by :class:`SplitBatchNorm`."""
     return _replace(
         module, nn.BatchNorm2d, lambda m: SplitBatchNorm(m.num_features, splits=splits, **_options(m))
     )
 
 
 class LayerSync(TorchSyncBatchNorm):
-    """What ``trainer.sync_batchnorm: true`` does: torch's fused layer on CUDA, ours elsewhere and
-    wherever the method differentiates twice."""
+    """Implements ``trainer.sync_batchnorm: true``: torch's fused layer on CUDA, :class:`SyncBatchNorm` on
+    other devices and for methods that need second derivatives."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Convert ``model`` in place."""
-        # torch's conversion would drop what is inside a batch norm.
+        # torch's conversion would drop layers inside batch norms.
         plain = all(_is_plain(m) for m in model.modules() if isinstance(m, _BatchNorm))
         if torch.cuda.is_available() and plain and not getattr(model, "needs_double_backward", False):
             return super().apply(model)

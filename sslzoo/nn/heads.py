@@ -12,7 +12,7 @@ from sslzoo.recipe.sections import HeadConfig, OutputNorm
 
 
 def build_head(width_in: int, cfg: HeadConfig) -> nn.Sequential:
-    """The head that ``cfg`` describes, on inputs of width ``width_in``."""
+    """Build the head that ``cfg`` describes, for inputs (N, ``width_in``)."""
     return mlp(
         (width_in, *cfg.widths),
         hidden_norm=cfg.hidden_norm,
@@ -30,10 +30,10 @@ def mlp(
     output_norm: OutputNorm = "none",
     output_bias: bool = True,
 ) -> nn.Sequential:
-    """Linear layers of the given ``widths`` (input first) with BN and ReLU between them.
+    """An MLP: linear layers of the given ``widths`` (input first) with batch norm and ReLU between them.
 
-    Before a batch norm a bias stands only with ``hidden_bias``. ``output_norm``: ``none``, ``batch``,
-    ``batch_no_affine`` (no scale, no shift) or ``batch_no_shift`` (shift frozen at 0).
+    Hidden layers before a batch norm have a bias only with ``hidden_bias``. ``output_norm``: ``none``,
+    ``batch``, ``batch_no_affine`` (no scale, no shift) or ``batch_no_shift`` (shift frozen at 0).
     """
     require(len(widths) >= 2, f"an MLP needs an input and an output width, got {tuple(widths)}")
     layers: list[nn.Module] = []

@@ -1,4 +1,4 @@
-"""The momentum (EMA) copy of an online network."""
+"""Momentum encoder: an exponential moving average (EMA) of an online network."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 
 class MomentumEncoder(nn.Module):
-    """A frozen copy of ``modules``, applied in sequence, that follows them by :meth:`update`.
+    """A frozen copy of ``modules``, applied in sequence and updated by :meth:`update`.
 
-    It starts as a copy. Only parameters are averaged: the copy runs in train mode and keeps its own
-    batch-norm statistics.
+    Only parameters are averaged; the copy runs in training mode and has its own batch-norm statistics.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -22,14 +21,14 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the last module, without gradient."""
+        """Output of the last module, without gradients."""
         for layer in self.layers:
             x = layer(x)
         return x
 
     @torch.no_grad()
     def update(self, *modules: nn.Module, coefficient: float) -> None:
-        """target <- coefficient * target + (1 - coefficient) * online, for every parameter."""
+        """Update every parameter: target <- coefficient * target + (1 - coefficient) * online."""
         online = [p.detach() for module in modules for p in module.parameters()]
         target = [p.detach() for p in self.layers.parameters()]
         assert len(online) == len(target), "update() takes the modules that the encoder was built from"

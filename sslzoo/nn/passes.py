@@ -1,4 +1,4 @@
-"""Several crops through a backbone and a head, each alone or several at once."""
+"""Forward passes of several crops through a backbone and a head, one by one or batched."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def forward_crops(
     crops: Sequence[Tensor],
     crop_batching: CropBatching,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Features and head outputs of each crop (N, C, h, w), in order.
+    """Features (N, F) and head outputs (N, D) of each crop (N, C, h, w), in order.
 
-    ``per_crop`` passes each crop alone; ``per_resolution`` those that follow one another in one size
-    together, through both; ``joint`` so through the backbone, and all crops at once through the head.
-    Faster, but batch norm then takes its statistics over all that pass together.
+    ``per_crop`` passes one crop at a time; ``per_resolution`` passes consecutive crops of the same size
+    together; ``joint`` does so for the backbone, and passes all crops at once through the head. Batching is
+    faster, but batch norm then uses joint statistics of the crops in a pass.
     """
     if crop_batching == "per_crop":
         features = tuple(backbone(crop) for crop in crops)

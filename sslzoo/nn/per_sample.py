@@ -1,4 +1,4 @@
-"""State per training sample: tables that a method keeps and the framework guards."""
+"""State per training sample, as tables that the framework saves, checks and restores."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from sslzoo.checks import require
 
 
 class PerSampleTable(nn.Module):
-    """Named columns with a row for each training sample, the same on every rank.
+    """Named columns with one row per training sample, identical on all ranks.
 
-    A method makes one in ``prepare``, where the number of samples is known, and keeps it as an attribute::
+    A method creates it in ``prepare``, where the number of samples is known, and keeps it as an attribute::
 
         self.memory = PerSampleTable(key=torch.zeros(plan.dataset_size, 128))
 
     Its loss reads rows by sample id, and writes the rows of all ranks::
 
-        old = self.memory.read("key", batch.sample_id)  # (N, 128), copied
+        old = self.memory.read("key", batch.sample_id)  # (N, 128), a copy
         self.memory.write(gather_detached(batch.sample_id), key=gather_detached(z))
 
-    The framework does the rest, for whatever is of this class:
+    The framework handles the rest:
 
-    - Columns are buffers, hence in every checkpoint. They belong to the images that they were made from: a checkpoint
-      is resumed on those alone, and ``--init-from`` leaves them out.
-    - Later reads see what was written, but a step that does not happen, because fp16 overflowed, takes it back.
-    - A row that is not finite is not written, and the other columns of that sample stay with it. Of several rows of
-      one sample the last stays, the same on all ranks.
+    - Columns are buffers and thus in every checkpoint. They belong to the images they were computed from: a checkpoint
+      can only be resumed with the same images, and ``--init-from`` does not load them.
+    - Writes are visible to later reads, but are undone if fp16 overflows and the step is skipped.
+    - If a row is not finite, no column of that sample is written. If a sample occurs several times, its last row is
+      kept, on all ranks the same.
 
-    ``dim`` is where samples are counted, in all columns and in the rows read and written.
+    ``dim`` is the dimension that indexes samples, in all columns and in the rows read and written.
     """
 
     def __init__(self, /, *, dim: int = 0, **columns: Tensor) -> None:
@@ -36,37 +36,37 @@ class PerSampleTable(nn.Module):
         self.dim = dim
         for name, start in columns.items():
             self.register_buffer(name, start)
-        self._replaced: list[tuple[Tensor, dict[str, Tensor]]] | None = None  # ids and rows before each write
+        self._replaced: list[tuple[Tensor, dict[str, Tensor]]] | None = None  # ids and old rows of each write
 
     def read(self, column: str, ids: Tensor) -> Tensor:
-        """The rows of the samples ``ids``, of any shape, which takes the place of ``dim``."""
+        """The rows of the samples ``ids``, an integer tensor of any shape, which replaces the dimension ``dim``."""
         values: Tensor = getattr(self, column)
         require(
             values.dtype not in (torch.float16, torch.bfloat16),
-            f"a table per training sample was cast to {values.dtype}, too coarse to average in; use "
+            f"a per-sample table was cast to {values.dtype}, which is too imprecise for moving averages; use "
             "trainer.precision=bf16-mixed or 16-mixed instead of bf16-true or 16-true",
         )
         return values[self._at(ids)]
 
     @torch.no_grad()
     def write(self, ids: Tensor, /, **rows: Tensor) -> None:
-        """Store ``rows`` of the samples ``ids`` (n,) in the columns that they are named after. Both are of all ranks,
-        in rank order: ``gather_detached`` makes them so. Never waits for the device."""
-        # Which of several rows an indexed write keeps is not defined: they all become the last.
+        """Store ``rows`` of the samples ``ids`` (n,) by column name. Both must be gathered from all ranks in rank order
+        (``gather_detached``). Needs no host-device synchronisation."""
+        # With duplicate indices, the row that an indexed write keeps is undefined, so all duplicates get the last row.
         ordered, order = ids.sort(stable=True)
         last = order[torch.searchsorted(ordered, ids, right=True) - 1]
         rows = {name: new.index_select(self.dim, last) for name, new in rows.items()}
-        sound = torch.stack([self._is_finite(new) for new in rows.values()]).all(0)  # (n,)
+        finite = torch.stack([self._is_finite(new) for new in rows.values()]).all(0)  # (n,)
         old = {name: self.read(name, ids) for name in rows}
         for name, new in rows.items():
-            mask = sound.view(-1, *[1] * (new.ndim - self.dim - 1))
+            mask = finite.view(-1, *[1] * (new.ndim - self.dim - 1))
             values: Tensor = getattr(self, name)
             values[self._at(ids)] = torch.where(mask, new.to(values.dtype), old[name])
         if self._replaced is not None:
             self._replaced.append((ids, old))
 
     def watch(self) -> None:
-        """From here on keep what is overwritten, for :meth:`take_back`, until :meth:`let_go`."""
+        """Start keeping overwritten rows, for :meth:`take_back`, until :meth:`let_go`."""
         self._replaced = []
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class PerSampleTable(nn.Module):
                 getattr(self, name)[self._at(ids)] = old
 
     def let_go(self) -> None:
-        """What was written stays."""
+        """Accept the writes: forget the overwritten rows."""
         self._replaced = None
 
     def _at(self, ids: Tensor) -> tuple[slice | Tensor, ...]:
@@ -88,5 +88,5 @@ class PerSampleTable(nn.Module):
 
 
 def tables_of(module: nn.Module) -> dict[str, PerSampleTable]:
-    """The tables in ``module`` by their names in its ``state_dict``."""
+    """The tables in ``module``, by their names in its ``state_dict``."""
     return {name: table for name, table in module.named_modules() if isinstance(table, PerSampleTable)}

@@ -1,4 +1,4 @@
-"""The way back from a step that did not happen."""
+"""Restore buffers and tables after a step that the fp16 scaler skipped."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sslzoo.nn.per_sample import tables_of
 
 
 class Undo:
-    """What ``module`` carries beside its weights, as it is now: running statistics and all other buffers.
+    """A snapshot of the buffers of ``module``, such as running statistics.
 
-    A forward pass moves batch-norm statistics and a loss may write tables, before anybody knows whether fp16
-    overflows and the step is skipped. Tables per training sample may be large and few of their rows change: they
-    keep those themselves.
+    A forward pass updates batch-norm statistics, and a loss may write tables, before it is known whether fp16
+    overflows and the step is skipped. Per-sample tables may be large and only few of their rows change, so they
+    keep the overwritten rows themselves instead of being copied.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -26,7 +26,7 @@ class Undo:
 
     @torch.no_grad()
     def take_back(self) -> None:
-        """Put everything back."""
+        """Restore the snapshot."""
         now = dict(self._module.named_buffers())
         for name, before in self._before.items():
             now[name].copy_(before)
@@ -34,6 +34,6 @@ class Undo:
             table.take_back()
 
     def close(self) -> None:
-        """It is no longer needed."""
+        """Discard the snapshot."""
         for table in self._tables:
             table.let_go()

@@ -276,7 +276,7 @@ def test_a_broken_promise_is_the_exit_code(tmp_path: Path) -> None:
             "quickstart trains sce, not mine:Mine",
         ),
         (["simclr", "--only", "label"], "no promise 'label'; did you mean labels? (there are publishing, "),
-        (["simclr", "views.0.count=1"], "views: must hold two global views or more, got 1"),
+        (["simclr", "views.0.count=1"], "views: must have at least two global views, got 1"),
     ],
 )
 def test_bad_input_is_said_in_a_line(

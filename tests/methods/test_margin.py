@@ -807,17 +807,17 @@ simclr method.base.temperature=0 -> method.base.temperature: must be positive, g
 simclr method.base.queue_size=5 -> method.base.queue_size: not a key of method.base simclr, but of mocov2
 byol method.base.temperature=0.2 -> method.base.temperature: not a key of method.base byol, but of simclr
 mocov2 method.base.momentum_start=0.9995 -> method.base.momentum_start: must lie in [0, momentum_end=0.999], got 0.9995
-mocov2 trainer.sync_batchnorm=true -> method.base.momentum_batchnorm: shuffle and trainer.sync_batchnorm=true undo
+mocov2 trainer.sync_batchnorm=true -> method.base.momentum_batchnorm: must be same with trainer.sync_batchnorm=true
 mocov3 method.base.predictor.widths=[8] -> method.base.predictor.widths: must end in the width of method.projector, 256
-simclr views.0.count=1 -> views: must hold the two global views that margin compares, got 1
-simclr method.family.angular_margin=20 -> method.family.angular_margin: must lie within (-pi, pi) radians, got 20.0
+simclr views.0.count=1 -> views: must have at least two global views, got 1
+simclr method.family.angular_margin=20 -> method.family.angular_margin: must lie in (-pi, pi) radians, got 20.0
 simclr method.family.angular_margin=20° -> method.family.angular_margin: must be radians or text such as 10deg
 simclr method.family.angular_margin=1..5deg -> method.family.angular_margin: must be radians or text such as 10deg
 simclr 'method.family={name: cosface, subtractive_margin: 0, wide_angle: clamp}' -> family.wide_angle: not a key of
 simclr 'method.family={name: sphereface, schedule: constant}' -> method.family.schedule: not a key of
 simclr 'method.family={name: macl, alpha: 1}' -> method.family.alpha: must keep the temperature above 0, got 1.0
 simclr 'method.family={name: macl, alignment: -1.5}' -> method.family.alignment: must be a cosine, in [-1, 1], got -1.5
-mocov3 method.family=macl -> method.family: macl is a loss of SimCLR: set method.base.name=simclr
+mocov3 method.family=macl -> method.family: macl is only defined for SimCLR: set method.base.name=simclr
 byol method.family.subtractive_margin=0.1 -> method.family: must not subtract from the cosine without negatives
 mocov2 method.family=eqco method.base.beta=0 -> method.family: must not subtract from the cosine without negatives
 simclr method.family=none method.effects=detached -> method.effects: must be whole for family none, which has no margin
@@ -831,7 +831,7 @@ simclr method.family=eqco 'method.effects={name: isolated, angle: true}' -> meth
 simclr method.family.angular_margin=0 'method.effects={name: isolated, logit: both}' -> effects.logit: must be null
 simclr 'method.effects={name: isolated, logit: positive, value_preserving: false}' -> value_preserving: can be false
 simclr 'method.effects={name: isolated, angle: true, factor_range: [2, 3]}' -> factor_range: must contain 1
-simclr 'method.effects={name: isolated, logit: both, factor_range: [0, 3]}' -> factor_range: is that of emphasis
+simclr 'method.effects={name: isolated, logit: both, factor_range: [0, 3]}' -> factor_range: has no effect without emphasis
 simclr method.eqco_alpha=3 -> method.eqco_alpha: renamed: use method.family.alpha
 """
 

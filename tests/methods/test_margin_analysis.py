@@ -414,7 +414,7 @@ def test_what_is_not_finite_makes_valid_json(
         (["--temperature=-0.2"], "--temperature TEMPERATURE: must be positive, got -0.2"),
         (["--temperature=warm"], "--temperature TEMPERATURE: expected a number, got 'warm'"),
         (["--margin", "nan,0"], "--margin DEGREES,M2: must be finite, got nan"),
-        (["--margin", "190,0"], "--margin DEGREES,M2: must be pairs of an angle within (-180, 180) degrees"),
+        (["--margin", "190,0"], "--margin DEGREES,M2: must be pairs of an angle in (-180, 180) degrees"),
         (["--margin", "10"], "--margin DEGREES,M2: expected a list of 2, got ['10']"),
         (["--margin", "10,x"], "--margin DEGREES,M2: expected a number, got 'x'"),
         (["--margin", "10,0", "--margin", "10,0"], "--margin DEGREES,M2: must not list a margin twice"),

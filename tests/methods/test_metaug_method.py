@@ -539,12 +539,12 @@ NOTHING_GENERATED = ["method.margin=null", "method.terms.generated_weight=0", "m
         (["method.generator_lr=9"], "generator_lr: renamed: use method.meta.optimizer.lr"),
         (["method.gamma=0"], "method.gamma: must be positive"),
         (["method.views.count=1"], "method.views.count: must be at least 2"),
-        (["method.views.count=3"], "views: must hold 3 global view(s) for method.views crops with count=3, got 2"),
+        (["method.views.count=3"], "views: must have 3 global view(s) for method.views crops with count=3, got 2"),
         (["method.views={name: crops, space: lab}"], "method.views.space: not a key of method.views crops"),
         (["method.views={name: color, count: 3}"], "method.views.count: not a key of method.views color"),
-        (["method.views=color"], "views: must hold 1 global view(s) for method.views color, got 2"),
+        (["method.views=color"], "views: must have 1 global view(s) for method.views color, got 2"),
         (["method.views=color", "views.0.count=1"], "data.mean: must be [0, 0, 0]"),
-        (["method.views=color", "views.0.count=1", "views.0.role=local"], "views: must hold 1 global view(s)"),
+        (["method.views=color", "views.0.count=1", "views.0.role=local"], "views: must have 1 global view(s)"),
         (["method.keys.negatives=7"], "method.keys.negatives: not a key of method.keys batch, but of bank"),
         (["method.keys={name: bank, momentum: 1}"], "method.keys.momentum: must lie in [0, 1)"),
         (["method.keys={name: bank, same_view_negatives: true}"], "not a key of method.keys bank, but of batch"),
@@ -555,7 +555,7 @@ NOTHING_GENERATED = ["method.margin=null", "method.terms.generated_weight=0", "m
         (["method.circle={m: 0.2, weights: false, shift: false}"], "method.circle.weights: and shift are both false"),
         (["method.margin.thresholds=huge"], "method.margin.thresholds: must be one of large, small, mean"),
         (["method.margin.weight=0"], "method.margin.weight: must be positive"),
-        (["method.margin.pairs=official"], "method.margin.pairs: official is defined for method.keys bank"),
+        (["method.margin.pairs=official"], "method.margin.pairs: official is only defined for method.keys bank"),
         (["method.margin.steps=generator", "method.meta=null"], "method.margin.steps: must be both with method.meta"),
         (["method.generator.hidden=[0]"], "method.generator.hidden: must be positive"),
         (["method.meta.order=3"], "method.meta.order: must be one of 1, 2; got 3"),
@@ -584,7 +584,7 @@ def test_what_a_recipe_may_say() -> None:
     ):
         load_recipe("metaug_fashion_mnist", overrides)
     r = load_recipe("metaug_official_cifar10").recipe
-    with pytest.raises(ValueError, match="views must not be local"):
+    with pytest.raises(ValueError, match="views must all be global"):
         replace(r, views=(*r.views, replace(r.views[0], role="local")))
 
 

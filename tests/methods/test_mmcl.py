@@ -732,7 +732,7 @@ def test_a_step_that_is_too_long_is_said():
         ),
         (
             "method.kernel={name: tanh, sigma: 1, self_term: kernel}; method.C=null",
-            "method.C: must be a number with method.kernel tanh, which is no valid kernel: the duals have no bound",
+            "method.C: must be a number with method.kernel tanh, which is not positive semi-definite: the duals are unbounded",
         ),
         (
             "method.kernel={name: poly, self_term: one}; method.C=null; method.solver=pgd",
@@ -755,15 +755,15 @@ def test_a_step_that_is_too_long_is_said():
         ("method.solver={name: pgd, tol: 0}", "method.solver.tol: must be positive, got 0.0"),
         (
             "method.solver={name: pgd_adaptive, tol: 0}",
-            "method.solver.tol: must be positive, or null to make max_iter updates; got 0.0",
+            "method.solver.tol: must be positive, or null to always do max_iter updates; got 0.0",
         ),
         (
             "views.0.count=1",
-            "views: must hold two views or more, 1 of them global, as MMCL is configured; got 1 global of 1",
+            "views: must have at least two views, 1 of them global, with these settings; got 1, 1 of them global",
         ),
         (
             "views=[{size: 20, scale: [0.2, 1]}, {size: 12, scale: [0.2, 1], role: local}]; method.symmetric=true",
-            "views: must hold two views or more, 2 of them global, as MMCL is configured; got 1 global of 2",
+            "views: must have at least two views, 2 of them global, with these settings; got 2, 1 of them global",
         ),
         ("method.sigma=1", "method.sigma: renamed: use method.kernel.sigma"),
         ("method.pgd.eta=1", "method.pgd: renamed: use method.solver={name: pgd, ...}"),

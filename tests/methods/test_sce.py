@@ -640,7 +640,7 @@ def test_loss_refuses_what_has_no_meaning() -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"queue": None}, "needs negatives"),
         ({"queue": None, "keys": k}, "needs negatives"),
-        ({"keys": k, "target_positive": "zero_logit"}, "zero_logit is defined"),
+        ({"keys": k, "target_positive": "zero_logit"}, "zero_logit is only defined"),
     ]
     for changes, message in refused:
         with pytest.raises(ValueError, match=message):

@@ -276,7 +276,7 @@ def test_warns_of_a_queue_that_spans_an_epoch(caplog: pytest.LogCaptureFixture) 
         make(replace(BASE, queue_size=10 * N - 1)).loss(batch_of(0))
         assert not caplog.records
         make(replace(BASE, queue_size=10 * N)).loss(batch_of(0))
-    assert "spans an epoch's 120 keys" in caplog.text
+    assert "spans an epoch (120 keys)" in caplog.text
 
 
 def test_a_single_image_without_queue_is_refused() -> None:
@@ -297,13 +297,13 @@ def test_a_single_image_without_queue_is_refused() -> None:
         ("method.queue_size=0", "method.queue_size: must be positive, or null for no queue; got 0"),
         (
             "method.queue_size=null",
-            "method.queue_size: must be a number, or there are no negatives; or set method.batch_negatives=true",
+            "method.queue_size: must be a number unless method.batch_negatives=true: otherwise there are no negatives",
         ),
         ("method.loss.contrastive_weight=1.5", "method.loss.contrastive_weight: must lie in [0, 1], got 1.5"),
         (
             "method.batch_negatives=true",
             "method.loss.target_positive: must be masked with method.batch_negatives=true: "
-            "zero_logit is defined for the queue alone",
+            "zero_logit is only defined for the queue",
         ),
         (
             "method.loss={name: ressl, contrastive_weight: 0.5}",
@@ -327,25 +327,25 @@ def test_a_single_image_without_queue_is_refused() -> None:
         ),
         (
             "method.momentum_batchnorm=split; trainer.sync_batchnorm=true",
-            "method.momentum_batchnorm: split and trainer.sync_batchnorm=true undo one another: keep one of the two",
+            "method.momentum_batchnorm: must be same with trainer.sync_batchnorm=true, which cancels split",
         ),
         (
             "views.0.count=1",
-            "views: must hold what SCE needs: a global view and a further one, got 1 global of 1",
+            "views: must have at least two views, one of them global; got 1, 1 of them global",
         ),
         (
             "views.0.role=local",
-            "views: must hold what SCE needs: a global view and a further one, got 0 global of 2",
+            "views: must have at least two views, one of them global; got 2, 0 of them global",
         ),
         (
             "method.symmetric=false; method.crop_batching=joint",
             "method.crop_batching: must be per_crop with two views and method.symmetric=false, "
-            "where each branch sees one",
+            "because each branch sees one view",
         ),
         (
             "method.pair_weighting=per_online_crop",
-            "method.pair_weighting: must be flat but with method.symmetric=true, two global views and local ones: "
-            "else all weigh alike",
+            "method.pair_weighting: must be flat unless method.symmetric=true with two global views and local views: "
+            "otherwise all pairs have equal weights anyway",
         ),
         (
             "method.contrastive_weight=0.5",

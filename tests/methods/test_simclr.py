@@ -61,7 +61,7 @@ def test_gradient_by_finite_differences():
             "method.projector=[512, 128]",
             "method.projector: expected a section with the keys widths, hidden_norm",
         ),
-        ("views.0.count=1", "views: must hold two global views or more, got 1; set count: 2"),
+        ("views.0.count=1", "views: must have at least two global views, got 1; set count: 2"),
     ],
 )
 def test_refusals(override, said):

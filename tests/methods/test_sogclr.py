@@ -805,10 +805,10 @@ RULE = "{name: individual, rho: 0.3, eta: 0.1, beta: 0.9, tau_min: 0.05, tau_max
         ([f"loss.temperature_rule={RULE}", "loss.temperature_rule.beta=1.5"], "beta: must be at most 1"),
         ([f"loss.temperature_rule={RULE}", "loss.temperature_rule.tau_max=0.01"], "tau_max: must be at least"),
         (["loss.histogram_every_epochs=1"], "loss.histogram_every_epochs: needs TensorBoard or W&B"),
-        (["!views.0.count=1"], "views: must hold two global views or more, got 1"),
+        (["!views.0.count=1"], "views: must have at least two global views, got 1"),
         (
             ["loss={name: gcl_bimodal, gamma: 0.9}", "!views.0.count=3"],
-            "views: must hold two global views and nothing else",
+            "views: must be exactly two global views",
         ),
     ],
 )  # fmt: skip

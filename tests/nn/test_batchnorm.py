@@ -82,7 +82,7 @@ def test_sync_computes_half_precision_in_float32() -> None:
 
 
 def test_sync_refuses_a_single_value() -> None:
-    with pytest.raises(ValueError, match="more than one value a channel"):
+    with pytest.raises(ValueError, match="more than one value per channel"):
         to_sync(nn.BatchNorm1d(3))(torch.zeros(1, 3))
 
 

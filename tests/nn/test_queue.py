@@ -48,5 +48,5 @@ def test_pushed_keys_are_copies_without_gradient() -> None:
 
 
 def test_refuses_no_room() -> None:
-    with pytest.raises(ValueError, match="room for at least one key"):
+    with pytest.raises(ValueError, match="size of a queue must be at least 1"):
         FeatureQueue(0, 4)

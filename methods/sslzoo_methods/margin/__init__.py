@@ -1,1 +1,1 @@
-"""Margin analysis (arXiv:2306.11526): margins on the positive pair, whole or effect by effect."""
+"""Margins in contrastive learning (arXiv:2306.11526): margins on the positive pairs, or their separate effects."""

@@ -1,6 +1,6 @@
-"""The base frameworks: their parts, what they compare with what, and how that adds up.
+"""The base frameworks: their modules, the pairs they compare, and their total loss.
 
-N samples on this rank, M on all ranks, V global views, D embedding width.
+Shapes: N samples on this rank, M on all ranks, V global views, D embedding width.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ MomentumT = TypeVar("MomentumT", MoCoV2Config, MoCoV3Config, BYOLConfig)
 
 
 class Crops(NamedTuple):
-    """A batch after the online branch."""
+    """The output of the online branch for a batch."""
 
-    views: tuple[Tensor, ...]  # the global views, as images
-    projected: list[Tensor]  # (N, D) of each global view, then of each local one
-    queries: list[Tensor]  # the same after the predictor, where the base has one
-    seed: int  # random orders are functions of seed and step
+    views: tuple[Tensor, ...]  # images of the global views
+    projected: list[Tensor]  # projections (N, D) of each global view, then of each local view
+    queries: list[Tensor]  # the same after the predictor, if there is one
+    seed: int  # ShuffleBN's order is a function of seed and step
     step: int
 
 
 class Term(NamedTuple):
-    """The pairs of one query view and one key view; of both at once in NT-Xent."""
+    """The pairs of one query view and one key view (in NT-Xent of both views at once)."""
 
     pairs: Pairs
-    negatives: int  # of each anchor
-    local: bool  # a local crop queries
+    negatives: int  # number per anchor
+    local: bool  # whether the query is a local crop
 
 
 class Base(ABC, Generic[ConfigT]):
-    """A base framework. Its parts are modules of the method, which saves them under its own names."""
+    """A base framework. The method registers its modules and saves them under its own names."""
 
     predictor: nn.Module | None = None
 
@@ -61,27 +61,27 @@ class Base(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
-        """What is compared."""
+        """The pairs that the loss compares."""
 
     def total(self, mean: Tensor) -> Tensor:
-        """The loss, from the mean over the terms."""
+        """The loss as a function of the mean over the terms."""
         return mean
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Move what moves once per optimiser step."""
+        """Update state that changes once per optimiser step."""
 
     def after_skipped_step(self) -> None:
-        """Drop what waits for :meth:`after_step`."""
+        """Drop anything kept for :meth:`after_step`."""
 
 
 class SimCLR(Base[SimCLRConfig]):
-    """NT-Xent: both views are anchors against both views of the global batch. With more crops each of them is an
-    anchor against every other global view."""
+    """NT-Xent: both views are contrasted with both views of the global batch. With more than two crops, each crop is
+    contrasted with every other global view."""
 
     def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
-        """The keys are the projections of all ranks, with gradient."""
+        """Keys are the projections of all ranks, with gradients."""
         views, chunk = len(crops.views), self.cfg.chunk_size
-        keys = gather(torch.stack(crops.projected[:views], dim=1)).unbind(dim=1)  # (M, D) of each view
+        keys = gather(torch.stack(crops.projected[:views], dim=1)).unbind(dim=1)  # (M, D) per view
         rows, m = _own_rows(crops.queries[0]), len(keys[0])
         if len(crops.queries) == 2:
             candidates, own = torch.cat(keys), torch.cat([rows, rows + m])
@@ -105,27 +105,27 @@ class MomentumBase(Base[MomentumT]):
         self.target = MomentumEncoder(*self.online)
 
     def encode(self, views: tuple[Tensor, ...]) -> Tensor:
-        """Keys (N, V, D) of this rank, without gradient."""
+        """Keys (N, V, D) of this rank, without gradients."""
         return torch.stack([self.target(view) for view in views], dim=1)
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Let the momentum encoder follow."""
+        """Update the momentum encoder."""
         start, end = self.cfg.momentum_start, self.cfg.momentum_end
         coefficient = ema_momentum(step, total_steps=total_steps, start=start, schedule="cosine", end=end)
         self.target.update(*self.online, coefficient=coefficient)
 
 
 class MoCoV2(MomentumBase[MoCoV2Config]):
-    """Queries against their own momentum key and a queue of earlier keys, the only negatives: the mean over the
-    orders of the views."""
+    """Contrasts queries with their momentum key and a queue of earlier keys, the only negatives; the loss is the mean
+    over the orders of the views."""
 
     def __init__(self, cfg: MoCoV2Config, backbone: nn.Module, projector: nn.Module, width: int) -> None:
         super().__init__(cfg, backbone, projector, width)
         self.queue = FeatureQueue(cfg.queue_size, width)
-        self.pending: list[Tensor] = []  # keys (M, V, D) of the step's micro-batches, for the queue
+        self.pending: list[Tensor] = []  # keys (M, V, D) of the step's micro-batches
 
     def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
-        """Every global view is a key, or without symmetrisation the second alone."""
+        """Keys come from every global view or, without symmetrisation, only from the second."""
         keyed = range(len(crops.views)) if self.cfg.symmetric else range(1, 2)
         keys = self._keys(crops, tuple(crops.views[v] for v in keyed))
         self.pending.append(normalize(keys))
@@ -139,7 +139,7 @@ class MoCoV2(MomentumBase[MoCoV2Config]):
         )
 
     def _keys(self, crops: Crops, views: tuple[Tensor, ...]) -> Tensor:
-        """(M, V, D) of all ranks."""
+        """Keys (M, V, D) of all ranks."""
         if self.cfg.momentum_batchnorm == "same":
             return gather_detached(self.encode(views))
         order = shuffled_order(
@@ -153,7 +153,7 @@ class MoCoV2(MomentumBase[MoCoV2Config]):
         return unshuffle(gather_detached(keys), order)
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Push the step's keys, in the order of the global batch; let the momentum encoder follow."""
+        """Push the step's keys to the queue, in the order of the global batch, and update the momentum encoder."""
         self.queue.push(torch.cat(self.pending).transpose(0, 1).flatten(0, 1))
         self.pending = []
         super().after_step(step, total_steps)
@@ -164,14 +164,14 @@ class MoCoV2(MomentumBase[MoCoV2Config]):
 
 
 class MoCoV3(MomentumBase[MoCoV3Config]):
-    """Predictions against the momentum keys of the global batch: 2 tau (L12 + L21)."""
+    """Contrasts predictions with the momentum keys of the global batch; the loss is 2 tau (L12 + L21)."""
 
     def __init__(self, cfg: MoCoV3Config, backbone: nn.Module, projector: nn.Module, width: int) -> None:
         super().__init__(cfg, backbone, projector, width)
         self.predictor = build_head(width, cfg.predictor)
 
     def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
-        """The positive is the same image's key; the other images' keys are the negatives."""
+        """The positive is the key of the same image; the keys of other images are the negatives."""
         keys = gather_detached(self.encode(crops.views))  # (M, V, D)
         rows, chunk = _own_rows(crops.queries[0]), self.cfg.chunk_size
         return _cross_views(
@@ -182,37 +182,37 @@ class MoCoV3(MomentumBase[MoCoV3Config]):
         )
 
     def total(self, mean: Tensor) -> Tensor:
-        """Both orders of the views are summed."""
+        """The loss, summed over both orders of the views."""
         scale = 2 * self.cfg.temperature if self.cfg.loss_scale is None else self.cfg.loss_scale
         return 2 * scale * mean
 
 
 class BYOL(MomentumBase[BYOLConfig]):
-    """Predictions towards momentum targets: 2 - 2 cos, summed over both orders of the views."""
+    """Attracts predictions to momentum targets; the loss is 2 - 2 cos, summed over both orders of the views."""
 
     def __init__(self, cfg: BYOLConfig, backbone: nn.Module, projector: nn.Module, width: int) -> None:
         super().__init__(cfg, backbone, projector, width)
         self.predictor = build_head(width, cfg.predictor)
 
     def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
-        """No negatives, hence nothing to gather."""
+        """Positive pairs only, so nothing needs gathering."""
         keys = dict(enumerate(self.encode(crops.views).unbind(dim=1)))
         return _cross_views(crops, keys, attract, negatives=0)
 
     def total(self, mean: Tensor) -> Tensor:
-        """Both orders of the views are summed."""
+        """The loss, summed over both orders of the views."""
         return 2 * (mean + 2)
 
 
 class SimSiam(Base[SimSiamConfig]):
-    """Predictions towards projections without gradient: -cos, the mean over the orders of the views."""
+    """Attracts predictions to detached projections; the loss is -cos, averaged over both orders of the views."""
 
     def __init__(self, cfg: SimSiamConfig, backbone: nn.Module, projector: nn.Module, width: int) -> None:
         super().__init__(cfg, backbone, projector, width)
         self.predictor = build_head(width, cfg.predictor)
 
     def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
-        """No negatives, hence nothing to gather."""
+        """Positive pairs only, so nothing needs gathering."""
         keys = {v: crops.projected[v].detach() for v in range(len(crops.views))}
         return _cross_views(crops, keys, attract, negatives=0)
 
@@ -229,7 +229,7 @@ BASES: dict[str, type[Base[Any]]] = {
 def _cross_views(
     crops: Crops, keys: Mapping[int, Tensor], compare: Callable[[Tensor, Tensor], Pairs], *, negatives: int
 ) -> list[Term]:
-    """A term for every query view and other key view; ``keys`` by view. Local crops only query."""
+    """One term per pair of a query view and another key view; ``keys`` are by view. Local crops are only queries."""
     return [
         Term(compare(query, key), negatives, local=a >= len(crops.views))
         for a, query in enumerate(crops.queries)
@@ -239,5 +239,5 @@ def _cross_views(
 
 
 def _own_rows(x: Tensor) -> Tensor:
-    """Where this rank's rows (N, ...) are among those of all ranks, (N,)."""
+    """Indices (N,) of this rank's rows ``x`` (N, ...) among those of all ranks."""
     return torch.arange(len(x), device=x.device) + rank() * len(x)

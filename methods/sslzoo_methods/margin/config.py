@@ -1,4 +1,4 @@
-"""What a margin recipe states under ``method:``."""
+"""The ``method:`` section of margin recipes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import ClassVar, Literal
 from sslzoo.checks import ConfigError, check_field, check_fraction, check_positive
 from sslzoo.recipe.sections import HeadConfig, MethodConfig, Recipe
 
-# -- the base framework: what is contrasted with what ----------------------------------------------
+# -- the base framework: what is compared with what ------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimCLRConfig:
-    """Both views against both (NT-Xent, arXiv:2002.05709)."""
+    """SimCLR: contrasts both views with both views of the batch (NT-Xent, arXiv:2002.05709)."""
 
     name: Literal["simclr"] = "simclr"
     temperature: float  # tau
     beta: float = 1.0  # weight of the log-partition: 1 is InfoNCE, 0 has no negatives
-    chunk_size: int | None = None  # anchors whose similarities are held at a time; None: all
+    chunk_size: int | None = None  # anchors whose similarities are computed at a time; None: all
 
     def __post_init__(self) -> None:
         check_positive(self, "temperature", "chunk_size")
@@ -29,17 +29,19 @@ class SimCLRConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoCoV2Config:
-    """Queries against their own momentum key and a queue of earlier keys (arXiv:2003.04297)."""
+    """MoCo v2: contrasts queries with their momentum key and a queue of earlier keys (arXiv:2003.04297)."""
 
     name: Literal["mocov2"] = "mocov2"
     temperature: float  # tau
     beta: float = 1.0  # weight of the log-partition: 1 is InfoNCE, 0 has no negatives
     queue_size: int
     momentum_start: float  # EMA coefficient at step 0
-    momentum_end: float = 1.0  # a cosine takes it there
-    symmetric: bool = True  # every view queries; false: the second makes the keys for the others
-    momentum_batchnorm: Literal["same", "shuffle"] = "same"  # as the online branch, or shuffled over ranks
-    chunk_size: int | None = None  # anchors whose similarities are held at a time; None: all
+    momentum_end: float = 1.0  # EMA coefficient at the last step, reached by a cosine schedule
+    symmetric: bool = (
+        True  # all views are queries and keys; false: the second provides the keys for the others
+    )
+    momentum_batchnorm: Literal["same", "shuffle"] = "same"  # like the online branch, or ShuffleBN over ranks
+    chunk_size: int | None = None  # anchors whose similarities are computed at a time; None: all
 
     def __post_init__(self) -> None:
         check_positive(self, "temperature", "queue_size", "chunk_size")
@@ -49,16 +51,16 @@ class MoCoV2Config:
 
 @dataclass(frozen=True, kw_only=True)
 class MoCoV3Config:
-    """Predictions against the momentum keys of the global batch (arXiv:2104.02057)."""
+    """MoCo v3: contrasts predictions with the momentum keys of the global batch (arXiv:2104.02057)."""
 
     name: Literal["mocov3"] = "mocov3"
     temperature: float  # tau
     beta: float = 1.0  # weight of the log-partition: 1 is InfoNCE, 0 has no negatives
     predictor: HeadConfig
     momentum_start: float  # EMA coefficient at step 0
-    momentum_end: float = 1.0  # a cosine takes it there
-    loss_scale: float | None = None  # times the sum over both orders of the views; None: 2 tau
-    chunk_size: int | None = None  # anchors whose similarities are held at a time; None: all
+    momentum_end: float = 1.0  # EMA coefficient at the last step, reached by a cosine schedule
+    loss_scale: float | None = None  # factor of the sum over both orders of the views; None: 2 tau
+    chunk_size: int | None = None  # anchors whose similarities are computed at a time; None: all
 
     def __post_init__(self) -> None:
         check_positive(self, "temperature", "loss_scale", "chunk_size")
@@ -68,14 +70,14 @@ class MoCoV3Config:
 
 @dataclass(frozen=True, kw_only=True)
 class BYOLConfig:
-    """Predictions towards momentum targets (arXiv:2006.07733): 2 - 2 cos."""
+    """BYOL: attracts predictions to momentum targets (arXiv:2006.07733), with the loss 2 - 2 cos."""
 
     name: Literal["byol"] = "byol"
-    temperature: ClassVar[float] = 0.5  # what that amounts to
+    temperature: ClassVar[float] = 0.5  # -cos / 0.5 + 2 = 2 - 2 cos
     beta: ClassVar[float] = 0.0
     predictor: HeadConfig
     momentum_start: float  # EMA coefficient at step 0
-    momentum_end: float = 1.0  # a cosine takes it there
+    momentum_end: float = 1.0  # EMA coefficient at the last step, reached by a cosine schedule
 
     def __post_init__(self) -> None:
         check_momentum(self)
@@ -83,10 +85,10 @@ class BYOLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SimSiamConfig:
-    """Predictions towards projections without gradient (arXiv:2011.10566): -cos."""
+    """SimSiam: attracts predictions to projections with stop-gradient (arXiv:2011.10566), with the loss -cos."""
 
     name: Literal["simsiam"] = "simsiam"
-    temperature: ClassVar[float] = 1.0  # what that amounts to
+    temperature: ClassVar[float] = 1.0  # -cos / 1
     beta: ClassVar[float] = 0.0
     predictor: HeadConfig
 
@@ -95,7 +97,7 @@ BaseConfig = SimCLRConfig | MoCoV2Config | MoCoV3Config | BYOLConfig | SimSiamCo
 
 
 def check_momentum(base: MoCoV2Config | MoCoV3Config | BYOLConfig) -> None:
-    """Refuse an EMA coefficient that is none, or that falls."""
+    """Refuse EMA coefficients outside [0, 1] or that decrease."""
     check_fraction(base, "momentum_end")
     check_field(
         0 <= base.momentum_start <= base.momentum_end,
@@ -104,12 +106,12 @@ def check_momentum(base: MoCoV2Config | MoCoV3Config | BYOLConfig) -> None:
     )
 
 
-# -- the family: which margin on the positives -----------------------------------------------------
+# -- the family: the margin on the positives -------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """The margin has its full size from the start."""
+    """The margin has its full value from the start."""
 
     name: Literal["constant"] = "constant"
 
@@ -130,7 +132,7 @@ Schedule = Constant | Ramp
 
 @dataclass(frozen=True, kw_only=True)
 class NoMargin:
-    """The base alone."""
+    """No margin."""
 
     name: Literal["none"] = "none"
     schedule: ClassVar[Schedule] = Constant()
@@ -138,21 +140,21 @@ class NoMargin:
 
 @dataclass(frozen=True, kw_only=True)
 class Angular:
-    """A margin with an angle m1."""
+    """Base of the margins with an angle m1."""
 
     name: str
-    angular_margin: float | str  # m1, in radians or as text such as 10deg
+    angular_margin: float | str  # m1: radians, or text such as 10deg
 
     def __post_init__(self) -> None:
         check_field(
             -pi < self.radians < pi,
             "angular_margin",
-            f"must lie within (-pi, pi) radians, got {self.radians} (10deg is text)",
+            f"must lie in (-pi, pi) radians, got {self.radians}; write degrees as 10deg",
         )
 
     @property
     def radians(self) -> float:
-        """m1, whatever unit the recipe has it in."""
+        """m1 in radians."""
         if not isinstance(text := self.angular_margin, str):
             return text
         match = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*deg\s*", text)
@@ -167,13 +169,15 @@ class Combined(Angular):
 
     name: Literal["combined"] = "combined"
     subtractive_margin: float  # m2
-    wide_angle: Literal["exact", "arcface", "clamp", "easy"] = "exact"  # where theta + m1 nears or passes pi
+    wide_angle: Literal["exact", "arcface", "clamp", "easy"] = (
+        "exact"  # for theta + m1 near or above pi; see factors.Margin
+    )
     schedule: Schedule = Constant()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArcFace(Angular):
-    """cos(theta + m1), and cos(theta) - m1 sin(m1) beyond pi - m1 (arXiv:1801.07698)."""
+    """cos(theta + m1), or cos(theta) - m1 sin(m1) for theta above pi - m1 (arXiv:1801.07698)."""
 
     name: Literal["arcface"] = "arcface"
     schedule: Schedule = Constant()
@@ -214,7 +218,8 @@ class SphereFace:
 
 @dataclass(frozen=True, kw_only=True)
 class MACL:
-    """tau (1 + alpha (A - A0)), A the mean cosine of the positives, in place of tau (arXiv:2207.07874). No margin."""
+    """Not a margin: replaces tau by tau (1 + alpha (A - A0)), where A is the positives' mean cosine
+    (arXiv:2207.07874)."""
 
     name: Literal["macl"] = "macl"
     alpha: float = 0.5
@@ -237,34 +242,36 @@ class MACL:
 Family = NoMargin | Combined | ArcFace | CosFace | EqCo | SphereFace | MACL
 
 
-# -- the effects: what of the margin's gradient is trained -----------------------------------------
+# -- the effects: which parts of the margin's gradient are used ------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Whole:
-    """The margin itself."""
+    """The margin as such, with all its effects."""
 
     name: Literal["whole"] = "whole"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Detached:
-    """The margin changes the value of the cosine and not its slope, as ArcFace code does that computes it without
-    gradient. That is the effect ``logit``."""
+    """The margin changes the value of the cosine but not its derivative, as in ArcFace code that computes it without
+    gradients. This is the effect ``logit``."""
 
     name: Literal["detached"] = "detached"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Isolated:
-    """The loss without margin; its gradient is scaled by the chosen factors of the margin's gradient."""
+    """The loss without margin, with its gradient scaled by selected factors of the margin's gradient."""
 
     name: Literal["isolated"] = "isolated"
-    emphasis: Literal["batch"] | float | None = None  # of positives: E1 of the global batch, or a constant
-    angle: bool = False  # E2, of each positive by its angle
-    logit: Literal["both", "positive", "negative"] | None = None  # E3, of positives, negatives or both
-    factor_range: tuple[float, float] = (-10.0, 100.0)  # of emphasis times angle
-    value_preserving: bool = True  # false: logit scales the reported loss too
+    emphasis: Literal["batch"] | float | None = (
+        None  # factor of the positives: E1 of the global batch, or a constant
+    )
+    angle: bool = False  # scale each positive by E2, which depends on its angle
+    logit: Literal["both", "positive", "negative"] | None = None  # scale positives, negatives or both by E3
+    factor_range: tuple[float, float] = (-10.0, 100.0)  # range to which emphasis times angle is clamped
+    value_preserving: bool = True  # false: logit also scales the value of the loss
 
     def __post_init__(self) -> None:
         if self.emphasis != "batch":
@@ -272,19 +279,19 @@ class Isolated:
         check_field(
             self.emphasis is not None or self.angle or self.logit is not None,
             "name",
-            "isolated needs one of emphasis, angle and logit; for the base alone set method.family=none",
+            "isolated needs one of emphasis, angle and logit; to train without margin set method.family=none",
         )
         low, high = self.factor_range
         check_field(low <= 1 <= high, "factor_range", f"must contain 1, got {self.factor_range}")
         check_field(
             self.emphasis is not None or self.angle or self.factor_range == Isolated.factor_range,
             "factor_range",
-            "is that of emphasis and angle: set one of them",
+            "has no effect without emphasis or angle: set one of them",
         )
         check_field(
             self.value_preserving or self.logit == "both",
             "value_preserving",
-            "can be false only with logit: both, which scales the loss as a whole",
+            "can only be false with logit: both, which scales the whole loss",
         )
 
 
@@ -305,7 +312,7 @@ NO_NEGATIVES = "without negatives (byol, simsiam, and method.base.beta=0)"
 
 @dataclass(frozen=True, kw_only=True)
 class MarginConfig(MethodConfig):
-    """A base framework, and a margin on its positives."""
+    """Config of the margin method: a base framework and a margin on its positives."""
 
     RENAMED: ClassVar[dict[str, str]] = {
         **{key: f"{section}.{key}" for section, keys in MOVED.items() for key in keys.split()},
@@ -335,14 +342,14 @@ class MarginConfig(MethodConfig):
         self._check_effects()
 
     def check(self, recipe: Recipe) -> None:
-        """The views and the batch norms of ``recipe`` must suit the base."""
+        """Check that the views and batch-norm settings of ``recipe`` suit the base."""
         views = recipe.global_crops
-        check_field(views >= 2, "views", f"must hold the two global views that margin compares, got {views}")
+        check_field(views >= 2, "views", f"must have at least two global views, got {views}")
         shuffled = isinstance(self.base, MoCoV2Config) and self.base.momentum_batchnorm == "shuffle"
         check_field(
             not shuffled or not recipe.trainer.get("sync_batchnorm", False),
             "method.base.momentum_batchnorm",
-            "shuffle and trainer.sync_batchnorm=true undo one another: keep one of the two",
+            "must be same with trainer.sync_batchnorm=true, which cancels shuffle",
         )
 
     def _check_family(self) -> None:
@@ -350,45 +357,45 @@ class MarginConfig(MethodConfig):
         check_field(
             not isinstance(family, MACL) or (isinstance(base, SimCLRConfig) and base.beta == 1),
             "family",
-            "macl is a loss of SimCLR: set method.base.name=simclr and method.base.beta=1",
+            "macl is only defined for SimCLR: set method.base.name=simclr and method.base.beta=1",
         )
         check_field(
             base.beta > 0 or not self._subtracts,
             "family",
-            f"must not subtract from the cosine {NO_NEGATIVES}: there it has no gradient; set "
+            f"must not subtract from the cosine {NO_NEGATIVES}, where that has no gradient; set "
             "method.family.subtractive_margin=0, or another family",
         )
 
     def _check_effects(self) -> None:
         family, effects = self.family, self.effects
-        turns = isinstance(family, SphereFace) or (isinstance(family, Angular) and family.radians != 0)
+        angular = isinstance(family, SphereFace) or (isinstance(family, Angular) and family.radians != 0)
         check_field(
             isinstance(effects, Whole) or not isinstance(family, NoMargin | MACL),
             "effects",
             f"must be whole for family {family.name}, which has no margin",
         )
         if isinstance(effects, Detached):
-            check_field(turns, "effects", f"must not be detached {NO_ANGLE}: it would be the whole margin")
+            check_field(angular, "effects", f"must not be detached {NO_ANGLE}: it would equal whole")
             check_field(
-                self.base.beta > 0, "effects", f"must not be detached {NO_NEGATIVES}: nothing would be left"
+                self.base.beta > 0, "effects", f"must not be detached {NO_NEGATIVES}: it would have no effect"
             )
         if isinstance(effects, Isolated):
-            check_field(turns or not effects.angle, "effects.angle", f"must be false {NO_ANGLE}")
+            check_field(angular or not effects.angle, "effects.angle", f"must be false {NO_ANGLE}")
             check_field(
-                turns or effects.emphasis != "batch", "effects.emphasis", f"must not be batch {NO_ANGLE}"
+                angular or effects.emphasis != "batch", "effects.emphasis", f"must not be batch {NO_ANGLE}"
             )
             check_field(
                 self.base.beta > 0 or effects.logit is None, "effects.logit", f"must be null {NO_NEGATIVES}"
             )
             check_field(
-                turns or self._subtracts or effects.logit is None,
+                angular or self._subtracts or effects.logit is None,
                 "effects.logit",
                 "must be null for a margin of 0",
             )
 
     @property
     def _subtracts(self) -> bool:
-        """Whether there is an m2."""
+        """Whether the margin has a subtractive part m2."""
         match self.family:
             case Combined() | CosFace():
                 return self.family.subtractive_margin != 0

@@ -1,12 +1,12 @@
 """Margins on the positive pair: angles, probabilities and the three gradient factors.
 
-The mathematics of "Understanding Contrastive Learning Through the Lens of Margins" (arXiv:2306.11526),
-shared by whatever trains with margins and whatever analyses them. All pure.
+The mathematics of "Understanding Contrastive Learning Through the Lens of Margins" (arXiv:2306.11526) as
+pure functions, used for training and for analyses.
 
-Letters: N anchors, M candidates, D embedding width, tau temperature; theta the angle of a positive pair,
-C its cosine, psi the cosine that the margin makes of it, m2 the subtractive margin, n the logsumexp of
-the negative logits of an anchor, P and P0 the positive's probability with and without the margin.
-With the margin, the gradient of an anchor is the one without it times A, its positive part times B too.
+Notation: N anchors, M candidates, D embedding width, tau temperature; theta is the angle of a positive pair,
+C its cosine, psi the cosine changed by the margin, m2 the subtractive margin, n the logsumexp of an anchor's
+negative logits, P and P0 the positive's probability with and without the margin. The margin multiplies the
+gradient of an anchor by A, and its positive part additionally by B.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ WideAngle = Literal["exact", "arcface", "clamp", "easy"]
 def chord_angle(a: Tensor, b: Tensor) -> Tensor:
     """Angles (N,) in [0, pi] between the unit rows of ``a`` and ``b`` (N, D), differentiable.
 
-    2 atan2(|a-b|, |a+b|) keeps full relative accuracy at both poles, where acos of a rounded cosine
-    has none. A chord below four machine epsilons is rounding noise of two proportional rows: it counts
-    as zero, and the pair, whose direction is undefined, then has no gradient.
+    2 atan2(|a-b|, |a+b|) has full relative accuracy near 0 and pi, where acos of a rounded cosine has none.
+    A chord shorter than four machine epsilons is rounding noise of two parallel rows: it is set to zero, and
+    the pair, whose direction is undefined, gets no gradient.
     """
     noise = 4 * torch.finfo(a.dtype).eps
     difference, total = a - b, a + b
@@ -47,22 +47,22 @@ def _short(x: Tensor, limit: float) -> Tensor:
 
 
 def at_pole(theta: Tensor) -> Tensor:
-    """Where ``theta`` is exactly 0 or pi (in its own precision)."""
+    """Mask where ``theta`` is exactly 0 or pi (in its precision)."""
     return (theta == 0) | (theta >= pi)
 
 
 def _sin(theta: Tensor) -> Tensor:
-    return torch.sin(theta).masked_fill(at_pole(theta), 0.0)  # the rounded pi has a sine of 1e-16
+    return torch.sin(theta).masked_fill(at_pole(theta), 0.0)  # the sine of the rounded pi is not 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Margin:
-    """What becomes of a positive pair's cosine: psi(theta) - ``subtractive``.
+    """A margin, which replaces the cosine of a positive pair by psi(theta) - ``subtractive``.
 
-    psi(theta) = cos(theta + ``angular``), in radians, by the rule ``wide_angle`` where theta + angular
-    approaches or passes pi: ``exact`` keeps it, ``arcface`` goes on with cos(theta) - m1 sin(m1) from
-    pi - m1, ``clamp`` stays at -1, ``easy`` has the angular margin below a right angle only. A
-    ``multiplier`` m above 1 is SphereFace's psi instead: (-1)^k cos(m theta) - 2k, k = floor(m theta / pi).
+    psi(theta) = cos(theta + ``angular``), in radians. ``wide_angle`` defines psi for wide angles: ``exact``
+    uses this formula throughout; from theta = pi - m1 on, ``arcface`` continues with cos(theta) - m1 sin(m1) and
+    ``clamp`` with -1; ``easy`` applies the angular margin only below a right angle. With a ``multiplier`` m
+    above 1, psi is SphereFace's: (-1)^k cos(m theta) - 2k, k = floor(m theta / pi).
     """
 
     angular: float
@@ -73,37 +73,37 @@ class Margin:
     def __post_init__(self) -> None:
         require(
             -pi < self.angular < pi,
-            f"an angular margin m1 must lie within (-pi, pi) radians, got {self.angular}",
+            f"an angular margin m1 must lie in (-pi, pi) radians, got {self.angular}",
         )
         require(isfinite(self.subtractive), f"a subtractive margin m2 must be finite, got {self.subtractive}")
         require(self.multiplier >= 1, f"the angle's multiplier must be at least 1, got {self.multiplier}")
         require(
-            self.multiplier == 1 or self.angular == 0, "a multiplied angle takes no additive angular margin"
+            self.multiplier == 1 or self.angular == 0, "a multiplier and an angular margin exclude each other"
         )
 
     @property
     def keeps_angle(self) -> bool:
-        """Whether psi is the cosine itself, for every angle."""
+        """Whether psi equals the cosine for every angle."""
         return self.angular == 0 and self.multiplier == 1
 
     @property
     def keeps_all(self) -> bool:
-        """Whether there is no margin at all."""
+        """Whether the margin has no effect at all."""
         return self.keeps_angle and self.subtractive == 0
 
     @property
     def neutral_angle(self) -> float:
-        """theta* = (pi - m1) / 2, where B = 1: nearer positives are pulled harder, wider ones less."""
+        """theta* = (pi - m1) / 2, where B = 1: positives at smaller angles are pulled more, at wider angles less."""
         return (pi - self.angular) / 2
 
     def _active(self, theta: Tensor) -> Tensor:
-        """Where the angular margin applies as written."""
+        """Mask where psi is cos(theta + m1)."""
         if self.wide_angle == "exact":
             return torch.ones_like(theta, dtype=torch.bool)
         return theta < (pi / 2 if self.wide_angle == "easy" else pi - self.angular)
 
     def cosine(self, theta: Tensor, cosine: Tensor) -> Tensor:
-        """psi (N,), differentiable. Without an angular margin it is ``cosine`` itself, bit for bit."""
+        """psi (N,), differentiable. Without an angular margin, ``cosine`` is returned unchanged."""
         if self.keeps_angle:
             return cosine
         if self.multiplier > 1:
@@ -120,7 +120,7 @@ class Margin:
         return torch.where(self._active(theta), shifted, beyond)
 
     def pull(self, theta: Tensor) -> Tensor:
-        """-psi'(theta), (N,): the tangential pull on a positive pair, sin(theta + m1) where active."""
+        """-psi'(theta), (N,): the tangential pull on a positive pair; sin(theta + m1) where the margin applies."""
         if self.multiplier > 1:
             k = torch.floor(self.multiplier * theta / pi)
             return self.multiplier * (1 - 2 * (k % 2)) * torch.sin(self.multiplier * theta)
@@ -130,8 +130,8 @@ class Margin:
         return torch.where(self._active(theta), torch.sin(theta + self.angular), beyond)
 
     def slope_factor(self, theta: Tensor) -> Tensor:
-        """B = -psi'(theta) / sin(theta), (N,): 1 where the margin leaves the slope, infinite at a pole
-        where it does not."""
+        """B = -psi'(theta) / sin(theta), (N,): 1 where the margin does not change the derivative; infinite at
+        theta = 0 or pi if it does."""
         if self.keeps_angle:
             return torch.ones_like(theta)
         b = self.pull(theta) / _sin(theta)
@@ -140,8 +140,8 @@ class Margin:
         return b
 
     def drop(self, theta: Tensor) -> Tensor:
-        """cos(theta) - psi(theta) + m2, (N,), without cancellation: tau times delta, and the subtractive
-        margin that alone would have the same logit effect."""
+        """cos(theta) - psi(theta) + m2, (N,), computed without cancellation: tau times delta, and the subtractive
+        margin with the same effect on the logit."""
         if self.multiplier > 1:
             cosine = torch.cos(theta)
             return cosine - self.cosine(theta, cosine) + self.subtractive
@@ -159,39 +159,39 @@ NO_MARGIN = Margin(angular=0.0, subtractive=0.0)
 
 
 class Pairs(NamedTuple):
-    """What a margin needs to know of N anchors."""
+    """N positive pairs and the logsumexp of their negatives."""
 
-    cosine: Tensor  # (N,) C of the positive pair
-    theta: Tensor  # (N,) its angle in radians, by the chord
-    negatives: Tensor | None  # (N,) n, logsumexp of the negative logits; None: there are no negatives
+    cosine: Tensor  # (N,) C, cosine of the positive pair
+    theta: Tensor  # (N,) its angle in radians, from chord_angle
+    negatives: Tensor | None  # (N,) n, logsumexp of the negative logits; None: no negatives
 
 
 class Factors(NamedTuple):
-    """Probabilities and gradient factors, detached; (N,) each but ``emphasis``."""
+    """Probabilities and gradient factors, detached; (N,) each except ``emphasis``."""
 
     p: Tensor  # P = sigmoid((psi - m2) / tau - n)
     p0: Tensor  # P0, without the margin
-    one_minus_p: Tensor  # by its own sigmoid, hence exact where P rounds to 1
+    one_minus_p: Tensor  # from a separate sigmoid, so accurate even if P rounds to 1
     one_minus_p0: Tensor
-    delta: Tensor  # drop of the positive logit
-    logit: Tensor  # A = (1 - P) / (1 - P0), effect E3: scales the whole anchor
-    slope: Tensor  # B, scales the positive
+    delta: Tensor  # decrease of the positive logit
+    logit: Tensor  # A = (1 - P) / (1 - P0), effect E3: scales the anchor's whole gradient
+    slope: Tensor  # B, scales its positive part
     emphasis: Tensor  # (), E1 = sum of pulls / sum of pulls without the margin
     angle: Tensor  # E2 = B / E1; 1 where both are 0
 
 
 def pull_sums(theta: Tensor, margin: Margin) -> Tensor:
-    """(2,): sums over the anchors of the pull with and without the margin, detached. Add the sums of all
-    ranks before :func:`gradient_factors`: E1 belongs to the global batch."""
+    """Sums (2,) over the anchors of the pull with and without the margin, detached. Sum them over ranks
+    before :func:`gradient_factors`, because E1 is defined for the global batch."""
     theta = theta.detach()
     return torch.stack([margin.pull(theta).sum(), _sin(theta).sum()])
 
 
 def gradient_factors(pairs: Pairs, margin: Margin, *, temperature: float | Tensor, sums: Tensor) -> Factors:
-    """The factors at fixed embeddings. ``sums`` is the global :func:`pull_sums`.
+    """The gradient factors for the given pairs. ``sums`` is the global :func:`pull_sums`.
 
-    Without negatives every probability is 1 and A is 1: such a loss has no logit effect. Where the margin takes
-    all pull away (E1 and B are 0), E2 has nothing to distribute and is 1.
+    Without negatives all probabilities and A are 1, since such a loss has no logit effect. If the margin removes
+    all pull (E1 and B are 0), E2 is set to 1.
     """
     cosine, theta = pairs.cosine.detach(), pairs.theta.detach()
     delta = margin.drop(theta) / temperature
@@ -224,11 +224,11 @@ def negative_logsumexp(
     temperature: float | Tensor,
     chunk: int | None,
 ) -> Tensor:
-    """n (N,): log of the sum of exp(cosine / tau) over the candidates (M, D) of each anchor (N, D).
+    """n (N,): log of the sum of exp(cosine / tau) over the negatives of each anchor (N, D).
 
-    Rows are unit vectors. ``excluded`` (N, k) holds each anchor's candidates that are no negatives: its
-    positive, and itself where it is among them. With a ``chunk`` that many anchors are taken at a time:
-    memory O(chunk x M), same value, differentiable once.
+    Rows are unit vectors. ``excluded`` (N, k) has the indices of ``candidates`` (M, D) that are not negatives
+    of an anchor: its positive, and itself if it is among them. With ``chunk``, that many anchors are processed
+    at a time, with O(chunk x M) memory; the value is the same, and it is differentiable once.
     """
     if chunk is not None:
         scale = torch.as_tensor(1 / temperature, dtype=anchors.dtype, device=anchors.device)
@@ -238,7 +238,7 @@ def negative_logsumexp(
 
 
 class _ChunkedLogSumExp(torch.autograd.Function):
-    """The barycentre of the negatives, which is the gradient at an anchor, is gathered on the way forward;
+    """The forward pass also computes the softmax mean of the negatives, which is the anchors' gradient;
     the candidates' gradient needs a second pass."""
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What the margin method reports of a step. Pure, and without gradient."""
+"""Diagnostics of the margin method, as a pure function without gradients."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from sslzoo_methods.margin.loss import margin_loss, positive_factor
 def health(
     terms: Sequence[Term], margin: Margin, sums: Tensor, *, cfg: MarginConfig, temperature: float | Tensor
 ) -> dict[str, Tensor]:
-    """Means over the global crops' queries, and ``_local`` ones over the local crops', whose angles are wider.
+    """Means over queries from global crops, and separately, with suffix ``_local``, from local crops, whose angles
+    are wider.
 
-    ``method/loss_without_margin`` is what loss values of different margins can be compared by. ``sums`` are
-    the global pull_sums of each term, (T, 2).
+    Compare runs with different margins by ``method/loss_without_margin``. ``sums`` (T, 2) are the global
+    pull_sums of the T terms.
     """
     report: dict[str, Tensor] = {}
     for local in (False, True):
@@ -28,8 +29,8 @@ def health(
         if not kind:
             continue
         rows: dict[str, list[Tensor]] = {}
-        for term, own in kind:
-            f = gradient_factors(term.pairs, margin, temperature=temperature, sums=own)
+        for term, term_sums in kind:
+            f = gradient_factors(term.pairs, margin, temperature=temperature, sums=term_sums)
             plain = margin_loss(
                 term.pairs, NO_MARGIN, temperature=temperature, beta=cfg.base.beta, detached=False
             )

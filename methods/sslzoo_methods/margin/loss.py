@@ -1,7 +1,7 @@
-"""Margin losses for contrastive and negative-free learning. Pure: no module, no state, no process group.
+"""Margin losses (arXiv:2306.11526) with and without negatives, as pure functions without modules or process groups.
 
-arXiv:2306.11526; the paper's body was not available, the equations follow from the definition of the loss
-(see the card). Letters as in sslzoo_methods.margin.factors: N anchors, M candidates, D embedding width, K queue rows.
+The equations follow from the definition of the loss; the paper's body was not available (see the card). Notation as in
+sslzoo_methods.margin.factors: N anchors, M candidates, D embedding width, K queue rows.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def contrast(
     temperature: float | Tensor,
     chunk: int | None,
 ) -> Pairs:
-    """Anchors (N, D) against candidates (M, D), neither normalised; gradients reach both.
+    """Contrast anchors (N, D) with candidates (M, D), both not normalised; gradients reach both.
 
-    ``positive`` (N,) is each anchor's positive candidate and ``own`` (N,) the anchor's own row among the
-    candidates, if it is there; all other rows are its negatives. ``chunk`` as in negative_logsumexp.
+    ``positive`` (N,) is the index of each anchor's positive among the candidates, and ``own`` (N,) that of the
+    anchor itself if it is among them; all other candidates are negatives. ``chunk`` as in negative_logsumexp.
     """
     u, v = normalize(anchors), normalize(candidates)
     excluded = positive[:, None] if own is None else torch.stack([positive, own], dim=1)
@@ -51,8 +51,8 @@ def contrast(
 def contrast_queue(
     queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float | Tensor, chunk: int | None
 ) -> Pairs:
-    """Queries (N, D) against their own key (N, D) and a queue (K, D) of unit rows, the only negatives.
-    Keys and queue are constants."""
+    """Contrast queries (N, D) with their keys (N, D), the positives, and a queue (K, D) of unit rows, the
+    negatives. Keys and queue are constants."""
     u, v = normalize(queries), normalize(keys.detach())
     nothing = torch.empty(len(u), 0, dtype=torch.int64, device=u.device)
     with autocast_off(u):
@@ -61,7 +61,7 @@ def contrast_queue(
 
 
 def attract(predictions: Tensor, targets: Tensor) -> Pairs:
-    """Predictions (N, D) and constant targets (N, D): positives only (BYOL, SimSiam)."""
+    """Positive pairs of predictions (N, D) and constant targets (N, D), without negatives (BYOL, SimSiam)."""
     u, v = normalize(predictions), normalize(targets.detach())
     with autocast_off(u):
         return Pairs((u * v).sum(dim=1), chord_angle(u, v), None)
@@ -72,9 +72,9 @@ def margin_loss(
 ) -> Tensor:
     """L_i (N,) = -l + beta log(e^l + e^n), with l = (psi(theta) - m2) / tau the positive's logit.
 
-    The margin stands in numerator and denominator. beta = 1 is InfoNCE, beta = 0 drops the negatives, and
-    pairs without negatives have no other.
-    ``detached``: the margin changes the value of the cosine and not its slope. No factor is clamped here.
+    The margin applies in numerator and denominator. beta = 1 is InfoNCE; beta = 0 drops the negatives, as do
+    pairs without negatives.
+    ``detached``: the margin changes the value of the cosine but not its derivative. No factor is clamped here.
     """
     psi = margin.cosine(pairs.theta, pairs.cosine)
     if detached:
@@ -82,8 +82,8 @@ def margin_loss(
     positive = (psi - margin.subtractive) / temperature
     if pairs.negatives is None:
         return -positive
-    # The slope 1 - P of -logsigmoid is exact for saturated pairs; cross_entropy subtracts, and
-    # F.softplus turns linear at 20.
+    # The derivative 1 - P of -logsigmoid is accurate for saturated pairs; cross_entropy has cancellation,
+    # and F.softplus is linear above 20.
     return -beta * F.logsigmoid(positive - pairs.negatives) - (1 - beta) * positive
 
 
@@ -96,13 +96,13 @@ def isolated_loss(
     beta: float,
     sums: Tensor,
 ) -> Tensor:
-    """L_i (N,) without the margin, whose gradient carries the chosen ``effects`` of the margin only.
+    """L_i (N,) without the margin, with only the selected ``effects`` of the margin in its gradient.
 
-    ``emphasis`` (E1, or a constant in its place) and ``angle`` (E2) scale the positive, ``logit`` (E3) the
-    positive, the negatives or both. All three give the gradient of :func:`margin_loss`. The factors are
-    constants; the positive's lies in ``factor_range`` and is 0 at the poles, where it would be infinite. The
-    value is that of the loss without margin, or with ``value_preserving`` off A_i times that. ``sums``: global
-    pull_sums.
+    ``emphasis`` (E1 or a constant) and ``angle`` (E2) scale the positive's gradient, ``logit`` (E3) that of the
+    positive, the negatives or both. All three together give the gradient of :func:`margin_loss`. The factors are
+    constants; that of the positive is clamped to ``factor_range``, and is 0 where theta is 0 or pi, where it would
+    be infinite. The value is that of the loss without margin, multiplied by A_i if ``value_preserving`` is False.
+    ``sums`` is the global pull_sums.
     """
     f = gradient_factors(pairs, margin, temperature=temperature, sums=sums)
     beta = 0.0 if pairs.negatives is None else beta
@@ -114,7 +114,7 @@ def isolated_loss(
     value = margin_loss(pairs, NO_MARGIN, temperature=temperature, beta=beta, detached=False).detach()
     if not effects.value_preserving:
         value = f.logit * value
-    # dL/dC of the positive and, through n, of all negatives at once.
+    # The gradient dL/dC of the positive and, through n, that of all negatives.
     surrogate = -factor * pulls / temperature * (pairs.cosine - pairs.cosine.detach())
     if pairs.negatives is not None:
         surrogate = surrogate + pushes * (pairs.negatives - pairs.negatives.detach())
@@ -122,7 +122,8 @@ def isolated_loss(
 
 
 def positive_factor(factors: Factors, effects: Isolated) -> Tensor:
-    """b (N,), before its range is enforced: the product of E1 (or its constant) and E2, where chosen."""
+    """The factor (N,) of the positive's gradient before clamping: the product of E1 (or its constant) and E2, as
+    selected."""
     slope, e1 = factors.slope, factors.emphasis
     match effects.emphasis:
         case None:
@@ -136,7 +137,7 @@ def positive_factor(factors: Factors, effects: Isolated) -> Tensor:
 
 
 def view_alignment(embeddings: Sequence[Tensor]) -> Tensor:
-    """Mean cosine (), a constant, of the views (N, D) of an image, over all pairs of views and all rows."""
+    """Mean cosine (), detached, between the views (N, D each) of an image, over all pairs of views and all rows."""
     z = normalize(torch.stack(list(embeddings)).detach())  # (V, N, D)
     with autocast_off(z), ieee_matmul():
         cosines = torch.einsum("and,bnd->abn", z, z).mean(dim=2)  # (V, V)
@@ -144,15 +145,15 @@ def view_alignment(embeddings: Sequence[Tensor]) -> Tensor:
 
 
 def macl_temperature(alignment: Tensor, *, temperature: float, alpha: float, initial: float) -> Tensor:
-    """tau (1 + alpha (A - A0)): MACL's temperature (arXiv:2207.07874). ``alignment`` A is the mean positive
-    cosine over the global batch, a constant."""
+    """MACL's temperature tau (1 + alpha (A - A0)) (arXiv:2207.07874). ``alignment`` A is the mean cosine of
+    positive pairs in the global batch, a constant."""
     return temperature * (1 + alpha * (alignment.detach() - initial))
 
 
 def macl_loss(pairs: Pairs, *, temperature: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """MACL's re-weighted InfoNCE at its own temperature: (V_i L_i, V_i), each (N,), with the constant
-    V = 1 / (1 - P + eps). Not a margin: a baseline."""
-    assert pairs.negatives is not None, "MACL contrasts"
+    """MACL's reweighted InfoNCE at its temperature, a baseline without margin: (V_i L_i, V_i), each (N,), with
+    the constant V = 1 / (1 - P + eps)."""
+    assert pairs.negatives is not None, "MACL needs negatives"
     gap = pairs.cosine / temperature - pairs.negatives
     weight = 1 / (torch.sigmoid(-gap.detach()) + eps)
     return -weight * F.logsigmoid(gap), weight

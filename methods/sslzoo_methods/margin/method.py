@@ -27,7 +27,7 @@ from sslzoo_methods.margin.loss import (
 
 
 class MarginContrast(SSLMethod[MarginConfig]):
-    """A base framework whose positives carry a margin, or chosen effects of one."""
+    """A base framework with a margin on its positives, or with selected effects of a margin."""
 
     Config = MarginConfig
 
@@ -41,7 +41,7 @@ class MarginContrast(SSLMethod[MarginConfig]):
         self.queue = self.base.queue if isinstance(self.base, MoCoV2) else None
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean over every (query view, other global key view), scaled as the base framework does."""
+        """Mean over all pairs of a query view and another global key view, scaled as in the base framework."""
         views = len(batch.global_views)
         features = [self.backbone(view) for view in (*batch.global_views, *batch.local_views)]
         self.publish(backbone=features[0])
@@ -60,7 +60,7 @@ class MarginContrast(SSLMethod[MarginConfig]):
         return self.base.total(torch.stack(losses).mean())
 
     def margin(self, negatives: int) -> Margin:
-        """The recipe's margin in this step, for so many ``negatives`` of an anchor."""
+        """The recipe's margin in this step; EqCo's depends on ``negatives``, the number per anchor."""
         family, ramp = self.cfg.family, self.margin_ramp()
         match family:
             case config.Combined():
@@ -79,14 +79,14 @@ class MarginContrast(SSLMethod[MarginConfig]):
                 return NO_MARGIN
 
     def margin_ramp(self) -> float:
-        """Share of the margin that acts in this step: a pure function of it."""
+        """Factor of the margin in this step according to its schedule."""
         schedule = self.cfg.family.schedule
         if not isinstance(schedule, config.Ramp):
             return 1.0
         return interpolate(self.step, self.plan.steps(schedule.epochs) + 1, 0.0, 1.0, schedule.name)
 
     def _temperature(self, projected: list[Tensor]) -> float | Tensor:
-        """tau; for macl adapted to the alignment of the global views of the global batch."""
+        """tau, which macl adapts to the alignment of the global views in the global batch."""
         tau, family = self.cfg.base.temperature, self.cfg.family
         if not isinstance(family, config.MACL):
             return tau
@@ -105,7 +105,8 @@ class MarginContrast(SSLMethod[MarginConfig]):
         return loss.mean()
 
     def contrasted(self, batch: Batch) -> Contrast:
-        """Predictions, or projections where nothing predicts, against the momentum encoder's keys, or projections."""
+        """Anchors are predictions (projections without predictor); positives are momentum keys (projections without
+        momentum encoder)."""
         return Contrast.of_views(
             batch,
             lambda x: self.predictor(self.projector(self.backbone(x))),
@@ -114,9 +115,9 @@ class MarginContrast(SSLMethod[MarginConfig]):
         )
 
     def after_step(self, step: int) -> None:
-        """Move what the base has in motion."""
+        """Update the base's momentum encoder and queue."""
         self.base.after_step(step, self.plan.total_steps)
 
     def after_skipped_step(self, step: int) -> None:
-        """Drop what the base collected."""
+        """Drop the keys that the base collected."""
         self.base.after_skipped_step()

@@ -1,4 +1,4 @@
-"""The encoder of the official code."""
+"""The encoder of the official MetAug code."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import nn
 
 
 class HalfAlexNet(nn.Sequential):
-    """AlexNet at half width with batch norm, up to its first fully connected layer: 224 px, 2048 features.
+    """AlexNet at half width with batch norm, up to the first fully connected layer: 224 px input, 2048 features.
 
-    The encoder of contrastive multiview coding (arXiv:1906.05849) and its successors, for any number of
-    channels; what that calls fc7 and fc8 belongs to a projector.
+    The encoder of contrastive multiview coding (arXiv:1906.05849) and later work, for any number of input
+    channels. Its further layers, called fc7 and fc8 there, belong to the projector here.
     """
 
     num_features = 2048

@@ -1,4 +1,4 @@
-"""Memory banks: the latest features of every training image, a bank a view."""
+"""Memory banks with the latest features of every training image, one bank per view."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sslzoo.nn.numerics import normalize
 from sslzoo.nn.per_sample import PerSampleTable
 from sslzoo.randomness import key, uniforms
 
-NEGATIVES = 7  # first word of this file's keys; the framework's own end with 6
+NEGATIVES = 7  # first word of the random keys in this file; the framework's purposes are 0 to 6
 
 
 class MemoryBanks(PerSampleTable):
-    """Rows (M, n, D), one an image and view.
+    """Rows (M, n, D): one per view and image.
 
-    Starts uniform in +-sqrt(3 / D), which gives rows of length about 1, not normalised.
+    Initialised uniformly in +-sqrt(3 / D), so that rows have length about 1; they are not normalised.
     """
 
     rows: Tensor
@@ -30,11 +30,11 @@ class MemoryBanks(PerSampleTable):
         self.negatives, self.momentum, self.seed = negatives, momentum, seed
 
     def draw(self, sample_id: Tensor, *, step: int, call: int) -> Tensor:
-        """Copies of rows (M, N, 1+K, D): of each sample (N,) the own one, then K uniformly with replacement,
-        the own one not excluded.
+        """Copies of rows (M, N, 1+K, D): for each sample (N,) its own row, then K rows drawn uniformly with
+        replacement, which may include its own.
 
-        Which, is a function of seed, step, ``call`` within the step and the sample's place in the global
-        batch: the same negatives whatever the number of ranks.
+        The draw is a function of seed, step, ``call`` within the step and the sample's position in the global
+        batch, so it does not depend on the number of ranks.
         """
         n = len(sample_id)
         place = rank() * n + torch.arange(n, device=sample_id.device)
@@ -43,10 +43,10 @@ class MemoryBanks(PerSampleTable):
 
     @torch.no_grad()
     def update(self, sample_id: Tensor, features: Tensor) -> None:
-        """Mix ``features`` (M, N, D) of all ranks into the rows ``sample_id`` (N,), and normalise.
+        """Gather ``features`` (M, N, D) from all ranks, average them into the rows ``sample_id`` (N,), and normalise.
 
-        ``momentum`` weighs the old row. A sample that comes twice mixes with the old row both times; the
-        last in rank order stays.
+        ``momentum`` is the weight of the old row. If a sample occurs twice, both are averaged with the old row and
+        the last in rank order is stored.
         """
         index = gather_detached(sample_id)  # (G,)
         new = gather_detached(features.transpose(0, 1)).transpose(0, 1).to(self.rows.dtype)  # (M, G, D)

@@ -1,4 +1,4 @@
-"""RGB to the colour spaces of the three-view set-up. Pure, without gradient."""
+"""Conversion of RGB to the colour spaces of the three-view set-up, as pure functions without gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from sslzoo.nn.numerics import autocast_off, ieee_matmul
 from sslzoo_methods.metaug.config import ColorSpace
 
-# Linear sRGB to XYZ (IEC 61966-2-1) and the white of D65 seen at 2 degrees.
+# Linear sRGB to XYZ (IEC 61966-2-1), and the D65 white point for the 2 degree observer.
 XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 WHITE = (0.95047, 1.0, 1.08883)
 # ITU-R BT.601 with offsets (16, 128, 128).
@@ -30,7 +30,7 @@ def _channels(values: tuple[float, ...], x: Tensor) -> Tensor:
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
-    """CIELAB (N, 3, H, W), L in [0, 100], of sRGB in [0, 1]."""
+    """Convert sRGB in [0, 1] (N, 3, H, W) to CIELAB, with L in [0, 100]."""
     rgb = rgb.clamp(0, 1)
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     xyz = _matrix(XYZ, linear) / _channels(WHITE, linear)
@@ -40,13 +40,13 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
 
 
 def rgb_to_ycbcr(rgb: Tensor) -> Tensor:
-    """YCbCr (N, 3, H, W), Y in [16, 235], of RGB in [0, 1]."""
+    """Convert RGB in [0, 1] (N, 3, H, W) to YCbCr, with Y in [16, 235]."""
     return _matrix(YCBCR, rgb) + _channels((16.0, 128.0, 128.0), rgb)
 
 
 @torch.no_grad()
 def normalized(rgb: Tensor, color_space: ColorSpace) -> Tensor:
-    """RGB in [0, 1] (N, 3, H, W) in ``lab`` or ``ycbcr``, by the official mean and deviation."""
+    """Convert RGB in [0, 1] (N, 3, H, W) to ``lab`` or ``ycbcr`` and normalise with the official statistics."""
     with autocast_off(rgb):
         converted = rgb_to_lab(rgb) if color_space == "lab" else rgb_to_ycbcr(rgb)
         mean, std = STATISTICS[color_space]

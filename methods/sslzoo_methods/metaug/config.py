@@ -1,4 +1,4 @@
-"""What a MetAug recipe states under ``method:``. Greek letters and equation numbers are the card's."""
+"""The ``method:`` section of MetAug recipes. For Greek letters and equation numbers, see the card (README.md)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Thresholds = Literal["large", "small", "mean"]
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
-    """The recipe's global crops, with one encoder."""
+    """Views are the recipe's global crops, and share one encoder."""
 
     encoders: ClassVar[int] = 1
 
@@ -30,7 +30,8 @@ class Crops:
 
 @dataclass(frozen=True, kw_only=True)
 class ColorChannels:
-    """The first channel of one crop in another colour space, the other two, and all three; an encoder for each."""
+    """Three views of one crop in another colour space, each with its own encoder: the first channel, the other two, and
+    all three."""
 
     count: ClassVar[int] = 3
     encoders: ClassVar[int] = 3
@@ -41,20 +42,22 @@ class ColorChannels:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchKeys:
-    """The original features of the global batch."""
+    """Keys are the original features of the global batch."""
 
     name: Literal["batch"] = "batch"
-    same_view_negatives: bool = False  # other samples of the query's own view repel too
+    same_view_negatives: bool = False  # other samples in the query's own view are negatives too
 
 
 @dataclass(frozen=True, kw_only=True)
 class BankKeys:
-    """Memory banks, as the official code: the latest features of every training image."""
+    """Keys come from memory banks with the latest features of every training image, as in the official code."""
 
     name: Literal["bank"] = "bank"
     negatives: int = 1024  # K
-    momentum: float = 0.5  # of the old row
-    updates: Literal["once", "official"] = "once"  # official: thrice a step, at last by the virtual encoder
+    momentum: float = 0.5  # weight of the old row
+    updates: Literal["once", "official"] = (
+        "once"  # official: three times per step, last with the virtual encoder
+    )
 
     def __post_init__(self) -> None:
         check_positive(self, "negatives")
@@ -66,23 +69,24 @@ class BankKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class Circle:
-    """What circle loss adds to the logits (paper)."""
+    """Modification of the logits by circle loss, as in the paper."""
 
     m: float
-    weights: bool = True  # each pair weighted by its distance from the optimum
+    weights: bool = True  # weight each pair by its distance from the optimum
     shift: bool = True  # decision margins 1 - m and m
 
     def __post_init__(self) -> None:
         check_field(0 <= self.m <= 1, "m", f"must lie in [0, 1], got {self.m}")
-        check_field(self.weights or self.shift, "weights", "and shift are both false: use method.circle=null")
+        check_field(self.weights or self.shift, "weights", "and shift are both false; use method.circle=null")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeparateTerms:
-    """A term of the originals, one for each view replaced by its generated features, one for all replaced."""
+    """One term for the original features, one for each view replaced by its generated features, and one with all views
+    replaced."""
 
     name: Literal["separate"] = "separate"
-    generated_weight: float  # alpha: of all but the first
+    generated_weight: float  # alpha: weight of all terms but the first
 
     def __post_init__(self) -> None:
         check_not_negative(self, "generated_weight")
@@ -97,14 +101,14 @@ class UnifiedTerm:
 
 @dataclass(frozen=True, kw_only=True)
 class MarginConfig:
-    """The regulariser R, which keeps generated features hard."""
+    """The regulariser R, which makes generated features hard examples."""
 
     weight: float  # beta
-    positive_weight: float  # lambda+, of R's positives: 1 in the paper, 1e-4 in the official code
+    positive_weight: float  # lambda+, weight of R's positives: 1 in the paper, 1e-4 in the official code
     thresholds: Thresholds = "large"
     detach_thresholds: bool = False
-    pairs: Literal["generated", "official"] = "generated"  # official: with banks and three views
-    steps: Literal["both", "generator"] = "both"  # generator: R is not in the encoder's step
+    pairs: Literal["generated", "official"] = "generated"  # official: only with banks and three views
+    steps: Literal["both", "generator"] = "both"  # generator: leave R out of the encoder's step
 
     def __post_init__(self) -> None:
         check_field(self.weight > 0, "weight", f"must be positive, got {self.weight}; without R: margin=null")
@@ -116,10 +120,10 @@ class MarginConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
-    """An MLP for each view, from embedding to embedding."""
+    """The generators: one MLP per view that maps embeddings to embeddings."""
 
     hidden: tuple[int, ...]  # widths of the hidden layers
-    shared: bool = False  # one for all views
+    shared: bool = False  # use one generator for all views
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden")
@@ -127,7 +131,7 @@ class GeneratorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
-    """Of the generators, at a constant rate."""
+    """SGD for the generators, with a constant learning rate."""
 
     name: Literal["sgd"] = "sgd"
     lr: float
@@ -142,7 +146,7 @@ class SGD:
 
 @dataclass(frozen=True, kw_only=True)
 class Adam:
-    """Of the generators, at a constant rate."""
+    """Adam for the generators, with a constant learning rate."""
 
     name: Literal["adam"] = "adam"
     lr: float
@@ -155,16 +159,18 @@ class Adam:
 
 @dataclass(frozen=True, kw_only=True)
 class MetaConfig:
-    """The generators' step: they minimise the objective after a virtual step of the encoder."""
+    """The generators' step, which minimises the objective after a virtual step of the encoder."""
 
     virtual_lr: float  # eta_v
     optimizer: SGD | Adam
     every_steps: int = 1
     order: Literal[1, 2] = 2  # 1: without second derivatives
-    virtual_params: Literal["all", "projector"] = "all"  # what the virtual step moves
-    sync_virtual_step: bool = True  # false: each rank steps on its own gradient; not world-size invariant
-    loss_scale: float = 1.0  # of the outer loss, hence of the generators' gradient
-    autocast: bool = False  # forward passes in bfloat16, as the rest of a bf16-mixed run
+    virtual_params: Literal["all", "projector"] = "all"  # parameters that the virtual step changes
+    sync_virtual_step: bool = (
+        True  # false: each rank uses its own gradient; the result depends on the world size
+    )
+    loss_scale: float = 1.0  # factor of the outer loss, and thus of the generators' gradient
+    autocast: bool = False  # run forward passes in bfloat16, like the rest of a bf16-mixed run
 
     def __post_init__(self) -> None:
         check_positive(self, "virtual_lr", "every_steps", "loss_scale")
@@ -172,7 +178,7 @@ class MetaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MetAugConfig(MethodConfig):
-    """Numbers without a default stand in every recipe; the switches default to the two-crop plug-in."""
+    """Config of MetAug. Every recipe must set the fields without a default; options default to the two-crop plug-in."""
 
     RENAMED: ClassVar[dict[str, str]] = {
         "aug_weight": "terms.generated_weight",
@@ -213,17 +219,19 @@ class MetAugConfig(MethodConfig):
     keys: BatchKeys | BankKeys = BatchKeys()
     projector: HeadConfig
     generator: GeneratorConfig
-    gamma: float = 16.0  # sharpness: a softmax temperature of 2 / gamma on the cosine
-    scale: float = 16.0  # the loss is scale / gamma times the softplus, so that gamma leaves its slope
+    gamma: float = 16.0  # sharpness, equal to a softmax temperature of 2 / gamma on the cosine
+    scale: float = (
+        16.0  # the softplus is multiplied by scale / gamma, so that gamma does not change its slope
+    )
     circle: Circle | None = None
     terms: SeparateTerms | UnifiedTerm
     margin: MarginConfig | None
-    ramp_epochs: float = 0.0  # over so many the weights of generated terms and of R grow from 0
-    meta: MetaConfig | None  # null: generators stay as initialised
+    ramp_epochs: float = 0.0  # epochs over which the weights of generated terms and of R grow from 0
+    meta: MetaConfig | None  # None: the generators are not trained
 
     @property
     def published_layers(self) -> tuple[str, ...]:
-        """Before and after the projector; the backbone's with the generated features beside them."""
+        """Features before and after the projector, and backbone features concatenated with generated features."""
         return ("backbone", "projector", "backbone+generated")
 
     def __post_init__(self) -> None:
@@ -235,7 +243,7 @@ class MetAugConfig(MethodConfig):
         if isinstance(self.terms, SeparateTerms):
             weighted = weighted or self.terms.generated_weight > 0
         check_field(
-            weighted or self.ramp_epochs == 0, "ramp_epochs", "must be 0: no weight is there that could grow"
+            weighted or self.ramp_epochs == 0, "ramp_epochs", "must be 0: there is no weight to ramp up"
         )
         check_field(
             weighted or not separate or self.meta is None,
@@ -246,21 +254,21 @@ class MetAugConfig(MethodConfig):
             check_field(
                 margin.pairs == "generated" or (bank and self.views.count == 3),
                 "margin.pairs",
-                "official is defined for method.keys bank and three views",
+                "official is only defined for method.keys bank and three views",
             )
             check_field(
                 margin.steps == "both" or self.meta is not None,
                 "margin.steps",
-                "must be both with method.meta null: there is no generators' step",
+                "must be both with method.meta null: the generators are not trained",
             )
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse what manual optimisation, half precision or the views cannot do."""
+        """Refuse settings that are incompatible with manual optimisation, half precision or the views."""
         trainer, data = recipe.trainer, recipe.data
         check_field(
             recipe.backbone.weights is None or not isinstance(self.views, ColorChannels),
             "backbone.weights",
-            "must be left out with method.views color, whose three encoders begin at random",
+            "must be left out with method.views color, whose three encoders start with random weights",
         )
         check_field(
             recipe.accumulate == 1,
@@ -270,14 +278,14 @@ class MetAugConfig(MethodConfig):
         check_field(
             not trainer.get("gradient_clip_val"),
             "trainer.gradient_clip_val",
-            "must be left out: MetAug steps its optimisers itself and does not clip",
+            "must be left out: MetAug uses manual optimisation without clipping",
         )
         precision = str(trainer.get("precision", "32-true"))
         precision = {"16": "16-mixed", "bf16": "bf16-mixed"}.get(precision, precision)  # Lightning's aliases
         check_field(
             precision not in ("16-true", "bf16-true"),
             "trainer.precision",
-            f"must not be {precision}: a virtual step is lost in half-precision weights; use bf16-mixed",
+            f"must not be {precision}: half-precision weights are too coarse for virtual steps; use bf16-mixed",
         )
         check_field(
             self.meta is None or not self.meta.autocast or precision == "bf16-mixed",
@@ -287,18 +295,18 @@ class MetAugConfig(MethodConfig):
         )
         colors = isinstance(self.views, ColorChannels)
         crops = recipe.global_crops
-        wanted = 1 if colors else self.views.count
+        needed = 1 if colors else self.views.count
         check_field(
-            crops == wanted,
+            crops == needed,
             "views",
-            f"must hold {wanted} global view(s) for method.views {self.views.name}"
-            f"{'' if colors else f' with count={wanted}'}, got {crops}",
+            f"must have {needed} global view(s) for method.views {self.views.name}"
+            f"{'' if colors else f' with count={needed}'}, got {crops}",
         )
         if colors:
             check_field(
                 crops == recipe.crops,
                 "views",
-                "must not be local with method.views color",
+                "must all be global with method.views color",
             )
             check_field(
                 tuple(data.mean) == (0, 0, 0) and tuple(data.std) == (1, 1, 1),

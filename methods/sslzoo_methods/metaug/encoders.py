@@ -1,4 +1,4 @@
-"""Backbone and projector as one function of the views, for crops and for the three views of one crop."""
+"""Backbone and projector as one module that maps views to embeddings, for crops and for colour channels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sslzoo_methods.metaug.config import ColorSpace
 
 
 def reinitialised(backbone: nn.Module, channels: int) -> nn.Module:
-    """A copy of ``backbone`` for ``channels`` input channels, initialised afresh by torch's defaults."""
+    """A copy of ``backbone`` for ``channels`` input channels, reinitialised with torch's defaults."""
     new = copy.deepcopy(backbone)
     first = next((m for m in new.modules() if isinstance(m, nn.Conv2d)), None)
     require(
@@ -33,8 +33,8 @@ def reinitialised(backbone: nn.Module, channels: int) -> nn.Module:
 
 
 class ThreeViewBackbone(nn.Module):
-    """Three encoders of one RGB image in [0, 1]: of its first channel in another colour space, of the other
-    two, and of all three. Output (N, 3F): their features side by side."""
+    """Three encoders of an RGB image in [0, 1], converted to another colour space: one for the first channel, one
+    for the other two, one for all three. Output (N, 3F): their concatenated features."""
 
     def __init__(self, backbone: nn.Module, color_space: ColorSpace) -> None:
         super().__init__()
@@ -42,20 +42,20 @@ class ThreeViewBackbone(nn.Module):
         self.parts = nn.ModuleList(reinitialised(backbone, channels) for channels in (1, 2, 3))
 
     def each(self, rgb: Tensor) -> list[Tensor]:
-        """The three features (N, F)."""
+        """The features (N, F) of each encoder."""
         x = normalized(rgb, self.color_space)
         return [part(view) for part, view in zip(self.parts, (x[:, :1], x[:, 1:], x), strict=True)]
 
     def forward(self, rgb: Tensor) -> Tensor:
-        """Their concatenation."""
+        """The concatenated features (N, 3F)."""
         return torch.cat(self.each(rgb), dim=1)
 
 
 class Network(nn.Module):
-    """theta as a function: from views to what left the backbone and to normalised embeddings.
+    """Maps views to backbone features and normalised embeddings; its parameters are theta.
 
-    Made where it is used, around modules that belong to the method. Views that follow one another in one size
-    pass together, with joint batch statistics.
+    Created when needed, around modules that belong to the method. Consecutive views of the same size are batched
+    and share batch-norm statistics.
     """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
@@ -66,8 +66,8 @@ class Network(nn.Module):
     def forward(
         self, views: Sequence[Tensor], passed: Sequence[Tensor] | None = None
     ) -> tuple[Sequence[Tensor], list[Tensor]]:
-        """Backbone features, one tensor a pass, and an embedding (N, D) for each view. With ``passed``, the
-        former of an earlier call, only the projector runs."""
+        """Backbone features, one tensor per forward pass, and an embedding (N, D) per view. If ``passed``, the backbone
+        features from an earlier call, is given, only the projector runs."""
         if isinstance(self.backbone, ThreeViewBackbone):
             assert isinstance(self.projector, nn.ModuleList)
             passed = passed or self.backbone.each(views[0])

@@ -1,4 +1,4 @@
-"""The meta augmentation generators: small MLPs that make features from features."""
+"""The meta feature augmentation generators: small MLPs that map features to new features."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sslzoo_methods.metaug.config import SGD, Adam, GeneratorConfig
 
 
 class Generators(nn.Module):
-    """One MLP for each of ``views``, or one for all: from the view's normalised embedding to another one.
+    """One MLP per view, or one for all views, that maps normalised embeddings (N, D) to new ones.
 
-    Linear, batch norm, ReLU, ... Linear, with biases everywhere; no skip connection and no noise. Frozen, so
-    that DDP's reducer leaves them alone and the encoder's step sends no gradient into them: the bilevel step
+    Linear, batch norm, ReLU, ..., Linear, all with biases; no skip connection and no noise. The parameters do not
+    require gradients, so that DDP ignores them and the encoder's step does not reach them; the bilevel step
     differentiates copies.
     """
 
@@ -27,13 +27,13 @@ class Generators(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
-        """View u's generated features (N, D), normalised, from its normalised embeddings (N, D), which
-        get their gradient."""
+        """Normalised generated features (N, D) per view from its normalised embeddings (N, D), to which
+        gradients are propagated."""
         return [normalize(self.nets[u % len(self.nets)](z)) for u, z in enumerate(embeddings)]
 
 
 def generator_optimizer(generators: Generators, cfg: SGD | Adam) -> torch.optim.Optimizer:
-    """One optimiser for all generators, at a constant rate; decay acts on every parameter."""
+    """One optimiser for all generators, with a constant rate and weight decay on all parameters."""
     omega, lr, decay = generators.parameters(), cfg.lr, cfg.weight_decay
     if isinstance(cfg, SGD):
         return torch.optim.SGD(omega, lr=lr, momentum=cfg.momentum, weight_decay=decay)

@@ -1,4 +1,4 @@
-"""What a MetAug run says about itself."""
+"""Diagnostics of MetAug training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sslzoo_methods.metaug.loss import Objective
 
 @torch.no_grad()
 def health(out: Objective, z: Sequence[Tensor], generated: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Scalars of the encoder's step, by name; terms and R are unweighted.
+    """Scalar diagnostics of the encoder's step, by name; terms and R are unweighted.
 
-    ``generated_cosine`` near 1: the generators have become the identity. ``online_std`` near 0: collapse.
+    ``generated_cosine`` near 1 means that the generators are close to the identity, ``online_std`` near 0 collapse.
     """
     names = ("positive", "negative", "generated_positive", "generated_negative")
     values = dict(zip((f"{name}_similarity" for name in names), out.similarity, strict=True))
@@ -33,6 +33,6 @@ def health(out: Objective, z: Sequence[Tensor], generated: Sequence[Tensor]) -> 
 
 @torch.no_grad()
 def meta_health(gradient: Sequence[Tensor], indirect: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Norm of the generators' gradient, and the share of it that came through the virtual step, ``indirect``."""
+    """Norm of the generators' gradient, and relative to it that of ``indirect``, the part through the virtual step."""
     total, through = (torch.stack(torch._foreach_norm(list(part))).norm() for part in (gradient, indirect))
     return {"generator_gradient": total, "second_order_share": through / total.clamp_min(1e-30)}

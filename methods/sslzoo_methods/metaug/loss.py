@@ -1,9 +1,9 @@
-"""MetAug's objective. Pure: no module, no state, no process group.
+"""The MetAug objective, as pure functions without modules, state or process groups.
 
-Shapes: N samples on this rank, G on all ranks, M views, D embedding width. A similarity is (1 + cos) / 2,
-hence in [0, 1]. A pair (u, v) is query view u against key view v; generated features are queries, never
-keys. The official code is github.com/jiangmengli/metaug at 33a9fd0; where the paper (arXiv:2203.05119) and
-that code part, the card says which is followed.
+Shapes: N samples on this rank, G on all ranks, M views, D embedding width. Similarities are (1 + cos) / 2,
+in [0, 1]. A pair (u, v) compares queries of view u with keys of view v; generated features are only queries.
+The official code is github.com/jiangmengli/metaug at 33a9fd0; where it differs from the paper
+(arXiv:2203.05119), the card says which is followed.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ Pair = tuple[int, int]  # (query view, key view)
 
 
 class Contrast(NamedTuple):
-    """How similarities become logits."""
+    """Parameters that turn similarities into logits and a loss."""
 
-    gamma: float  # sharpness: a softmax temperature of 2 / gamma on the cosine
-    scale: float  # the loss is scale / gamma times the softplus, so that gamma leaves its slope
+    gamma: float  # sharpness, equal to a softmax temperature of 2 / gamma on the cosine
+    scale: float  # the softplus is multiplied by scale / gamma, so that gamma does not change its slope
     circle: Circle | None
 
 
 class Margin(NamedTuple):
-    """How generated features are pushed to be hard."""
+    """Parameters of the regulariser R."""
 
     weight: float  # beta
-    positive_weight: float  # lambda+, of the positives' part
+    positive_weight: float  # lambda+, weight of the positives
     thresholds: Thresholds
-    detach_thresholds: bool  # no gradient through them
+    detach_thresholds: bool  # whether thresholds are constants for the gradient
 
 
 class Regulariser(NamedTuple):
-    """R, unweighted, and the thresholds it is of."""
+    """R, unweighted, and its thresholds."""
 
     value: Tensor  # ()
     sigma_pos: Tensor  # (N,)
@@ -49,36 +49,35 @@ class Regulariser(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Similarities of each sample's queries with its keys, and what the softmax needs of them."""
+    """Similarities of each sample's query with its keys, and the log-sum-exps of their logits."""
 
     pos: Tensor  # (N, P)
     neg: Tensor  # (N, K)
-    own: Tensor | None  # (N, K) bool: the columns of neg that are no negatives; None where all are
-    negatives: int  # of a sample
+    own: Tensor | None  # (N, K) bool: columns of neg to exclude (the sample itself); None: exclude none
+    negatives: int  # number of negatives per sample
     log_pos: Tensor  # (N,) log-sum-exp of the positives' logits
-    log_neg: Tensor  # (N,)
+    log_neg: Tensor  # (N,) the same for the negatives
 
 
 class Objective(NamedTuple):
-    """The loss of this rank's samples and its parts; all but ``loss`` unweighted."""
+    """The loss of this rank's samples and its parts, which are unweighted."""
 
     loss: Tensor  # ()
-    terms: Tensor  # (M+2,): originals, view u replaced by its generated features, all replaced
+    terms: Tensor  # (M+2,): original features; view u replaced by generated features (M); all replaced
     regulariser: Regulariser | None
-    similarity: Tensor  # (4,) detached means: positives, negatives, the same of generated queries
+    similarity: Tensor  # (4,) detached means: positives, negatives, and the same for generated queries
 
 
 def score(
     pos: Tensor, neg: Tensor, contrast: Contrast, *, own: Tensor | None = None, owned: int = 0
 ) -> Block:
-    """A block from similarities (N, P) and (N, K); ``own`` marks ``owned`` columns a row to leave out.
+    """Compute a block from similarities ``pos`` (N, P) and ``neg`` (N, K); ``own`` (N, K) marks ``owned`` columns
+    per row to exclude.
 
-    The logits are gamma w- (s- - shift-) and -gamma w+ (s+ - shift+). Circle weights carry no gradient; one
-    that is clamped to 0 leaves a logit of 0 (circle loss, arXiv:2002.10857, equation 6).
+    The logits are gamma w- (s- - shift-) and -gamma w+ (s+ - shift+). The circle weights w are constants for the
+    gradient; a weight clamped to 0 gives a logit of 0 (circle loss, arXiv:2002.10857, equation 6).
     """
-    require(
-        neg.shape[1] > owned, "MetAug needs negatives: a batch of one sample has none; use method.keys=bank"
-    )
+    require(neg.shape[1] > owned, "a batch of one sample has no negatives for MetAug; use method.keys=bank")
     circle = contrast.circle
     shift_pos, shift_neg = (1 - circle.m, circle.m) if circle is not None and circle.shift else (0.0, 0.0)
     logit_pos, logit_neg = -contrast.gamma * (pos - shift_pos), contrast.gamma * (neg - shift_neg)
@@ -91,16 +90,16 @@ def score(
 
 
 def oucl(blocks: Iterable[Block], contrast: Contrast) -> Tensor:
-    """The unified contrastive loss: softplus of every negative against every positive of a sample, over all
-    its blocks in one term; mean over the N samples, times scale / gamma."""
+    """The unified contrastive loss: the softplus over all pairs of a negative and a positive of a sample, with all
+    blocks in one term; mean over the N samples, times scale / gamma."""
     log_pos, log_neg = zip(*[(b.log_pos, b.log_neg) for b in blocks], strict=True)
     x = torch.stack(log_neg).logsumexp(0) + torch.stack(log_pos).logsumexp(0)
-    # Exact softplus; torch's own is cut off beyond 20, where its second derivative vanishes.
+    # Exact softplus; torch's is linear above 20, where its second derivative is 0.
     return -contrast.scale / contrast.gamma * F.logsigmoid(-x).mean()
 
 
 def thresholds(blocks: Sequence[Block], margin: Margin) -> tuple[Tensor, Tensor]:
-    """sigma+ (N,) and sigma- (N,) from the hardest positive and the hardest negative (equation 2)."""
+    """sigma+ (N,) and sigma- (N,) from each sample's hardest positive and hardest negative (equation 2)."""
     lowest = torch.stack([b.pos.amin(1) for b in blocks]).amin(0)
     negatives = [b.neg if b.own is None else b.neg.masked_fill(b.own, -torch.inf) for b in blocks]
     highest = torch.stack([neg.amax(1) for neg in negatives]).amax(0)
@@ -113,10 +112,10 @@ def thresholds(blocks: Sequence[Block], margin: Margin) -> tuple[Tensor, Tensor]
 
 
 def margin_regulariser(reference: Sequence[Block], generated: Sequence[Block], margin: Margin) -> Regulariser:
-    """R and the thresholds, which come from ``reference``.
+    """R (equation 3) with thresholds from ``reference``.
 
-    Positives of ``generated`` pay for what they exceed sigma+ by, negatives for what they lack of sigma-;
-    the means run over all entries, apart for the two (equation 3). lambda+ is the official code's.
+    In ``generated``, positives are penalised by how much they exceed sigma+, negatives by how much they fall
+    below sigma-, with separate means over all entries. The weight lambda+ is from the official code.
     """
     sigma_pos, sigma_neg = thresholds(reference, margin)
     above = [F.relu(b.pos - sigma_pos[:, None]) for b in generated]
@@ -129,7 +128,7 @@ def margin_regulariser(reference: Sequence[Block], generated: Sequence[Block], m
 
 
 def view_pairs(views: int) -> list[Pair]:
-    """Ordered pairs of different views: query outer, key inner."""
+    """Ordered pairs of different views (query, key), sorted."""
     return list(permutations(range(views), 2))
 
 
@@ -146,32 +145,32 @@ def batch_objective(
     query_keys: Tensor | None = None,
     unified: bool = False,
 ) -> Objective:
-    """Equation 5 with the batch as keys.
+    """Equation 5 with keys from the batch.
 
     ``original`` and ``generated``: M views, each (N, D); ``keys`` (M, G, D): the original features of all
-    ranks, row ``offset + i`` being sample i; ``local``: further queries of the first term, each (N, D). All
-    L2-normalised; gradients reach all. With ``query_keys`` (2M, G, D), the original and generated features
-    of all ranks, a query also repels its own view's features of other samples. ``unified``: one term with all
-    2M queries in place of M+2.
+    ranks, where row ``offset + i`` is sample i; ``local``: additional queries of the first term, each (N, D). All
+    L2-normalised; gradients reach all. With ``query_keys`` (2M, G, D), the original and generated features of
+    all ranks, other samples in the query's own view are negatives too. ``unified``: a single term with all 2M
+    queries instead of M+2 terms.
     """
     views, queries = len(original), torch.stack([*original, *generated, *local])  # (2M+L, N, D)
     rows = torch.arange(queries.shape[1], device=queries.device)
     own = rows[:, None] + offset == torch.arange(keys.shape[1], device=queries.device)
     with autocast_off(queries):
         queries, keys = at_least_float32(queries), at_least_float32(keys)
-        # All similarities of all terms in one product; the terms share its blocks.
+        # One product computes the similarities for all terms, which share its blocks.
         s = (1 + product(queries.flatten(0, 1), keys.flatten(0, 1).T)) / 2
         table = s.view(len(queries), len(rows), views, -1).permute(0, 2, 1, 3)  # (2M+L, M, N, G)
         same = None
         if query_keys is not None:
             same = (1 + product(queries[: 2 * views], at_least_float32(query_keys).mT)) / 2  # (2M, N, G)
         blocks: dict[Pair, Block] = {}
-        for q, of_query in enumerate(table.unbind(0)):
-            for v, block in enumerate(of_query.unbind(0)):
+        for q, by_view in enumerate(table.unbind(0)):
+            for v, block in enumerate(by_view.unbind(0)):
                 if q >= 2 * views or q % views != v:
                     pos = block[rows, rows + offset][:, None]
                     neg, mask = block, own
-                    if same is not None and q < 2 * views and v == (q + 1) % views:  # once a query
+                    if same is not None and q < 2 * views and v == (q + 1) % views:  # only once per query
                         neg, mask = torch.cat([block, same[q]], 1), own.repeat(1, 2)
                     blocks[q, v] = score(pos, neg, contrast, own=mask, owned=mask.shape[1] // own.shape[1])
         pairs = view_pairs(views)
@@ -196,12 +195,12 @@ def bank_objective(
     local: Sequence[Tensor] = (),
     official_pairs: bool = False,
 ) -> Objective:
-    """Equation 5 with rows of the memory banks as keys.
+    """Equation 5 with keys from the memory banks.
 
-    ``keys``: for each of the M+2 terms (M, N, 1+K, D), the sample's own row first; no gradient. The rest is as
-    in :func:`batch_objective`. ``official_pairs`` (M = 3) takes R over the pairs of the official code: each
-    generated view's term gives the pairs that it has a part in, although its keys are original, and the
-    reference of a pair is drawn from the term that leaves it original.
+    ``keys``: (M, N, 1+K, D) for each of the M+2 terms, with the sample's own row first; without gradients. The
+    rest is as in :func:`batch_objective`. ``official_pairs`` (M = 3) computes R over the pairs of the official
+    code: from the term of each generated view, all pairs that involve this view, even as (original) keys. The
+    reference of a pair comes from the term in which both of its views are original.
     """
     views = len(original)
     with autocast_off(original[0]):
@@ -209,8 +208,8 @@ def bank_objective(
         queries += [[*original[:u], generated[u], *original[u + 1 :]] for u in range(views)]
         queries.append(list(generated))
         tables = [
-            _bank_blocks([*of_term, *(local if t == 0 else ())], views, rows, contrast)
-            for t, (of_term, rows) in enumerate(zip(queries, keys, strict=True))
+            _bank_blocks([*term_queries, *(local if t == 0 else ())], views, rows, contrast)
+            for t, (term_queries, rows) in enumerate(zip(queries, keys, strict=True))
         ]
         terms = [list(table.values()) for table in tables]
         reference, hard = terms[0], terms[-1]
@@ -225,7 +224,8 @@ def bank_objective(
 def _bank_blocks(
     queries: Sequence[Tensor], views: int, keys: Tensor, contrast: Contrast
 ) -> Mapping[Pair, Block]:
-    """Blocks of a term, by pair; queries beyond the M views meet every key view. One product a key view."""
+    """Blocks of a term, by pair; queries beyond the M views are compared with every key view. One product per key
+    view."""
     queries = [at_least_float32(q) for q in queries]
     blocks: dict[Pair, Block] = {}
     for v, rows in enumerate(keys):

@@ -1,6 +1,6 @@
-"""The bilevel step: how the objective after a virtual step of the encoder depends on the generators.
+"""The bilevel step: the generators' gradient of the objective after a virtual step of the encoder.
 
-theta are the encoder's parameters, omega the generators'; equation numbers are the card's.
+theta are the encoder's parameters, omega the generators'; for equation numbers, see the card.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ Parameters = Mapping[str, Tensor]
 
 
 class MetaGradient(NamedTuple):
-    """What the bilevel step found, on this rank; nothing is averaged but the inner gradient."""
+    """Result of the bilevel step on this rank; only the inner gradient is averaged over ranks."""
 
     inner: Tensor  # L(theta, omega)
     outer: Tensor  # L(theta-hat, omega)
     virtual: dict[str, Tensor]  # theta-hat, detached
-    direct: list[Tensor]  # gradient for omega with theta-hat held constant
-    indirect: list[Tensor]  # what reaches omega through theta-hat; zeros in first order
+    direct: list[Tensor]  # gradient with respect to omega at constant theta-hat
+    indirect: list[Tensor]  # gradient with respect to omega through theta-hat; zeros for order 1
 
     @property
     def total(self) -> list[Tensor]:
-        """The gradient for omega, in the order in which omega was given."""
+        """The full gradient with respect to omega, in the order of omega."""
         return [a + b for a, b in zip(self.direct, self.indirect, strict=True)]
 
 
 def mean_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor's mean over the ranks, with one collective for all; differentiable to any order."""
+    """Mean over ranks of each tensor, with a single collective; differentiable to any order."""
     if world_size() == 1:
         return list(tensors)
     flat = all_reduce_mean(torch.cat([t.flatten() for t in tensors]))
@@ -59,10 +59,10 @@ def meta_gradient(
 ) -> MetaGradient:
     """d/d omega of outer(theta - virtual_lr * d inner / d theta), by the chain rule at theta-hat.
 
-    ``inner`` and ``outer`` map theta to the objective; omega reaches them by closure. Tensors of ``theta``
-    and ``omega`` are leaves that require gradients; no ``.grad`` is touched and no hook of DDP runs.
-    ``order`` 1 leaves out the second derivatives. ``sync`` averages the inner gradient over the ranks inside
-    the graph, without which several ranks are not one process.
+    ``inner`` and ``outer`` map theta to the objective and use omega through a closure. The tensors in ``theta``
+    and ``omega`` must be leaves that require gradients; ``.grad`` is not changed and DDP's hooks do not run.
+    ``order=1`` omits the second derivatives. ``sync`` averages the inner gradient over ranks, within the graph;
+    without it, the result depends on the number of ranks.
     """
     names, leaves = list(theta), list(theta.values())
     value = inner(theta)
@@ -95,7 +95,7 @@ def _gradient(loss: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = Fa
 
 
 def copied_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Copies for a pass whose running statistics are to be forgotten."""
+    """Copies of the buffers, for a forward pass that must not change the running statistics."""
     return {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
@@ -107,13 +107,13 @@ def bilevel(
     objective: Callable[[list[Tensor], list[Tensor], int], Objective],
     cfg: MetaConfig,
 ) -> MetaGradient:
-    """Equations 6 to 9 for the modules as they stand.
+    """The generators' gradient (equations 6 to 9) at the current parameters.
 
-    ``objective`` takes embeddings, generated features of the first ``global_views``, and the pass. Parameters,
-    ``.grad`` and the network's buffers stay as they are; the generators' running statistics move once, in the
-    outer pass. Nothing is averaged over the ranks but the inner gradient.
+    ``objective`` takes embeddings, generated features of the first ``global_views`` views, and the pass (INNER or
+    OUTER). Parameters, ``.grad`` and the network's buffers do not change; the generators' running statistics are
+    updated once, in the outer pass. Only the inner gradient is averaged over ranks.
     """
-    torch.clear_autocast_cache()  # it holds half-precision copies of the weights as they were before the step
+    torch.clear_autocast_cache()  # it contains half-precision copies of the weights before the step
     full = nullcontext() if cfg.autocast else autocast_off(views[0])
     with full, sdpa_kernel(SDPBackend.MATH):  # flash attention has no second derivative
         theta = {n: p.detach().requires_grad_() for n, p in network.named_parameters() if p.requires_grad}

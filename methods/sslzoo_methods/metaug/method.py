@@ -29,7 +29,7 @@ from sslzoo_methods.metaug.objective import ENCODER, objective
 
 
 class MetAug(SSLMethod[MetAugConfig]):
-    """An encoder's step on original and generated features, then the generators' through a virtual one."""
+    """MetAug: a step of the encoder on original and generated features, then a bilevel step of the generators."""
 
     Config = MetAugConfig
     needs_double_backward = True
@@ -45,7 +45,7 @@ class MetAug(SSLMethod[MetAugConfig]):
         self.banks: MemoryBanks | None = None
 
     def prepare(self, plan: TrainingPlan, optim: OptimConfig, seed: int) -> None:
-        """Make the banks, where the keys are theirs."""
+        """Create the memory banks if they provide the keys."""
         super().prepare(plan, optim, seed)
         cfg, keys = self.cfg, self.cfg.keys
         if isinstance(keys, BankKeys):
@@ -53,12 +53,12 @@ class MetAug(SSLMethod[MetAugConfig]):
             self.banks = MemoryBanks(*shape, negatives=keys.negatives, momentum=keys.momentum, seed=seed)
 
     def configure_optimizers(self) -> Any:
-        """The recipe's optimiser for the encoder, and the generators' own, where they learn."""
+        """The recipe's optimiser for the encoder, and another one for the generators if they are trained."""
         encoder, meta = build_optimizer(self.parameter_groups(), self.optim), self.cfg.meta
         return encoder if meta is None else [encoder, generator_optimizer(self.generators, meta.optimizer)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """The encoder's optimiser step, then, where due, the generators' with the new encoder."""
+        """Take the encoder's optimiser step, then, every ``meta.every_steps``, the generators' with the new encoder."""
         meta, optimizers = self.cfg.meta, self.optimizers()
         encoder: Any = optimizers[0] if isinstance(optimizers, list) else optimizers
         lr = learning_rate(self.step, self.optim, self.plan)
@@ -70,14 +70,14 @@ class MetAug(SSLMethod[MetAugConfig]):
         happened = self.attempt(encoder.step)
         if happened and meta is not None and self.step % meta.every_steps == 0:
             assert isinstance(optimizers, list)
-            # Not Lightning's wrapper: its scaler and its count of steps are the encoder's.
+            # Not through Lightning's wrapper, whose loss scaler and step count are for the encoder.
             self.meta_step(batch, optimizers[1].optimizer, meta)
         self.record("train/loss", loss)
         self.setting("opt/lr", lr)
         self.finish_step(skipped=not happened)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Equation 5 with the generators held fixed; local crops are queries of its first term only."""
+        """Equation 5 with fixed generators; local crops are only queries of its first term."""
         passed, z = self.network()(self._views(batch))
         statistics = copied_buffers(self.generators)
         views, keys = self.cfg.views.count, self.cfg.keys
@@ -91,39 +91,39 @@ class MetAug(SSLMethod[MetAugConfig]):
         return out.loss
 
     def meta_step(self, batch: Batch, optimizer: torch.optim.Optimizer, cfg: MetaConfig) -> None:
-        """One step of the generators, at the encoder as it stands. A gradient that is not finite counts as zero, and
-        what it came from does not enter their statistics."""
+        """Take one step of the generators with the current encoder. If the gradient is not finite, it is replaced by 0
+        and the running statistics are restored."""
         before = copied_buffers(self.generators)
         evaluate = partial(self._objective, batch)
         views, count = self._views(batch), self.cfg.views.count
-        found = bilevel(self.network(), self.generators, views, count, evaluate, cfg)
-        gradient, indirect = mean_over_ranks(found.total), found.indirect
+        result = bilevel(self.network(), self.generators, views, count, evaluate, cfg)
+        gradient, indirect = mean_over_ranks(result.total), result.indirect
         if cfg.order == 2:
             indirect = mean_over_ranks(indirect)
         values = meta_health(gradient, indirect)
-        sound = values["generator_gradient"].isfinite()
+        finite = values["generator_gradient"].isfinite()
         for p, g in zip(self.generators.parameters(), gradient, strict=True):
-            p.grad = torch.where(sound, g, 0)
+            p.grad = torch.where(finite, g, 0)
         for name, buffer in self.generators.named_buffers():
-            buffer.copy_(torch.where(sound, buffer, before[name]))
+            buffer.copy_(torch.where(finite, buffer, before[name]))
         for name, value in values.items():
             self.record(f"method/{name}", value)
         optimizer.step()
         optimizer.zero_grad()
 
     def network(self) -> Network:
-        """Backbone and projector as one function."""
+        """Backbone and projector as one module."""
         return Network(self.backbone, self.projector)
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
-        """``backbone``, ``projector``, and the backbone's with generated features beside them."""
+        """Features ``backbone``, ``projector``, and ``backbone+generated``, their concatenation with generated ones."""
         passed, z = self.network()([x])
         return self._named(passed, z, self.generators(z), len(x))
 
     def contrasted(self, batch: Batch) -> Contrast:
-        """Projections of two views; of one, where three encoders see it: of its first channel and of the other two.
+        """Projections of two views, or with colour channels of the first channel and the other two of one view.
 
-        gamma multiplies (1 + cos) / 2, hence the temperature.
+        The temperature is 2 / gamma because gamma multiplies (1 + cos) / 2.
         """
         network, temperature = self.network(), 2 / self.cfg.gamma
         if not isinstance(self.cfg.views, ColorChannels):
@@ -134,11 +134,11 @@ class MetAug(SSLMethod[MetAugConfig]):
     def _named(
         self, passed: Sequence[Tensor], z: Sequence[Tensor], generated: Sequence[Tensor], n: int
     ) -> dict[str, Tensor]:
-        """Features of the first view, or of all three of a crop."""
+        """Features of the first view or, with colour channels, of all three views."""
         count = self.cfg.views.encoders
         h = torch.cat([part[:n] for part in passed[:count]], dim=1)
-        made = torch.cat([h, *generated[:count]], dim=1)
-        return {"backbone": h, "projector": torch.cat(list(z[:count]), dim=1), "backbone+generated": made}
+        both = torch.cat([h, *generated[:count]], dim=1)
+        return {"backbone": h, "projector": torch.cat(list(z[:count]), dim=1), "backbone+generated": both}
 
     def _views(self, batch: Batch) -> tuple[Tensor, ...]:
         return (*batch.global_views, *batch.local_views)

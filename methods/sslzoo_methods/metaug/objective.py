@@ -1,4 +1,4 @@
-"""The objective of one pass, as the recipe has it: which keys, which weights."""
+"""The objective of one forward pass, with keys and weights as in the recipe."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def objective(
     step: int,
     ramp: float,
 ) -> Objective:
-    """Equation 5 for the embeddings ``z`` (N, D) of the M views, then of local crops, and the views' generated
-    features. ``ramp`` multiplies alpha and beta. Collective; official bank updates happen in here, after the
-    first term's keys are drawn."""
+    """Equation 5 for the embeddings ``z`` (N, D each) of the M views, followed by local crops, and for the views'
+    generated features. ``ramp`` multiplies alpha and beta. Collective. With ``updates: official`` the banks are
+    updated here, after the keys of the first term were drawn."""
     views, terms = cfg.views.count, cfg.terms
     original, local = list(z[:views]), z[views:]
     options: dict[str, Any] = {
@@ -46,7 +46,7 @@ def objective(
         options |= {"unified": isinstance(terms, UnifiedTerm), "offset": rank() * len(sample_id)}
         return batch_objective(original, generated, keys[:views], **options)
     assert banks is not None
-    draws = [call * (views + 2) + t for t in range(views + 2)]  # each term its own
+    draws = [call * (views + 2) + t for t in range(views + 2)]  # a separate draw for each term
     keys_of_terms = [banks.draw(sample_id, step=step, call=draws[0])]
     if cfg.keys.updates == "official":
         banks.update(sample_id, torch.stack(original).detach())

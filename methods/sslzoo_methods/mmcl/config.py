@@ -1,4 +1,4 @@
-"""What an MMCL recipe states under ``method:``."""
+"""The ``method:`` section of MMCL recipes."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ Init = Literal["gaussian", "zero", "inv"]
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantSigma:
-    """Stays what the recipe says."""
+    """sigma is constant."""
 
     name: Literal["constant"] = "constant"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSigma:
-    """Times ``gamma`` at the start of each epoch in ``milestones``."""
+    """sigma is multiplied by ``gamma`` at the start of each epoch in ``milestones``."""
 
     name: Literal["step"] = "step"
-    milestones: tuple[int, ...]  # counted from 1
+    milestones: tuple[int, ...]  # epochs, counted from 1
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
-        given = list(self.milestones)
+        epochs = list(self.milestones)
         check_field(
-            len(given) > 0 and given[0] > 1 and given == sorted(set(given)),
+            len(epochs) > 0 and epochs[0] > 1 and epochs == sorted(set(epochs)),
             "milestones",
-            f"must increase and be above 1 (epochs are counted from 1), got {given}",
+            f"must increase and be above 1 (epochs are counted from 1), got {epochs}",
         )
         check_field(0 < self.gamma != 1, "gamma", f"must be positive and not 1, got {self.gamma}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bandwidth:
-    """What kernels with a bandwidth have."""
+    """Settings common to kernels with a bandwidth."""
 
     name: str
-    sigma: float  # rbf divides a squared distance by it, tanh multiplies
+    sigma: float  # divides the squared distance (rbf) or multiplies the dot product (tanh)
     sigma_rule: SigmaRule = "fixed"  # unit of sigma: 1 | auto: 1 / embedding width | median squared distance
     sigma_schedule: ConstantSigma | StepSigma = ConstantSigma()
 
@@ -59,7 +59,7 @@ class Bandwidth:
         check_positive(self, "sigma")
 
     def sigma_at(self, epoch: int) -> float:
-        """sigma of ``epoch``, counted from 0."""
+        """sigma in ``epoch``, counted from 0."""
         if isinstance(self.sigma_schedule, ConstantSigma):
             return self.sigma
         passed = sum(epoch >= m - 1 for m in self.sigma_schedule.milestones)
@@ -71,15 +71,15 @@ class RBF(Bandwidth):
     """exp(-|a - b|^2 / sigma)."""
 
     name: Literal["rbf"] = "rbf"
-    self_term: ClassVar[SelfTerm] = "one"  # which k(x, x) is
+    self_term: ClassVar[SelfTerm] = "one"  # because k(x, x) = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tanh(Bandwidth):
-    """tanh(sigma a.b), which is no valid kernel."""
+    """tanh(sigma a.b), which is not positive semi-definite."""
 
     name: Literal["tanh"] = "tanh"
-    self_term: SelfTerm  # s_j: one (official) | kernel: k(x_j, x_j)
+    self_term: SelfTerm  # s_j: one (official code) | kernel: k(x_j, x_j)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +103,18 @@ class PolyOrMin:
 
 @dataclass(frozen=True, kw_only=True)
 class INV:
-    """The unconstrained minimiser, clipped."""
+    """The unconstrained minimiser, clipped to the constraints."""
 
     name: Literal["inv"] = "inv"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PGD:
-    """Projected gradient, with the authors' values."""
+    """Projected gradient descent, with the authors' values as defaults."""
 
     name: Literal["pgd"] = "pgd"
     variant: Variant = "nesterov"
-    step: Step = 1e-3  # unstable above 1 / lambda_max (nesterov) or twice that; or 1 / a bound of lambda_max
+    step: Step = 1e-3  # stable up to 1 / lambda_max (vanilla: twice that); names: 1 / a bound of lambda_max
     max_iter: int = 1000
     stop: Stop = "relative_change"
     tol: float = 0.01
@@ -131,24 +131,26 @@ class PGD:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptivePGD:
-    """The optimum, by FISTA with a step and restarts for each anchor."""
+    """The optimum, by FISTA with step size and restarts per anchor."""
 
     name: Literal["pgd_adaptive"] = "pgd_adaptive"
     max_iter: int = 1000
-    tol: float | None = 1e-3  # worst relative KKT residual; None: max_iter updates, no wait for the device
+    tol: float | None = (
+        1e-3  # largest relative KKT residual; None: always max_iter updates, without host waits
+    )
 
     def __post_init__(self) -> None:
         check_positive(self, "max_iter")
         check_field(
             self.tol is None or self.tol > 0,
             "tol",
-            f"must be positive, or null to make max_iter updates; got {self.tol}",
+            f"must be positive, or null to always do max_iter updates; got {self.tol}",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exact:
-    """The optimum in float64, slow: for debugging."""
+    """The optimum in float64; slow, for debugging."""
 
     name: Literal["exact"] = "exact"
 
@@ -158,7 +160,7 @@ class Exact:
 
 @dataclass(frozen=True, kw_only=True)
 class MMCLConfig(MethodConfig):
-    """What recipes vary has no default; what the authors never varied has theirs."""
+    """Config of MMCL. Values that recipes tune have no default; the others default to the authors' values."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "sigma": "kernel.sigma",
@@ -174,19 +176,21 @@ class MMCLConfig(MethodConfig):
 
     kernel: RBF | Linear | PolyOrMin | Tanh
     solver: INV | PGD | AdaptivePGD | Exact
-    C: float | None  # upper bound of the duals; None: none
-    reg: float = 0.1  # ridge of the dual problem
-    symmetric: bool = False  # average with view 2 as anchors; a second Gram matrix and solve
+    C: float | None  # upper bound of the dual variables; None: unbounded
+    reg: float = 0.1  # ridge regularisation of the dual problem
+    symmetric: bool = False  # also use view 2 as anchors and average; costs a second Gram matrix and solve
     negatives: Literal["view1", "both"] = "view1"  # both: the 2N - 2 views of the other images
-    alpha_normalize: AlphaNormalize = "none"  # mean: duals over the mean of alpha_x, a scale for plain SGD
-    gather: bool = True  # negatives of all ranks; false: of the own
+    alpha_normalize: AlphaNormalize = (
+        "none"  # mean: divide the duals by the mean of alpha_x, to suit plain SGD
+    )
+    gather: bool = True  # use negatives of all ranks; false: only this rank's
     projector: HeadConfig
     crop_batching: CropBatching  # per_crop: CIFAR code; per_resolution: ImageNet code
 
     @property
     def softmax_temperature(self) -> float | None:
-        """sigma / 2 of the rbf kernel, which on unit vectors is exp(cos / (sigma / 2)) but for a constant; none
-        where sigma changes or the kernel is another."""
+        """sigma / 2 for the rbf kernel with fixed sigma, since on unit vectors it is proportional to
+        exp(cos / (sigma / 2)); otherwise None."""
         kernel = self.kernel
         if not isinstance(kernel, RBF) or kernel.sigma_rule != "fixed":
             return None
@@ -194,7 +198,7 @@ class MMCLConfig(MethodConfig):
 
     @property
     def published_layers(self) -> tuple[str, ...]:
-        """Before and after the projector."""
+        """Features before and after the projector."""
         return ("backbone", "projector")
 
     def __post_init__(self) -> None:
@@ -205,7 +209,7 @@ class MMCLConfig(MethodConfig):
         check_field(
             self.C is not None or not isinstance(self.kernel, Tanh),
             "C",
-            "must be a number with method.kernel tanh, which is no valid kernel: the duals have no bound",
+            "must be a number with method.kernel tanh, which is not positive semi-definite: the duals are unbounded",
         )
         check_field(
             self.C is not None
@@ -218,12 +222,12 @@ class MMCLConfig(MethodConfig):
         )
 
     def check(self, recipe: Recipe) -> None:
-        """There must be anchors and queries."""
+        """Require enough views for anchors and queries."""
         global_views, crops = recipe.global_crops, recipe.crops
-        wanted = 2 if self.symmetric or self.negatives == "both" else 1
+        needed = 2 if self.symmetric or self.negatives == "both" else 1
         check_field(
-            global_views >= wanted and crops > 1,
+            global_views >= needed and crops > 1,
             "views",
-            f"must hold two views or more, {wanted} of them global, as MMCL is configured; "
-            f"got {global_views} global of {crops}",
+            f"must have at least two views, {needed} of them global, with these settings; "
+            f"got {crops}, {global_views} of them global",
         )

@@ -1,10 +1,10 @@
-"""MMCL's kernels on L2-normalised rows, each less a constant, so that float32 keeps 1 - k (arXiv:2112.11450).
+"""MMCL's kernels on L2-normalised rows, shifted by a constant to be accurate in float32 (arXiv:2112.11450).
 
-The dual problem and the loss see differences of kernel values only, hence no constant shift. What is
-returned here is k(a, b) - k(u, u) for a unit vector u (``min``: k itself), formed without cancellation
-from the cosine gap a.b - 1.
+The dual problem and the loss depend only on differences of kernel values, so a constant shift has no effect
+on them. The functions return k(a, b) - k(u, u) for a unit vector u (``min``: k itself), computed without
+cancellation from the cosine gap a.b - 1.
 
-Letters: M and N rows, D embedding width, sigma the bandwidth.
+Shapes: M and N rows, D embedding width; sigma is the bandwidth.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 from sslzoo.nn.numerics import autocast_off, normalize, product
 from sslzoo_methods.mmcl.config import KernelName, SigmaRule
 
-CDIST_ELEMENTS = 2**22  # on CUDA the backward of cdist holds rows x N x D numbers: bound them
+CDIST_ELEMENTS = 2**22  # bound on rows x N x D, the memory of cdist's backward pass on CUDA, in elements
 
 
 class Kernel(NamedTuple):
     """A kernel and its bandwidth."""
 
     name: KernelName
-    sigma: float | Tensor | None  # None where the kernel has none
+    sigma: float | Tensor | None  # None if the kernel has none
 
 
 def kernel_shift(kernel: Kernel) -> float | Tensor:
-    """The constant that :func:`shifted_kernel` and :func:`shifted_gram` leave out."""
+    """The constant that :func:`shifted_kernel` and :func:`shifted_gram` subtract."""
     if kernel.name == "tanh":
         sigma = _sigma(kernel)
         return sigma.tanh() if isinstance(sigma, Tensor) else math.tanh(sigma)
@@ -37,11 +37,11 @@ def kernel_shift(kernel: Kernel) -> float | Tensor:
 
 
 def shifted_kernel(a: Tensor, b: Tensor, *, kernel: Kernel, centre: Tensor) -> Tensor:
-    """k(a_i, b_j) less :func:`kernel_shift` (M, N), with gradient to ``a`` (M, D) and ``b`` (N, D).
+    """k(a_i, b_j) minus :func:`kernel_shift`, (M, N), with gradients to ``a`` (M, D) and ``b`` (N, D).
 
-    ``a`` and ``b`` are L2-normalised; ``centre`` (D,) is any point near them. Nothing is clamped, or
-    near-duplicates would lose their gradient. The gradient is right in the tangent of the sphere,
-    which is all that passes a normalisation.
+    ``a`` and ``b`` are L2-normalised; ``centre`` (D,) is any point near them. Nothing is clamped, because
+    near-duplicates would lose their gradient. The gradient is only correct tangentially to the sphere,
+    which suffices because the normalisation removes its radial part.
     """
     if kernel.name == "min":
         return _overlap(a, b)
@@ -50,7 +50,7 @@ def shifted_kernel(a: Tensor, b: Tensor, *, kernel: Kernel, centre: Tensor) -> T
 
 @torch.no_grad()
 def shifted_gram(x: Tensor, *, kernel: Kernel) -> Tensor:
-    """The Gram matrix of ``x`` (N, D) less :func:`kernel_shift` (N, N), detached."""
+    """The Gram matrix of ``x`` (N, D) minus :func:`kernel_shift`, (N, N), detached."""
     if kernel.name == "min":
         return _overlap(x, x)
     gap = _cosine_gap(x, x, x.mean(dim=0)).clamp_(max=0)
@@ -60,9 +60,9 @@ def shifted_gram(x: Tensor, *, kernel: Kernel) -> Tensor:
 
 @torch.no_grad()
 def bandwidth(pool: Tensor, *, sigma: float, rule: SigmaRule) -> float | Tensor:
-    """sigma, in the unit that ``rule`` names, for ``pool`` (N, D), whose rows of any norm are normalised here.
+    """The bandwidth: ``sigma`` in the unit given by ``rule`` for ``pool`` (N, D), whose rows are normalised here.
 
-    ``fixed``: 1. ``auto``: 1/D, the official meaning, so that the RBF exponent is -D |a-b|^2 / sigma.
+    ``fixed``: 1. ``auto``: 1/D, as in the official code, so that the RBF exponent is -D |a-b|^2 / sigma.
     ``median``: the median squared distance between two rows.
     """
     if rule == "fixed":
@@ -77,7 +77,7 @@ def bandwidth(pool: Tensor, *, sigma: float, rule: SigmaRule) -> float | Tensor:
 
 
 def _cosine_gap(a: Tensor, b: Tensor, centre: Tensor) -> Tensor:
-    """a.b - 1 = -(|a-b|^2 + (1-|a|^2) + (1-|b|^2)) / 2, from centred rows: exact where features crowd."""
+    """a.b - 1 = -(|a-b|^2 + (1-|a|^2) + (1-|b|^2)) / 2, from centred rows, to be accurate for similar features."""
     a_c, b_c = a - centre, b - centre
     squares = a_c.square().sum(dim=1)[:, None] + b_c.square().sum(dim=1)
     ends = _shortness(a)[:, None] + _shortness(b)
@@ -85,7 +85,7 @@ def _cosine_gap(a: Tensor, b: Tensor, centre: Tensor) -> Tensor:
 
 
 def _shortness(x: Tensor) -> Tensor:
-    """1 - |x|^2, rounding excepted: 0 but for rows that the clamp of the norm left short of 1 (a zero row)."""
+    """1 - |x|^2 without rounding errors: 0 except for rows whose norm was clamped, such as zero rows."""
     gap = 1 - x.square().sum(dim=1)
     return torch.where(gap > 64 * torch.finfo(x.dtype).eps, gap, torch.zeros_like(gap))
 
@@ -98,7 +98,7 @@ def _sigma(kernel: Kernel) -> float | Tensor:
 def _of_gap(gap: Tensor, kernel: Kernel) -> Tensor:
     if kernel.name == "rbf":
         exponent = 2 * gap / _sigma(kernel)
-        # expm1 differentiates as its result + 1, which forgets small kernel values.
+        # The derivative of expm1 is computed as its result + 1, which is inaccurate for small kernel values.
         return torch.where(exponent > -0.5, exponent.expm1(), exponent.exp() - 1)
     if kernel.name == "linear":
         return gap
@@ -112,7 +112,7 @@ def _of_gap(gap: Tensor, kernel: Kernel) -> Tensor:
 def _overlap(a: Tensor, b: Tensor) -> Tensor:
     """sum_d min(relu a_d, relu b_d) = (sum relu a + sum relu b - |relu a - relu b|_1) / 2.
 
-    Its derivative splits a tie in halves, as that of an elementwise minimum does.
+    Its derivative splits ties in half, as that of an elementwise minimum does.
     """
     a, b = a.relu(), b.relu()
     rows = max(1, CDIST_ELEMENTS // b.numel())

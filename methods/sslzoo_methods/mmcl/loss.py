@@ -1,6 +1,6 @@
-"""MMCL's objective. Pure: no module, no state, no process group (arXiv:2112.11450).
+"""The MMCL loss (arXiv:2112.11450), as pure functions without modules, state or process groups.
 
-Letters: N anchors of the global batch, M points in the pool of negatives (N, or 2N with the other view),
+Shapes: N anchors in the global batch, M points in the pool of negatives (N, or 2N with the other view),
 n queries on this rank, D embedding width.
 """
 
@@ -28,27 +28,27 @@ def dual_problem(
     C: float | None,
     reg: float,
 ) -> DualProblem:
-    """The SVM duals (2.2) of a batch. No gradient.
+    """The dual problems of a batch's SVMs (equation 2.2), without gradients.
 
-    ``pool`` (M, D): projections of the anchors, then, for the 2N - 2 variant, of their other views in the
-    same order; of any norm. ``self_term``: ``one`` puts s_j = 1 (the official code), ``kernel`` puts
-    k(x_j, x_j) (the exact derivation). ``C`` of None is no bound. Raises ``ValueError`` for fewer than two anchors.
+    ``pool`` (M, D): projections, of any norm, of the anchors, followed by their other views in the same order
+    for the 2N - 2 variant. ``self_term``: s_j = 1 for ``one`` (official code), k(x_j, x_j) for ``kernel`` (exact
+    derivation). ``C`` is the upper bound of the duals, or None. Raises ``ValueError`` for fewer than two anchors.
     """
     require(
         anchors > 1,
-        f"MMCL needs at least 2 images in a batch, got {anchors}: with one there is no negative; "
+        f"MMCL needs at least 2 images in a batch, got {anchors}, which leaves no negatives; "
         "raise data.global_batch_size",
     )
     assert len(pool) in (anchors, 2 * anchors)
     x = normalize(pool)
     with autocast_off(x):
         gram = shifted_gram(x, kernel=kernel)
-        own = gram.diagonal()[:anchors]
+        self_values = gram.diagonal()[:anchors]
         if self_term == "one":
-            own = torch.zeros_like(own) + (1 - kernel_shift(kernel))
+            self_values = torch.zeros_like(self_values) + (1 - kernel_shift(kernel))
     return DualProblem(
         gram=gram,
-        self_term=own.clone(),
+        self_term=self_values.clone(),
         upper=math.inf if C is None else C,
         reg=reg,
         definite=kernel.name != "tanh",
@@ -64,14 +64,13 @@ def mmcl_loss(
     kernel: Kernel,
     alpha_normalize: AlphaNormalize,
 ) -> Tensor:
-    """Minus the mean SVM score of the queries, equation 2.4: mean_j sum_i alpha_ji (k(x_i, z_j) - k(x_j, z_j)).
+    """Negative mean SVM score of the queries, equation 2.4: mean_j sum_i alpha_ji (k(x_i, z_j) - k(x_j, z_j)).
 
-    ``queries`` (n, D): another view of anchors ``first`` .. ``first + n - 1``, one row each. ``pool`` (M, D) and
-    ``duals`` (N, M) as in :func:`dual_problem`. Rows of any norm are normalised here. The duals are constants;
-    gradient reaches the queries and the pool, the latter as positives and as negatives.
-    ``alpha_normalize`` of ``mean`` divides the duals by the mean of alpha_x,j = sum_i alpha_ji; where all are 0,
-    they stay it, and so does the loss.
-    No temperature; unbounded scale, usually negative.
+    ``queries`` (n, D): another view of anchors ``first`` .. ``first + n - 1``. ``pool`` (M, D) and ``duals`` (N, M)
+    as in :func:`dual_problem`. Rows are normalised here. The duals are constants; gradients reach the queries and
+    the pool, as positives and as negatives. ``alpha_normalize="mean"`` divides the duals by the mean of
+    alpha_x,j = sum_i alpha_ji; if all duals are 0, they and the loss stay 0.
+    There is no temperature; the scale is unbounded and the value usually negative.
     """
     z, x = normalize(queries), normalize(pool)
     with autocast_off(x):
@@ -81,7 +80,9 @@ def mmcl_loss(
             mean = total.mean()
             mean = torch.where(mean == 0, 1.0, mean)
             duals, total = duals / mean, total / mean
-        signed = duals[rows].clone()  # the multipliers of negatives and, at the anchor's own place, positive
+        signed = duals[
+            rows
+        ].clone()  # factors of the negatives' scores and, in the anchor's own column, the positive's
         signed.diagonal(first).copy_(-total[rows])
         scores = shifted_kernel(z, x, kernel=kernel, centre=x.detach().mean(dim=0))  # (n, M)
         return (signed * scores).sum() / len(z)
@@ -89,22 +90,22 @@ def mmcl_loss(
 
 @torch.no_grad()
 def kernel_means(queries: Tensor, pool: Tensor, *, first: int, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """Mean of k(x_j, z_j), and of k(x_i, z_j) over i != j, over view 1 in ``pool`` (N, D)."""
+    """Mean of k(x_j, z_j), and of k(x_i, z_j) over i != j, for ``queries`` z (n, D) and view 1 x in ``pool`` (N, D)."""
     z, x = normalize(queries), normalize(pool)
     with autocast_off(x):
         values = shifted_kernel(z, x, kernel=kernel, centre=x.mean(dim=0))
         values = values + kernel_shift(kernel)
-        own = values.diagonal(first).sum()
-        return own / len(z), (values.sum() - own) / (values.numel() - len(z))
+        positive = values.diagonal(first).sum()
+        return positive / len(z), (values.sum() - positive) / (values.numel() - len(z))
 
 
 @torch.no_grad()
 def dual_health(problem: DualProblem, duals: Tensor) -> dict[str, Tensor]:
-    """What the duals look like, as scalars in their own precision.
+    """Statistics of the duals, as scalars in their precision.
 
-    ``frac_zero``: share of variables that are exactly 0; ``frac_at_C``: of the positive ones, at the bound;
-    ``alpha_x``: mean of sum_i alpha_ji; ``support``: mean effective number of support vectors,
-    (sum alpha)^2 / sum alpha^2; ``kkt``: worst relative residual, 0 at the optimum (INV's never is).
+    ``frac_zero``: fraction of variables that are exactly 0; ``frac_at_C``: fraction of the positive ones that
+    are at the bound; ``alpha_x``: mean of sum_i alpha_ji; ``support``: mean effective number of support vectors,
+    (sum alpha)^2 / sum alpha^2; ``kkt``: largest relative residual, 0 at the optimum (INV does not reach it).
     """
     with autocast_off(duals):
         residual = problem.residual(duals, problem.lipschitz()).max()

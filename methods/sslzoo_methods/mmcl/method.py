@@ -29,10 +29,10 @@ from sslzoo_methods.mmcl.solvers import (
 
 
 class MMCL(SSLMethod[MMCLConfig]):
-    """Each image's second view is scored by an SVM of its first view against the other images.
+    """MMCL: an SVM that separates an image's first view from the other images scores its second view.
 
-    No state across steps: sigma is a function of the epoch, random starts of the seed and of how many batches
-    of negatives came before, so all ranks hold the same duals and a resumed run continues alike.
+    Stateless: sigma is a function of the epoch, and random initial points are functions of the seed and the number
+    of earlier batches of negatives, so the duals are equal on all ranks and reproducible after a resume.
     """
 
     Config = MMCLConfig
@@ -40,10 +40,11 @@ class MMCL(SSLMethod[MMCLConfig]):
     def __init__(self, cfg: MMCLConfig, backbone: nn.Module, feature_dim: int) -> None:
         super().__init__(cfg, backbone, feature_dim)
         self.projector = build_head(feature_dim, cfg.projector)
-        self.micro_batch = 0  # of the step in progress
+        self.micro_batch = 0  # index within the current step
 
     def loss(self, batch: Batch) -> Tensor:
-        """SVMs from the first global view, every other crop a query; ``symmetric``: from the second one too."""
+        """Loss with the first global view as anchors and all other crops as queries; if ``symmetric``, averaged with
+        that of the second global view as anchors."""
         cfg = self.cfg
         crops = (*batch.global_views, *batch.local_views)
         features, z = forward_crops(self.backbone, self.projector, crops, cfg.crop_batching)
@@ -61,17 +62,17 @@ class MMCL(SSLMethod[MMCLConfig]):
         self.micro_batch = 0
 
     def contrasted(self, batch: Batch) -> Contrast:
-        """Projections of two views."""
+        """Projections of two global views."""
         temperature = self.cfg.softmax_temperature
         return Contrast.of_views(batch, lambda x: self.projector(self.backbone(x)), temperature=temperature)
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
-        """``backbone`` and ``projector``."""
+        """Features ``backbone`` (N, F) and ``projector`` (N, D)."""
         h = self.backbone(x)
         return {"backbone": h, "projector": self.projector(h)}
 
     def _term(self, z: tuple[Tensor, ...], anchor: int) -> Tensor:
-        """The loss of view ``anchor`` against all other crops; only what the SVMs are made of is gathered."""
+        """The loss of view ``anchor`` with all other crops as queries; only the pool of the SVMs is gathered."""
         cfg, n = self.cfg, len(z[0])
         views = [z[anchor]] if cfg.negatives == "view1" else [z[anchor], z[1 - anchor]]
         pool = torch.cat([gather(view) for view in views] if cfg.gather else views)
@@ -88,13 +89,13 @@ class MMCL(SSLMethod[MMCLConfig]):
         first = rank() * n if cfg.gather else 0
         queries = z[:anchor] + z[anchor + 1 :]
         if anchor == 0:
-            own = pool[: problem.anchors]
-            positive, negative = kernel_means(queries[0], own, first=first, kernel=kernel)
+            anchors = pool[: problem.anchors]
+            positive, negative = kernel_means(queries[0], anchors, first=first, kernel=kernel)
             health = dual_health(problem, solution.duals)
             health |= {"pos_kernel_mean": positive, "neg_kernel_mean": negative}
             for name, value in health.items():
                 self.record(f"method/{name}", value)
-            # Not torch.tensor(number, device=...), whose copy to the device waits for it.
+            # Not torch.tensor(number, device=...), which would synchronise with the device.
             self.record("method/iterations", solution.duals.new_full((), solution.iterations))
             if isinstance(kernel.sigma, Tensor):
                 self.record("method/bandwidth", kernel.sigma)
@@ -104,14 +105,15 @@ class MMCL(SSLMethod[MMCLConfig]):
         return torch.stack([mmcl_loss(query, pool, solution.duals, **options) for query in queries]).mean()
 
     def _sigma(self, pool: Tensor) -> float | Tensor | None:
-        """The bandwidth of this epoch; none where the kernel has none."""
+        """The bandwidth in this epoch; None if the kernel has none."""
         kernel = self.cfg.kernel
         if not isinstance(kernel, Bandwidth):
             return None
         return bandwidth(pool, sigma=kernel.sigma_at(self.epoch), rule=kernel.sigma_rule)
 
     def _solve(self, problem: DualProblem, anchor: int) -> Solution:
-        """The duals. ``inv``, and ``pgd_adaptive`` without ``tol``, never wait for the device; others do, to stop."""
+        """Solve for the duals. ``inv``, and ``pgd_adaptive`` without ``tol``, need no host-device synchronisation; the
+        other solvers do for their stopping criterion."""
         solver = self.cfg.solver
         if isinstance(solver, INV):
             return solve_inv(problem)
@@ -120,7 +122,7 @@ class MMCL(SSLMethod[MMCLConfig]):
         if isinstance(solver, AdaptivePGD):
             return solve_adaptive(problem, max_iter=solver.max_iter, tol=solver.tol)
         position = self.step * self.plan.accumulate + self.micro_batch
-        if not self.cfg.gather:  # each rank has negatives of its own
+        if not self.cfg.gather:  # each rank solves its own problem
             position = position * world_size() + rank()
         generator = torch.Generator(problem.gram.device)
         generator.manual_seed(random.Random(f"mmcl {self.seed} {position} {anchor}").getrandbits(63))
@@ -139,8 +141,8 @@ class MMCL(SSLMethod[MMCLConfig]):
             limit = (1 if solver.variant == "nesterov" else 2) / solver.step
             if solution.curvature > limit:
                 warnings.warn(
-                    f"method.solver.step={solver.step} is stable up to a curvature of {limit:.0f}, the dual problem "
-                    f"has up to {solution.curvature:.0f}: use method.solver.step=lipschitz or "
+                    f"method.solver.step={solver.step} is stable up to a curvature of {limit:.0f}, but the dual "
+                    f"problem has up to {solution.curvature:.0f}: use method.solver.step=lipschitz or "
                     "method.solver=pgd_adaptive",
                     stacklevel=2,
                 )

@@ -1,13 +1,13 @@
-"""MMCL's dual problems, of all anchors at once, and four ways to solve them (arXiv:2112.11450).
+"""MMCL's dual problems for all anchors at once, and four solvers (arXiv:2112.11450).
 
 Anchor j is the positive of a kernel SVM whose negatives are the other points of a pool. Its dual
-variables are the minimiser of 1/2 a' Delta_j a - 2 1'a over 0 <= a <= C, where
-Delta_j[a, b] = s_j + k(a, b) - k(j, a) - k(j, b) + reg [a = b]. No Delta_j is ever formed, but by
-:func:`solve_exact`, one at a time: everything is O(M^2) memory.
+variables minimise 1/2 a' Delta_j a - 2 1'a over 0 <= a <= C, where
+Delta_j[a, b] = s_j + k(a, b) - k(j, a) - k(j, b) + reg [a = b]. The matrices Delta_j are never formed, except
+one at a time in :func:`solve_exact`, so the memory is O(M^2).
 
-Letters: M points in the pool, of which the first N are the anchors. M = N, or M = 2N where row N + j is
-the other view of anchor j and no negative of it. E the shifted Gram matrix of the pool, A (N, M) the
-duals: row = anchor, column = negative, 0 where the column is no negative of the row.
+Shapes: M points in the pool, of which the first N are the anchors. M = N, or M = 2N if row N + j is the
+other view of anchor j, its twin, which is not one of its negatives. E is the shifted Gram matrix of the
+pool; A (N, M) are the duals: row = anchor, column = negative, 0 where the column is not a negative of the row.
 """
 
 from __future__ import annotations
@@ -24,36 +24,38 @@ from torch import Tensor
 from sslzoo.nn.numerics import autocast_off, ieee_matmul
 from sslzoo_methods.mmcl.config import Init, Step, Stop, Variant
 
-CHECK_EVERY = 10  # iterations between KKT checks: each costs a gradient and waits for the device
+CHECK_EVERY = (
+    10  # iterations between KKT checks, each of which costs a gradient and a host-device synchronisation
+)
 
 
 class Solution(NamedTuple):
-    """What a solver found."""
+    """Result of a solver."""
 
     duals: Tensor  # (N, M)
-    iterations: int  # updates made, the last one included
-    change: Tensor | None = None  # relative change at the last update, where that was the stop
-    curvature: Tensor | None = None  # max_j L_j, where the solver needed it
+    iterations: int  # number of updates
+    change: Tensor | None = None  # relative change at the last update, if that is the stopping criterion
+    curvature: Tensor | None = None  # max_j L_j, if the solver computed it
 
 
 @dataclass(frozen=True)
 class DualProblem:
-    """The N problems of a batch. ``gram`` and ``self_term`` may be shifted by one common constant."""
+    """The N dual problems of a batch. ``gram`` and ``self_term`` may be shifted by a common constant."""
 
     gram: Tensor  # E (M, M), detached
-    self_term: Tensor  # s (N,), shifted as E
-    upper: float  # C, infinite for none
+    self_term: Tensor  # s (N,), shifted like E
+    upper: float  # C; infinite if there is no bound
     reg: float
-    definite: bool  # the kernel is positive semi-definite
+    definite: bool  # whether the kernel is positive semi-definite
 
     @property
     def anchors(self) -> int:
-        """N."""
+        """Number of anchors, N."""
         return len(self.self_term)
 
     @property
     def twins(self) -> bool:
-        """Whether the pool holds a second view of each anchor."""
+        """Whether the pool contains a second view of each anchor."""
         return len(self.gram) > self.anchors
 
     @property
@@ -63,24 +65,25 @@ class DualProblem:
 
     @property
     def self_gap(self) -> Tensor:
-        """s_j - k(x_j, x_j) (N,): 0 but for ``self_term`` of ``one`` where k(x, x) is not 1."""
+        """s_j - k(x_j, x_j) (N,): 0 unless ``self_term`` is ``one`` and k(x, x) is not 1."""
         return self.self_term - self.gram.diagonal()[: self.anchors]
 
     def clear(self, duals: Tensor) -> Tensor:
-        """Zero, in place, what is no variable: an anchor itself and its twin."""
+        """Set entries that are not variables, those of the anchor itself and its twin, to 0 in place."""
         duals.diagonal().zero_()
         if self.twins:
             duals.diagonal(self.anchors).zero_()
         return duals
 
     def project(self, duals: Tensor) -> Tensor:
-        """Onto the box, in place."""
+        """Project onto the constraints 0 <= a <= C, in place."""
         return self.clear(duals.clamp_(0, self.upper))
 
     def gradient(self, duals: Tensor) -> Tensor:
-        """Gradient (N, M) of all objectives by one matrix product; entries that are no variables are junk.
+        """Gradient (N, M) of all objectives by one matrix product; entries that are not variables are undefined.
 
-        With B = A and -sum_i A_ji at anchor j's own place: B E + reg A - diag(B E) + (sum A) (s - E_jj) - 2.
+        It is B E + reg A - diag(B E) + (sum A) (s - E_jj) - 2, where B is A with -sum_i A_ji in the column of
+        anchor j itself.
         """
         total = duals.sum(dim=1)
         signed = duals.clone()
@@ -90,16 +93,17 @@ class DualProblem:
         return gradient.add_((total * self.self_gap - gradient.diagonal() - 2)[:, None])
 
     def objective(self, duals: Tensor) -> Tensor:
-        """The dual objectives (N,), ridge included."""
+        """The dual objectives (N,), including the ridge term."""
         return (duals * (self.gradient(duals) - 2)).sum(dim=1) / 2
 
     def lipschitz(self) -> Tensor:
-        """L_j (N,) >= the largest eigenvalue of Delta_j, in three products.
+        """L_j (N,), an upper bound of the largest eigenvalue of Delta_j, by three matrix products.
 
-        With K_c the centred Gram, u its column j and d = u_j, Delta_j is a part of K_c - u 1' - 1 u' + d 1 1'
-        + reg, and of the self gap times 1 1'. The top of K_c is at most its Schatten-16 norm. A valid kernel adds
-        M d at most: its features' differences to that of j. Any other adds the top of the rest, whose only
-        directions are 1 and u, orthogonal to it: (M d + sqrt((M d)^2 + 4 M |u|^2)) / 2.
+        With K_c the centred Gram matrix, u its column j and d = u_j, Delta_j is a principal submatrix of
+        K_c - u 1' - 1 u' + d 1 1' + reg I, plus the self gap times 1 1'. The largest eigenvalue of K_c is at most
+        its Schatten-16 norm. The other terms add at most M d if the kernel is positive semi-definite, and otherwise
+        the largest eigenvalue of - u 1' - 1 u' + d 1 1', where u is orthogonal to 1:
+        (M d + sqrt((M d)^2 + 4 M |u|^2)) / 2.
         """
         n, m = self.anchors, len(self.gram)
         means = self.gram.mean(dim=0)
@@ -118,7 +122,7 @@ class DualProblem:
         return top + rest + self.reg + (m - 1) * self.self_gap.clamp(min=0)
 
     def frobenius(self) -> Tensor:
-        """|Delta_j|_F (N,) from row sums and elementwise products; a twin is counted in, to the safe side."""
+        """|Delta_j|_F (N,) from row sums and elementwise products; with twins, which it includes, an upper bound."""
         n, m = self.anchors, len(self.gram) - 1
         ridged = self.gram + self.reg * torch.eye(m + 1, dtype=self.gram.dtype, device=self.gram.device)
         rows = self.clear_self(self.gram[:n].clone())  # p: k(j, a)
@@ -131,12 +135,12 @@ class DualProblem:
         return square.clamp(min=0).sqrt()
 
     def clear_self(self, rows: Tensor) -> Tensor:
-        """Zero each anchor's own column, in place."""
+        """Set each anchor's own column to 0, in place."""
         rows.diagonal().zero_()
         return rows
 
     def residual(self, duals: Tensor, lipschitz: Tensor) -> Tensor:
-        """|a - clip(a - g / L_j)| / |a| (N,): 0 exactly at the optimum. An a of 0 counts as 1 where it is not that."""
+        """Relative KKT residual |a - clip(a - g / L_j)| / |a| (N,): 0 only at the optimum; 1 at a suboptimal a = 0."""
         moved = self.project(duals - self.gradient(duals) / lipschitz[:, None])
         change, size, tiny = (duals - moved).norm(dim=1), duals.norm(dim=1), torch.finfo(duals.dtype).tiny
         return change / torch.where(size > tiny, size, change).clamp(min=tiny)
@@ -149,7 +153,7 @@ T = TypeVar("T")
 def _in_full_precision(
     solver: Callable[Concatenate[DualProblem, P], T],
 ) -> Callable[Concatenate[DualProblem, P], T]:
-    """Without gradient and outside autocast."""
+    """Run ``solver`` without gradients and with autocast off."""
 
     @wraps(solver)
     def solve(problem: DualProblem, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -160,18 +164,19 @@ def _in_full_precision(
 
 
 def _centre(gram: Tensor) -> Tensor:
-    """Row and column means removed; any constant shift of ``gram`` goes with them."""
+    """Remove row and column means from ``gram``, and with them any constant shift."""
     means = gram.mean(dim=0)
     return (gram - means[:, None] - means).add_(means.mean())
 
 
 @_in_full_precision
 def inverse_duals(problem: DualProblem) -> Tensor:
-    """2 Delta_j^-1 1 of every anchor (N, M), not clipped, by one factorisation.
+    """The unclipped duals 2 Delta_j^-1 1 of all anchors (N, M), from a single factorisation.
 
-    H = (K_c + reg I)^-1 less its part along 1; the duals are -2 H_ji / (1 - r_j H_jj). Along 1 the factored
-    matrix is lifted to the mean of its other eigenvalues and the inverse is centred again, which keeps
-    float32 accurate. The denominator is positive for a valid kernel and free otherwise: no guard.
+    With H = (K_c + reg I)^-1 projected orthogonally to 1, the duals are -2 H_ji / (1 - r_j H_jj). To be accurate
+    in float32, the eigenvalue along 1 is raised to the mean of the others before the factorisation, and the
+    inverse is centred afterwards. The denominator is positive for positive semi-definite kernels; for others it
+    may have any sign and is not guarded.
     """
     n, m = problem.anchors, len(problem.gram)
     centred = _centre(problem.gram)
@@ -180,16 +185,16 @@ def inverse_duals(problem: DualProblem) -> Tensor:
         lift = lift.clamp(min=0)
     centred.add_(lift / m).diagonal().add_(problem.reg)
     inverse = _centre(_inverse(centred, problem.definite))  # H
-    if problem.twins:  # a point left out: H - H_:p H_p: / H_pp
+    if problem.twins:  # remove the twin p from the problem: H - H_:p H_p: / H_pp
         twin = inverse[n:]
         inverse = inverse[:n] - (twin[:, :n].diagonal() / twin[:, n:].diagonal())[:, None] * twin
-    own = inverse.diagonal()[:n]
-    ratio = 1 - (problem.reg - problem.self_gap) * own
+    diagonal = inverse.diagonal()[:n]
+    ratio = 1 - (problem.reg - problem.self_gap) * diagonal
     return problem.clear(inverse * (-2 / ratio)[:, None])
 
 
 def _inverse(matrix: Tensor, definite: bool) -> Tensor:
-    """The inverse of a symmetric matrix without waiting for the device; NaN where it cannot be factored."""
+    """The inverse of a symmetric matrix, without a host-device synchronisation; NaN if it cannot be factored."""
     if not definite:
         inverse, info = torch.linalg.inv_ex(matrix)
     else:
@@ -200,15 +205,15 @@ def _inverse(matrix: Tensor, definite: bool) -> Tensor:
 
 @_in_full_precision
 def solve_inv(problem: DualProblem) -> Solution:
-    """INV, "least squares": the unconstrained minimiser, clipped. Not the constrained optimum."""
+    """INV ("least squares"): the clipped unconstrained minimiser, which is not the constrained optimum."""
     return Solution(problem.project(inverse_duals(problem)), 1)
 
 
 @_in_full_precision
 def start_point(problem: DualProblem, init: Init, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Start (N, M) of :func:`solve_pgd` and theta_0 in [1e-8, 1), both from ``generator``.
+    """Initial point (N, M) of :func:`solve_pgd` and theta_0 in [1e-8, 1), both drawn from ``generator``.
 
-    ``gaussian`` is the official relu of a standard normal draw, about half exact zeros.
+    ``gaussian`` is the relu of a standard normal draw as in the official code, so about half are exact zeros.
     """
     shape, like = (problem.anchors, len(problem.gram)), problem.gram
     theta = 1e-8 + (1 - 1e-8) * torch.rand((), generator=generator, device=like.device).item()
@@ -232,12 +237,12 @@ def solve_pgd(
     stop: Stop,
     tol: float,
 ) -> Solution:
-    """Projected gradient as the authors run it, all anchors sharing one momentum and one stop.
+    """Projected gradient descent as in the authors' code: all anchors share momentum and stopping criterion.
 
-    ``variant``: ``nesterov`` (momentum from theta_0 = ``theta``, no restart) or ``vanilla``. ``step``: a
-    number, ``frobenius`` (1/|Delta_j|_F) or ``lipschitz`` (1/L_j). ``stop``: ``relative_change``, the mean over all
-    variables of |new - old| / (old + 1e-7) below ``tol``, tested at every update; or ``kkt``, the worst
-    :meth:`DualProblem.residual`, at every tenth. Both wait for the device.
+    ``variant``: ``nesterov`` (momentum from theta_0 = ``theta``, no restarts) or ``vanilla``. ``step``: a
+    number, ``frobenius`` (1/|Delta_j|_F) or ``lipschitz`` (1/L_j). ``stop``: ``relative_change`` stops when the mean
+    over all variables of |new - old| / (old + 1e-7) is below ``tol``, tested at every update; ``kkt`` when the
+    largest :meth:`DualProblem.residual` is, tested at every tenth. Both synchronise with the device.
     """
     bound = problem.lipschitz()
     if isinstance(step, str):
@@ -269,10 +274,10 @@ def solve_pgd(
 
 @_in_full_precision
 def solve_adaptive(problem: DualProblem, *, max_iter: int, tol: float | None) -> Solution:
-    """FISTA from zero, with step 1/L_j and restart for each anchor: the optimum, deterministically.
+    """The optimum by FISTA from zero, with step 1/L_j and restarts per anchor; deterministic.
 
-    Stops at a worst :meth:`DualProblem.residual` below ``tol``, tested at every tenth update; ``tol`` None makes
-    exactly ``max_iter`` updates and never waits for the device.
+    Stops when the largest :meth:`DualProblem.residual` is below ``tol``, tested at every tenth update. With ``tol``
+    None it does exactly ``max_iter`` updates, without a host-device synchronisation.
     """
     bound = problem.lipschitz()
     rate = bound.reciprocal()[:, None]
@@ -293,9 +298,9 @@ def solve_adaptive(problem: DualProblem, *, max_iter: int, tol: float | None) ->
 
 @_in_full_precision
 def solve_exact(problem: DualProblem) -> Solution:
-    """The optimum in float64, for tests and debugging: long FISTA, then an active-set polish of each anchor.
+    """The optimum computed in float64, for tests and debugging: FISTA, then an active-set refinement per anchor.
 
-    Slow, O(N M^3). Returned in the precision of ``problem``. Needs a strictly convex problem.
+    Slow, O(N M^3). The result has the precision of ``problem``, which must be strictly convex.
     """
     exact = replace(problem, gram=problem.gram.double(), self_term=problem.self_term.double())
     rough = solve_adaptive(exact, max_iter=20_000, tol=1e-10)
@@ -304,7 +309,7 @@ def solve_exact(problem: DualProblem) -> Solution:
 
 
 def _polish(problem: DualProblem, j: int, rough: Tensor) -> Tensor:
-    """The optimum of anchor ``j`` from a point (M,) near it; that point itself if the active set cycles."""
+    """Refine the approximate optimum ``rough`` (M,) of anchor ``j``; returns it unchanged if the active set cycles."""
     keep = torch.ones_like(rough, dtype=torch.bool)
     keep[j] = False
     if problem.twins:

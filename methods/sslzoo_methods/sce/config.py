@@ -1,4 +1,4 @@
-"""What an SCE recipe states under ``method:``."""
+"""The ``method:`` section of SCE recipes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PairWeighting = Literal["flat", "per_online_crop"]
 
 @dataclass(frozen=True, kw_only=True)
 class Warmup:
-    """From ``start`` to the number whose warm-up it is, over the first ``epochs``."""
+    """Ramp of a parameter from ``start`` to its value over the first ``epochs``."""
 
     start: float
     epochs: float
@@ -27,12 +27,14 @@ class Warmup:
 
 @dataclass(frozen=True, kw_only=True)
 class SCELoss:
-    """The loss of the paper: both relational terms have the weight 1 - ``contrastive_weight``."""
+    """The loss of the paper; both relational terms have the weight 1 - ``contrastive_weight``."""
 
     name: Literal["sce"] = "sce"
-    contrastive_weight: float  # lambda: 1 is InfoNCE, 0 the relational terms (ReSSL + Ceil)
+    contrastive_weight: float  # lambda: 1 is InfoNCE, 0 only the relational terms (ReSSL + Ceil)
     contrastive_weight_warmup: Warmup | None = None
-    target_positive: TargetPositive = "zero_logit"  # official code, queue alone | masked, as in the paper
+    target_positive: TargetPositive = (
+        "zero_logit"  # as in the official code, queue only; masked: as in the paper
+    )
 
     def __post_init__(self) -> None:
         check_fraction(self, "contrastive_weight")
@@ -45,14 +47,14 @@ class SCELoss:
 
 @dataclass(frozen=True, kw_only=True)
 class ReSSLLoss:
-    """The relational term alone: the positive is a candidate on neither side."""
+    """Only the relational term, in which the positive is not among the candidates."""
 
     name: Literal["ressl"] = "ressl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThreeTermLoss:
-    """A free weight for each term, with the positive masked: the loss ablation of the paper."""
+    """Independent weights for the three terms, with the positive masked, as in the paper's ablation."""
 
     name: Literal["three_terms"] = "three_terms"
     contrastive_weight: float  # lambda, on L_InfoNCE
@@ -65,7 +67,7 @@ class ThreeTermLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class SCEConfig(MethodConfig):
-    """Numbers that the published recipes vary have no default."""
+    """Config of SCE; values that published recipes tune have no default."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "contrastive_weight": "loss.contrastive_weight",
@@ -78,17 +80,24 @@ class SCEConfig(MethodConfig):
     }
 
     loss: SCELoss | ReSSLLoss | ThreeTermLoss
-    temperature: float  # tau, of the online prediction
-    target_temperature: float  # tau_m, of the momentum branch's target; sharper, hence below temperature
+    temperature: float  # tau, for the online prediction
+    target_temperature: (
+        float  # tau_m, for the target of the momentum branch; lower than temperature, so sharper
+    )
     target_temperature_warmup: Warmup | None = None
     queue_size: int | None  # keys, over all ranks; None: no queue
-    batch_negatives: bool = False  # the other images of the global batch are candidates too
-    momentum: float  # of the EMA, at step 0
-    momentum_schedule: Literal["constant", "cosine", "cosine_epoch"]  # to 1 at the last step or epoch
-    momentum_batchnorm: Literal["same", "shuffle", "split"] = "same"  # as online | over ranks | in 8 on each
-    symmetric: bool  # false: the first view goes to the momentum branch only, the others online only
-    pair_weighting: PairWeighting = "flat"  # over pairs
-    crop_batching: CropBatching = "per_crop"  # the others: batch norm sees several crops at once
+    batch_negatives: bool = False  # use the other images of the global batch as candidates too
+    momentum: float  # EMA coefficient at step 0
+    momentum_schedule: Literal[
+        "constant", "cosine", "cosine_epoch"
+    ]  # cosine: to 1 at the last step (or epoch)
+    # same: like the online branch; shuffle: ShuffleBN over ranks; split: in 8 groups on each device
+    momentum_batchnorm: Literal["same", "shuffle", "split"] = "same"
+    symmetric: (
+        bool  # false: only the first view goes to the momentum branch, and only the others to the online one
+    )
+    pair_weighting: PairWeighting = "flat"  # see loss.crop_pairs
+    crop_batching: CropBatching = "per_crop"  # otherwise batch norm uses joint statistics of several crops
     projector: HeadConfig
     predictor: HeadConfig | None = None  # online branch only
 
@@ -112,40 +121,41 @@ class SCEConfig(MethodConfig):
         check_field(
             self.queue_size is not None or self.batch_negatives,
             "queue_size",
-            "must be a number, or there are no negatives; or set method.batch_negatives=true",
+            "must be a number unless method.batch_negatives=true: otherwise there are no negatives",
         )
         zero_logit = isinstance(self.loss, SCELoss) and self.loss.target_positive == "zero_logit"
         check_field(
             not (zero_logit and self.batch_negatives),
             "loss.target_positive",
-            "must be masked with method.batch_negatives=true: zero_logit is defined for the queue alone",
+            "must be masked with method.batch_negatives=true: zero_logit is only defined for the queue",
         )
 
     @property
     def published_layers(self) -> tuple[str, ...]:
-        """Before and after the projector."""
+        """Features before and after the projector."""
         return ("backbone", "projector")
 
     def check(self, recipe: Recipe) -> None:
-        """The views and the batch norms of ``recipe`` must suit the branches."""
+        """Check the views and batch-norm settings of ``recipe``."""
         global_views, crops = recipe.global_crops, recipe.crops
         check_field(
             global_views > 0 and crops > 1,
             "views",
-            f"must hold what SCE needs: a global view and a further one, got {global_views} global of {crops}",
+            f"must have at least two views, one of them global; got {crops}, {global_views} of them global",
         )
         check_field(
             self.momentum_batchnorm == "same" or not recipe.trainer.get("sync_batchnorm", False),
             "method.momentum_batchnorm",
-            f"{self.momentum_batchnorm} and trainer.sync_batchnorm=true undo one another: keep one of the two",
+            f"must be same with trainer.sync_batchnorm=true, which cancels {self.momentum_batchnorm}",
         )
         check_field(
             self.crop_batching == "per_crop" or self.symmetric or crops > 2,
             "method.crop_batching",
-            "must be per_crop with two views and method.symmetric=false, where each branch sees one",
+            "must be per_crop with two views and method.symmetric=false, because each branch sees one view",
         )
         check_field(
             self.pair_weighting == "flat" or (self.symmetric and 1 < global_views < crops),
             "method.pair_weighting",
-            "must be flat but with method.symmetric=true, two global views and local ones: else all weigh alike",
+            "must be flat unless method.symmetric=true with two global views and local views: otherwise all pairs "
+            "have equal weights anyway",
         )

@@ -1,12 +1,12 @@
-"""SCE's objective (arXiv:2111.14585, section 3). Pure: no module, no state, no process group.
+"""The SCE loss (arXiv:2111.14585, section 3), as pure functions without modules, state or process groups.
 
-Letters: N samples of this rank, M keys of one momentum view over all ranks, K queued keys, D embedding
+Shapes: N samples of this rank, M keys of one momentum view on all ranks, K queued keys, D embedding
 width. In the paper's symbols ``temperature`` is tau, ``target_temperature`` tau_m and
-``contrastive_weight`` lambda. All features are L2-normalised; gradients reach ``online`` only.
+``contrastive_weight`` lambda. All features are L2-normalised; gradients reach only ``online``.
 
-:func:`sce_loss` is the definition, for one pair of views. :func:`sce_multicrop_loss` is the same for any
-number of pairs, without a matrix of N x K; training uses it. Both compute in at least float32 with
-autocast off: half-precision similarities over 0.07 cost 0.6 to 2.7 % of the gradient.
+:func:`sce_loss` is the definition for one pair of views. :func:`sce_multicrop_loss` computes the same for
+any number of pairs without storing an N x K matrix; training uses it. Both compute in at least float32 with
+autocast off: half-precision similarities divided by 0.07 cause an error of 0.6 to 2.7 % in the gradient.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from sslzoo.checks import require
 from sslzoo.nn.numerics import at_least_float32, autocast_off, ieee_matmul, product
 from sslzoo_methods.sce.config import PairWeighting, TargetPositive
 
-# Logits at a time: what a CPU's cache holds; elsewhere 32 MiB of float32, for launches cost more there.
+# Logits per tile: on a CPU as many as its cache holds; elsewhere 2**23 (32 MiB), because kernel launches are costly.
 TILE = {"cpu": 2**20}
 MIN_WIDTH = 64
 
 
 class SCETerms(NamedTuple):
-    """The loss, and the three terms that it decomposes into; scalars, means over the rows.
+    """The loss and the three terms of its decomposition; scalars, means over the rows.
 
-    loss = lambda * contrastive + (1 - lambda) * (relational + ceil) exactly for the masked target; with
-    ``zero_logit`` the positive takes a little more than lambda and the others as much less.
+    For the masked target, loss = lambda * contrastive + (1 - lambda) * (relational + ceil) exactly; with
+    ``zero_logit`` the weight of the positive is slightly larger than lambda and that of the others smaller.
     """
 
     loss: Tensor
     contrastive: Tensor  # L_InfoNCE
-    relational: Tensor  # L_ReSSL: the positive is a candidate on neither side
-    ceil: Tensor  # L_Ceil: the prediction's mass off the positive
+    relational: Tensor  # L_ReSSL: without the positive in target and prediction
+    ceil: Tensor  # L_Ceil: for the probability that the prediction assigns to the negatives
 
 
 class TermWeights(NamedTuple):
-    """lambda, mu and eta: what the three terms weigh."""
+    """Weights of the three terms: lambda, mu and eta."""
 
     contrastive: float
     relational: float
@@ -50,7 +50,7 @@ class TermWeights(NamedTuple):
 
     @classmethod
     def sce(cls, contrastive: float) -> TermWeights:
-        """Of SCE, where the relational terms share what lambda leaves."""
+        """The weights of SCE: lambda, 1 - lambda, 1 - lambda."""
         return cls(contrastive, 1 - contrastive, 1 - contrastive)
 
 
@@ -58,7 +58,7 @@ RESSL = TermWeights(0.0, 1.0, 0.0)
 
 
 class SCEDense(NamedTuple):
-    """What the dense definition shows; the rows' candidates are in the order of :func:`sce_loss`."""
+    """Result of :func:`sce_loss`; see there for the order of the candidates."""
 
     terms: SCETerms
     target: Tensor  # (N, candidates), w: the soft target, rows sum to 1
@@ -77,28 +77,28 @@ def sce_loss(
     contrastive_weight: float,
     target_positive: TargetPositive,
 ) -> SCEDense:
-    """Cross-entropy from a soft target over the candidates to the online view's prediction.
+    """Cross-entropy between a soft target over the candidates and the online view's prediction.
 
-    ``online`` (N, D) and ``target`` (N, D): the same images seen by the online and the momentum branch.
-    ``queue`` (K, D) or None. ``keys`` (M, D) or None: all ranks' keys of the target's view, where they are
-    candidates too; row i's positive is then row ``first_row + i`` of it. Candidates in order: the own
-    positive and the queue without ``keys``; ``keys`` and the queue with them.
+    ``online`` (N, D) and ``target`` (N, D): the same images from the online and the momentum branch.
+    ``queue`` (K, D) or None. ``keys`` (M, D) or None: all ranks' keys of the target's view, if the batch
+    provides candidates too; the positive of row i is then their row ``first_row + i``. Candidates, in order:
+    without ``keys``, the row's positive and the queue; with ``keys``, ``keys`` and the queue.
 
-    ``target_positive``: ``masked`` takes the positive out of the target's softmax, as the paper says;
-    ``zero_logit`` leaves it there with its logit set to 0, as both official repositories do where the
-    queue alone holds the negatives. Raises ``ValueError`` without negatives, or for ``zero_logit`` with keys.
+    ``target_positive``: ``masked`` removes the positive from the target's softmax, as in the paper;
+    ``zero_logit`` keeps it with its logit set to 0, as both official repositories do if only the queue
+    provides negatives. Raises ``ValueError`` without negatives, or for ``zero_logit`` with keys.
     """
     _check(keys, queue, target_positive)
     with autocast_off(online):
         q, k = at_least_float32(online), at_least_float32(target.detach())
-        own = None if keys is None else at_least_float32(keys.detach())
+        batch = None if keys is None else at_least_float32(keys.detach())
         stored = None if queue is None else at_least_float32(queue.detach())
         n = q.shape[0]
-        if own is None:
+        if batch is None:
             prediction, similarity = _rows_dot(q, k)[:, None], torch.zeros_like(q[:, :1])
             positive = torch.zeros(n, dtype=torch.int64, device=q.device)
         else:
-            prediction, similarity = product(q, own.T), product(k, own.T)
+            prediction, similarity = product(q, batch.T), product(k, batch.T)
             positive = torch.arange(first_row, first_row + n, device=q.device)
         if stored is not None:
             prediction = torch.cat([prediction, product(q, stored.T)], dim=1)
@@ -112,7 +112,7 @@ def sce_loss(
         log_p = prediction.log_softmax(dim=1)
         negatives = prediction.masked_fill(is_positive, -torch.inf)
         log_rest = negatives.logsumexp(dim=1) - prediction.logsumexp(dim=1)
-        # A masked column has weight 0 and logarithm -inf: take it out before the product.
+        # A masked column has weight 0 and log-probability -inf; set it to 0 to avoid NaN in the product.
         log_relation = negatives.log_softmax(dim=1).masked_fill(is_positive, 0.0)
         terms = SCETerms(
             loss=-(w * log_p).sum(dim=1).mean(),
@@ -124,13 +124,13 @@ def sce_loss(
 
 
 class SCEOutput(NamedTuple):
-    """What the multi-crop form returns; scalars, means over rows and pairs, all but ``terms.loss`` detached."""
+    """Result of :func:`sce_multicrop_loss`: scalars, means over rows and pairs; all but ``terms.loss`` detached."""
 
     terms: SCETerms
     positive_similarity: Tensor  # q . k
-    target_entropy: Tensor  # nats, of the target's distribution over the negatives
-    target_count: Tensor  # exp of that entropy, row by row: the effective number of relational targets
-    target_top1: Tensor  # that distribution's largest probability
+    target_entropy: Tensor  # entropy (nats) of the target's distribution over the negatives
+    target_count: Tensor  # exp of that entropy per row: the effective number of relational targets
+    target_top1: Tensor  # largest probability in that distribution
 
     def health(self) -> dict[str, Tensor]:
         """Everything but the loss, by name."""
@@ -139,21 +139,21 @@ class SCEOutput(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A momentum view and an online crop, as indices into the lists that the branches see."""
+    """A momentum view and an online crop, as indices into the two branches' lists of crops."""
 
     target: int
     online: int
-    weight: float  # in the loss; those of all pairs sum to 1
+    weight: float  # in the loss; the weights of all pairs sum to 1
 
 
 def crop_pairs(targets: int, crops: int, *, symmetric: bool, weighting: PairWeighting) -> list[Pair]:
-    """The pairs of the loss.
+    """The pairs of crops that the loss compares.
 
     Symmetric: the online branch sees all ``crops``, the momentum branch the first ``targets`` of them; a
     crop is not paired with itself. Asymmetric: crop 0 is the momentum view and the online list starts at crop 1.
 
-    ``flat``: all pairs weigh alike (the official code), so that in 2 + 4 crops the local ones carry 8/10.
-    ``per_online_crop``: all online crops alike, each one's pairs sharing its weight.
+    ``flat``: all pairs have equal weight (as in the official code), so with 2 + 4 crops the local ones get 8/10.
+    ``per_online_crop``: all online crops have equal weight, divided equally among their pairs.
     """
     if symmetric:
         pairs = [(i, j) for i in range(targets) for j in range(crops) if i != j]
@@ -180,15 +180,16 @@ def sce_multicrop_loss(
 ) -> SCEOutput:
     """Weighted mean of :func:`sce_loss` over ``pairs``.
 
-    ``online`` and ``target`` are lists of (N, D), ``keys`` a list of (M, D) beside ``target``, or None. With
-    ``weights`` of :meth:`TermWeights.sce` this is SCE, with :data:`RESSL` ReSSL, and with any others the
-    three-coefficient loss of the paper's ablation (these two ``masked`` only).
+    ``online`` and ``target`` are lists of (N, D), ``keys`` a list of (M, D) that matches ``target``, or None. With
+    ``weights`` from :meth:`TermWeights.sce` this is SCE, with :data:`RESSL` ReSSL, and with other weights the
+    three-coefficient loss of the paper's ablation (the latter two only with ``masked``).
 
-    With b = softmax(q.Q / tau) Q and log-sum-exp L over the negatives per online crop, and the same
-    barycentre m at tau_m per momentum view, a row of a pair costs (a = q.k / tau the positive's logit):
-    contrastive -log sigmoid(a - L), relational L - q.m / tau, ceil -log sigmoid(L - a). Saturated rows
-    stay exact. The gradient of L is b, known when L is; so nothing of size N x K is kept.
-    Once differentiable. Its backward pass has no matrix product, so an autocast region around it does no harm.
+    For each online crop q, let L be the log-sum-exp over the negatives Q and b = softmax(q.Q / tau) Q their
+    mean; for each momentum view, let m be the same mean at tau_m. With a = q.k / tau, the logit of the
+    positive, a row of a pair contributes: contrastive -log sigmoid(a - L), relational L - q.m / tau, ceil
+    -log sigmoid(L - a), which are exact for saturated rows too. The gradient of L is b, computed along with
+    L, so nothing of size N x K is stored. Differentiable once. The backward pass has no matrix product and
+    is thus unaffected by autocast.
     """
     _check(None if keys is None else keys[0], queue, target_positive)
     with autocast_off(online[0]), ieee_matmul():
@@ -245,18 +246,18 @@ def sce_multicrop_loss(
 
 
 class _Spread(NamedTuple):
-    """How rows x (R, D) spread over a bank of keys: the softmax of their dot products, summed up."""
+    """Summary of the softmax of the dot products between rows x (R, D) and a bank of keys."""
 
     log_sum: Tensor  # (R,) log-sum-exp; the only one with a gradient
-    centre: Tensor  # (R, D) barycentre of the keys, which is that gradient
+    centre: Tensor  # (R, D) softmax-weighted mean of the keys, which is the gradient of log_sum
     largest: Tensor  # (R,) largest logit
 
     def split(self, rows: int) -> list[_Spread]:
-        """Blocks of ``rows``."""
+        """Split into blocks of ``rows`` rows."""
         return [_Spread(*block) for block in zip(*(x.split(rows) for x in self), strict=True)]
 
     def join(self, other: _Spread) -> _Spread:
-        """Over both banks."""
+        """The summary over both banks."""
         log_sum = torch.logaddexp(self.log_sum, other.log_sum)
         with torch.no_grad():
             share = (self.log_sum - log_sum).exp()[:, None]
@@ -265,7 +266,7 @@ class _Spread(NamedTuple):
 
 
 class _SpreadFunction(torch.autograd.Function):
-    """Streams the bank through one small tile of logits with a running maximum; keeps only the barycentre."""
+    """Computes the softmax summary tile by tile with a running maximum, and saves only the mean of the keys."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bank: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -274,7 +275,7 @@ class _SpreadFunction(torch.autograd.Function):
         tile = TILE.get(x.device.type, 2**23)
         width = min(max(tile // r, MIN_WIDTH), bank.shape[0])
         buffer = x.new_empty(r * width)
-        # The lowest finite number, not -inf: a row may find no candidate in a tile, or in the whole bank.
+        # The lowest finite number, not -inf, because a row may have no candidate in a tile or in the whole bank.
         largest = x.new_full((r, 1), torch.finfo(x.dtype).min)
         total, centre = x.new_zeros(r, 1), x.new_zeros(r, d)
         for start in range(0, bank.shape[0], width):
@@ -308,7 +309,7 @@ def _spread(rows: Tensor, bank: Tensor, skip: Tensor | None) -> tuple[Tensor, Te
 
 
 def _mask_column(logits: Tensor, column: Tensor) -> None:
-    """-inf at ``column[i]`` of row i where that column exists; needs no host synchronisation."""
+    """Set ``column[i]`` of row i to -inf if that column exists, without a host-device synchronisation."""
     inside = (column >= 0) & (column < logits.shape[1])
     index = column.clamp(0, logits.shape[1] - 1)[:, None]
     kept = logits.gather(1, index)
@@ -316,7 +317,7 @@ def _mask_column(logits: Tensor, column: Tensor) -> None:
 
 
 def _rows_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise dot product (N, D), (N, D) -> (N,)."""
+    """Row-wise dot products: (N, D), (N, D) -> (N,)."""
     return (a * b).sum(dim=1)
 
 
@@ -327,5 +328,5 @@ def _check(keys: Tensor | None, queue: Tensor | None, target_positive: TargetPos
     )
     require(
         keys is None or target_positive == "masked",
-        "target_positive=zero_logit is defined for queue-only candidates; use masked with batch keys",
+        "target_positive=zero_logit is only defined for candidates from the queue; use masked with batch keys",
     )

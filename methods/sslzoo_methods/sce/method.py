@@ -21,13 +21,13 @@ from sslzoo.optim.schedules import ema_momentum, interpolate
 from sslzoo_methods.sce.config import ReSSLLoss, SCEConfig, SCELoss, ThreeTermLoss, Warmup
 from sslzoo_methods.sce.loss import RESSL, SCEOutput, TermWeights, crop_pairs, sce_multicrop_loss
 
-SPLITS = 8  # groups of the simulated devices, as in the official CIFAR runs
+SPLITS = 8  # simulated devices of split batch norm, as in the official CIFAR runs
 
 
 class SCE(SSLMethod[SCEConfig]):
-    """The online branch predicts how the momentum branch's view relates to other images.
+    """SCE: the online branch predicts the similarities of the momentum branch's view to other images.
 
-    State: the momentum encoder and the queue, both in the checkpoint and equal on all ranks.
+    State: the momentum encoder and the queue, both saved in checkpoints and equal on all ranks.
     """
 
     Config = SCEConfig
@@ -41,11 +41,11 @@ class SCE(SSLMethod[SCEConfig]):
         if cfg.momentum_batchnorm == "split":
             to_split(self.momentum_encoder, SPLITS)
         self.queue = FeatureQueue(cfg.queue_size, dim) if cfg.queue_size else None
-        self.pending: list[Tensor] = []  # keys (G·M, D) of this step's micro-batches, not yet queued
+        self.pending: list[Tensor] = []  # keys (G·M, D) of this step's micro-batches, queued after the step
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean of the pairs' losses: crop 0 against the others, or, symmetric, every global crop against
-        every other crop. All pairs see the queue as the last step left it."""
+        """Weighted mean over pairs: crop 0 against the others or, if symmetric, every global crop against
+        every other crop. All pairs use the queue as it was after the previous step."""
         cfg = self.cfg
         crops = (*batch.global_views, *batch.local_views)
         views = batch.global_views if cfg.symmetric else crops[:1]
@@ -87,7 +87,7 @@ class SCE(SSLMethod[SCEConfig]):
 
     @torch.no_grad()
     def _keys(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """Each view's keys (M, D), L2-normalised, of all ranks in rank order, with one gather for all."""
+        """L2-normalised keys (M, D) per view, of all ranks in rank order, using a single gather."""
         order = None
         if self.cfg.momentum_batchnorm == "shuffle":
             order = shuffled_order(
@@ -106,7 +106,7 @@ class SCE(SSLMethod[SCEConfig]):
         return list(every.chunk(len(views), dim=1))
 
     def after_step(self, step: int) -> None:
-        """Queue this step's keys; let the momentum encoder follow."""
+        """Push this step's keys to the queue and update the momentum encoder."""
         if self.queue is not None:
             self.queue.push(torch.cat(self.pending))
             self.pending = []
@@ -119,11 +119,11 @@ class SCE(SSLMethod[SCEConfig]):
         self.setting("method/momentum", coefficient)
 
     def after_skipped_step(self, step: int) -> None:
-        """Drop the keys."""
+        """Drop this step's keys."""
         self.pending = []
 
     def contrasted(self, batch: Batch) -> Contrast:
-        """The online branch against the momentum branch, to which the first view belongs where they are asymmetric."""
+        """Online embeddings as anchors, momentum embeddings as positives; if asymmetric, of the first view."""
         if not self.cfg.symmetric:
             first, second, *rest = batch.global_views
             batch = batch._replace(global_views=(second, first, *rest))
@@ -135,7 +135,7 @@ class SCE(SSLMethod[SCEConfig]):
         )
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
-        """``backbone`` and ``projector``."""
+        """Features ``backbone`` (N, F) and ``projector`` (N, D)."""
         h = self.backbone(x)
         return {"backbone": h, "projector": self.projector(h)}
 
@@ -155,6 +155,6 @@ class SCE(SSLMethod[SCEConfig]):
     def _record_health(self, out: SCEOutput, online: Tensor) -> None:
         for name, value in out.health().items():
             self.record(f"method/{name}", value)
-        # 1 for features spread evenly over the sphere, 0 for collapsed ones.
+        # 1 for features spread evenly over the sphere, 0 for collapsed features.
         spread = online.std(dim=0, correction=0).mean() * online.shape[1] ** 0.5
         self.record("method/online_std", spread)

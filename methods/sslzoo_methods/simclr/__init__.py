@@ -1,1 +1,1 @@
-"""SimCLR (arXiv:2002.05709): the baseline, and the example to copy."""
+"""SimCLR (arXiv:2002.05709): the baseline, and the example for new methods."""

@@ -1,4 +1,4 @@
-"""What a SimCLR recipe states under ``method:``."""
+"""The ``method:`` section of SimCLR recipes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from sslzoo.recipe.sections import HeadConfig, MethodConfig, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class SimCLRConfig(MethodConfig):
-    """No defaults: each recipe states them all."""
+    """Config of SimCLR; every recipe must set all fields."""
 
     temperature: float  # tau
     projector: HeadConfig
 
     @property
     def published_layers(self) -> tuple[str, ...]:
-        """Before and after the projector."""
+        """Features before and after the projector."""
         return ("backbone", "projector")
 
     def __post_init__(self) -> None:
         check_positive(self, "temperature")
 
     def check(self, recipe: Recipe) -> None:
-        """Each image needs two views that find each other."""
+        """Require two global views per image."""
         count = recipe.global_crops
-        check_field(count >= 2, "views", f"must hold two global views or more, got {count}; set count: 2")
+        check_field(count >= 2, "views", f"must have at least two global views, got {count}; set count: 2")

@@ -1,4 +1,4 @@
-"""NT-Xent. Pure: no module, no state, no process group.
+"""The NT-Xent loss, as a pure function without modules, state or process groups.
 
 Shapes: N samples on this rank, M on all ranks, V views of which the first G are global, D embedding width.
 """
@@ -14,13 +14,13 @@ from sslzoo.nn.numerics import autocast_off, product
 def nt_xent(
     anchors: Sequence[Tensor], candidates: Sequence[Tensor], *, offset: int, temperature: float
 ) -> Tensor:
-    """Cross-entropy of finding an image's other views among all embeddings of the batch.
+    """Cross-entropy of identifying an image's other views among all embeddings of the batch.
 
     ``anchors``: V views, each (N, D); ``candidates``: the first G of them gathered from all ranks, each
-    (M, D), row ``offset + i`` being anchor row i. All L2-normalised; gradients reach both.
-    An anchor is compared with every candidate but itself. Mean over anchors and, with more than two
-    views, over an anchor's positives, each of which stays in the denominator of the others.
-    Two views give equation 1 of arXiv:2002.05709.
+    (M, D), where row ``offset + i`` is anchor row i. All L2-normalised; gradients reach both.
+    An anchor is compared with every candidate except itself. The result is the mean over anchors and, with
+    more than two views, over the positives of an anchor; each positive also stays in the denominators of
+    the others. With two views this is equation 1 of arXiv:2002.05709.
     """
     keys = torch.cat(list(candidates))  # (G*M, D)
     rows = torch.arange(len(anchors[0]), device=keys.device)

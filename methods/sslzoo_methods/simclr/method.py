@@ -13,7 +13,7 @@ from sslzoo_methods.simclr.loss import nt_xent
 
 
 class SimCLR(SSLMethod[SimCLRConfig]):
-    """Two views of each image find each other among the whole batch. No state."""
+    """SimCLR: identify the two views of an image among all views of the batch. Stateless."""
 
     Config = SimCLRConfig
 
@@ -22,7 +22,7 @@ class SimCLR(SSLMethod[SimCLRConfig]):
         self.projector = build_head(feature_dim, cfg.projector)
 
     def loss(self, batch: Batch) -> Tensor:
-        """NT-Xent over all views; local crops are anchors only."""
+        """NT-Xent over all views; local crops are used only as anchors."""
         features = [self.backbone(view) for view in (*batch.global_views, *batch.local_views)]
         projected = [self.projector(h) for h in features]
         self.publish(backbone=features[0], projector=projected[0])
@@ -34,12 +34,12 @@ class SimCLR(SSLMethod[SimCLRConfig]):
         return nt_xent(embeddings, candidates, offset=offset, temperature=self.cfg.temperature)
 
     def contrasted(self, batch: Batch) -> Contrast:
-        """Projections of two views."""
+        """Projections of two global views."""
         return Contrast.of_views(
             batch, lambda x: self.projector(self.backbone(x)), temperature=self.cfg.temperature
         )
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
-        """``backbone`` and ``projector``."""
+        """Features ``backbone`` (N, F) and ``projector`` (N, D)."""
         h = self.backbone(x)
         return {"backbone": h, "projector": self.projector(h)}

@@ -1,1 +1,1 @@
-"""SogCLR (arXiv:2202.12387): a global contrastive objective with small batches."""
+"""SogCLR (arXiv:2202.12387): global contrastive learning with small batches."""

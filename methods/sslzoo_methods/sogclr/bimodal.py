@@ -1,7 +1,7 @@
-"""The two-way global contrastive loss (CLIP style; arXiv:2202.12387 and 2305.11965). Pure.
+"""The two-way (CLIP-style) global contrastive loss (arXiv:2202.12387 and 2305.11965), as pure functions.
 
-Letters: b pairs of this rank, B of all ranks, D embedding width. All embeddings are L2-normalised and at
-least float32. ``offset`` is the row of this rank's first pair among the B, that is rank * b.
+Shapes: b pairs of this rank, B of all ranks, D embedding width. All embeddings are L2-normalised and at
+least float32. ``offset`` is the index of this rank's first pair among the B, that is rank * b.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def bimodal_loss(
     scale: BimodalScale,
     offset: int,
 ) -> tuple[Tensor, tuple[Estimates, Estimates]]:
-    """Each item of one modality against the other modality's items; one pair per modality everywhere.
+    """Contrast each item of one modality with the items of the other; sequences have one entry per modality.
 
     ``anchors`` (b, D) each, ``columns`` (B, D) each, ``log_u`` (b,) each (-inf: never visited),
-    ``temperature`` numbers, scalars or (b,) each. With H = s - s+, the similarity less the anchor's own
-    positive, and the B - 1 other items as j:
+    ``temperature``: numbers, scalar tensors or tensors (b,). With H = s - s+, the similarity minus that of the
+    anchor's positive, and j the B - 1 other items:
 
-    L = 1/2 1/b sum_i ( 1/(B-1) sum_j p_j H_j + the same from the other side ), p_j = exp(H_j / tau) / u_hat.
+    L = 1/2 1/b sum_i ( 1/(B-1) sum_j p_j H_j + the same with modalities swapped ), p_j = exp(H_j / tau) / u_hat.
 
-    p is constant; gradients reach ``anchors`` and ``columns``. u_hat is floored at ``u_floor`` before it is
-    stored and divided by; None is no floor. ``scale`` ``official`` leaves 1/(B-1) out, as the authors' code.
+    p is constant; gradients reach ``anchors`` and ``columns``. u_hat is at least ``u_floor`` (None: no bound),
+    both when stored and as divisor. ``scale="official"`` omits the factor 1/(B-1), as in the authors' code.
     """
     a, b = anchors
     rows = slice(offset, offset + a.shape[0])
@@ -63,17 +63,17 @@ def _direction(
     u_floor: float | None,
     offset: int,
 ) -> tuple[Tensor, Estimates]:
-    """One modality's anchors (b, D) against the other's ``columns`` (B, D)."""
+    """Contrast one modality's anchors (b, D) with the other's ``columns`` (B, D)."""
     batch = columns.shape[0]
     require(batch > 1, "a batch of one pair has no negatives; raise data.global_batch_size")
     tau = temperature.detach() if isinstance(temperature, Tensor) else temperature
     tau_rows = tau[:, None] if isinstance(tau, Tensor) and tau.ndim == 1 else tau
-    # H is a difference, so any shift of the columns leaves it as it is; theirs to the mean keeps float32's
-    # digits where features are nearly collapsed. Row-wise products for the positives: the diagonal of the
-    # (b, B) block would be another rank's pairs beyond rank 0.
+    # H does not depend on shifts of the columns; centring them preserves float32 precision for nearly
+    # collapsed features. Positives are row-wise products, because on ranks other than 0 they are not on
+    # the diagonal of the (b, B) block.
     centre = columns.detach().mean(dim=0)
-    own = (anchors * (partners - centre)).sum(dim=1)
-    contrast = product(anchors, (columns - centre).T) - own[:, None]  # H
+    shifted_positive = (anchors * (partners - centre)).sum(dim=1)
+    contrast = product(anchors, (columns - centre).T) - shifted_positive[:, None]  # H
     positive = (anchors * partners).sum(dim=1)
     with torch.no_grad():
         logits = contrast / tau_rows
@@ -88,11 +88,11 @@ def _direction(
 
 
 def global_temperature_loss(temperature: Tensor, estimates: Sequence[Estimates], *, rho: float) -> Tensor:
-    """tau times the derivative of the objective's estimate by tau, for a learnable scalar ``temperature``.
+    """Loss term whose gradient trains a learnable scalar ``temperature``; add it to :func:`bimodal_loss`.
 
     The objective is 1/2 sum over modalities of the mean of tau * log g, plus rho * tau (FastCLIP-v3,
-    arXiv:2407.01445). Its gradient reaches ``temperature`` alone; add it to :func:`bimodal_loss`. The mean
-    is over this rank's pairs: averaging gradients over ranks makes it global.
+    arXiv:2407.01445). The term is tau times the estimated derivative of the objective with respect to tau,
+    which is held constant. The mean is over this rank's pairs; averaging gradients over ranks makes it global.
     """
     slope = torch.stack([e.slope for e in estimates]).mean()
     return temperature * (rho + slope).detach()

@@ -1,4 +1,4 @@
-"""What a SogCLR recipe states under ``method:``."""
+"""The ``method:`` section of SogCLR recipes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ BimodalScale = Literal["mean", "official"]
 
 @dataclass(frozen=True, kw_only=True)
 class CosineGamma:
-    """gamma from 1 in epoch 0 to ``min`` in epoch ``decay_epochs``, where it stays (FastCLIP)."""
+    """gamma decays from 1 in epoch 0 to ``min`` in epoch ``decay_epochs`` and stays there (FastCLIP)."""
 
     name: Literal["cosine"] = "cosine"
     min: float
-    decay_epochs: int | None = None  # half of the training epochs
+    decay_epochs: int | None = None  # None: half of the training epochs
     interval: Literal["epoch", "step"] = "epoch"  # how often gamma changes
 
     def __post_init__(self) -> None:
@@ -30,19 +30,19 @@ class CosineGamma:
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantTemperature:
-    """Stays what the recipe says."""
+    """The temperature is constant."""
 
     name: Literal["constant"] = "constant"
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndividualTemperatures:
-    """One for each image, which descends along its own gradient (iSogCLR)."""
+    """One temperature per image, updated by gradient descent (iSogCLR)."""
 
     name: Literal["individual"] = "individual"
     rho: float  # radius of the robust objective
-    eta: float  # step
-    beta: float  # weight of the new gradient in its moving average
+    eta: float  # step size
+    beta: float  # weight of the new gradient in the moving average
     tau_min: float
     tau_max: float
 
@@ -58,12 +58,12 @@ class IndividualTemperatures:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnableTemperature:
-    """One for all images, a parameter of the optimiser (FastCLIP-v3)."""
+    """One temperature for all images, trained by the optimiser (FastCLIP-v3)."""
 
     name: Literal["global_learnable"] = "global_learnable"
     rho: float  # radius of the robust objective
     tau_min: float
-    lr_factor: float  # its learning rate over the other parameters'
+    lr_factor: float  # its learning rate relative to the other parameters'
 
     def __post_init__(self) -> None:
         check_positive(self, "rho", "tau_min", "lr_factor")
@@ -71,26 +71,26 @@ class LearnableTemperature:
 
 @dataclass(frozen=True, kw_only=True)
 class NTXent:
-    """SimCLR's loss, as the authors' baseline writes it."""
+    """SimCLR's loss, as in the authors' baseline."""
 
     name: Literal["ntxent"] = "ntxent"
-    gather_grad: Literal["full", "local"] = "full"  # local: embeddings of other ranks are constants
+    gather_grad: Literal["full", "local"] = "full"  # local: no gradient through embeddings of other ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalContrastive:
-    """What both global contrastive losses have, which keep a running estimate for each image."""
+    """Settings common to the global contrastive losses, which keep a running estimate per image."""
 
     name: str
     gamma: float | CosineGamma  # weight of the new estimate in the moving average
-    u_floor: float | None = None  # lower bound of u_hat; the authors' bimodal code: 1e-20
-    first_visit: FirstVisit = "sample"  # batch: official PyTorch; none: TPU code
-    divide_by_temperature: bool = False  # for learning rates of SimCLR recipes
-    histogram_every_epochs: int | None = None  # of the estimates, to TensorBoard and W&B
+    u_floor: float | None = None  # lower bound of u_hat; the authors' bimodal code uses 1e-20
+    first_visit: FirstVisit = "sample"  # batch: official PyTorch code; none: TPU code
+    divide_by_temperature: bool = False  # makes learning rates comparable with SimCLR recipes
+    histogram_every_epochs: int | None = None  # log histograms of the estimates to TensorBoard and W&B
 
     @property
     def smallest_gamma(self) -> float:
-        """The smallest that gamma becomes."""
+        """The smallest value of gamma during training."""
         return self.gamma.min if isinstance(self.gamma, CosineGamma) else self.gamma
 
     def __post_init__(self) -> None:
@@ -100,17 +100,17 @@ class GlobalContrastive:
         check_field(
             self.first_visit == "sample" or self.smallest_gamma < 1,
             "first_visit",
-            "must be sample with gamma=1, where every visit counts as the first",
+            "must be sample with gamma=1, which treats every visit as the first",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GCL(GlobalContrastive):
-    """The global contrastive loss of the paper: each view against all views of all other images."""
+    """The global contrastive loss of the paper, which contrasts each view with all views of all other images."""
 
     name: Literal["gcl"] = "gcl"
-    u_write: UWrite = "mean"  # over the views; sum: the paper's TPU code
-    gather_grad: GatherGrad = "full"  # local: official PyTorch
+    u_write: UWrite = "mean"  # mean over views; sum: as in the paper's TPU code
+    gather_grad: GatherGrad = "full"  # local: official PyTorch code; see gathering.py
     temperature_rule: ConstantTemperature | IndividualTemperatures = ConstantTemperature()
 
     def __post_init__(self) -> None:
@@ -124,10 +124,10 @@ class GCL(GlobalContrastive):
 
 @dataclass(frozen=True, kw_only=True)
 class BimodalGCL(GlobalContrastive):
-    """The two views as two modalities, each with its own estimates, one against the other."""
+    """Treats the two views as two modalities that are contrasted with each other and have separate estimates."""
 
     name: Literal["gcl_bimodal"] = "gcl_bimodal"
-    scale: BimodalScale = "mean"  # official: times the number of negatives
+    scale: BimodalScale = "mean"  # official: multiplied by the number of negatives
     gather_grad: Literal["full", "local"] = "full"
     temperature_rule: ConstantTemperature | IndividualTemperatures | LearnableTemperature = (
         ConstantTemperature()
@@ -136,7 +136,7 @@ class BimodalGCL(GlobalContrastive):
 
 @dataclass(frozen=True, kw_only=True)
 class SogCLRConfig(MethodConfig):
-    """Numbers without a default stand in every recipe; the switches default to what the card follows."""
+    """Config of SogCLR. Every recipe must set the fields without a default; options default to the card's choice."""
 
     RENAMED: ClassVar[dict[str, str]] = {
         "tau": "temperature",
@@ -161,7 +161,7 @@ class SogCLRConfig(MethodConfig):
         "projector_norm": "projector.output_norm",
     }
 
-    temperature: float  # where learnt ones start
+    temperature: float  # the initial value if temperatures are learned
     loss: GCL | BimodalGCL | NTXent
     projector: HeadConfig
     crop_batching: CropBatching = "joint"
@@ -183,13 +183,13 @@ class SogCLRConfig(MethodConfig):
             )
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse views that the loss cannot contrast, and histograms that nothing would show."""
+        """Check that the views suit the loss, and that a logger for the histograms is enabled."""
         count = recipe.global_crops
-        check_field(count >= 2, "views", f"must hold two global views or more, got {count}; set count: 2")
+        check_field(count >= 2, "views", f"must have at least two global views, got {count}; set count: 2")
         check_field(
             not isinstance(self.loss, BimodalGCL) or recipe.crops == 2,
             "views",
-            "must hold two global views and nothing else with method.loss gcl_bimodal",
+            "must be exactly two global views with method.loss gcl_bimodal",
         )
         log = recipe.logging
         check_field(

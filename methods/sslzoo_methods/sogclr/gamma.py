@@ -1,4 +1,4 @@
-"""The inner moving-average rate gamma as a pure function of the optimiser step."""
+"""The rate gamma of the inner moving average, as a pure function of the optimiser step."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from sslzoo_methods.sogclr.config import CosineGamma
 
 
 def inner_rate(step: int, gamma: float | CosineGamma, *, steps_per_epoch: int, max_epochs: int) -> float:
-    """gamma of optimiser step ``step``, the weight of the new estimate.
+    """gamma at optimiser step ``step``: the weight of the new estimate in the moving average.
 
-    The cosine goes from 1 in epoch 0 to ``min`` in epoch E = ``decay_epochs``, without which E is half of the
-    training epochs, rounded down. It has one value an epoch (FastCLIP, arXiv:2407.01445; LibAUC's code, whose
-    prose omits the 1 of 1 + cos); ``interval: step`` is the same with fractional epochs, our extension.
+    The cosine goes from 1 in epoch 0 to ``min`` in epoch ``decay_epochs``, by default half of the training epochs,
+    rounded down. It is constant within an epoch (FastCLIP, arXiv:2407.01445, and LibAUC's code, whose
+    documentation omits the 1 in 1 + cos); with ``interval: step``, our extension, epochs are fractional.
     """
     if not isinstance(gamma, CosineGamma):
         return gamma

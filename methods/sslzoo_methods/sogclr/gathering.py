@@ -1,4 +1,4 @@
-"""Three ways to contrast with the embeddings of all ranks."""
+"""Three ways to gather the embeddings of all ranks, which differ in their gradients."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sslzoo_methods.sogclr.loss import gcl_columns_loss
 
 
 def gather_columns(z: Tensor, gather_grad: GatherGrad) -> Tensor:
-    """(V, b, D) of this rank to (V, B, D) of all.
+    """Gather this rank's embeddings (V, b, D) to those of all ranks (V, B, D).
 
-    ``full``: with gradient. ``local``: only the own slice has one, so the terms "my embedding as another
-    rank's negative" are lost (the official PyTorch code). ``full_noreduce``: without gradient, which
-    :func:`columns_gradient` then supplies.
+    ``full``: with gradients. ``local``: only this rank's slice has a gradient, so the gradient of an embedding
+    as a negative on other ranks is lost (as in the official PyTorch code). ``full_noreduce``: without
+    gradients; :func:`columns_gradient` supplies them.
     """
     if gather_grad == "full":
         return gather(z.transpose(0, 1)).transpose(0, 1)
@@ -29,10 +29,10 @@ def gather_columns(z: Tensor, gather_grad: GatherGrad) -> Tensor:
 def columns_gradient(
     z: Tensor, anchors: Tensor, log_mixed: Tensor, *, temperature: float | Tensor, u_floor: float | None
 ) -> Tensor:
-    """A zero with the gradient that ``z`` (V, b, D) has as columns of all ranks' ``anchors`` (G, B, D).
+    """A zero whose gradient is that of ``z`` (V, b, D) as columns of all ranks' ``anchors`` (G, B, D).
 
-    ``log_mixed`` (G, b) and ``temperature`` (a number or (b,)) are this rank's; only these scalars are
-    gathered, where the gradient of a gather reduces (V, B, D) tensors.
+    ``log_mixed`` (G, b) and ``temperature`` (a number or (b,)) are this rank's. Only they are gathered, which
+    is cheaper than the backward pass of a gather, which reduces (V, B, D) tensors.
     """
     part = gcl_columns_loss(
         z,

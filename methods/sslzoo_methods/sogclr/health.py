@@ -1,4 +1,4 @@
-"""What a SogCLR run should watch. Pure, on the device."""
+"""Diagnostics of SogCLR training, as pure functions that stay on the device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sslzoo_methods.sogclr.loss import Estimates
 
 @torch.no_grad()
 def objective(log_mixed: Tensor, positive: Tensor, temperature: float | Tensor) -> Tensor:
-    """Estimate of the true objective: the mean of tau * log u_hat - s+ over images and views (G, b)."""
+    """Estimate of the objective: the mean of tau * log u_hat - s+ over images and views (G, b)."""
     return (temperature * log_mixed - positive).mean()
 
 
 @torch.no_grad()
 def staleness(log_batch: Tensor, log_u: Tensor) -> Tensor:
-    """Mean |log g_hat - log u| over the anchors (G, b) whose image has an entry ``log_u`` (b,); 0 without any."""
+    """Mean |log g_hat - log u| over the anchors (G, b) whose image has an entry ``log_u`` (b,); 0 if none has."""
     known = torch.isfinite(log_u).expand_as(log_batch)
     gap = (log_batch - log_u).abs().where(known, 0)
     return gap.sum() / known.sum().clamp(min=1)
@@ -28,7 +28,8 @@ def staleness(log_batch: Tensor, log_u: Tensor) -> Tensor:
 def health(
     learned: Sequence[Estimates], log_u: Sequence[Tensor], temperature: Sequence[float | Tensor]
 ) -> dict[str, Tensor]:
-    """Scalars of one step over its modalities: estimates, the entries (b,) they replace, temperatures."""
+    """Scalar diagnostics of a step, from its estimates, the table entries ``log_u`` (b,) they replace, and the
+    temperatures; one entry per modality each."""
     pairs = list(zip(learned, log_u, temperature, strict=True))
     mixed = torch.stack([e.log_mixed for e in learned])
     return {
@@ -38,6 +39,6 @@ def health(
         "log_u_max": mixed.max(),
         "staleness": torch.stack([staleness(e.log_batch, old) for e, old, _ in pairs]).mean(),
         "positive_similarity": torch.stack([e.positive for e in learned]).mean(),
-        # Not torch.tensor(tau, device=...), whose copy to the device waits for it.
+        # Not torch.tensor(tau, device=...), which would synchronise with the device.
         "temperature": torch.stack([(mixed.new_ones(()) * tau).mean() for tau in temperature]).mean(),
     }

@@ -1,12 +1,12 @@
-"""SogCLR's unimodal losses (arXiv:2202.12387). Pure: no module, no process group, no table.
+"""SogCLR's unimodal losses (arXiv:2202.12387), as pure functions without modules, process groups or tables.
 
-Letters: G anchor views, V views in all (V >= G, the anchors' come first), b samples of this rank, B of
-all ranks, D embedding width, M = V * (B - 1) negatives of an anchor: every view of every other image.
-All embeddings are L2-normalised and at least float32. ``offset`` is the row of this rank's first sample
+Shapes: G anchor views, V views in total (V >= G, anchor views first), b samples of this rank, B of all
+ranks, D embedding width, M = V * (B - 1) negatives per anchor: all views of all other images.
+All embeddings are L2-normalised and at least float32. ``offset`` is the index of this rank's first sample
 among the B, that is rank * b.
 
-Everything but the similarities is a constant of the gradient: the estimates of the denominators weigh
-the similarities and are not differentiated.
+Only the similarities are differentiated. The estimates of the denominators, which weight them, are
+constants.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from sslzoo.checks import require
 from sslzoo.nn.numerics import autocast_off, ieee_matmul, product
 from sslzoo_methods.sogclr.config import FirstVisit, UWrite
 
-# Similarities held at once by the lean form. 8 MiB in float32: small enough for a CPU's last cache.
+# Similarities computed at once by the lean form: 8 MiB in float32, to fit a CPU's last-level cache.
 CHUNK = 2**21
 
 
 class Estimates(NamedTuple):
-    """What a step learned about its anchors. Detached."""
+    """A step's estimates for its anchors, detached."""
 
-    log_u: Tensor  # (b,) the table's new entries
-    log_mixed: Tensor  # (G, b) log u_hat, the denominators that weighed the gradient
-    log_batch: Tensor  # (G, b) log g_hat, this batch's own estimate
+    log_u: Tensor  # (b,) new entries of the table
+    log_mixed: Tensor  # (G, b) log u_hat, the denominators used in the gradient
+    log_batch: Tensor  # (G, b) log g_hat, the estimate from this batch alone
     positive: Tensor  # (G, b) similarity to the positive
-    slope: Tensor  # (b,) d/dtau of tau * log g at the anchors' temperature, mean over views
+    slope: Tensor  # (b,) derivative of tau * log g by tau at the anchors' temperature, mean over views
 
 
 def first_visits(log_u: Tensor, rule: FirstVisit) -> Tensor:
-    """Which entries (b,) take the batch's estimate as it is, that is gamma = 1.
+    """Mask (b,) of entries that take the batch's estimate unchanged, as if gamma = 1.
 
-    ``sample``: those never visited (-inf). ``batch``: all or none, all if none was ever visited (the
-    official code). ``none``: none, so that a first visit stores gamma * g_hat (the paper's TPU code).
+    ``sample``: entries never visited (-inf). ``batch``: all entries if none of them was ever visited, otherwise
+    none (official code). ``none``: no entries, so a first visit stores gamma * g_hat (the paper's TPU code).
     """
     unseen = torch.isneginf(log_u)
     if rule == "batch":
@@ -50,7 +50,7 @@ def first_visits(log_u: Tensor, rule: FirstVisit) -> Tensor:
 
 
 def mix(log_u: Tensor, log_batch: Tensor, first: Tensor, gamma: float) -> Tensor:
-    """log((1 - gamma) u + gamma g_hat), or log g_hat where ``first``; ``gamma`` in (0, 1]."""
+    """log((1 - gamma) u + gamma g_hat), or log g_hat where ``first`` is true; ``gamma`` in (0, 1]."""
     require(0 < gamma <= 1, f"gamma must lie in (0, 1], got {gamma}")
     if gamma == 1:
         return log_batch
@@ -59,9 +59,9 @@ def mix(log_u: Tensor, log_batch: Tensor, first: Tensor, gamma: float) -> Tensor
 
 
 def new_entries(log_mixed: Tensor, *, u_write: UWrite, gamma: float) -> Tensor:
-    """The table's new entries (b,) from log u_hat (G, b) of the anchor views: their ``mean`` or ``sum``.
+    """New table entries (b,): the ``mean`` or ``sum`` of u_hat over the anchor views, from log u_hat (G, b).
 
-    ``sum`` is the estimator of the paper's tables. It diverges for gamma <= 0.5, which is refused.
+    The paper's results use ``sum``, which diverges for gamma <= 0.5; that raises ``ValueError``.
     """
     require(
         u_write == "mean" or gamma > 0.5,
@@ -72,30 +72,30 @@ def new_entries(log_mixed: Tensor, *, u_write: UWrite, gamma: float) -> Tensor:
 
 
 def floored(log_u: Tensor, u_floor: float | None) -> Tensor:
-    """``log_u`` with u at least ``u_floor``; None is no floor."""
+    """``log_u`` clamped so that u is at least ``u_floor``; None: no bound."""
     return log_u if u_floor is None else log_u.clamp(min=log(u_floor))
 
 
 def negatives(columns: Tensor) -> int:
-    """M for ``columns`` (V, B, D)."""
+    """Number of negatives per anchor, M, for ``columns`` (V, B, D)."""
     views, batch, _ = columns.shape
     require(batch > 1, "a batch of one image has no negatives; raise data.global_batch_size")
     return views * (batch - 1)
 
 
 def own_image(rows: int, batch: int, offset: int, device: torch.device) -> Tensor:
-    """(b, B) bool: the column of the same image as the row."""
+    """Mask (b, B), bool, that is true where the column is the same image as the row."""
     return torch.arange(batch, device=device) == torch.arange(rows, device=device)[:, None] + offset
 
 
 def similarities(anchors: Tensor, columns: Tensor) -> Tensor:
-    """Of all anchors (G, b, D) to all columns (V, B, D): (G, b, V, B)."""
+    """Similarities (G, b, V, B) of all anchors (G, b, D) to all columns (V, B, D)."""
     s = product(anchors.flatten(0, 1)[None], columns.flatten(0, 1).T[None])
     return s.view(*anchors.shape[:2], *columns.shape[:2])
 
 
 def positives(anchors: Tensor, columns: Tensor, offset: int) -> Tensor:
-    """Similarity of each anchor (G, b, D) to the other views of its image, their mean: (G, b)."""
+    """Mean similarity (G, b) of each anchor (G, b, D) to the other views of its image."""
     own = columns[:, offset : offset + anchors.shape[1]]
     similarity = product(anchors.transpose(0, 1), own.permute(1, 2, 0)).permute(1, 2, 0)  # (G, V, b)
     itself = torch.eye(*similarity.shape[:2], dtype=torch.bool, device=anchors.device)[:, :, None]
@@ -114,16 +114,16 @@ def gcl_loss(
     u_floor: float | None,
     offset: int,
 ) -> tuple[Tensor, Estimates]:
-    """The global contrastive loss of b images against all B (spec of the surrogate: Algorithm 1).
+    """The global contrastive loss of b images against all B (Algorithm 1).
 
     ``anchors`` (G, b, D), ``columns`` (V, B, D), ``log_u`` (b,) the anchors' table entries (-inf: never
     visited), ``temperature`` a number or one per image (b,).
 
-    L = 1/b sum_i sum_v ( -s+ + 1/M sum_j p_j s_j ) with p_j = exp(s_j / tau) / u_hat constant and neither
-    view of the anchor's own image among the j. Gradients reach ``anchors`` and ``columns``. L is a
-    surrogate for the gradient, not the objective tau * log g - s+, and is usually negative. ``u_floor``
-    acts in p alone (the official code), not on the entries. This is the readable form, which holds
-    G*b*V*B similarities several times; :func:`gcl_loss_lean` gives the same.
+    L = 1/b sum_i sum_v ( -s+ + 1/M sum_j p_j s_j ), where p_j = exp(s_j / tau) / u_hat is constant and j runs
+    over all views of the other images. Gradients reach ``anchors`` and ``columns``. L is a surrogate that has
+    the right gradient; it is not the objective tau * log g - s+, and is usually negative. ``u_floor`` only
+    affects p (as in the official code), not the entries. This is the readable form, which stores several
+    tensors of G*b*V*B similarities; :func:`gcl_loss_lean` gives the same result.
     """
     tau = temperature[:, None, None] if isinstance(temperature, Tensor) else temperature
     with autocast_off(anchors):
@@ -153,8 +153,8 @@ def gcl_loss_lean(
     u_floor: float | None,
     offset: int,
 ) -> tuple[Tensor, Estimates]:
-    """:func:`gcl_loss` in memory O(chunk): the gradient is computed in the forward pass, a block of
-    anchors at a time, and no similarity outlives its block. Differentiable once."""
+    """:func:`gcl_loss` with O(chunk) memory: the gradient is computed in the forward pass, one block of
+    anchors at a time, and no similarities are stored. Differentiable once."""
     with autocast_off(anchors), ieee_matmul():
         first = first_visits(log_u, first_visit)
         tau = _per_image(temperature, log_u)
@@ -175,27 +175,27 @@ def gcl_columns_loss(
     u_floor: float | None,
     offset: int,
 ) -> Tensor:
-    """The part of the global gradient that reaches this rank's embeddings as somebody's column.
+    """Loss term with the gradient that this rank's embeddings get as columns of all ranks' anchors.
 
-    ``own`` (V, b, D) with gradient, ``anchors`` (G, B, D) and ``log_mixed`` (G, B) of all ranks, constant;
-    ``temperature`` a number or (B,). Added to :func:`gcl_loss` with constant ``columns`` it gives the
-    gradient of the differentiable gather without reducing (V, B, D) tensors in the backward pass
-    (FastCLIP, arXiv:2407.01445). Only its gradient has a meaning.
+    ``own`` (V, b, D) gets the gradient; ``anchors`` (G, B, D) and ``log_mixed`` (G, B) are of all ranks and
+    constant; ``temperature`` is a number or (B,). Added to :func:`gcl_loss` with constant ``columns``, it gives
+    the gradient of a differentiable gather without reducing (V, B, D) tensors in the backward pass
+    (FastCLIP, arXiv:2407.01445). Its value is meaningless.
     """
     with autocast_off(own), ieee_matmul():
         tau = _per_image(temperature, log_mixed[0])
         rows = slice(offset, offset + own.shape[1])
         repulsion = _ColumnRepulsion.apply(own, anchors, floored(log_mixed, u_floor), tau, offset)
-        # Own anchors are constant here: their side of the product is the other part's.
+        # This rank's anchors are constant here; their gradient comes from gcl_loss.
         positive = positives(anchors[:, rows], own, 0)
         return repulsion - positive.sum(dim=0).mean()  # type: ignore[no-any-return]
 
 
 def ntxent_loss(anchors: Tensor, columns: Tensor, *, temperature: float, offset: int) -> Tensor:
-    """SimCLR's loss as SogCLR's authors write it: 1/b sum_i sum_v ( logsumexp_j s_j / tau - s+ / tau ).
+    """SimCLR's loss in the form of SogCLR's authors: 1/b sum_i sum_v ( logsumexp_j s_j / tau - s+ / tau ).
 
-    Shapes as :func:`gcl_loss`; the sum runs over every column but the anchor itself, the positive
-    included. The two directions are summed: twice the usual mean over 2b anchors.
+    Shapes as in :func:`gcl_loss`; j runs over all columns except the anchor itself, including the positive.
+    The views are summed, so with two views it is twice the usual mean over 2b anchors.
     """
     with autocast_off(anchors):
         scores = similarities(anchors, columns) / temperature
@@ -228,9 +228,9 @@ def _per_image(temperature: float | Tensor, like: Tensor) -> Tensor:
 def _blocks(
     anchors: Tensor, columns: Tensor, tau: Tensor, offset: int
 ) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """Blocks of anchors: (view, rows, peak (R,), e (R, V*B)) with e = exp(s / tau - peak), 0 at the own
-    image. The peak is the row's largest exponent, hence no overflow at any temperature; a row with no other
-    image among the columns is all 0."""
+    """Yield blocks of anchors: (view, rows, peak (R,), e (R, V*B)), where e = exp(s / tau - peak), and 0 for the
+    anchor's own image. The peak is the largest exponent of the row, so nothing overflows at any temperature; a
+    row without any other image among the columns is 0."""
     views, batch, _ = columns.shape
     flat = columns.flatten(0, 1).T
     step = max(1, CHUNK // (views * batch))
@@ -246,7 +246,7 @@ def _blocks(
 
 
 class _Repulsion(torch.autograd.Function):
-    """1/b sum_i sum_v 1/M sum_j p_j s_j and, in the same pass, its gradient."""
+    """1/b sum_i sum_v 1/M sum_j p_j s_j; computes its gradient in the forward pass too."""
 
     @staticmethod
     def forward(
@@ -289,7 +289,7 @@ class _Repulsion(torch.autograd.Function):
 
 
 class _ColumnRepulsion(torch.autograd.Function):
-    """1/b sum over all anchors of 1/M sum_j p_j s_j with respect to the own columns j."""
+    """1/b sum over all ranks' anchors of 1/M sum_j p_j s_j, where j runs over this rank's columns."""
 
     @staticmethod
     def forward(
@@ -299,7 +299,7 @@ class _ColumnRepulsion(torch.autograd.Function):
         scale = 1 / (images * views * (anchors.shape[1] - 1))
         flat = own.flatten(0, 1)
         grad_own = torch.zeros_like(flat)
-        # Row r holds the image of own column r - offset.
+        # The image of anchor row r is this rank's column r - offset.
         for g, rows, peak, e in _blocks(anchors, own, tau, -offset):
             weight = (peak - log_divisor[g, rows]).exp()[:, None] * scale
             grad_own.addmm_(e.T, anchors[g, rows] * weight)

@@ -29,11 +29,11 @@ from sslzoo_methods.sogclr.health import health
 from sslzoo_methods.sogclr.loss import Estimates, gcl_loss_lean, ntxent_loss
 from sslzoo_methods.sogclr.table import Descent, EstimatorTable, remember
 
-MODALITIES = {"gcl": 1, "gcl_bimodal": 2, "ntxent": 0}  # tables that each loss keeps
+MODALITIES = {"gcl": 1, "gcl_bimodal": 2, "ntxent": 0}  # number of tables per loss
 
 
 class SogCLR(SSLMethod[SogCLRConfig]):
-    """Contrast with all images through a running estimate per image, written once a micro-batch."""
+    """SogCLR: contrast with all training images by a running estimate per image, updated in each micro-batch."""
 
     Config = SogCLRConfig
 
@@ -46,7 +46,7 @@ class SogCLR(SSLMethod[SogCLRConfig]):
         self._ids_checked = False
 
     def prepare(self, plan: TrainingPlan, optim: OptimConfig, seed: int) -> None:
-        """Make the empty tables, one per modality."""
+        """Create empty tables, one per modality."""
         super().prepare(plan, optim, seed)
         rule, descent = self.rule, None
         if isinstance(rule, IndividualTemperatures):
@@ -57,7 +57,7 @@ class SogCLR(SSLMethod[SogCLRConfig]):
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The learnable temperature has its own rate and no decay."""
+        """Put a learnable temperature into its own group, with its own learning rate and no weight decay."""
         (group,) = super().parameter_groups()
         if not isinstance(self.rule, LearnableTemperature):
             return [group]
@@ -66,7 +66,7 @@ class SogCLR(SSLMethod[SogCLRConfig]):
         return [others, {"named": tau, "lr_factor": self.rule.lr_factor, "weight_decay": 0.0}]
 
     def loss(self, batch: Batch) -> Tensor:
-        """The recipe's loss. Global crops are anchors and write the table, local ones columns only."""
+        """The recipe's loss. Global crops are anchors and update the tables; local crops are only columns."""
         self._check_ids(batch)
         cfg, index, count = self.cfg.loss, batch.sample_id, len(batch.global_views)
         z = self._embed(batch)  # (V, b, D)
@@ -108,7 +108,7 @@ class SogCLR(SSLMethod[SogCLRConfig]):
         return loss
 
     def contrasted(self, batch: Batch) -> Contrast:
-        """Projections of two views; at the recipe's temperature, also where it is learnt."""
+        """Projections of two global views, with the recipe's temperature even if temperatures are learned."""
         return Contrast.of_views(
             batch, lambda x: self.projector(self.backbone(x)), temperature=self.cfg.temperature
         )
@@ -119,7 +119,7 @@ class SogCLR(SSLMethod[SogCLRConfig]):
             self.tau.data.clamp_(min=self.rule.tau_min)
 
     def on_train_epoch_end(self) -> None:
-        """Histograms of the tables, where the recipe asks for them."""
+        """Log histograms of the tables if the recipe asks for them."""
         if isinstance(self.cfg.loss, NTXent):
             return
         every = self.cfg.loss.histogram_every_epochs
@@ -129,7 +129,7 @@ class SogCLR(SSLMethod[SogCLRConfig]):
                 log_histogram(self.trainer.loggers, f"method/log_u_{k}", table.known(), step=self.step)
 
     def _check_ids(self, batch: Batch) -> None:
-        """Once, since it waits for the device."""
+        """Check the sample ids, only once because it synchronises with the device."""
         if not self._ids_checked:
             largest, size = int(batch.sample_id.max()), self.plan.dataset_size
             require(largest < size, f"sample id {largest} is outside the table of {size} images")

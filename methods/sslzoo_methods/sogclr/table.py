@@ -1,4 +1,4 @@
-"""The estimator table: one number per training image, the same on every rank."""
+"""The table of estimates: one number per training image, identical on all ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from sslzoo.distributed import gather_detached
 from sslzoo.nn.per_sample import PerSampleTable
 from sslzoo_methods.sogclr.loss import Estimates
 
-# Pairs of samples compared at once when looking for duplicates.
+# Number of sample pairs compared at once when looking for duplicates.
 PAIRS = 2**21
 
 
 def mean_over_duplicates(index: Tensor, values: Tensor, *, log_space: bool) -> Tensor:
-    """``values`` (B,) with those of equal ``index`` (B,) replaced by their mean.
+    """Replace ``values`` (B,) that have the same ``index`` (B,) by their mean.
 
-    With ``log_space`` the values are logarithms and the mean is of what they are logarithms of. No host
-    synchronisation, which ``unique`` or a boolean index would cost.
+    With ``log_space``, the values are logarithms and the mean is taken of their exponentials. Needs no
+    host-device synchronisation, unlike ``unique`` or boolean indexing.
     """
     step = max(1, PAIRS // index.shape[0])
     merged = []
@@ -35,22 +35,22 @@ def mean_over_duplicates(index: Tensor, values: Tensor, *, log_space: bool) -> T
 
 
 class Descent(NamedTuple):
-    """How individual temperatures follow their gradient (iSogCLR, arXiv:2305.11965, Algorithm 1)."""
+    """Gradient descent of individual temperatures (iSogCLR, arXiv:2305.11965, Algorithm 1)."""
 
-    rho: float  # radius of the robust objective: constant part of the gradient
-    eta: float  # step
-    beta: float  # weight of the new gradient in its moving average
+    rho: float  # radius of the robust objective; a constant part of the gradient
+    eta: float  # step size
+    beta: float  # weight of the new gradient in the moving average
     tau_min: float
     tau_max: float
 
     def step(self, tau: Tensor, average: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """New temperatures and new moving averages, from the ``slope`` of tau * log g by tau."""
+        """New temperatures and moving averages, from ``slope``, the derivative of tau * log g by tau."""
         average = (1 - self.beta) * average + self.beta * (slope + self.rho)
         return (tau - self.eta * average).clamp(self.tau_min, self.tau_max), average
 
 
 class EstimatorTable(PerSampleTable):
-    """log u of N images (-inf: never visited) and, with ``descent``, a temperature each, in float32."""
+    """log u per image (-inf: never visited) and, with ``descent``, a temperature per image, in float32."""
 
     log_u: Tensor  # (N,)
     tau_i: Tensor  # (N,), or empty
@@ -67,8 +67,8 @@ class EstimatorTable(PerSampleTable):
 
     @torch.no_grad()
     def update(self, index: Tensor, log_u: Tensor, slope: Tensor) -> None:
-        """Store the new entries ``log_u`` (B,) of all ranks' samples ``index`` (B,); temperatures descend
-        along ``slope`` (B,), once an image."""
+        """Store new entries ``log_u`` (B,) of the samples ``index`` (B,) of all ranks, and update their
+        temperatures with ``slope`` (B,), once per image."""
         rows = {"log_u": mean_over_duplicates(index, log_u, log_space=True)}
         if self.descent:
             slope = mean_over_duplicates(index, slope, log_space=False)
@@ -77,18 +77,18 @@ class EstimatorTable(PerSampleTable):
         self.write(index, **rows)
 
     def known(self) -> Tensor:
-        """The entries of visited images. Waits for the device."""
+        """The entries of visited images. Synchronises with the device."""
         return self.log_u[self.log_u.isfinite()]
 
     def visited(self) -> Tensor:
-        """Fraction of the images that have an entry."""
+        """Fraction of images with an entry."""
         return self.log_u.isfinite().float().mean()
 
 
 def remember(tables: Sequence[EstimatorTable], index: Tensor, learned: Sequence[Estimates]) -> None:
-    """Write what all ranks have learned of their samples ``index`` (b,), a table for each modality.
+    """Gather the new estimates for the samples ``index`` (b,) of all ranks and write one table per modality.
 
-    Two collectives and 16 bytes a sample, twice that for two tables.
+    Costs two collectives and 16 bytes per sample, or twice that for two tables.
     """
     rows = torch.stack([value for e in learned for value in (e.log_u, e.slope)], dim=1)  # (b, 2 * tables)
     index, rows = gather_detached(index), gather_detached(rows)

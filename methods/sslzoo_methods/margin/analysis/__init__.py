@@ -1,1 +1,1 @@
-"""What margins do, or would do, to the embeddings of any contrastive method (arXiv:2306.11526)."""
+"""Analysis of the effect that margins have, or would have, on any contrastive method (arXiv:2306.11526)."""

@@ -1,4 +1,4 @@
-"""What a recipe states under ``analyses:`` with the name ``margins``."""
+"""The section ``margins`` under ``analyses:`` in a recipe."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from sslzoo.recipe.sections import AnalysisConfig
 
 @dataclass(frozen=True, kw_only=True)
 class MarginsConfig(AnalysisConfig):
-    """Which margins are asked, and at which temperature."""
+    """The margins to evaluate, and the temperature."""
 
-    # Each the angular one in degrees and the subtractive one; the first is shown in detail.
+    # Pairs of an angular margin in degrees and a subtractive margin; the first pair is shown in detail.
     margins: tuple[tuple[float, float], ...] = field(
         default=((10.0, 0.0), (0.0, 0.1), (10.0, 0.1), (20.0, 0.0)),
         metadata={
             "option": "--margin",
             "metavar": "DEGREES,M2",
-            "help": "angular margin in degrees and subtractive margin; repeatable, the first is shown in detail; a "
-            "negative one is written --margin=-5,0.1",
+            "help": "angular margin in degrees and subtractive margin; repeatable, the first is shown in detail; write "
+            "negative angles as --margin=-5,0.1",
         },
     )
     temperature: float | None = field(default=None, metadata={"help": "default: the method's own"})
@@ -32,12 +32,12 @@ class MarginsConfig(AnalysisConfig):
             check_field(
                 abs(m1) < 180 and isfinite(m2),
                 "margins",
-                f"must be pairs of an angle within (-180, 180) degrees and a finite number, got [{m1}, {m2}]",
+                f"must be pairs of an angle in (-180, 180) degrees and a finite number, got [{m1}, {m2}]",
             )
         check_field(len(set(self.margins)) == len(self.margins), "margins", "must not list a margin twice")
         check_positive(self, "temperature")
 
 
 def margin_name(degrees: float, subtractive: float) -> str:
-    """``m1=10deg,m2=0.1``."""
+    """The name of a margin, such as ``m1=10deg,m2=0.1``."""
     return f"m1={degrees:g}deg,m2={subtractive:g}"

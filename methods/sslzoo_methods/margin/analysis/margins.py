@@ -1,4 +1,4 @@
-"""The analysis ``margins``: how margins would act on the positives that a method compares."""
+"""The analysis ``margins``: how margins would affect the positive pairs that a method compares."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from sslzoo_methods.margin.analysis.observe import Seen
     from sslzoo_methods.margin.factors import Margin
 
-FILES = "index.html, margins.json, samples.csv.gz and the pictures"
+FILES = "index.html, margins.json, samples.csv.gz and plots"
 
 
 class Margins(Analysis[MarginsConfig]):
-    """Asks what margins would do to the embeddings that :meth:`SSLMethod.contrasted` shows.
+    """Evaluates margins on the embeddings from :meth:`SSLMethod.contrasted`, without training with them.
 
-    An anchor's negatives are the other samples' positives, whatever the loss itself has.
+    The negatives of an anchor are the positives of the other samples, regardless of the method's loss.
     """
 
     Config = MarginsConfig
 
     @cached_property
     def margins(self) -> dict[str, Margin]:
-        """Those of the config, by name."""
+        """The configured margins, by name."""
         from sslzoo_methods.margin.factors import Margin
 
         return {
@@ -47,19 +47,19 @@ class Margins(Analysis[MarginsConfig]):
         return see(method.contrasted(batch), temperature=self.cfg.temperature, name=method.cfg.name)
 
     def describe(self, seen: Sequence[Seen]) -> dict[str, Any]:
-        """Histogram of the angles and the scalars of every margin."""
+        """Histogram of the angles, and scalars for every margin."""
         from sslzoo_methods.margin.analysis.observe import describe, together
 
         return describe(together(seen), self.margins)
 
     def metrics(self, described: Mapping[str, Any]) -> dict[str, float]:
-        """Every scalar, under ``margins/``."""
+        """All scalars, named ``margins/...``."""
         from sslzoo_methods.margin.analysis.observe import metrics
 
         return metrics(described)
 
     def write(self, looks: Sequence[Look], *, recipe: Recipe, sample_id: Tensor, out: Path) -> str:
-        """Scalars, a table of samples, pictures, and one page; a line for each margin is printed."""
+        """Write scalars, a table of samples, plots and an HTML page; returns one line per margin."""
         from sslzoo_methods.margin.analysis.observe import together
         from sslzoo_methods.margin.analysis.report import lines, summarize, write
 

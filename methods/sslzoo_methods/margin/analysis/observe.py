@@ -1,7 +1,7 @@
-"""What a margin would do, and does, to a batch of embeddings: observations, scalars, a table of samples.
+"""Measurements on batches of embeddings, and the effects of margins computed from them (arXiv:2306.11526).
 
-After arXiv:2306.11526. Letters as in sslzoo_methods.margin.factors; N anchors of this rank, M candidates of all ranks.
-The margin never enters an observation, so one observation answers for any number of margins.
+Notation as in sslzoo_methods.margin.factors. An observation does not depend on a margin, so the same observation
+serves any number of margins.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from sslzoo.nn.numerics import autocast_off, ieee_matmul, normalize
 from sslzoo_methods.margin.factors import Factors, Margin, Pairs, chord_angle, gradient_factors, pull_sums
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-CHUNK = 1024  # anchors whose similarities are held at a time
+CHUNK = 1024  # anchors whose similarities are computed at a time
 
 
 class Observation(NamedTuple):
-    """What is measured of N anchors against their candidates, (N,) each."""
+    """Measurements for N anchors and their candidates, (N,) each."""
 
-    cosine: Tensor  # of the positive pair
-    theta: Tensor  # its angle
+    cosine: Tensor  # cosine of the positive pair
+    theta: Tensor  # its angle in radians
     negatives: Tensor  # logsumexp of the negative logits
-    lateral: Tensor  # mean sin of the negative angles, weighted by the negatives' softmax
-    push: Tensor  # length of the tangential part of the negatives' barycentre
-    along: Tensor  # that part along the direction of the positive
+    lateral: Tensor  # mean sine of the angles to the negatives, weighted by their softmax
+    push: Tensor  # length of the tangential part of the negatives' softmax-weighted mean
+    along: Tensor  # component of that part in the direction of the positive
     negative_mean: Tensor  # mean cosine of the negatives
-    negative_max: Tensor  # largest
+    negative_max: Tensor  # largest cosine of the negatives
     uniformity: Tensor  # log mean exp(-2 |u - v|^2) over the negatives
 
     @property
     def pairs(self) -> Pairs:
-        """The part that the gradient factors need."""
+        """The part that :func:`gradient_factors` needs."""
         return Pairs(self.cosine, self.theta, self.negatives)
 
 
 @torch.no_grad()
 def observe(anchors: Tensor, positives: Tensor, *, temperature: float) -> Observation:
-    """Anchors (n, D) of this rank against the ``positives`` (n, D) of all ranks: anchor i's own is its
-    positive, the others are its negatives. Neither needs to be normalised. Returns all ranks' anchors,
-    (N,) in rank order, equal on all of them. Collective.
+    """Compare ``anchors`` (n, D) of this rank with the ``positives`` (n, D) gathered from all ranks: row i is the
+    positive of anchor i, all others are its negatives. Inputs need not be normalised. Returns the measurements
+    (N,) for all ranks' anchors in rank order, equal on all ranks. Collective.
     """
     u, v = normalize(anchors), normalize(positives)
     candidates = gather_detached(v)
     require(
         len(candidates) > 1,
-        "margin analysis needs at least two samples: an anchor's negatives are the others",
+        "the analysis margins needs at least two samples, because the negatives are the other samples",
     )
     own = rank() * len(u) + torch.arange(len(u), device=u.device)
     parts = [
@@ -94,21 +94,21 @@ def _observe(u: Tensor, v: Tensor, candidates: Tensor, own: Tensor, temperature:
 
 
 def join(observations: Sequence[Observation]) -> Observation:
-    """Their rows one after the other."""
+    """Concatenate the rows of several observations."""
     return Observation(*(torch.cat(column) for column in zip(*observations, strict=True)))
 
 
 def factors(seen: Observation, margin: Margin, *, temperature: float) -> Factors:
-    """The gradient factors of ``margin`` at these embeddings; E1 over all of them."""
+    """The gradient factors of ``margin`` for these embeddings, with E1 over all of them."""
     sums = pull_sums(seen.theta, margin)
     return gradient_factors(seen.pairs, margin, temperature=temperature, sums=sums)
 
 
 def margin_statistics(seen: Observation, margin: Margin, *, temperature: float) -> dict[str, float]:
-    """Scalars of one margin at these embeddings; angles in degrees.
+    """Scalar statistics of one margin for these embeddings; angles in degrees.
 
-    ``log_emphasis + log_angle + log_logit`` is the mean log factor on the positive part of the gradient,
-    over the samples whose B is positive and finite; ``without_log`` counts the others.
+    ``log_emphasis + log_angle + log_logit`` is the mean log factor of the positive part of the gradient,
+    over the samples whose B is positive and finite; ``without_log`` is the number of other samples.
     """
     f, theta = factors(seen, margin, temperature=temperature), seen.theta
     degrees = torch.rad2deg(theta)
@@ -149,8 +149,8 @@ def margin_statistics(seen: Observation, margin: Margin, *, temperature: float) 
 
 
 def per_sample(seen: Observation, margin: Margin, *, temperature: float) -> dict[str, Tensor]:
-    """One value a sample: angle, probabilities, factors, and the lengths of the gradients of its own loss
-    with respect to its unit embedding. Angles in degrees."""
+    """Values per sample: angle (in degrees), probabilities, factors, and the lengths of the gradients of its loss
+    with respect to its unit embedding."""
     f = factors(seen, margin, temperature=temperature)
     pull = margin.pull(seen.theta)
     squared = pull.square() - 2 * pull * seen.along + seen.push.square()
@@ -170,32 +170,32 @@ def per_sample(seen: Observation, margin: Margin, *, temperature: float) -> dict
 
 
 class Seen(NamedTuple):
-    """What a batch, or several as one, had to show."""
+    """The observations of one or several batches."""
 
     temperature: float
-    by_kind: dict[str, Observation]  # of pairs: global, and local or any other
+    by_kind: dict[str, Observation]  # by kind of pair: global, and local or any other
 
 
 def see(contrast: Contrast, *, temperature: float | None, name: str) -> Seen:
-    """What the method ``name`` compares, at ``temperature`` or else at its own.
+    """Observe the pairs of the method ``name`` at ``temperature``, or at the method's temperature if that is None.
 
-    Raises ``ValueError`` where it has none, and where there are no pairs of global views.
+    Raises ``ValueError`` if there is no temperature, or no pairs of global views.
     """
-    own = contrast.temperature if temperature is None else temperature
-    if own is None:
+    tau = contrast.temperature if temperature is None else temperature
+    if tau is None:
         raise ValueError(
-            f"{name} has no temperature of its own: the analysis margins needs one, such as temperature: 0.2, or "
+            f"{name} has no temperature: set one for the analysis margins, such as temperature: 0.2, or "
             "--temperature 0.2 on the command line"
         )
     require(
         "global" in contrast.pairs,
-        f"{name}: contrasted() must have the pairs of global views, 'global'",
+        f"{name}: contrasted() must return pairs of global views under 'global'",
     )
-    return Seen(own, {kind: observe(*pair, temperature=own) for kind, pair in contrast.pairs.items()})
+    return Seen(tau, {kind: observe(*pair, temperature=tau) for kind, pair in contrast.pairs.items()})
 
 
 def together(seen: Sequence[Seen]) -> Seen:
-    """Several batches as one. Each anchor keeps the negatives of its own batch."""
+    """Combine several batches; each anchor keeps the negatives of its own batch."""
     temperature, first = seen[0]
     if len(seen) == 1:
         return seen[0]
@@ -203,22 +203,22 @@ def together(seen: Sequence[Seen]) -> Seen:
 
 
 def describe(seen: Seen, margins: Mapping[str, Margin]) -> dict[str, Any]:
-    """The temperature, the histogram of the angles in 36 bins of 5 degrees, and the scalars of every margin, for the
-    pairs of global views; histogram and scalars of other pairs under the name of their kind."""
+    """For pairs of global views: the temperature, a histogram of the angles in 36 bins of 5 degrees, and the scalars of
+    every margin; for other pairs, histogram and scalars under the name of their kind."""
     tau = seen.temperature
-    found = {
+    described = {
         kind: {
             "histogram": angle_histogram(s.theta).tolist(),
             "margins": grid_statistics(s, margins, temperature=tau),
         }
         for kind, s in seen.by_kind.items()
     }
-    return {"temperature": tau} | found.pop("global") | found
+    return {"temperature": tau} | described.pop("global") | described
 
 
 def metrics(described: Mapping[str, Any]) -> dict[str, float]:
-    """``margins/theta_mean`` and so on for the first margin, ``margins/m1=..,m2=../theta_mean`` for the others, with
-    ``local`` after ``margins`` for local crops."""
+    """Scalars named ``margins/theta_mean`` etc. for the first margin and ``margins/m1=..,m2=../theta_mean`` for others;
+    those of other kinds of pairs begin with ``margins/local`` etc."""
     values = _named("margins", described["margins"])
     for kind, part in described.items():
         if isinstance(part, dict) and kind != "margins":
@@ -235,15 +235,15 @@ def _named(prefix: str, scalars: Mapping[str, Mapping[str, float]]) -> dict[str,
 def grid_statistics(
     seen: Observation, margins: Mapping[str, Margin], *, temperature: float
 ) -> dict[str, dict[str, float]]:
-    """The scalars of each margin at the same embeddings."""
+    """The scalars of each margin for the same embeddings."""
     return {
         name: margin_statistics(seen, margin, temperature=temperature) for name, margin in margins.items()
     }
 
 
 def angle_histogram(theta: Tensor, bins: int = 36) -> Tensor:
-    """Counts (``bins``,) int64 of angles in equal bins over 0 to 180 degrees: the lower edge belongs to a
-    bin, the last is closed."""
+    """Counts (``bins``,) int64 of angles in equal bins from 0 to 180 degrees, which include their lower edge;
+    the last also includes its upper edge."""
     degrees = torch.rad2deg(theta.detach().double())
     index = (degrees * (bins / 180)).floor().long().clamp(0, bins - 1)
     return torch.bincount(index, minlength=bins)

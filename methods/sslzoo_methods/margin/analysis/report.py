@@ -1,4 +1,4 @@
-"""What ``sslzoo analyze margins`` writes and prints: scalars, a table of samples, pictures, one page."""
+"""The report of ``sslzoo analyze margins``: scalars, a table of samples, plots and an HTML page."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from sslzoo_methods.margin.analysis.plots import STYLE, Snapshot, all_plots
 from sslzoo_methods.margin.factors import NO_MARGIN, Margin
 
 PAIRS = (
-    "anchors and positives of the views that the loss pairs, through predictor and momentum encoder where it has "
-    "them, each view in a pass of its own; an anchor's negatives are the other samples' positives in its batch, "
-    "also where the loss has more, a queue, a bank or none"
+    "anchors and positives are the pairs of views that the loss compares, computed with predictor and momentum encoder "
+    "if there are any, with one forward pass per view; the negatives of an anchor are the positives of the other "
+    "samples in its batch, even if the loss uses more views, a queue, a bank or no negatives"
 )
 
 
@@ -38,18 +38,18 @@ def summarize(
     recipe: Recipe,
     samples: int,
 ) -> dict[str, Any]:
-    """What ``margins.json`` holds: numbers that are infinite or NaN, which JSON does not know, as null."""
-    found = [
+    """The content of ``margins.json``; infinite and NaN values, which JSON lacks, are replaced by null."""
+    described = [
         {"path": str(look.path), "step": look.step, "epoch": look.epoch} | describe(look.seen)
         for look in looks
     ]
     return _finite(
         {
-            "checkpoints": found,
+            "checkpoints": described,
             "history": looks[-1].history,
             "pairs": PAIRS,
             "samples": samples,
-            "temperature": found[-1]["temperature"],
+            "temperature": described[-1]["temperature"],
             "seed": recipe.seed,
             "recipe": plain(recipe),
         }
@@ -57,7 +57,7 @@ def summarize(
 
 
 def lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """What is printed: the last checkpoint, one line for each margin."""
+    """The text to print: one line per margin, for the last checkpoint."""
     for name, values in summary["checkpoints"][-1]["margins"].items():
         logs = [key for key in values if key.startswith("log_")]
         shares = ", ".join(f"{key.removeprefix('log_')} {_text(values[key], '+.3f')}" for key in logs)
@@ -71,7 +71,7 @@ def _text(value: float | None, form: str) -> str:
 def write(
     out: Path, summary: Mapping[str, Any], margins: Mapping[str, Margin], seen: Seen, sample_id: Tensor
 ) -> None:
-    """``margins.json``, ``samples.csv.gz``, the pictures and ``index.html``; ``seen`` is the last checkpoint's."""
+    """Write ``margins.json``, ``samples.csv.gz``, plots and ``index.html``; ``seen`` is from the last checkpoint."""
     tables = {
         kind: {name: per_sample(s, margin, temperature=seen.temperature) for name, margin in margins.items()}
         for kind, s in seen.by_kind.items()
@@ -82,7 +82,7 @@ def write(
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with null for every number that is infinite or NaN, which JSON does not know."""
+    """``value`` with None in place of infinite and NaN numbers."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -93,7 +93,7 @@ def _finite(value: Any) -> Any:
 def _write_table(
     path: Path, sample_id: Tensor, tables: Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 ) -> None:
-    """A row for every kind of pair, margin and sample. Nine digits, which give each float32 back."""
+    """Write one row per kind of pair, margin and sample, with nine digits, which represent float32 exactly."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     columns = list(next(iter(next(iter(tables.values())).values())))
@@ -141,16 +141,16 @@ def _write_pictures(
 
 
 def _moments(summary: Mapping[str, Any], shown: str) -> list[Snapshot]:
-    """The looks of the callback's history where it knows the margin ``shown`` in detail, at the same
-    temperature; then the checkpoints'."""
+    """Snapshots over time: those recorded during training, if they have the margin ``shown`` and the same
+    temperature, followed by those of later checkpoints."""
     tau = summary["temperature"]
-    looks = [r for r in summary["history"] if shown in r["margins"] and r.get("temperature") == tau]
-    first = summary["checkpoints"][0]["step"] if not looks else looks[-1]["step"] + 1
-    looks = [
-        *looks,
+    records = [r for r in summary["history"] if shown in r["margins"] and r.get("temperature") == tau]
+    first = summary["checkpoints"][0]["step"] if not records else records[-1]["step"] + 1
+    records = [
+        *records,
         *(c for c in summary["checkpoints"] if c["step"] >= first or c is summary["checkpoints"][-1]),
     ]
-    return [Snapshot(r["step"], r["epoch"], r["histogram"], r["margins"]) for r in looks]
+    return [Snapshot(r["step"], r["epoch"], r["histogram"], r["margins"]) for r in records]
 
 
 PAGE = """<!doctype html>
@@ -166,7 +166,7 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .8rem }}
 </style>
 <h1>Margin analysis: {name}</h1>
 <p>{samples:,} samples of the training data at optimiser step {step:,}; τ = {temperature:g}; seed {seed}.
-Angles in degrees. Each margin is asked at the same embeddings: {pairs}.</p>
+Angles in degrees. All margins are evaluated on the same embeddings: {pairs}.</p>
 <table>{rows}</table>
 <main>{figures}</main>
 <h2>Recipe</h2><pre>{recipe}</pre>
