@@ -1,6 +1,6 @@
-"""Views per CPU-second of the input pipeline against a plain torchvision v2 pipeline a sample.
+"""Views per CPU-second of the input pipeline, compared with a per-sample torchvision v2 pipeline.
 
-Both are measured in the same process, alternating; medians and ratios of CPU time on one thread.
+Both run alternately in the same process; medians and ratios of CPU time on one thread.
 
     python benchmarks/data.py
 """
@@ -41,7 +41,7 @@ COLOUR: dict[str, Any] = {
 
 
 def torchvision_pipeline(view: ViewConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> v2.Compose:
-    """The same policy as torchvision applies it, to one uint8 tensor at a time."""
+    """The same augmentation policy in torchvision, applied to one uint8 tensor at a time."""
     return v2.Compose(
         [
             v2.RandomResizedCrop(view.size, view.scale, antialias=True),
@@ -58,7 +58,7 @@ def torchvision_pipeline(view: ViewConfig, mean: tuple[float, ...], std: tuple[f
 
 
 def module(source: ImageSource, view: ViewConfig, batch: int) -> SSLDataModule:
-    """Two views of ``source``, without a Trainer."""
+    """A data module that yields two views of ``source``, without a Trainer."""
     channels = source.channels
     return SSLDataModule(
         DataConfig(
@@ -74,7 +74,7 @@ def module(source: ImageSource, view: ViewConfig, batch: int) -> SSLDataModule:
 
 
 def alternating(contenders: dict[str, Callable[[], int]]) -> dict[str, float]:
-    """Median views per CPU-second of each, after one round that is not counted."""
+    """Median views per CPU-second of each pipeline, after a warm-up round."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for k in range(ROUNDS + 1):
         for name, work in contenders.items():
@@ -86,7 +86,7 @@ def alternating(contenders: dict[str, Callable[[], int]]) -> dict[str, float]:
 
 
 def compare(title: str, source: ImageSource, view: ViewConfig, batch: int) -> list[str]:
-    """Rates of the whole pipeline and, for files, of its worker part."""
+    """Rates of the whole pipeline and, for files, of the part that runs in workers."""
     data = module(source, view, batch)
     dataset = ViewDataset(source, data.views, 0)
     items = [(0, i) for i in range(batch)]
@@ -117,7 +117,7 @@ def compare(title: str, source: ImageSource, view: ViewConfig, batch: int) -> li
 
 
 def photographs(folder: Path, count: int) -> None:
-    """JPEGs of 500 x 375 with about the size and the spectrum of photographs."""
+    """JPEG files of 500 x 375 pixels with about the file size and spectrum of photographs."""
     rng = np.random.default_rng(0)
     for i in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
@@ -128,7 +128,7 @@ def photographs(folder: Path, count: int) -> None:
 
 
 def run() -> list[str]:
-    """One line a measurement."""
+    """Print one line per measurement."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     grey = open_source(

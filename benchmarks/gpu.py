@@ -1,8 +1,8 @@
-"""Steps of every method with its ImageNet encoder on one GPU: images a second, memory, waits, and the loader.
+"""ImageNet training step of each method on one GPU: images per second, memory, host waits, and the data loader.
 
-Each row trains under the real ``Trainer`` with the callbacks of a run, on crops that are already there: what a
-device does with a batch, augmentation and probe included. The batch is one device's share of the recipe's. The last
-table decodes JPEG files with all CPUs, which tells how many cores a GPU needs. Without a GPU nothing is measured.
+Each row trains with the real ``Trainer`` and the callbacks of a run, on crops that are already in memory, including
+augmentation and probe. The batch is one device's share of the recipe's batch. The last table measures JPEG decoding
+with all CPUs, which shows how many cores a GPU needs. Without a GPU nothing is measured.
 
     python benchmarks/gpu.py [--steps 20] [--method sce ...] [--no-compile] [--json FILE]
 """
@@ -59,7 +59,7 @@ WATCHED = 2  # steps whose waits are counted
 
 
 class Pretended(ImageSource):
-    """Labels of ImageNet's number, and no image: the crops are given."""
+    """A source with labels of 1,000 classes but no images, because the crops are given."""
 
     is_array = False
 
@@ -78,17 +78,17 @@ class Pretended(ImageSource):
 
 
 class Crops(SSLDataModule):
-    """The same few batches of random crops again and again."""
+    """Yields a few batches of random crops repeatedly."""
 
     steps = 1
 
     def eval_sets(self) -> list[EvalSet]:
-        """What the probe asks for."""
+        """The evaluation sets, which the probe needs."""
         ids = torch.arange(IMAGES)
         return [EvalSet(name="", split="train", num_classes=CLASSES, source=self.train_source, sample_id=ids)]
 
     def train_dataloader(self) -> DataLoader[RawBatch]:
-        """Pinned, as a loader's workers would leave them."""
+        """A loader over batches in pinned memory, as data workers would provide them."""
         n = self.plan.micro_batch_size
         draw = torch.Generator().manual_seed(0)
         batches = []
@@ -104,7 +104,7 @@ class Crops(SSLDataModule):
 
 
 def _place() -> str:
-    """The innermost line of the framework or a method on the stack, else of any library but torch."""
+    """The innermost line of sslzoo or a method on the stack, otherwise of any library except torch."""
     frame, other = sys._getframe(2), "elsewhere"
     while frame is not None:
         module = str(frame.f_globals.get("__name__"))
@@ -117,7 +117,7 @@ def _place() -> str:
 
 
 class Watch(Callback):
-    """Seconds and peak memory of the steps after a warm-up, and the places where the host waited for the device."""
+    """Time and peak memory of the steps after a warm-up, and the places where the host waited for the device."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.count = steps, 0
@@ -125,7 +125,7 @@ class Watch(Callback):
         self.waits: Counter[str] = Counter()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """After the timed steps, two more under torch's own watch for waits."""
+        """After the timed steps, run two more in torch's sync debug mode."""
         if self.count == WARM_UP + self.steps:
             self._showing, warnings.showwarning = warnings.showwarning, self._note
             warnings.simplefilter("always")
@@ -136,7 +136,7 @@ class Watch(Callback):
             self.waits[_place()] += 1
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """The clock is read when the device has finished, once before and once after the timed steps."""
+        """Read the clock before and after the timed steps, once the device has finished."""
         self.count += 1
         if self.count == WARM_UP + self.steps + WATCHED:
             torch.cuda.set_sync_debug_mode("default")
@@ -149,7 +149,7 @@ class Watch(Callback):
 
     @property
     def ms(self) -> float:
-        """Milliseconds a step."""
+        """Milliseconds per step."""
         return (self.marks[1] - self.marks[0]) * 1e3 / self.steps
 
 
@@ -162,7 +162,7 @@ def measure(
     channels_last: bool = False,
     compile: bool = False,
 ) -> dict[str, Any]:
-    """One row: the recipe ``name`` with ``micro`` samples a step."""
+    """Measure one row: the recipe ``name`` with ``micro`` samples per step."""
     overrides = [
         f"data.global_batch_size={micro}",
         "trainer.devices=1",
@@ -217,7 +217,7 @@ def measure(
 
 
 def fitting(name: str, steps: int, **options: Any) -> dict[str, Any]:
-    """The row of one device's share of the recipe's batch, halved until it fits."""
+    """Measure the recipe with one device's share of its batch, halved until it fits."""
     recipe = load_recipe(name).recipe
     micro = recipe.data.global_batch_size // int(recipe.trainer["devices"])
     micro //= int(recipe.trainer.get("num_nodes", 1)) * int(recipe.trainer.get("accumulate_grad_batches", 1))
@@ -234,7 +234,7 @@ def fitting(name: str, steps: int, **options: Any) -> dict[str, Any]:
 
 
 def show(row: dict[str, Any]) -> None:
-    """One line."""
+    """Print one row."""
     kind = row["precision"] + ", channels_last" * row["channels_last"] + ", compiled" * row["compile"]
     batch = f"{row['batch']}" + (f" of {row['share']}" if row["batch"] != row["share"] else "")
     print(
@@ -245,7 +245,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def loader(folder: Path, seconds: float) -> dict[str, Any]:
-    """Images a second that all CPUs decode and crop for SCE's views, from JPEG files of ImageNet's usual size."""
+    """Images per second that all CPUs decode and crop for SCE's views, from JPEG files of ImageNet's typical size."""
     draw = np.random.default_rng(0)
     paths = []
     for k in range(256):
@@ -290,10 +290,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--method", nargs="*", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("no GPU here: nothing was measured")
+        print("no GPU found: nothing was measured")
         sys.exit()
     torch.set_float32_matmul_precision("highest")
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30

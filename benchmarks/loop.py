@@ -1,6 +1,6 @@
-"""What progress, metrics, checkpoint bookkeeping and the probe cost a step, over a bare PyTorch loop.
+"""Overhead per step of progress, metrics, checkpoint bookkeeping and probe, compared with a bare PyTorch loop.
 
-Rounds alternate; medians of CPU milliseconds a step, one thread. Target: at most +1.0 ms with all of it.
+The variants run in turn; medians of CPU milliseconds per step, one thread. Target: at most +1.0 ms in total.
 
     python benchmarks/loop.py [--rounds 5] [--steps 400]
 """
@@ -43,22 +43,22 @@ OPTIM = AdamConfig(name="adamw", lr=1e-3, lr_scaling="none", weight_decay=1e-4, 
 
 
 def backbone() -> nn.Module:
-    """The same small net for all."""
+    """A small network, the same for all variants."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(WIDTH, 64), nn.ReLU(), nn.Linear(64, WIDTH))
 
 
 def loss_of(h: Tensor, other: Tensor) -> Tensor:
-    """NT-Xent-like, on one side."""
+    """A one-sided NT-Xent loss."""
     logits = F.normalize(h, dim=1) @ F.normalize(other, dim=1).T / 0.2
     return F.cross_entropy(logits, torch.arange(len(h)))
 
 
 class Bench(SSLMethod[MethodConfig]):
-    """The bare loop's computation as a method, with four recorded values."""
+    """The computation of the bare loop as a method that records four values."""
 
     def loss(self, batch: Batch) -> Tensor:
-        """One micro-batch."""
+        """The loss of one micro-batch."""
         first, second = (self.backbone(view) for view in batch.global_views)
         self.publish(backbone=first)
         loss = loss_of(first, second)
@@ -68,20 +68,20 @@ class Bench(SSLMethod[MethodConfig]):
 
 
 class Data(LightningDataModule):
-    """The same batch again and again: no cost of its own."""
+    """Yields the same batch at every step, at no cost."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.steps, self.position = steps, 0
 
     def eval_sets(self) -> list[Any]:
-        """What the probe asks for."""
+        """The evaluation sets, which the probe needs."""
         from types import SimpleNamespace
 
         return [SimpleNamespace(name="", split="train", num_classes=CLASSES, source=None)]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """A list of references to one batch."""
+        """A loader over references to one batch."""
         return DataLoader([batch()] * self.steps, batch_size=None)  # type: ignore[arg-type]
 
 
@@ -93,13 +93,13 @@ def batch() -> Batch:
 
 
 class Stopwatch(Callback):
-    """CPU time of the training steps after a warm-up, start-up and end left out."""
+    """CPU time of the training steps after a warm-up, without start-up and teardown."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.count, self.begun, self.ms = steps, 0, 0.0, 0.0
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Start after a tenth of the steps, stop at the last."""
+        """Start the clock after a tenth of the steps and stop it at the last."""
         self.count += 1
         warm = self.steps // 10
         if self.count == warm:
@@ -109,7 +109,7 @@ class Stopwatch(Callback):
 
 
 def bare(steps: int) -> float:
-    """CPU ms a step of the loop that one would write by hand."""
+    """CPU ms per step of a hand-written loop."""
     net, plan = backbone(), plan_of(steps)
     optimizer: Any = build_optimizer([{"named": list(net.named_parameters())}], OPTIM)
     one, warm, begun = batch(), steps // 10, 0.0
@@ -125,12 +125,12 @@ def bare(steps: int) -> float:
 
 
 def plan_of(steps: int) -> TrainingPlan:
-    """One epoch of ``steps``."""
+    """A plan of one epoch with ``steps`` steps."""
     return TrainingPlan(dataset_size=BATCH * steps, global_batch_size=BATCH, max_epochs=1)
 
 
 def framework(steps: int, *, companions: bool, probe: bool) -> float:
-    """CPU ms a step under the Trainer, with or without our callbacks and the probe."""
+    """CPU ms per step under the Trainer, with or without our callbacks and the probe."""
     method = Bench(MethodConfig(name="bench"), backbone(), WIDTH)
     method.prepare(plan_of(steps), OPTIM, seed=0)
     watch = Stopwatch(steps)
@@ -181,7 +181,7 @@ def main() -> None:
     base = statistics.median(times["bare PyTorch loop"])
     for name, values in times.items():
         ms = statistics.median(values)
-        print(f"{name:45s} {ms:6.2f} ms a step   {ms - base:+6.2f}")
+        print(f"{name:45s} {ms:6.2f} ms per step   {ms - base:+6.2f}")
     over = statistics.median(times["+ linear probe, three rates"]) - base
     print(json.dumps({"loop_overhead_ms": round(over, 3), "target_ms": TARGET_MS, "ok": over <= TARGET_MS}))
 

@@ -1,6 +1,6 @@
-"""What a margin costs over the same loss without one, and the chunked form against the dense one.
+"""The cost of a margin relative to the same loss without one, and of the chunked form relative to the dense one.
 
-One thread, the forms alternating in one run, medians of the ratios. Memory of each form in a process of its own.
+One thread; the forms run in turn; medians of the ratios. Memory is measured for each form in a separate process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sslzoo_methods.margin.method import MarginContrast
 
 
 def gradient(embeddings: Tensor, margin: Margin, chunk: int | None) -> Tensor:
-    """Forward and backward of NT-Xent over two views (2N, D); the gradient of the embeddings."""
+    """Forward and backward pass of NT-Xent over two views (2N, D); returns the gradient of the embeddings."""
     z = embeddings.detach().requires_grad_()
     own = torch.arange(len(z))
     positive = (own + len(z) // 2) % len(z)
@@ -44,7 +44,7 @@ def gradient(embeddings: Tensor, margin: Margin, chunk: int | None) -> Tensor:
 
 
 def products(embeddings: Tensor) -> None:
-    """The bare matrix products of forward and backward, in the chunked form's blocks."""
+    """The matrix products of forward and backward pass, in the blocks of the chunked form."""
     out = torch.zeros_like(embeddings)
     for rows in embeddings.split(256):
         scores = rows @ embeddings.T
@@ -53,13 +53,13 @@ def products(embeddings: Tensor) -> None:
 
 
 def step(method: MarginContrast, batch: Batch) -> None:
-    """A whole training step but for the optimiser."""
+    """A training step without the optimiser."""
     method.zero_grad()
     method.loss(batch).backward()
 
 
 def method_with(family: Family, effects: Effects) -> MarginContrast:
-    """SimCLR on the small encoder, as margin_fashion_mnist has it."""
+    """SimCLR with a small encoder, as in margin_fashion_mnist."""
     cfg = MarginConfig(
         name="margin",
         base=SimCLRConfig(temperature=0.2),
@@ -75,7 +75,7 @@ def method_with(family: Family, effects: Effects) -> MarginContrast:
 
 
 def main() -> int:
-    """Print the table; 1 if a promise is broken."""
+    """Print the table; returns 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--dim", type=int, default=128)

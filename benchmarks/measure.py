@@ -1,4 +1,4 @@
-"""CPU time of contenders in turn, and the memory that a call needs on top."""
+"""Measure the CPU time of alternatives in turn, and the additional memory that a call needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from time import process_time
 
 
 def alternating(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each contender, a value a round; one round more before them warms up."""
+    """CPU seconds of each contender, one value per round, after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for k in range(rounds + 1):
         for name, run in contenders.items():
@@ -22,15 +22,15 @@ def alternating(contenders: Mapping[str, Callable[[], object]], rounds: int) -> 
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, over: str) -> float:
-    """Median over the rounds of the time of ``name`` in units of ``over``."""
+    """Median over the rounds of the time of ``name`` relative to that of ``over``."""
     return median(a / b for a, b in zip(seconds[name], seconds[over], strict=True))
 
 
 def extra_mebibytes(run: Callable[[], object], warm_up: Callable[[], object]) -> float:
-    """How far ``run`` raises the resident memory of a process of its own above what ``warm_up`` left.
+    """Peak resident memory (MiB) that ``run`` adds to that of ``warm_up``, in a forked process.
 
-    ``warm_up``, the same on a small scale, is for what libraries allocate once. Measure memory before time:
-    the process begins as a copy of this one, whose freed memory would hide what ``run`` needs.
+    ``warm_up`` should do the same on a small scale, so that one-time allocations of libraries are not counted.
+    Measure memory before time: the fork inherits freed memory of this process, which ``run`` could reuse.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -44,7 +44,7 @@ def extra_mebibytes(run: Callable[[], object], warm_up: Callable[[], object]) ->
 
 def _raised(run: Callable[[], object], warm_up: Callable[[], object]) -> float:
     warm_up()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current resident memory
     before = _high_water()
     run()
     return _high_water() - before

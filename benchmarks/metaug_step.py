@@ -1,7 +1,7 @@
-"""MetAug's generator step against a plain encoder step: what the bilevel step costs on top.
+"""The cost of MetAug's bilevel step relative to a plain encoder step.
 
-ResNet-18 with the CIFAR stem and generators of the official size, on random images. One thread, the forms
-alternating in one run, medians of CPU time.
+ResNet-18 with the CIFAR stem and generators of the official size, on random images. One thread; the variants run
+in turn; medians of CPU time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CONFIG = MetAugConfig(
     margin=MarginConfig(weight=1e-11, positive_weight=1e-4),
     meta=META,
 )
-# The form, and the most that it may cost over the plain step.
+# Variant -> maximum additional cost, relative to the plain step.
 FORMS = {
     "second order": (META, 4.5),
     "first order": (replace(META, order=1), None),
@@ -48,7 +48,7 @@ OPTIM = SGDConfig(lr=0.03, lr_scaling="none", weight_decay=5e-4, warmup_epochs=0
 
 
 def main() -> int:
-    """Print the table; 1 if a promise is broken."""
+    """Print the table; returns 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=32)

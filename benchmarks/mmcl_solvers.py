@@ -1,10 +1,10 @@
-"""MMCL's solvers against a plain batched solve that forms every Delta_j. One thread, alternating rounds.
+"""MMCL's solvers compared with a plain batched solver that forms every Delta_j. One thread, alternating rounds.
 
     python benchmarks/mmcl_solvers.py
 
-Asserts: ``inv`` at N=256 at least 80 times faster and under 4 MiB extra; ``pgd`` at least 20 times faster an
-iteration; ``inv`` at N=2048 under 5 s; ``pgd_adaptive`` within 1e-3 of the optimum in at most 60 iterations
-at N=256 for sigma in {0.5, 5, 10, 50}.
+Asserts that ``inv`` at N=256 is at least 80 times faster and needs less than 4 MiB of extra memory; that ``pgd`` is
+at least 20 times faster per iteration; that ``inv`` at N=2048 takes less than 5 s; and that ``pgd_adaptive`` at N=256
+is within 1e-3 of the optimum after at most 60 iterations, for sigma in {0.5, 5, 10, 50}.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own remarks
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's messages
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ N, D, REG, ETA, ITERATIONS, ROUNDS = 256, 128, 0.1, 1e-3, 60, 3
 
 
 def features(n: int, mean_cosine: float) -> Tensor:
-    """Unit rows (n, D) whose mutual cosines average ``mean_cosine``."""
+    """Unit rows (n, D) with a mean pairwise cosine of ``mean_cosine``."""
     generator = torch.Generator().manual_seed(0)
     common = torch.nn.functional.normalize(torch.randn(1, D, generator=generator), dim=1)
     own = torch.nn.functional.normalize(torch.randn(n, D, generator=generator), dim=1)
@@ -42,7 +42,7 @@ def features(n: int, mean_cosine: float) -> Tensor:
 
 
 def problem(n: int, mean_cosine: float, sigma: float) -> DualProblem:
-    """RBF, no bound, as in the ImageNet recipe."""
+    """A dual problem as in the ImageNet recipe: RBF kernel, no bound."""
     return dual_problem(
         features(n, mean_cosine),
         anchors=n,
@@ -54,7 +54,7 @@ def problem(n: int, mean_cosine: float, sigma: float) -> DualProblem:
 
 
 def batched_hessians(x: Tensor, sigma: float) -> Tensor:
-    """Every Delta_j, (n, n-1, n-1)."""
+    """All matrices Delta_j, (n, n-1, n-1)."""
     n = len(x)
     gram = torch.exp(-(2 - 2 * x @ x.T) / sigma)
     others = torch.arange(n).expand(n, n)[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
@@ -64,13 +64,13 @@ def batched_hessians(x: Tensor, sigma: float) -> Tensor:
 
 
 def batched_inv(x: Tensor, sigma: float) -> Tensor:
-    """2 Delta_j^-1 1, clipped, (n, n-1)."""
+    """Clipped 2 Delta_j^-1 1, (n, n-1)."""
     hessians = batched_hessians(x, sigma)
     return torch.linalg.solve(hessians, torch.full((*hessians.shape[:2], 1), 2.0)).squeeze(2).relu()
 
 
 def batched_pgd(hessians: Tensor, start: Tensor, theta: float, iterations: int) -> Tensor:
-    """Nesterov's iteration with a fixed step; the relative change is taken, as the stop needs it."""
+    """Nesterov's iteration with a fixed step, including the relative change for the stopping criterion."""
     duals = point = start
     for _ in range(iterations):
         gradient = torch.bmm(hessians, point[:, :, None]).squeeze(2) - 2
@@ -83,14 +83,14 @@ def batched_pgd(hessians: Tensor, start: Tensor, theta: float, iterations: int) 
 
 
 def seconds(fn: Callable[[], object]) -> float:
-    """Process time of one call."""
+    """CPU time of one call, in seconds."""
     start = time.process_time()
     fn()
     return time.process_time() - start
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
-    """Most memory that one call holds at once, from the allocator's own record."""
+    """Peak memory of one call, as recorded by the allocator."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         fn()
     assert trace.profiler is not None and trace.profiler.kineto_results is not None
@@ -103,7 +103,7 @@ def peak_bytes(fn: Callable[[], object]) -> int:
 
 
 def without_diagonal(square: Tensor) -> Tensor:
-    """(n, n) to (n, n-1)."""
+    """Remove the diagonal: (n, n) to (n, n-1)."""
     n = len(square)
     return square[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
 
@@ -179,7 +179,7 @@ def converge() -> None:
 
 
 def optimum(problem: DualProblem) -> Tensor:
-    """The dual optima (n,), from float64 iterated to the end."""
+    """The optimal dual objectives (n,), from a converged solve in float64."""
     exact = replace(problem, gram=problem.gram.double(), self_term=problem.self_term.double())
     return exact.objective(solve_adaptive(exact, max_iter=5000, tol=1e-8).duals)
 

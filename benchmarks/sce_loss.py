@@ -1,12 +1,12 @@
-"""SCE's training loss against the bare matrix products it needs, and against its dense form.
+"""SCE's training loss compared with its bare matrix products, and with its dense form.
 
     python benchmarks/sce_loss.py [--rounds 5] [--samples 1024] [--queue 65536] [--width 128]
 
 Two crops, asymmetric: one online and one momentum view, forward and backward, float32, one thread. The
-products are, for the rows of both views, logits = rows @ queue.T and barycentres = weights @ queue, in
-the same tiles. Times are CPU seconds, taken in turn within each round; medians. Memory is the peak of the
-resident set above what inputs hold, in a process of its own. The dense form runs on an eighth of the
-samples (its memory and time are proportional to them) beside the lean form on the same eighth.
+products are, for the rows of both views, logits = rows @ queue.T and weighted means = weights @ queue, in
+the same tiles. Times are medians of CPU seconds, measured in turn within each round. Memory is the peak
+resident memory beyond that of the inputs, in a separate process. The dense form runs on an eighth of the
+samples, to which its memory and time are proportional, and is compared with the lean form on the same ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def inputs(samples: int, queue: int, width: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def products(q: Tensor, k: Tensor, bank: Tensor) -> None:
-    """The two products per row that no exact form can do without."""
+    """The two matrix products that every exact form needs."""
     with torch.no_grad():
         rows = torch.cat([q, k])
         width = max(2**20 // len(rows), 64)
@@ -90,15 +90,15 @@ def times(forms: list[str], rounds: int, *sizes: int) -> dict[str, float]:
 
 
 def peak_mebibytes(form: str, *sizes: int) -> float:
-    """Peak memory of one forward and backward pass above its inputs."""
-    # The small call is for what the libraries allocate once.
+    """Peak memory of one forward and backward pass in addition to its inputs."""
+    # The small call triggers one-time allocations of the libraries.
     return extra_mebibytes(
         partial(FORMS[form], *inputs(*sizes)), partial(FORMS[form], *inputs(16, 256, sizes[2]))
     )
 
 
 def main() -> int:
-    """Print the table; 1 if a limit is broken."""
+    """Print the table; returns 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=1024)

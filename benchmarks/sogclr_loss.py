@@ -1,7 +1,7 @@
-"""SogCLR's memory-lean loss against the readable dense form: time, extra memory, gradients.
+"""SogCLR's memory-lean loss compared with the readable dense form: time, extra memory, gradients.
 
-One thread, the two forms alternating in one run, medians. Memory is measured before anything else has
-run, each form in a process of its own.
+One thread; the two forms run in turn; medians. Memory is measured first, with each form in a separate
+process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FORMS: dict[str, Callable[..., Any]] = {"dense": gcl_loss, "lean": gcl_loss_lean
 
 
 def gradient(form: Callable[..., Any], embeddings: Tensor, log_u: Tensor) -> Tensor:
-    """Forward and backward of one step; the gradient of the embeddings."""
+    """Forward and backward pass of one step; returns the gradient of the embeddings."""
     z = embeddings.detach().requires_grad_()
     loss, _ = form(
         z,
@@ -43,7 +43,7 @@ def gradient(form: Callable[..., Any], embeddings: Tensor, log_u: Tensor) -> Ten
 
 
 def products(embeddings: Tensor) -> None:
-    """The bare matrix products that any implementation needs, in the lean form's blocks."""
+    """The matrix products that every implementation needs, in the blocks of the lean form."""
     flat = embeddings.flatten(0, 1)
     out = torch.zeros_like(flat)
     for rows in flat.split(256):
@@ -53,7 +53,7 @@ def products(embeddings: Tensor) -> None:
 
 
 def main() -> int:
-    """Print the table; 1 if a promise is broken."""
+    """Print the table; returns 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--dim", type=int, default=128)

@@ -829,9 +829,9 @@ byol 'method.effects={name: isolated, logit: both}' -> method.effects.logit: mus
 simclr method.family=eqco 'method.effects={name: isolated, emphasis: batch}' -> effects.emphasis: must not be batch
 simclr method.family=eqco 'method.effects={name: isolated, angle: true}' -> method.effects.angle: must be false without
 simclr method.family.angular_margin=0 'method.effects={name: isolated, logit: both}' -> effects.logit: must be null
-simclr 'method.effects={name: isolated, logit: positive, value_preserving: false}' -> value_preserving: can be false
+simclr 'method.effects={name: isolated, logit: positive, value_preserving: false}' -> value_preserving: can only be
 simclr 'method.effects={name: isolated, angle: true, factor_range: [2, 3]}' -> factor_range: must contain 1
-simclr 'method.effects={name: isolated, logit: both, factor_range: [0, 3]}' -> factor_range: has no effect without emphasis
+simclr 'method.effects={name: isolated, logit: both, factor_range: [0, 3]}' -> factor_range: has no effect
 simclr method.eqco_alpha=3 -> method.eqco_alpha: renamed: use method.family.alpha
 """
 
@@ -874,7 +874,7 @@ def test_macl_at_its_limits_has_a_temperature(alpha: float, alignment: float) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"angular": 10.0}, "must lie within .* radians, got 10.0"),
+        ({"angular": 10.0}, "must lie in .* radians, got 10.0"),
         ({"angular": -pi}, "radians"),
         ({"angular": float("nan")}, "got nan"),
         ({"subtractive": float("nan")}, "subtractive margin m2 must be finite, got nan"),

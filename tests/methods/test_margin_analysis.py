@@ -229,7 +229,7 @@ def test_every_method_of_the_zoo_has_a_temperature(name: str, temperature: float
 )
 def test_where_the_method_has_no_temperature_one_must_be_given(without: str) -> None:
     method, batch = built("mmcl_fashion_mnist", without)
-    with pytest.raises(ValueError, match=r"mmcl has no temperature .* such as temperature: 0.2"):
+    with pytest.raises(ValueError, match=r"mmcl has no temperature.* such as temperature: 0.2"):
         look(method, batch)
     assert look(method, batch, temperature=0.2).temperature == 0.2
 

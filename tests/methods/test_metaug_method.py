@@ -590,7 +590,7 @@ def test_what_a_recipe_may_say() -> None:
 
 def test_one_sample_without_banks_is_refused() -> None:
     z = [torch.ones(1, 5)] * 2
-    with pytest.raises(ValueError, match="needs negatives"):
+    with pytest.raises(ValueError, match="has no negatives"):
         make(BASE)._objective(Batch((), (), torch.zeros(1)), z, z, ENCODER)
 
 

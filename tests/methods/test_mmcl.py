@@ -732,7 +732,7 @@ def test_a_step_that_is_too_long_is_said():
         ),
         (
             "method.kernel={name: tanh, sigma: 1, self_term: kernel}; method.C=null",
-            "method.C: must be a number with method.kernel tanh, which is not positive semi-definite: the duals are unbounded",
+            "method.C: must be a number with method.kernel tanh, which is not positive semi-definite",
         ),
         (
             "method.kernel={name: poly, self_term: one}; method.C=null; method.solver=pgd",

@@ -1,5 +1,5 @@
-"""Pictures of a margin analysis, for the screen and for print: labelled axes, colours apart for every kind of
-colour vision and in grey. Statistics that are missing, None or infinite leave a gap."""
+"""Plots of a margin analysis, for screen and print, with colours that are distinguishable for colour-blind readers
+and in greyscale. Missing, None and infinite statistics leave a gap."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from sslzoo_methods.margin.factors import Margin
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's, as in the curves of a run.
+# The Okabe-Ito palette, as in the curves of a run.
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY)
-LINES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)))  # with the colours: 30 strokes
+LINES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)))  # 30 combinations with the colours
 GREY = "0.78"
 REPELLED: dict[str, Any] = {"edgecolor": "0.6", "hatch": "////"}
 PAIR_ANGLE = "angle of the positive pair θ (degrees)"
 BIN_WIDTH = 5.0
-B_AXIS = (-4.0, 6.0)  # at most: B is unbounded at the poles
+B_AXIS = (-4.0, 6.0)  # maximum range of the axis, because B is unbounded at 0 and 180 degrees
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "savefig.dpi": 200, "hatch.linewidth": 0.6
 }  # fmt: skip
 
 
 class Snapshot(NamedTuple):
-    """What was seen at one moment of training."""
+    """Statistics at one step of training."""
 
     step: int
     epoch: float
@@ -41,7 +41,7 @@ class Snapshot(NamedTuple):
 
 
 def label_of(name: str) -> str:
-    """``m1=10deg,m2=0.1`` as a legend writes it."""
+    """The legend's text for a margin name such as ``m1=10deg,m2=0.1``."""
     m1, m2 = (float(part.partition("=")[2].removesuffix("deg")) for part in name.split(",")[:2])
     return f"$m_1$ = {_signed(m1)}°, $m_2$ = {_signed(m2)}"
 
@@ -51,23 +51,23 @@ def _signed(value: float) -> str:
 
 
 def _number(value: float | None) -> float:
-    """NaN for what is missing or not finite."""
+    """``value``, or NaN if it is missing or not finite."""
     return value if value is not None and np.isfinite(value) else np.nan
 
 
 def _angle(snapshot: Snapshot, key: str) -> float:
-    """A statistic of the angles, which no margin changes."""
+    """A statistic of the angles, which is the same for all margins."""
     return _number(next(iter(snapshot.statistics.values())).get(key))
 
 
 def _finite(table: Mapping[str, np.ndarray], *keys: str) -> list[np.ndarray]:
-    """Columns, without the rows where one of them is not finite."""
+    """Columns of ``table``, without rows in which one of them is not finite."""
     columns = np.stack([table[key] for key in keys])
     return list(columns[:, np.isfinite(columns).all(axis=0)])
 
 
 def _stroke(i: int) -> dict[str, Any]:
-    """Colour and dash of the i-th curve."""
+    """Colour and line style of the i-th curve."""
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
 
 
@@ -84,7 +84,7 @@ def _tidy(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:
-    """The legend under the picture, which grows by it."""
+    """Put the legend below the plot and increase the figure's height accordingly."""
     handles, labels = axes.get_legend_handles_labels()
     figure.set_figheight(figure.get_figheight() + 0.18 * ceil(len(labels) / columns) + 0.1)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1)
@@ -96,13 +96,13 @@ def _shares(histogram: Sequence[int]) -> np.ndarray:
 
 
 def _limit(angles: np.ndarray, least: float = 0.0) -> float:
-    """The upper end of an axis that holds these angles: full bins with room, and ``least``."""
+    """Upper limit of an axis for these angles: a multiple of the bin width with some margin, at least ``least``."""
     widest = np.max(angles, initial=0.0, where=np.isfinite(angles))
     return min(180.0, max(least, BIN_WIDTH * ceil(widest / BIN_WIDTH + 0.2)))
 
 
 def _used(histogram: Sequence[int], share: float = 0.0) -> np.ndarray:
-    """The upper edges of the bins that hold more than ``share`` per cent of the pairs."""
+    """Upper edges of the bins with more than ``share`` per cent of the pairs."""
     return BIN_WIDTH * (np.flatnonzero(_shares(histogram) > share) + 1)
 
 
@@ -112,7 +112,7 @@ def _bars(axes: Axes, histogram: Sequence[int], **style: Any) -> None:
 
 
 def angle_histogram(snapshot: Snapshot) -> Figure:
-    """How wide the positives' angles are."""
+    """Histogram of the angles of the positive pairs."""
     figure, axes = _figure()
     limit = _limit(_used(snapshot.histogram))
     _bars(axes, snapshot.histogram, color=SKY, edgecolor="white", linewidth=0.6)
@@ -129,7 +129,7 @@ def angle_histogram(snapshot: Snapshot) -> Figure:
 
 
 def angle_evolution(snapshots: Sequence[Snapshot]) -> Figure:
-    """The angles' histogram over training: columns are moments, not to scale where they are uneven."""
+    """Histogram of the angles over training, one column per snapshot, with equal widths even if intervals differ."""
     figure, axes = _figure(5.6, 3.5)
     shares = np.stack([_shares(s.histogram) for s in snapshots], axis=1)  # (bins, moments)
     limit = _limit(np.concatenate([_used(s.histogram) for s in snapshots]))
@@ -151,7 +151,7 @@ def angle_evolution(snapshots: Sequence[Snapshot]) -> Figure:
 
 
 def slope_factors(snapshot: Snapshot, margins: Mapping[str, Margin]) -> Figure:
-    """B over the angle, with its neutral angle, over the histogram."""
+    """B as a function of the angle, with neutral angles, on top of the angles' histogram."""
     figure, axes = _figure()
     shown = _distinct(margins)
     neutral = [float(np.degrees(margin.neutral_angle)) for margin in shown.values()]
@@ -190,7 +190,7 @@ def slope_factors(snapshot: Snapshot, margins: Mapping[str, Margin]) -> Figure:
 
 
 def _distinct(margins: Mapping[str, Margin]) -> dict[str, Margin]:
-    """One margin for every angular part, m2 never enters B; none for margins without one."""
+    """One margin per distinct angular margin, since B does not depend on m2; margins without one are left out."""
     return {
         f"$m_1$ = {_signed(np.degrees(margin.angular))}°": margin
         for margin in margins.values()
@@ -199,7 +199,7 @@ def _distinct(margins: Mapping[str, Margin]) -> dict[str, Margin]:
 
 
 def probability_factor(samples: Mapping[str, np.ndarray], name: str, temperature: float) -> Figure:
-    """P without margin against A, sample by sample, with the curves that bound A; right, where the samples are."""
+    """A against P without margin for each sample, with the curves that bound A; on the right, zoomed to the samples."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     p0, a, delta = _finite(samples, "p0", "logit_factor", "delta")
     drops = {"largest": np.max, "median": np.median, "smallest": np.min} if len(delta) else {}
@@ -224,13 +224,13 @@ def probability_factor(samples: Mapping[str, np.ndarray], name: str, temperature
         _tidy(axes, "probability without margin, P⁰", "logit factor A = (1 − P) / (1 − P⁰)")
         axes.set_xlim(0, end)
     whole.set_title(f"{label_of(name)}, τ = {temperature:g}")
-    near.set_title("the samples' own range")
+    near.set_title("range of the samples")
     _legend_below(figure, whole, 3)
     return figure
 
 
 def _factor_axis(axes: Axes, values: np.ndarray) -> None:
-    """A vertical axis that holds positive factors, in octaves where they spread widely."""
+    """Set the range of a vertical axis for positive factors, with a log2 scale if they span more than a factor of 8."""
     values = values[values > 0]
     low, high = float(values.min()), float(values.max())
     room = max((high / low) ** 0.05, 1.005)
@@ -243,7 +243,7 @@ def _factor_axis(axes: Axes, values: np.ndarray) -> None:
 def factor_surface(
     samples: Mapping[str, np.ndarray], margin: Margin, name: str, temperature: float
 ) -> Figure:
-    """A times B over angle and probability, and where the samples are."""
+    """A times B as a function of angle and probability, with the samples as dots."""
     figure, axes = _figure(5.6, 3.7)
     angles, probabilities = _finite(samples, "theta", "p0")
     end = _limit(angles, 120.0)
@@ -253,9 +253,9 @@ def factor_surface(
     a = 1 / (1 - p0 + p0 * torch.exp(-margin.drop(theta) / temperature).clamp(1e-99, 1e99))
     factor = (a * margin.slope_factor(theta)).numpy()
     octaves = np.log2(factor.clip(min=2.0**-99))
-    pulled = np.append(np.abs(octaves[factor > 0]), 1.0)  # 1: there may be none
+    pulled = np.append(np.abs(octaves[factor > 0]), 1.0)  # 1.0 in case there are none
     limit = max(1.0, min(4.0, float(np.ceil(np.quantile(pulled, 0.98)))))
-    levels = np.linspace(-limit, limit, 26)  # 25 bands, 1 in the middle of one
+    levels = np.linspace(-limit, limit, 26)  # 25 bands; the factor 1 is in the middle of one
     filled = axes.contourf(degrees, p0[:, 0], octaves, levels=levels, cmap="PuOr", extend="both")
     marks = "dots: samples"
     if octaves.min() < 0 < octaves.max():
@@ -285,8 +285,8 @@ def factor_surface(
 def positive_gradients(
     plain: Mapping[str, np.ndarray], samples: Mapping[str, Mapping[str, np.ndarray]], temperature: float
 ) -> Figure:
-    """Length of the positive part of the gradient over the angle, without and with margins: medians of
-    5-degree bins, and the middle half of the samples for the first two."""
+    """Length of the positive part of the gradient against the angle, with and without margins: medians in
+    5-degree bins, and the interquartile range for the first two curves."""
     figure, axes = _figure()
     curves = [("no margin", plain), *((label_of(name), table) for name, table in samples.items())]
     for i, (name, table) in enumerate(curves):
@@ -304,7 +304,7 @@ def positive_gradients(
 
 
 def _binned(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Centres and quartiles, a row each, of ``y`` in the 5-degree bins that hold at least five samples."""
+    """Centres, and quartiles of ``y``, (4, bins), for the 5-degree bins with at least five samples."""
     index = np.clip((x // BIN_WIDTH).astype(int), 0, 35)
     rows = [(BIN_WIDTH * (b + 0.5), *np.quantile(y[index == b], [0.25, 0.5, 0.75]))
             for b in range(36) if (index == b).sum() >= 5]  # fmt: skip
@@ -313,8 +313,8 @@ def _binned(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def effects_by_epoch(snapshots: Sequence[Snapshot], name: str, temperature: float) -> Figure:
-    """Mean logarithms of the three factors on the positives' gradient at each moment; they add up to the dot."""
-    by_epoch = {int(s.epoch): s for s in snapshots}  # the last look of each epoch
+    """Mean logarithms of the three factors of the positives' gradient by epoch, and their sum (diamonds)."""
+    by_epoch = {int(s.epoch): s for s in snapshots}  # the last snapshot of each epoch
     chosen = np.unique(np.linspace(0, len(by_epoch) - 1, min(10, len(by_epoch))).round().astype(int))
     shown = [list(by_epoch.values())[i] for i in chosen]
     figure, axes = _figure()
@@ -340,12 +340,14 @@ def effects_by_epoch(snapshots: Sequence[Snapshot], name: str, temperature: floa
 
 
 def _slope_caption(margins: Mapping[str, Margin]) -> str:
-    text = "The factor B(θ) of angular margins on the pull of a positive; grey: where the pairs are."
+    text = (
+        "The factor B(θ) by which angular margins scale the pull on a positive; grey: histogram of the pairs."
+    )
     if any(margin.angular > 0 for margin in margins.values()):
-        text += " A positive m₁ pulls pairs nearer than its neutral angle θ* harder."
+        text += " A positive m₁ increases the pull on pairs below its neutral angle θ*."
     if any(margin.angular < 0 for margin in margins.values()):
-        text += " A negative m₁ pulls pairs nearer than its θ* less and pushes the nearest apart."
-    return text + " B has no bound at 0° and 180°. A subtractive margin alone leaves B = 1."
+        text += " A negative m₁ decreases the pull on pairs below its θ* and pushes the closest apart."
+    return text + " B is unbounded at 0° and 180°. A subtractive margin alone leaves B = 1."
 
 
 def all_plots(
@@ -355,9 +357,9 @@ def all_plots(
     samples: Mapping[str, Mapping[str, np.ndarray]],
     temperature: float,
 ) -> dict[str, tuple[Figure, str]]:
-    """Every picture with its caption, by file name. The last of ``snapshots`` is the state looked at;
-    ``samples`` are per-sample columns by margin, ``plain`` those without one; the first margin is the one
-    shown where there is room for one."""
+    """All figures with their captions, by file name. The last of ``snapshots`` is the current state;
+    ``samples`` are per-sample columns by margin, ``plain`` those without margin; plots of a single margin show
+    the first one."""
     from matplotlib import rc_context
 
     now, first = snapshots[-1], next(iter(margins))
@@ -366,26 +368,26 @@ def all_plots(
             "angles": (angle_histogram(now), "Angles of the positive pairs in bins of 5°; shaded: 5 % to 95 %."),
             "angles_over_training": (
                 angle_evolution(snapshots),
-                "The same over training, a column for each look; the line is the median.",
+                "The same over training, one column per snapshot; the line is the median.",
             ),
             "slope_factor": (slope_factors(now, margins), _slope_caption(margins)),
             "probability_and_logit_factor": (
                 probability_factor(samples[first], first, temperature),
-                "The logit factor A of every sample over its probability without margin: from 1 at P⁰ = 0 to "
-                "exp(δ) at P⁰ = 1, where δ is the drop of the sample's logit.",
+                "The logit factor A of each sample against its probability without margin: from 1 at P⁰ = 0 to "
+                "exp(δ) at P⁰ = 1, where δ is the decrease of the sample's logit.",
             ),
             "factor_surface": (
                 factor_surface(samples[first], margins[first], first, temperature),
-                "What the margin makes of a positive's gradient, A·B, over angle and probability.",
+                "The factor A·B by which the margin scales a positive's gradient, against angle and probability.",
             ),
             "positive_gradient": (
                 positive_gradients(plain, samples, temperature),
-                "Length of the positive part of the gradient, be it a pull or a push: medians in bins of 5° "
-                "with at least 5 samples; shaded: the middle half, without margin and with the first.",
+                "Length of the positive part of the gradient, whether pull or push: medians in bins of 5° with at "
+                "least 5 samples; shaded: interquartile range without margin and with the first one.",
             ),
             "effects_by_epoch": (
                 effects_by_epoch(snapshots, first, temperature),
-                "Mean logarithm of each effect on the positives' gradient, over the positives that stay pulled, "
-                "at the last look of each epoch.",
+                "Mean logarithm of each effect on the positives' gradient, over the positives that are still "
+                "pulled, at the last snapshot of each epoch.",
             ),
         }  # fmt: skip
