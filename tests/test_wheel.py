@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,10 @@ def test_carries_cards_licences_and_embedded_data(installed: Path):
 def test_trains_a_step_outside_the_repository(installed: Path, tmp_path: Path):
     output = _sslzoo(installed, tmp_path, "fit", "--recipe", "quickstart", "--dry-run")
     assert "a checkpoint of" in output and "passed" in output
+
+
+def test_checks_a_method_outside_the_repository(installed: Path, tmp_path: Path):
+    shutil.copy(installed / "sslzoo_methods/simclr/method.py", tmp_path / "mine.py")
+    overrides = ["method.temperature=0.2", "method.projector={widths: [16, 8]}"]
+    output = _sslzoo(installed, tmp_path, "check-method", "mine:SimCLR", *overrides, "--only", "labels,bf16")
+    assert "mine:SimCLR keeps 2 of 2 promises" in output

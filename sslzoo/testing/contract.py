@@ -19,7 +19,7 @@ from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.sections import Recipe
-from sslzoo.testing.promises import PROMISES, Broken, Promise
+from sslzoo.testing.promises import PROMISES, Broken, NotTried, Promise
 from sslzoo.testing.small import shrunk
 
 # What a method is tried with for which there is no recipe.
@@ -43,7 +43,8 @@ class Result:
     promise: Promise
     seconds: float
     remark: str = ""
-    found: str = ""  # what differed; empty where the promise is kept
+    tried: bool = True
+    found: str = ""  # what differed; empty if nothing did
     advice: str = ""
 
     @property
@@ -136,17 +137,19 @@ def check(promise: Promise, recipe: Recipe) -> Result:
     """
     torch.set_num_threads(1)
     start = time.monotonic()
-    remark, found, advice = "", "", ""
+    remark, found, advice, tried = "", "", "", True
     with tempfile.TemporaryDirectory(prefix="sslzoo-check-") as folder:
         try:
             remark = promise.check(recipe, Path(folder))
+        except NotTried as reason:
+            remark, tried = str(reason), False
         except Broken as broken:
             found, advice = broken.found, broken.advice
         except Exception as error:
             found = f"{type(error).__name__} in {_place(error)}: {' '.join(str(error).split())}"
-            advice = "this is raised when the method trains"
+            advice = "the method must get through this without an error"
     seconds = time.monotonic() - start
-    return Result(promise=promise, seconds=seconds, remark=remark, found=found, advice=advice)
+    return Result(promise=promise, seconds=seconds, remark=remark, tried=tried, found=found, advice=advice)
 
 
 def _place(error: Exception) -> str:

@@ -42,9 +42,13 @@ class Broken(Exception):
         self.found, self.advice = found, advice
 
 
+class NotTried(Exception):
+    """A promise cannot be tested with this recipe, and why."""
+
+
 @dataclass(frozen=True)
 class Promise:
-    """A row of the table. ``check`` raises :class:`Broken`, and returns a remark where there is one."""
+    """A row of the table. ``check`` raises :class:`Broken` or :class:`NotTried`; it may return a remark."""
 
     name: str
     words: str
@@ -99,9 +103,7 @@ def _refusal(recipe: Recipe) -> str:
 # -- one batch ------------------------------------------------------------------------------------
 
 
-@_promise(
-    "publishing", "the loss is one finite number, and the features that probes read are published with it"
-)
+@_promise("publishing", "the loss is one finite number, and it publishes the features that probes read")
 def publishes(recipe: Recipe, folder: Path) -> str:
     """Shapes and names of what the loss leaves for probes and the meter."""
     method, batch = _built(recipe)
@@ -142,7 +144,9 @@ def _check_layers(method: SSLMethod[Any], layers: dict[str, Tensor]) -> None:
     )
 
 
-@_promise("evaluation", "evaluation changes nothing, and an image's features do not depend on its neighbours")
+@_promise(
+    "evaluation", "evaluation changes nothing, and an image's features do not depend on the rest of the batch"
+)
 def evaluates(recipe: Recipe, folder: Path) -> str:
     """``features`` in evaluation mode."""
     method, batch = _built(recipe)
@@ -163,7 +167,7 @@ def evaluates(recipe: Recipe, folder: Path) -> str:
     return ""
 
 
-@_promise("labels", "the loss does not see the labels")
+@_promise("labels", "the loss does not depend on the labels")
 def ignores_labels(recipe: Recipe, folder: Path) -> str:
     """The loss with labels, with others, and without any."""
     losses = []
@@ -214,7 +218,7 @@ def bears_bf16(recipe: Recipe, folder: Path) -> str:
 # -- a few steps ----------------------------------------------------------------------------------
 
 
-@_promise("gradients", "every parameter that is to be trained gets a gradient")
+@_promise("gradients", "every trainable parameter gets a gradient")
 def reaches_parameters(recipe: Recipe, folder: Path) -> str:
     """Two steps in float64; a parameter counts where its gradient was not zero or where it has moved."""
     names = [name for name, p in _built(recipe)[0].named_parameters() if p.requires_grad]
@@ -231,7 +235,7 @@ def reaches_parameters(recipe: Recipe, folder: Path) -> str:
     return ""
 
 
-@_promise("seed", "the same seed gives the same numbers, whatever else draws random ones")
+@_promise("seed", "the same seed gives the same numbers, whatever else uses random generators")
 def is_seeded(recipe: Recipe, folder: Path) -> str:
     """Initialisation and two steps, twice, with the generators of torch, numpy and Python elsewhere."""
     advice = (
@@ -267,7 +271,7 @@ def ignores_world_size(recipe: Recipe, folder: Path) -> str:
     try:
         _synchronised(recipe, 1)
     except ConfigError as error:
-        return f"not tried, since batch norm cannot be synchronised: {error}"
+        raise NotTried(f"this config refuses synchronised batch norm: {error}") from None
     compare_worlds({"": recipe}, folder)
     return ""
 
@@ -336,7 +340,7 @@ def _check_gradients(says: str, one: dict[str, Tensor], several: dict[str, Tenso
     largest = max((value.abs().max().item() for value in one.values()), default=0.0)
     # What is zero but for rounding, such as that of a bias before a batch norm, differs in every digit.
     differ = [
-        name for name, value in one.items() if not _close(several[name], value, atol=SAME * SAME * largest)
+        name for name, value in one.items() if not _close(several[name], value, atol=0.1 * SAME * largest)
     ]
     if not differ:
         return
@@ -369,7 +373,9 @@ def _against(got: Tensor, expected: Tensor) -> str:
     return f"{100 * off:.2g} % off"
 
 
-@_promise("accumulation", "with two micro-batches a step, state moves once a step; or the recipe is refused")
+@_promise(
+    "accumulation", "with gradient accumulation, state changes once per step (or the config refuses it)"
+)
 def accumulates(recipe: Recipe, folder: Path) -> str:
     """What the first micro-batch may move: batch-norm statistics and tables."""
     refusal = _refusal(recipe)
@@ -405,7 +411,7 @@ def accumulates(recipe: Recipe, folder: Path) -> str:
 
 @_promise(
     "not-finite",
-    "an image that is not finite spoils neither state nor checkpoints, and fp16 skips its step whole",
+    "a non-finite image corrupts neither state nor checkpoints, and fp16 skips that step entirely",
 )
 def survives_infinity(recipe: Recipe, folder: Path) -> str:
     """Once with a loss scaler, in the last micro-batch of a step, on the second of two processes; once without."""
@@ -498,7 +504,7 @@ def _spoilt(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 # -- a run ----------------------------------------------------------------------------------------
 
 
-@_promise("resuming", "killed and resumed, a run ends bit for bit as the one never killed")
+@_promise("resuming", "a run that is killed and resumed ends bit for bit like one that was never killed")
 def resumes(recipe: Recipe, folder: Path) -> str:
     """SIGKILL in the middle of an epoch, between two checkpoints, and in the next epoch."""
     accumulate = 1 if _refusal(recipe) else 2
@@ -522,7 +528,7 @@ def resumes(recipe: Recipe, folder: Path) -> str:
     return ""
 
 
-@_promise("gpu", "a GPU would refuse nothing, and a step never makes the host wait for it")
+@_promise("gpu", "runs on a GPU without stray CPU tensors, and no training step makes the host wait for it")
 def suits_a_gpu(recipe: Recipe, folder: Path) -> str:
     """On the pretended one, of two, in a new run and a resumed one."""
     recipe = replace(recipe, logging=LoggingConfig(every_steps=4, checkpoint_every_steps=2))

@@ -242,6 +242,14 @@ def test_a_correct_method_of_a_stranger_keeps_every_promise(tmp_path: Path) -> N
     assert command.err == ""
 
 
+def test_what_cannot_be_tried_is_said(tmp_path: Path) -> None:
+    base = "{name: mocov2, temperature: 0.2, queue_size: 8, momentum_start: 0.9, momentum_batchnorm: shuffle}"
+    command = fork(tmp_path, "check-method", "margin", f"method.base={base}", "--only", "world-size")
+    assert command.wait() == 0, command.said
+    assert command.out.startswith("world-size    -  ") and "refuses synchronised batch norm" in command.out
+    assert command.out.endswith("margin keeps 0 of 1 promises, 1 not tried\n")
+
+
 def test_a_broken_promise_is_the_exit_code(tmp_path: Path) -> None:
     source = GOOD.replace("return loss", "return loss + batch.label.float().mean()")
     arguments = ["--only", "publishing,labels", "method.temperature=0.2"]
