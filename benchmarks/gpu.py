@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sslzoo.callbacks.batchnorm import BroadcastBatchNormStats
-from sslzoo.callbacks.linear_probe import LinearProbe
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.data.loading import RawBatch, ViewDataset
@@ -195,7 +194,6 @@ def measure(
         callbacks: list[Callback] = [
             StepSeeding(),
             BroadcastBatchNormStats(),
-            LinearProbe(recipe.probe, seed=recipe.seed),
             Meter(Path(folder), every_steps=10 * data.steps),
         ]
         options = {k: v for k, v in recipe.trainer.items() if k != "num_nodes"}

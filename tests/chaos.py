@@ -80,7 +80,7 @@ def tiny_job(*, world: int = 1, accumulate: int = 1, epochs: int = 3, pause: flo
         data=DataConfig(dataset="fake", global_batch_size=16, mean=(0.5,), std=(0.25,)),
         views=(ViewConfig(size=8, scale=(0.3, 1.0), count=2, flip_p=0.5),),
         optim=AdamConfig(name="adamw", lr=0.01, lr_scaling="none", weight_decay=0.01, warmup_epochs=1),
-        probe=ProbeConfig(lrs=(0.1, 1.0)),
+        probe=ProbeConfig(online=True, lrs=(0.1, 1.0)),
         eval=EvalConfig(every_epochs=1, size=8, knn_k=5, knn_temperature=0.1, batch_size=32),
         logging=LoggingConfig(every_steps=4, checkpoint_every_steps=3, keep_epochs=(2,)),
         trainer={

@@ -61,7 +61,7 @@ method: {name: "tests.command:Faulty"}
 data: {dataset: fashion_mnist, root: ROOT, global_batch_size: 16, mean: [0.5], std: [0.25]}
 views: [{size: 12, scale: [0.3, 1.0], count: 2, flip_p: 0.5}]
 optim: {name: adamw, lr: 0.01, lr_scaling: none, weight_decay: 0.01, warmup_epochs: 1}
-probe: {lrs: [0.1, 1.0]}
+probe: {online: true, lrs: [0.1, 1.0]}
 eval: {every_epochs: 1, size: 12, knn_k: 5, knn_temperature: 0.1, batch_size: 32}
 logging: {every_steps: 4, checkpoint_every_steps: 2}
 trainer: {max_epochs: 3, accelerator: cpu, devices: 1}

@@ -75,7 +75,7 @@ def test_a_gpu_would_refuse_nothing(recipe, world, tmp_path):
     assert {"val/linear_top1", "val/knn_top1"} <= set(header)
     assert last[0] == str(STEPS)
     summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
-    assert {"linear_top1", "logistic_top1", "random_init_knn_top1", "raw_pixels_knn_top1"} <= set(summary)
+    assert {"linear_top1", "sgd_top1", "random_init_knn_top1", "raw_pixels_knn_top1"} <= set(summary)
 
 
 def test_a_careless_gather_in_a_run_is_noticed(monkeypatch, capsys):

@@ -38,7 +38,7 @@ class EvalSet:
     """One labelled set that evaluation runs over; the i-th loader of ``val_dataloader`` serves the i-th."""
 
     name: str  # '' for the training data's own, otherwise the data set's
-    split: str  # train (bank of k-NN, held-out labels of the probe) or test
+    split: str  # train (what probes learn from, the bank of k-NN) or test
     num_classes: int
     source: ImageSource
     sample_id: Tensor  # (n,) int64: the samples in it, over all ranks
@@ -216,10 +216,16 @@ class SSLDataModule(LightningDataModule):
                 split=split,
                 num_classes=train.num_classes,
                 source=source,
-                sample_id=subset(self.seed, len(source), self.eval.bank_size if split == "train" else None),
+                sample_id=subset(self.seed, len(source), self._needed() if split == "train" else None),
             )
             for split, source in (("train", train), ("test", test))
         ]
+
+    def _needed(self) -> int | None:
+        """Of how many training samples evaluation needs features; None: of all. The smaller subset is part of the
+        larger."""
+        sizes = (self.probe.train_size, self.eval.bank_size)
+        return None if None in sizes else max(size for size in sizes if size is not None)
 
     # -- from workers to the device -----------------------------------------------------------
 

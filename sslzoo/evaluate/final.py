@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,41 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from sslzoo.distributed import rank
+from sslzoo.evaluate import logistic
 from sslzoo.evaluate.extract import Encoder, Extracted, extract
+from sslzoo.evaluate.figures import Measured, data_of, figure_name, is_accuracy
 from sslzoo.evaluate.knn import knn_accuracy
 from sslzoo.evaluate.logistic import linear_probe, principal_components
-from sslzoo.evaluate.metrics import FEATURES
+from sslzoo.evaluate.metrics import FEATURES, interval
 from sslzoo.evaluate.progress import EvaluationProgress, Report, reported
-from sslzoo.evaluate.sgd_probe import EPOCHS, STEPS, linear_evaluation
+from sslzoo.evaluate.sgd_probe import BATCH, sgd_evaluation, sgd_schedule
+from sslzoo.evaluate.task import Features, Samples, Task, count_samples, roles
 from sslzoo.files import write_json
-from sslzoo.randomness import is_holdout
 from sslzoo.recipe.sections import PCA_WIDTH, Recipe
 
 if TYPE_CHECKING:
     from sslzoo.data.module import SSLDataModule
     from sslzoo.method import SSLMethod
 
-# Stages that progress shows: features of two splits; of each kind linear probe, logistic regression and k-NN.
+# Stages that progress shows: features of two splits; of each kind logistic regression, SGD and k-NN.
 _EXTRACTIONS, _JUDGEMENTS = 2, 3
 PIXEL_LIMIT = 4096  # values an image; a probe on raw pixels holds the square of it
-
-FROZEN = (
-    "frozen features of the plain images. Linear, on features standardised by the training set: SGD with "
-    f"momentum at probe.lrs for {EPOCHS} epochs (at least {STEPS} steps), the rate chosen on held-out training "
-    "samples. Logistic regression: converged, the L2 strength chosen on the same samples. Both tested once. "
-    "k-NN: weighted cosine over the training set"
-)
-ONLINE = (
-    "online: linear probe trained beside the method on augmented views, its learning rate chosen on held-out "
-    "training samples; weighted cosine k-NN of the plain images after the last epoch"
-)
-UNLABELLED = "neither the training data nor probe.data has labels"
-# Summary keys that name a figure of the last validation.
-_ONLINE_KEYS = {
-    "linear_top1": "val/linear_top1",
-    "linear_top5": "val/linear_top5",
-    "knn_top1": "val/knn_top1",
-}
 
 
 def final_evaluation(
@@ -53,7 +37,7 @@ def final_evaluation(
     datamodule: SSLDataModule,
     recipe: Recipe,
     *,
-    online: Mapping[str, float],
+    last: Measured | None,
     initial: Callable[[], nn.Module],
     folder: Path,
     seconds: float,
@@ -63,29 +47,20 @@ def final_evaluation(
 ) -> dict[str, Any]:
     """Evaluate, write ``folder/summary.json`` on rank 0 and return it on all ranks. Collective.
 
-    ``online`` holds the last ``val/...`` metrics, ``initial`` builds the backbone as it was before
+    ``last`` is what the last validation measured, ``initial`` builds the backbone as it was before
     training, ``seconds`` is what training took over all starts of the run, ``evaluated_before`` what earlier
-    starts spent here. With ``eval.baselines`` the trained encoder, the initial one,
-    raw pixels and their first 64 principal components get the same linear probe and k-NN; without,
-    the summary repeats the online figures. Accuracies are fractions; keys of unmeasured ones are absent.
+    starts spent here. The summary repeats ``last``. With ``eval.baselines`` the trained encoder, the initial one,
+    raw pixels and their first 64 principal components get the same linear probe, linear evaluation by SGD and the
+    same k-NN, on the first labelled data set. Accuracies are fractions; keys of unmeasured ones are absent.
     ``progress`` shows how far it is and changes no number; ``brief`` tries everything for one step.
     """
     start = time.perf_counter()
-    labelled = [s for s in datamodule.eval_sets() if s.num_classes > 0]
-    results: dict[str, float] = {}
-    if labelled and recipe.eval.baselines:
-        protocol = FROZEN
+    measured = Measured({}, {}) if last is None else last
+    if datamodule.eval_sets() and recipe.eval.baselines:
         with progress or EvaluationProgress() as seen:
-            results = _with_baselines(method, datamodule, recipe, initial, seen, brief=brief)
-    elif labelled:
-        protocol = ONLINE
-        results = {key: online[metric] for key, metric in _ONLINE_KEYS.items() if metric in online}
-    else:
-        protocol = UNLABELLED
-    if "val/linear_top1" in online:
-        results["online_linear_top1"] = online["val/linear_top1"]
-    summary: dict[str, Any] = results | {
-        "protocol": protocol,
+            found = _with_baselines(method, datamodule, recipe, initial, seen, brief=brief)
+        measured = Measured(measured.figures | found.figures, measured.samples | found.samples)
+    summary = _described(measured, datamodule, recipe, brief=brief) | {
         "seconds": round(seconds, 1),
         "evaluation_seconds": round(evaluated_before + time.perf_counter() - start, 1),
         "seed": recipe.seed,
@@ -104,28 +79,37 @@ def _with_baselines(
     progress: EvaluationProgress,
     *,
     brief: bool,
-) -> dict[str, float]:
+) -> Measured:
     trained, fresh = method.backbone, initial().eval()
     fresh = fresh.to(method.device, next(trained.parameters()).dtype)
     was_training = trained.training
     trained.eval()
     before = "random_init_" if recipe.backbone.weights is None else "start_"
     encoders: dict[str, Encoder] = {"": trained, before: fresh, "raw_pixels_": _pixels}
-    sets = datamodule.eval_sets()
-    loaders = datamodule.val_dataloader()
-    primary = next(s for s in sets if s.num_classes > 0)
+    sets, loaders = datamodule.eval_sets()[:2], datamodule.val_dataloader()
     progress.expect(_EXTRACTIONS + _JUDGEMENTS * (len(encoders) + 1))
 
-    def extracted(split: str, report: Report) -> Extracted:
-        i = next(i for i, s in enumerate(sets) if (s.name, s.split) == (primary.name, split))
+    def extracted(i: int, report: Report) -> Extracted:
         return extract(encoders, reported(loaders[i], report), datamodule, method.device, i)
 
     try:
-        train = extracted("train", progress.stage("extracting training features"))
-        test = extracted("test", progress.stage("extracting test features"))
+        train = extracted(0, progress.stage("extracting training features"))
+        test = extracted(1, progress.stage("extracting test features"))
     finally:
         trained.train(was_training)
-    return _measure(train, test, recipe, progress, classes=primary.num_classes, brief=brief)
+    of = roles(train.sample_id, len(sets[0].source), recipe.probe, recipe.eval, recipe.seed)
+    tasks = {
+        name: Task(
+            Features(x, train.label, train.sample_id),
+            Features(test.features[name], test.label, test.sample_id),
+            of,
+            sets[0].num_classes,
+        )
+        for name, x in train.features.items()
+    }
+    counted = count_samples(of, len(test.label), listed=sum(s.size for s in sets))
+    figures = _measure(tasks, recipe, progress, brief=brief)
+    return Measured(figures, {figure_name(sets[0].name): counted})
 
 
 def _pixels(image: Tensor) -> Tensor:
@@ -136,51 +120,102 @@ def _pixels(image: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _measure(
-    train: Extracted,
-    test: Extracted,
-    recipe: Recipe,
-    progress: EvaluationProgress,
-    *,
-    classes: int,
-    brief: bool,
+    tasks: dict[str, Task], recipe: Recipe, progress: EvaluationProgress, *, brief: bool
 ) -> dict[str, float]:
-    """Probe and k-NN of every feature set, by summary key; raw pixels bring PCA along."""
-    pairs = {name: (train.features[name], test.features[name]) for name in train.features}
-    pixels, test_pixels = pairs["raw_pixels_"]
-    if pixels.shape[1] == 0:
-        del pairs["raw_pixels_"]
+    """All judges on every kind of features, by summary key; raw pixels bring PCA along."""
+    pixels = tasks["raw_pixels_"]
+    if pixels.train.x.shape[1] == 0:
+        del tasks["raw_pixels_"]
     else:
-        mean, components = principal_components(pixels, PCA_WIDTH)
-        pairs["pca_"] = ((pixels - mean) @ components, (test_pixels - mean) @ components)
-    progress.expect(_EXTRACTIONS + _JUDGEMENTS * len(pairs))
-    held_out = is_holdout(train.sample_id, recipe.probe.holdout, recipe.seed)
-    results: dict[str, float] = {}
-    for name, (x, test_x) in pairs.items():
-        pair, test_pair = (x, train.label), (test_x, test.label)
-        report = progress.stage(f"{FEATURES[name]}: linear probe")
-        probe = linear_evaluation(
-            pair,
-            test_pair,
-            held_out,
+        mean, components = principal_components(pixels.train.x, PCA_WIDTH)
+        train, test = (f._replace(x=(f.x - mean) @ components) for f in (pixels.train, pixels.test))
+        tasks["pca_"] = pixels._replace(train=train, test=test)
+    progress.expect(_EXTRACTIONS + _JUDGEMENTS * len(tasks))
+    figures: dict[str, float] = {}
+    for name, task in tasks.items():
+        linear = linear_probe(task, report=progress.stage(f"{FEATURES[name]}: linear probe"), brief=brief)
+        sgd = sgd_evaluation(
+            task,
             recipe.probe,
-            classes=classes,
             seed=recipe.seed,
-            report=report,
+            report=progress.stage(f"{FEATURES[name]}: linear probe by SGD"),
             brief=brief,
         )
-        results[f"{name}linear_top1"] = probe.top1
-        results[f"{name}linear_top5"] = probe.top5
-        report = progress.stage(f"{FEATURES[name]}: logistic regression")
-        regression = linear_probe(*pair, *test_pair, held_out, classes=classes, report=report, brief=brief)
-        results[f"{name}logistic_top1"] = regression.top1
-        results[f"{name}knn_top1"] = knn_accuracy(
-            x,
-            train.label,
-            test_x,
-            test.label,
+        knn = knn_accuracy(
+            task,
             k=recipe.eval.knn_k,
             temperature=recipe.eval.knn_temperature,
-            classes=classes,
             report=progress.stage(f"{FEATURES[name]}: k-NN"),
         )
-    return results
+        found = {
+            "linear_top1": linear.top1,
+            "linear_top5": linear.top5,
+            "linear_l2": linear.l2,
+            "sgd_top1": sgd.top1,
+            "sgd_top5": sgd.top5,
+            "sgd_lr": sgd.lr,
+            "knn_top1": knn,
+        }
+        figures |= {name + key: value for key, value in found.items()}
+    return figures
+
+
+# -- in words ----------------------------------------------------------------------------------------
+
+
+def _described(
+    measured: Measured, datamodule: SSLDataModule, recipe: Recipe, *, brief: bool
+) -> dict[str, Any]:
+    """The figures with their intervals, and of each data set the samples behind them and how they were measured."""
+    if not measured.figures:
+        own = f"{recipe.data.dataset} has no labels, and probe.data names no labelled data"
+        why = "no evaluation has run" if datamodule.eval_sets() else own
+        return {"not_measured": f"linear probe and k-NN: {why}"}
+    first = next(iter(measured.samples))
+    names = {figure_name(s.name): s.name or recipe.data.dataset for s in datamodule.eval_sets()}
+    intervals = {
+        key: [round(end, 4) for end in interval(value, measured.samples[data_of(key, first)].n_test)]
+        for key, value in measured.figures.items()
+        if is_accuracy(key)
+    }
+    data = {
+        name: {"dataset": names[name]}
+        | samples._asdict()
+        | {
+            "protocol": _protocol(
+                [key for key in measured.figures if data_of(key, first) == name], samples, recipe, brief=brief
+            )
+        }
+        for name, samples in measured.samples.items()
+    }
+    return {**measured.figures, "interval_95": intervals, "data_sets": data}
+
+
+def _protocol(keys: Iterable[str], samples: Samples, recipe: Recipe, *, brief: bool) -> str:
+    """How the figures of ``keys`` came about, and no others."""
+    probe, plain = recipe.probe, {key.partition("/")[0] for key in keys}
+    held_out = f"chosen on {samples.n_held_out:,} held-out training images"
+    said = ["Features of plain images, encoder frozen."]
+    if "linear_top1" in plain:
+        strengths = ", ".join(f"{strength:g}" for strength in logistic.STRENGTHS)
+        steps = 1 if brief else logistic.ITERATIONS
+        said.append(
+            f"Linear: logistic regression on standardised features, {steps} iterations, L2 strength of {strengths} "
+            f"{held_out}."
+        )
+    if "sgd_top1" in plain:
+        epochs, _ = sgd_schedule(samples.n_train, brief=brief)
+        decay = f"weight decay {probe.weight_decay:g}" if probe.weight_decay else "no regularisation"
+        rates = ", ".join(f"{rate:g}" for rate in probe.lrs)
+        said.append(
+            f"SGD: on the same features, momentum {probe.momentum:g}, {decay}, batches of {BATCH}, {epochs} "
+            f"epoch{'s' * (epochs > 1)}, rate of {rates} {held_out}."
+        )
+    if "knn_top1" in plain:
+        said.append(
+            f"k-NN: the {recipe.eval.knn_k} nearest of {samples.n_bank:,} by cosine, temperature "
+            f"{recipe.eval.knn_temperature:g}."
+        )
+    if "online_top1" in plain:
+        said.append("Online: by SGD beside the training, on the views and features of its steps.")
+    return " ".join(said)

@@ -12,6 +12,7 @@ from torch import Tensor
 from sslzoo.checks import require
 from sslzoo.distributed import all_reduce_sum, gather_detached, rank, world_size
 from sslzoo.evaluate.progress import Report, unseen
+from sslzoo.evaluate.task import Task, finite_rows
 from sslzoo.nn.numerics import normalize
 
 QUERIES = 512  # test samples compared at a time
@@ -44,29 +45,25 @@ def vote(similarity: Tensor, labels: Tensor, *, classes: int, temperature: float
 
 
 @torch.no_grad()
-def knn_accuracy(
-    bank: Tensor,
-    bank_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    k: int,
-    temperature: float,
-    classes: int,
-    report: Report = unseen,
-) -> float:
-    """Top-1 accuracy, a fraction, of ``test`` (Q, F) voted by ``bank`` (M, F).
+def knn_accuracy(task: Task, *, k: int, temperature: float, report: Report = unseen) -> float:
+    """Top-1 accuracy, a fraction, of the test samples voted by those of the bank.
 
     Collective: every rank passes its own shards, which may be unequal or empty. The queries of each
-    rank visit all banks and only the k best of each return, so no Q x M matrix is ever held.
+    rank visit all banks and only the k best of each return, so no Q x M matrix is ever held. Rows that are
+    not finite are nobody's neighbours, and wrong when they are tested.
     Raises ``ValueError`` when ``k`` exceeds the whole bank.
     """
+    bank, bank_labels, _ = task.bank()
+    test, test_labels, _ = task.test
     sizes = all_reduce_sum(torch.tensor([len(bank), len(test)], device=bank.device))
     require(
         k <= int(sizes[0]),
         f"eval.knn_k={k} exceeds the {int(sizes[0])} training samples of the bank; lower eval.knn_k",
     )
     require(int(sizes[1]) > 0, "the test set is empty")
+    known = finite_rows(bank)
+    if not bool(known.all()):
+        bank, bank_labels = bank[known], bank_labels[known]
     bank, test = normalize(bank), normalize(test)
     right = torch.zeros(1, dtype=torch.int64, device=bank.device)
     for owner in range(world_size()):
@@ -76,8 +73,9 @@ def knn_accuracy(
             if world_size() > 1:
                 similarity, found = _merge(similarity, found, k)
             if owner == rank():
-                scores = vote(similarity, found, classes=classes, temperature=temperature)
-                right += (scores.argmax(1) == labels).sum()
+                scores = vote(similarity, found, classes=task.classes, temperature=temperature)
+                # Of a query that is not finite, or has no neighbour, no score is a number.
+                right += ((scores.argmax(1) == labels) & scores.isfinite().all(1)).sum()
             report((owner + done / len(chunks)) / world_size())
     return int(all_reduce_sum(right)) / int(sizes[1])
 

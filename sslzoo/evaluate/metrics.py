@@ -1,14 +1,15 @@
-"""What linear evaluations share: standardised features and top-k accuracy."""
+"""What evaluations share: standardised features, top-k accuracy and how far to trust it."""
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sslzoo.checks import require
 from sslzoo.distributed import all_reduce_sum
+from sslzoo.evaluate.task import CHUNK
 from sslzoo.recipe.sections import PCA_WIDTH
 
 # What the final evaluation measures, by the prefix of its keys in the summary.
@@ -19,6 +20,7 @@ FEATURES = {
     "raw_pixels_": "raw pixels",
     "pca_": f"PCA-{PCA_WIDTH}",
 }
+Z95 = 1.959964  # of the normal distribution, 95 % lie within so many deviations
 
 
 class Standardizer(NamedTuple):
@@ -32,12 +34,21 @@ class Standardizer(NamedTuple):
         return (x - self.mean) * self.scale
 
 
-def standardizer(x: Tensor) -> Standardizer:
-    """Fit a :class:`Standardizer` to ``x`` (N, F), over all ranks."""
-    count = all_reduce_sum(x.new_tensor([len(x)], dtype=torch.float64))
-    require(bool(count > 0), "a linear probe needs at least one training sample")
-    mean = all_reduce_sum(x.sum(0, dtype=torch.float64)) / count
-    var = all_reduce_sum((x - mean.to(x.dtype)).square().sum(0, dtype=torch.float64)) / count
+def standardizer(x: Tensor, rows: Tensor | None = None) -> Standardizer:
+    """Fit a :class:`Standardizer` to ``x`` (N, F), or to its ``rows`` (indices), over all ranks, in chunks.
+
+    Without any row it makes everything NaN.
+    """
+    rows = torch.arange(len(x), device=x.device) if rows is None else rows
+    count = all_reduce_sum(x.new_tensor([len(rows)], dtype=torch.float64))
+    total = x.new_zeros(x.shape[1], dtype=torch.float64)
+    for part in rows.split(CHUNK):
+        total += x[part].sum(0, dtype=torch.float64)
+    mean = all_reduce_sum(total) / count
+    total = torch.zeros_like(total)
+    for part in rows.split(CHUNK):
+        total += (x[part] - mean.to(x.dtype)).square().sum(0, dtype=torch.float64)
+    var = all_reduce_sum(total) / count
     constant = var <= 1e-12 * var.amax().clamp_min(1e-30)
     return Standardizer(mean.to(x.dtype), torch.where(constant, 0.0, var.rsqrt()).to(x.dtype))
 
@@ -52,3 +63,11 @@ def within_top(logits: Tensor, label: Tensor, k: int) -> Tensor:
     earlier = torch.arange(logits.shape[-1], device=logits.device) < label
     ahead = (logits > own) | ((logits == own) & earlier)
     return (ahead.sum(-1) < k) & logits.isfinite().all(-1)
+
+
+def interval(accuracy: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy, a fraction, measured on ``n`` samples (Wilson, JASA 22, 1927)."""
+    z = Z95 * Z95 / n
+    centre = (accuracy + z / 2) / (1 + z)
+    half = sqrt(accuracy * (1 - accuracy) * z + z * z / 4) / (1 + z)
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,4 +1,4 @@
-"""Linear evaluation as the papers do it: softmax classifiers on frozen features, by SGD without regularisation.
+"""Softmax classifiers by SGD: on frozen features, as the papers do it, or beside a training.
 
 N samples of a batch, F features, C classes, L learning rates, trained all at once; the best is chosen on
 held-out training samples.
@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sslzoo.checks import require
-from sslzoo.distributed import all_reduce_sum, world_size
-from sslzoo.evaluate.metrics import standardizer, within_top
+from sslzoo.distributed import all_reduce_sum, gather_detached, world_size
+from sslzoo.evaluate.metrics import Standardizer, standardizer, within_top
 from sslzoo.evaluate.progress import Report, unseen
+from sslzoo.evaluate.task import Features, Task, rows_to_learn
+from sslzoo.randomness import PROBE, hash64, key
 from sslzoo.recipe.sections import ProbeConfig
 
 EPOCHS = 50  # of linear evaluation on extracted features,
@@ -148,7 +150,7 @@ class SGDProbe:
         self.updates = state["updates"]
 
 
-class LinearResult(NamedTuple):
+class SGDResult(NamedTuple):
     """What the chosen classifier reaches; accuracies are fractions."""
 
     top1: float
@@ -157,17 +159,17 @@ class LinearResult(NamedTuple):
     holdout_top1: float
 
 
-def choose(probe: SGDProbe, held_out: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> LinearResult:
-    """Of the learning rates, the one most often right on ``held_out``, the smallest of equal ones, on ``test``.
-
-    Each is a pair of standardised features (N, F) and labels (N,): this rank's share of them. Collective.
-    """
-    chosen, tested = _counts(probe, *held_out), _counts(probe, *test)
+def choose(probe: SGDProbe, task: Task, standardize: Standardizer) -> SGDResult:
+    """Of the learning rates, the one most often right on the held-out samples, the smallest of equal ones, on the
+    test set. Collective."""
+    held_out = task.roles.held_out.nonzero().squeeze(1)
+    chosen = _counts(probe, task.train, held_out, standardize)
+    tested = _counts(probe, task.test, torch.arange(len(task.test.x), device=held_out.device), standardize)
     require(chosen[2][0] > 0, "no training sample is held out to choose the probe; raise probe.holdout")
     require(tested[2][0] > 0, "the test set is empty")
     lrs = probe.cfg.lrs
     best = max(range(len(lrs)), key=lambda i: (chosen[0][i], -lrs[i]))
-    return LinearResult(
+    return SGDResult(
         tested[0][best] / tested[2][best],
         tested[1][best] / tested[2][best],
         lrs[best],
@@ -175,50 +177,65 @@ def choose(probe: SGDProbe, held_out: tuple[Tensor, Tensor], test: tuple[Tensor,
     )
 
 
-def _counts(probe: SGDProbe, z: Tensor, label: Tensor) -> list[list[int]]:
-    """Over all ranks, by learning rate: samples right at top-1, at top-5, and samples."""
-    logits = probe.logits(z)
-    top1, top5 = (within_top(logits, label, k).sum(1) for k in (1, 5))
-    return all_reduce_sum(torch.stack([top1, top5, torch.full_like(top1, len(z))])).tolist()
+def _counts(probe: SGDProbe, data: Features, rows: Tensor, standardize: Standardizer) -> list[list[int]]:
+    """Over all ranks, by learning rate: of ``rows`` right at top-1, at top-5, and how many they are."""
+    counts = torch.zeros(3, len(probe.weight), dtype=torch.int64, device=rows.device)
+    for x, label in data.chunks(rows):
+        logits = probe.logits(standardize(x))
+        for i, k in enumerate((1, 5)):
+            counts[i] += within_top(logits, label, k).sum(1)
+        counts[2] += len(label)
+    return all_reduce_sum(counts).tolist()
+
+
+def sgd_schedule(samples: int, *, brief: bool = False) -> tuple[int, int]:
+    """Epochs of linear evaluation that learns from ``samples``, and steps of each; ``brief``: one epoch."""
+    steps = -(-samples // BATCH)
+    return (1 if brief else max(EPOCHS, -(-STEPS // steps))), steps
 
 
 @torch.no_grad()
-def linear_evaluation(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    held_out: Tensor,
-    cfg: ProbeConfig,
-    *,
-    classes: int,
-    seed: int,
-    report: Report = unseen,
-    brief: bool = False,
-) -> LinearResult:
+def sgd_evaluation(
+    task: Task, cfg: ProbeConfig, *, seed: int, report: Report = unseen, brief: bool = False
+) -> SGDResult:
     """Train on extracted features, standardised by the exact statistics of the training set; test once.
 
-    ``train`` and ``test`` are features (N, F) and labels (N,), ``held_out`` (N,) marks the training samples
-    that only choose the learning rate. Each rank passes its own, possibly unequal, shard. ``brief`` takes one epoch,
-    which shows only that it can be done.
+    The order is a function of (seed, epoch, sample_id), so each step has the same samples for any number of ranks.
+    Training samples that are not finite teach nothing; elsewhere they count as wrong, as does everything where nothing
+    is left to learn from. ``brief`` takes one epoch, which shows only that it can be done. Collective.
     """
-    x, y = train[0].float(), train[1]
-    standardize = standardizer(x)
-    fit = (~held_out).nonzero().squeeze(1)
-    total = int(all_reduce_sum(torch.tensor(len(fit), device=x.device)))
-    require(total > 0, "every training sample is held out to choose the probe; lower probe.holdout")
-    steps = -(-total // BATCH)  # an epoch
-    epochs = 1 if brief else max(EPOCHS, -(-STEPS // steps))
-    probe = SGDProbe(classes, x.shape[1], cfg, device=x.device, running=False)
-    draw = torch.Generator().manual_seed(seed)
+    train = task.train
+    fit, total = rows_to_learn(task)
+    if total == 0:
+        return SGDResult(0.0, 0.0, min(cfg.lrs), 0.0)
+    everybody = _of_all_ranks(train.sample_id[fit])
+    standardize = standardizer(train.x, fit)
+    epochs, steps = sgd_schedule(total, brief=brief)
+    ends = torch.tensor([len(part) for part in torch.arange(total).tensor_split(steps)]).cumsum(0)
+    ends = ends.to(fit.device)  # of each step's samples, in an epoch's order
+    probe = SGDProbe(task.classes, train.x.shape[1], cfg, device=fit.device, running=False)
     for epoch in range(epochs):
-        order = fit[torch.randperm(len(fit), generator=draw).to(x.device)]
-        for i, rows in enumerate(order.tensor_split(steps)):
+        stream = key(PROBE, seed, epoch)
+        place = torch.searchsorted(
+            hash64(stream, everybody).sort().values, hash64(stream, train.sample_id[fit])
+        )
+        place, order = place.sort()  # of this rank's samples
+        own = torch.bincount(torch.searchsorted(ends, place, right=True), minlength=steps).tolist()
+        for i, rows in enumerate(fit[order].split(own)):
             # By the batch: a standardised copy of all would double the memory of the features.
-            probe.accumulate(standardize(x[rows]), y[rows], held_out[rows])
+            x, y = train.x[rows], train.label[rows]
+            probe.accumulate(standardize(x), y, torch.zeros_like(y, dtype=torch.bool))
             probe.start(0.5 * (1 + cos(pi * (epoch * steps + i) / (epochs * steps))))
         report((epoch + 1) / epochs)
     probe.finish()
-    return choose(
-        probe,
-        (standardize(x[held_out]), y[held_out]),
-        (standardize(test[0].float()), test[1]),
-    )
+    return choose(probe, task, standardize)
+
+
+def _of_all_ranks(sample_id: Tensor) -> Tensor:
+    """The ids (N,) of every rank, whose shares may be unequal, in any order."""
+    if world_size() == 1:
+        return sample_id
+    sizes = gather_detached(torch.tensor([len(sample_id)], device=sample_id.device)).tolist()
+    padded = torch.cat([sample_id, sample_id.new_zeros(max(sizes) - len(sample_id))])
+    shares = gather_detached(padded).view(len(sizes), -1)
+    return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])

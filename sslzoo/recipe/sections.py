@@ -394,20 +394,30 @@ def _check_decay_1d(config: SGDConfig | AdamConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Linear probes trained alongside the method on detached features, one per learning rate."""
+    """Linear probes: the data that they learn from, and the settings of those trained by SGD."""
 
-    lrs: tuple[float, ...]  # one probe each; the best on held-out training labels is reported
-    holdout: float = 0.1  # fraction of the training labels kept for that choice
-    momentum: float = 0.9
-    weight_decay: float = 0.0
+    holdout: float = 0.1  # fraction of the training labels kept to choose the L2 strength or the rate
+    train_size: int | None = None  # training samples to learn from, held-out ones included; None: all
     layers: tuple[str, ...] = ("backbone",)  # features to probe, by the names that the method publishes
     data: tuple[SourceConfig, ...] = ()  # other labelled data sets; empty: the labels of the training data
+    online: bool = (
+        False  # also train a probe by SGD alongside the method, on the augmented views of its steps
+    )
+    # Settings of that probe, and of linear evaluation by SGD in the final table (eval.baselines).
+    lrs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)  # one probe each; the best on held-out labels is reported
+    momentum: float = 0.9
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive(self, "lrs")
         check_not_negative(self, "weight_decay")
         _check_momentum(self.momentum)
         check_field(0 < self.holdout < 1, "holdout", f"must lie in (0, 1), got {self.holdout}")
+        check_field(
+            self.train_size is None or self.train_size > 1,
+            "train_size",
+            f"must be at least 2, got {self.train_size}; null takes all training samples",
+        )
         for name, example in (("lrs", "0.1"), ("layers", "backbone")):
             values = getattr(self, name)
             check_field(
@@ -415,6 +425,17 @@ class ProbeConfig:
                 name,
                 f"must list one or more, such as {example}, each once; got {list(values)}",
             )
+
+    def check_sgd(self, *, final: bool) -> None:
+        """Refuse numbers of SGD where nothing learns by it: neither the online probe nor the ``final`` table."""
+        for name in ("lrs", "momentum", "weight_decay"):
+            value, default = getattr(self, name), getattr(ProbeConfig, name)
+            if value != default and not (self.online or final):
+                stay = list(default) if isinstance(default, tuple) else default
+                raise ConfigError(
+                    f"probe.{name}",
+                    f"must stay {stay} with probe.online=false and eval.baselines=false: nothing learns by SGD",
+                )
 
 
 PCA_WIDTH = 64  # principal components of the pixels kept by the final evaluation's PCA baseline
@@ -430,9 +451,10 @@ class EvalConfig:
     knn_temperature: float
     resize: int | None = None  # shorter side before the centre crop to ``size``, in pixels; None: no resizing
     batch_size: int = 256  # per device
-    bank_size: int | None = None  # training samples in the k-NN bank and the probe's held-out set; None: all
+    bank_size: int | None = None  # training samples in the k-NN bank; None: all
     test_split: str = "test"
-    baselines: bool = False  # add raw pixels, their PCA and random initialisation to the final table
+    # Add raw pixels, their PCA, random initialisation and linear evaluation by SGD to the final table.
+    baselines: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "every_epochs", "size", "knn_k", "knn_temperature", "batch_size")
@@ -502,9 +524,9 @@ class Recipe:
     data: DataConfig
     views: tuple[ViewConfig, ...]
     optim: OptimConfig
-    probe: ProbeConfig
     eval: EvalConfig
     trainer: dict[str, Any]  # passed to lightning.Trainer unchanged
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     analyses: tuple[AnalysisConfig, ...] = ()
     name: str = "unnamed"  # the file's stem
@@ -527,6 +549,7 @@ class Recipe:
         names = [analysis.name for analysis in self.analyses]  # keys of what they log and save
         for i, name in enumerate(names):
             check_field(name not in names[:i], f"analyses.{i}.name", f"{name} is listed twice; keep one")
+        self.probe.check_sgd(final=self.eval.baselines)
         self.method.check(self)
 
     @property

@@ -18,9 +18,9 @@ from sslzoo.analysis import Analysis
 from sslzoo.callbacks.batchnorm import BroadcastBatchNormStats
 from sslzoo.callbacks.cadence import EvaluationCadence
 from sslzoo.callbacks.checkpoint import ExactCheckpoint
-from sslzoo.callbacks.knn import KNN
-from sslzoo.callbacks.linear_probe import LinearProbe
+from sslzoo.callbacks.evaluation import KNN, FeatureEvaluation, Judge, LinearProbe
 from sslzoo.callbacks.meter import Meter
+from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.callbacks.watch import Watch
@@ -28,6 +28,7 @@ from sslzoo.checkpoints import load_checkpoint, newest_sound
 from sslzoo.checks import require
 from sslzoo.data.datasets import ImageSource, open_source
 from sslzoo.data.module import SSLDataModule
+from sslzoo.evaluate.figures import Measured
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.nn.per_sample import tables_of
 from sslzoo.recipe.load import to_yaml
@@ -71,8 +72,8 @@ class Callbacks:
     checkpoint: ExactCheckpoint  # before anything changes for the next micro-batch
     preemption: Preemption  # after checkpoint, so that it does not save the same step again
     cadence: EvaluationCadence
-    probe: LinearProbe | None  # None without labels
-    knn: KNN | None  # None without labels
+    online_probe: OnlineProbe | None  # None unless probe.online asks for it
+    evaluation: FeatureEvaluation | None  # None without labels
     analyses: tuple[Watch, ...]
     meter: Meter  # after everything that records metrics
     progress: ProgressDisplay  # last, because it shows what Meter reported
@@ -80,7 +81,7 @@ class Callbacks:
     def __iter__(self) -> Iterator[Callback]:
         """All callbacks that are not None, in order."""
         yield from (self.seeding, self.batch_norm, self.checkpoint, self.preemption, self.cadence)
-        yield from (callback for callback in (self.probe, self.knn) if callback is not None)
+        yield from (callback for callback in (self.online_probe, self.evaluation) if callback is not None)
         yield from self.analyses
         yield from (self.meter, self.progress)
 
@@ -92,6 +93,11 @@ class BuiltRun(Experiment):
     run: Run
     callbacks: Callbacks
     trainer: Trainer
+
+    @property
+    def last_measured(self) -> Measured | None:
+        """What the last validation found, of this start or of the one that it continues; None without one."""
+        return self.callbacks.evaluation.latest if self.callbacks.evaluation is not None else None
 
     def initial_backbone(self) -> nn.Module:
         """Like the base class's, but with the run's copy of the initial weights if they were not random."""
@@ -224,7 +230,7 @@ def _build_callbacks(
         evaluate_every_epochs=recipe.eval.every_epochs,
         keep_epochs=recipe.logging.keep_epochs,
     )
-    labelled = len(data.eval_sets()) > 0
+    online = _online_probe(recipe, data)
     quiet = Console(quiet=True, force_terminal=False)
     return Callbacks(
         seeding=StepSeeding(),
@@ -232,12 +238,32 @@ def _build_callbacks(
         checkpoint=checkpoint,
         preemption=Preemption(checkpoint, departure),
         cadence=EvaluationCadence(recipe.eval.every_epochs),
-        probe=LinearProbe(recipe.probe, seed=recipe.seed, brief=brief) if labelled else None,
-        knn=KNN(recipe.eval) if labelled else None,
+        online_probe=online,
+        evaluation=_evaluation(recipe, data, online, brief=brief),
         analyses=tuple(Watch(analysis) for analysis in _build_analyses(recipe)),
         meter=Meter(run.path, every_steps=recipe.logging.every_steps),
         progress=ProgressDisplay(out=quiet, err=quiet) if brief else ProgressDisplay(),
     )
+
+
+def _online_probe(recipe: Recipe, data: SSLDataModule) -> OnlineProbe | None:
+    if not recipe.probe.online:
+        return None
+    require(
+        data.num_classes > 0,
+        f"probe.online=true needs labels of the training images, and {recipe.data.dataset} has none; leave it out",
+    )
+    return OnlineProbe(recipe.probe, classes=data.num_classes, seed=recipe.seed)
+
+
+def _evaluation(
+    recipe: Recipe, data: SSLDataModule, online: OnlineProbe | None, *, brief: bool
+) -> FeatureEvaluation | None:
+    if not data.eval_sets():
+        return None
+    judges: list[Judge] = [LinearProbe(recipe.probe, brief=brief), KNN(recipe.eval)]
+    judges += [online] if online is not None else []
+    return FeatureEvaluation(judges, recipe.probe, recipe.eval, seed=recipe.seed)
 
 
 def load_weights(method: SSLMethod[Any], path: Path) -> None:

@@ -114,7 +114,7 @@ def _miniature(recipe: Recipe, images: int) -> Recipe:
     return replace(
         recipe,
         data=replace(recipe.data, global_batch_size=images * recipe.accumulate, workers=0),
-        probe=replace(recipe.probe, holdout=holdout),
+        probe=replace(recipe.probe, holdout=holdout, train_size=None),
         eval=replace(
             recipe.eval,
             every_epochs=1,
@@ -148,7 +148,7 @@ def evaluate(built: BuiltRun) -> None:
         built.method,
         built.data,
         built.recipe,
-        online=built.callbacks.meter.latest,
+        last=built.last_measured,
         initial=built.initial_backbone,
         folder=built.run.evaluation,
         seconds=0.0,
@@ -173,7 +173,7 @@ def _failed(error: BaseException, stage: str) -> int:
 def _done(built: BuiltRun) -> str:
     samples = built.recipe.data.global_batch_size
     done = f"one training step on {samples} generated images"
-    if built.callbacks.probe is None:
+    if built.callbacks.evaluation is None:
         return f"{done} without labels, so no evaluation"
     baselines = ", the final table" if built.recipe.eval.baselines else ""
     return f"{done}, one validation batch, probe and k-NN{baselines}"

@@ -20,6 +20,7 @@ from torch import Tensor
 from sslzoo.checkpoints import checkpoints, is_damaged, set_aside
 from sslzoo.checks import require
 from sslzoo.data.sources import UnreadableImageError
+from sslzoo.evaluate.figures import is_accuracy
 from sslzoo.evaluate.final import final_evaluation
 from sslzoo.evaluate.progress import EvaluationProgress
 from sslzoo.exits import ExitCode, RunError
@@ -37,7 +38,7 @@ from sslzoo.run.loggers import build_loggers, require_packages
 from sslzoo.run.messages import Messages
 from sslzoo.run.placement import Placement, check_world_size, place
 from sslzoo.run.rendezvous import Rendezvous
-from sslzoo.run.report import plot_curves, plot_views, results_table
+from sslzoo.run.report import plot_curves, plot_views, results_tables
 from sslzoo.run.stopwatch import Stopwatch
 from sslzoo.run.summary import run_summary
 from sslzoo.run.words import last_words
@@ -238,7 +239,7 @@ class _Life:
             built.method,
             built.data,
             built.recipe,
-            online=built.callbacks.meter.latest,
+            last=built.last_measured,
             initial=built.initial_backbone,
             folder=run.evaluation,
             seconds=before["training"] + self.stopwatch.seconds()["training"],
@@ -247,9 +248,9 @@ class _Life:
         )
         if leader:
             plot_curves(run.metrics, run.path / "curves.png", summary)
-            OUT.print(results_table(summary))
-            figures = [f"{key} {value:.4f}" for key, value in summary.items() if "top" in key]
-            log.info("finished: %s", ", ".join(figures) or summary["protocol"])
+            OUT.print(*results_tables(summary), sep="\n")
+            figures = [f"{key} {value:.4f}" for key, value in summary.items() if is_accuracy(key)]
+            log.info("finished: %s", ", ".join(figures) or f"not measured: {summary['not_measured']}")
 
     def _already_finished(self) -> str:
         assert self.session is not None

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
+from sslzoo.evaluate.figures import LAYER, data_of, is_accuracy, layer_of
 from sslzoo.evaluate.metrics import FEATURES
+from sslzoo.evaluate.task import Samples
 from sslzoo.terminal import duration
 
 if TYPE_CHECKING:
@@ -21,31 +23,59 @@ if TYPE_CHECKING:
 COLUMNS = {
     "linear_top1": "linear top-1",
     "linear_top5": "top-5",
-    "logistic_top1": "logistic",
+    "sgd_top1": "SGD top-1",
     "knn_top1": "k-NN",
+    "online_top1": "online",
 }
 # Okabe and Ito's colours: apart for every kind of colour vision, and in grey.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 NARROW = 5.0  # percentage points that an axis spans at least: noise shall not look like a trend
 
 
-def results_table(summary: Mapping[str, Any]) -> Table | str:
-    """The figures of ``summary.json`` in percent, one row for each kind of features that was measured; a sentence
-    where nothing was."""
-    if not any(prefix + key in summary for prefix in FEATURES for key in COLUMNS):
-        return f"What the features are worth was not measured: {summary['protocol']}"
-    table = Table(title="What the features are worth (%)", caption=str(summary["protocol"]))
-    table.add_column("features")
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right")
-    table.add_column("training", justify="right")
-    for prefix, title in FEATURES.items():
-        figures = [summary.get(prefix + key) for key in COLUMNS]
-        if any(figure is not None for figure in figures):
-            cells = ["-" if figure is None else f"{100 * figure:.1f}" for figure in figures]
-            time = duration(summary["seconds"]) if prefix == "" else "-"
-            table.add_row(title, *cells, time, style="bold" if prefix == "" else "")
+def results_tables(summary: Mapping[str, Any]) -> list[Table] | list[str]:
+    """The figures of ``summary.json`` in percent, a table for each data set; a sentence where nothing was measured."""
+    if "not_measured" in summary:
+        return [f"What the features are worth was not measured: {summary['not_measured']}"]
+    first = next(iter(summary["data_sets"]))
+    keys = [key for key in summary if is_accuracy(key)]
+    return [
+        _results_table(summary, name, [key for key in keys if data_of(key, first) == name], first)
+        for name in summary["data_sets"]
+    ]
+
+
+def _results_table(summary: Mapping[str, Any], name: str, keys: Sequence[str], first: str) -> Table:
+    of = summary["data_sets"][name]
+    samples = Samples(*(of[field] for field in Samples._fields))
+    lines = [f"{samples.in_words()}.", of["protocol"], "±: half of the 95 % interval (Wilson)."]
+    if name == first:
+        lines.append(f"Trained in {duration(summary['seconds'])}.")
+    table = Table(title=f"What the features are worth on {of['dataset']} (%)", caption=" ".join(lines))
+    rows = {
+        (prefix, layer): [
+            (prefix + figure if (name, layer) == (first, LAYER) else f"{prefix}{figure}/{name}/{layer}")
+            for figure in COLUMNS
+        ]
+        for prefix in FEATURES
+        for layer in dict.fromkeys(map(layer_of, keys))
+    }
+    shown = [i for i, _ in enumerate(COLUMNS) if any(cells[i] in summary for cells in rows.values())]
+    table.add_column("features", no_wrap=True)
+    for i in shown:
+        table.add_column(list(COLUMNS.values())[i], justify="right")
+    for (prefix, layer), cells in rows.items():
+        if any(key in summary for key in cells):
+            title = FEATURES[prefix] + (f", {layer}" if layer != LAYER else "")
+            texts = [_percent(summary, cells[i]) for i in shown]
+            table.add_row(title, *texts, style="bold" if prefix == "" else "")
     return table
+
+
+def _percent(summary: Mapping[str, Any], key: str) -> str:
+    if key not in summary:
+        return "-"
+    low, high = summary["interval_95"][key]
+    return f"{100 * summary[key]:.1f} ±{50 * (high - low):.1f}"
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:

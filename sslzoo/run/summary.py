@@ -79,6 +79,15 @@ def _rows(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any]) -> Iterato
         f"{optim.name}, learning rate {plan.scaled_lr(optim):g}{scaling}, "
         f"{optim.schedule.name}, weight decay {optim.weight_decay:g}",
     )
+    probe, evaluation = recipe.probe, recipe.eval
+    learned, bank = (
+        "all" if size is None else f"{size:,}" for size in (probe.train_size, evaluation.bank_size)
+    )
+    yield (
+        "evaluation",
+        f"every {evaluation.every_epochs} epochs where labels are: linear probe on {learned} training images, k-NN "
+        f"among {bank}{', an online probe in each step' * probe.online}",
+    )
     yield "precision", str(recipe.trainer.get("precision", "32-true"))
 
 

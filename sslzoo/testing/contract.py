@@ -30,7 +30,6 @@ method: {name: METHOD}
 data: {dataset: cifar10, global_batch_size: 24}
 views: [{size: 8, count: 2, scale: [0.3, 1.0], flip_p: 0.5}]
 optim: {name: sgd, lr: 0.05, lr_scaling: none, weight_decay: 0.0, warmup_epochs: 0}
-probe: {lrs: [0.1]}
 eval: {every_epochs: 1, size: 8, knn_k: 3, knn_temperature: 0.1}
 trainer: {max_epochs: 1, accelerator: cpu, devices: 1}
 """

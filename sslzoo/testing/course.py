@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from sslzoo.callbacks.linear_probe import LinearProbe
+from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.exits import Diverged
 from sslzoo.method import SSLMethod
 from sslzoo.recipe.sections import Recipe
@@ -105,7 +105,7 @@ def carried(trainer: Any, method: SSLMethod[Any]) -> dict[str, Tensor]:
     for i, optimizer in enumerate(trainer.optimizers):
         for p, state in optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{i}.{p}.{name}": value for name, value in state.items()}
-    for probe in (c for c in trainer.callbacks if isinstance(c, LinearProbe)):
+    for probe in (c for c in trainer.callbacks if isinstance(c, OnlineProbe)):
         for layer, state in probe.state_dict().items():
             found |= {f"probe.{layer}.{name}": torch.as_tensor(value) for name, value in state.items()}
     return {name: value.detach().clone() for name, value in found.items() if isinstance(value, Tensor)}

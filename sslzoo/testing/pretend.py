@@ -550,6 +550,7 @@ SMALL = (
     "optim.warmup_epochs=0",
     "optim.warmup_ramp=closed",
     "probe.holdout=0.3",
+    "probe.online=true",
     "eval.every_epochs=1",
     f"eval.size={EVAL_PIXELS}",
     "eval.resize=null",

@@ -66,7 +66,7 @@ def shrunk(recipe: Recipe, *, keep: Collection[str] = ()) -> Recipe:
         "optim": SGDConfig(
             lr=0.05, lr_scaling="none", weight_decay=0.0, warmup_epochs=0, schedule=ConstantSchedule()
         ),
-        "probe": ProbeConfig(lrs=(0.1,), holdout=0.3),
+        "probe": ProbeConfig(holdout=0.3),
         "eval": EvalConfig(every_epochs=1, size=PIXELS, knn_k=3, knn_temperature=0.1, batch_size=64),
         "logging": LoggingConfig(every_steps=2, checkpoint_every_steps=2),
         "data": replace(recipe.data, global_batch_size=BATCH, workers=0, classes=()),

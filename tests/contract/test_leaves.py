@@ -32,7 +32,7 @@ from sslzoo.run.directory import Run
 
 SMALL = (
     "views.0.size=12", "views.0.blur_kernel=5", "data.global_batch_size=8", "eval.size=12", "eval.knn_k=8",
-    "eval.every_epochs=1", "eval.baselines=false", "trainer.max_epochs=2", "logging.every_steps=1", "probe.lrs=[0.1]",
+    "eval.every_epochs=1", "eval.baselines=false", "trainer.max_epochs=2", "logging.every_steps=1",
 )  # fmt: skip
 IMAGES = 16  # two steps an epoch
 TINY = "backbone.name=tests.tiny:TinyEncoder"
@@ -152,7 +152,7 @@ CASES = {
         ),
         "optim",
     ),
-    "probe": Case("simclr_fashion_mnist", (TINY, "probe.lrs=[0.1, 0.3]"), "probe"),
+    "probe": Case("simclr_fashion_mnist", (TINY, "probe.online=true", "probe.lrs=[0.1, 0.3]"), "probe"),
     "eval": Case("simclr_fashion_mnist", (TINY,), "eval"),
     "logging": Case("simclr_fashion_mnist", (TINY,), "logging"),
     "trainer": Case("simclr_fashion_mnist", (TINY,), "trainer"),
@@ -273,13 +273,12 @@ def whole_run(recipe: Recipe, folder: Path) -> Any:
     """Curves, evaluation, and the files that remain."""
     run = built(recipe, folder, labelled=True)
     run.trainer.fit(run.method, datamodule=run.data)
-    assert run.callbacks.probe is not None
     found = final_evaluation(
-        run.method, run.data, recipe, online=run.callbacks.meter.latest, initial=run.initial_backbone,
+        run.method, run.data, recipe, last=run.last_measured, initial=run.initial_backbone,
         folder=run.run.evaluation, seconds=0.0,
     )  # fmt: skip
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    probe = run.callbacks.probe.state_dict()
+    probe = run.callbacks.online_probe.state_dict() if run.callbacks.online_probe is not None else {}
     return (folder / "metrics.csv").read_bytes(), files, repr(found), repr(probe)
 
 

@@ -371,13 +371,22 @@ def test_evaluation_images_equal_torchvision(photos: Path) -> None:
             assert source.labels is not None and label == source.labels[i]
 
 
-def test_the_bank_may_be_a_subset() -> None:
-    config = replace(EVAL, bank_size=11)
-    module = build(colour_data(), source=fake_source(40, 3, 24, 5), eval=config)
+@pytest.mark.parametrize(("bank", "probe"), [(11, 9), (9, 11)])
+def test_features_are_needed_of_the_larger_subset(bank: int, probe: int) -> None:
+    config, learned = replace(EVAL, bank_size=bank, knn_k=5), replace(PROBE, train_size=probe)
+    module = build(colour_data(), source=fake_source(40, 3, 24, 5), eval=config, probe=learned)
     train, test = module.eval_sets()
     assert (train.size, test.size) == (11, 40)
     ids = [i for batch in evaluated(module)[0] for i in batch[1].tolist()]
     assert ids == train.sample_id.tolist() == sorted(set(ids))
+    for whole in (replace(config, bank_size=None), config):
+        of_all = build(
+            colour_data(),
+            source=fake_source(40, 3, 24, 5),
+            eval=whole,
+            probe=learned if whole.bank_size is None else PROBE,
+        )
+        assert of_all.eval_sets()[0].size == 40
 
 
 def test_labels_elsewhere(photos: Path) -> None:

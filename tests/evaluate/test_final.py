@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from sslzoo.batch import Batch
 from sslzoo.data.module import SSLDataModule
 from sslzoo.data.sources import FakeSource
-from sslzoo.evaluate import final
+from sslzoo.evaluate import final, sgd_probe
+from sslzoo.evaluate.figures import Measured
 from sslzoo.evaluate.final import final_evaluation
+from sslzoo.evaluate.task import Samples
 from sslzoo.method import SSLMethod
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import (
@@ -29,22 +31,15 @@ from sslzoo.recipe.sections import (
 )
 
 PROMISED = {
-    "linear_top1",
-    "linear_top5",
-    "logistic_top1",
-    "knn_top1",
-    "raw_pixels_linear_top1",
-    "raw_pixels_knn_top1",
-    "pca_linear_top1",
-    "pca_knn_top1",
-    "random_init_linear_top1",
-    "random_init_knn_top1",
-    "online_linear_top1",
-    "protocol",
-    "seconds",
-    "seed",
+    f"{features}{figure}"
+    for features in ("", "random_init_", "raw_pixels_", "pca_")
+    for figure in ("linear_top1", "linear_top5", "linear_l2", "sgd_top1", "sgd_top5", "sgd_lr", "knn_top1")
 }
-ONLINE = {"val/linear_top1": 0.5, "val/linear_top5": 0.9, "val/knn_top1": 0.4, "train/loss": 3.0}
+SAMPLES = Samples(96, 24, 120, 120, 0)
+LAST = Measured(
+    {"linear_top1": 0.5, "knn_top1": 0.4, "online_top1": 0.3, "linear_top1/data/projector": 0.25},
+    {"data": SAMPLES},
+)
 
 
 class Tiny(SSLMethod[MethodConfig]):
@@ -74,7 +69,7 @@ class Seeing(Blind):
         return x.flatten(1)
 
 
-def _recipe(baselines: bool) -> Recipe:
+def _recipe(baselines: bool, bank_size: int | None) -> Recipe:
     return Recipe(
         seed=3,
         backbone=BackboneConfig(name="conv5", in_channels=1),
@@ -82,9 +77,15 @@ def _recipe(baselines: bool) -> Recipe:
         data=DataConfig(dataset="fashion_mnist", global_batch_size=8, mean=(0.5,), std=(0.25,)),
         views=(ViewConfig(size=8, scale=(0.5, 1.0), count=2),),
         optim=SGDConfig(lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0),
-        probe=ProbeConfig(lrs=(0.1,), holdout=0.2),
+        probe=ProbeConfig(lrs=(0.1,) if baselines else ProbeConfig.lrs, holdout=0.2),
         eval=EvalConfig(
-            every_epochs=1, size=8, knn_k=3, knn_temperature=0.1, batch_size=50, baselines=baselines
+            every_epochs=1,
+            size=8,
+            knn_k=3,
+            knn_temperature=0.1,
+            batch_size=50,
+            bank_size=bank_size,
+            baselines=baselines,
         ),
         trainer={"max_epochs": 1},
     )
@@ -103,37 +104,87 @@ class Brightness(FakeSource):
         return Brightness(120, num_classes)
 
 
-def evaluated(folder: Path, *, baselines: bool, classes: int, **changes: Any) -> dict[str, Any]:
-    recipe = _recipe(baselines)
+def evaluated(
+    folder: Path, *, baselines: bool, classes: int, bank_size: int | None = None, **changes: Any
+) -> dict[str, Any]:
+    recipe = _recipe(baselines, bank_size)
     plan = TrainingPlan(dataset_size=120, global_batch_size=8, max_epochs=1)
     datamodule = SSLDataModule(
         recipe.data, recipe.views, recipe.eval, recipe.probe, plan, recipe.seed, Brightness(120, classes)
     )
     method = Tiny(recipe.method, Seeing(), 64)
     method.backbone.train()
-    result = final_evaluation(
-        method,
-        datamodule,
-        recipe,
-        folder=folder,
-        seconds=12.34,
-        **({"online": ONLINE, "initial": Blind} | changes),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sgd_probe, "STEPS", 100)
+        result = final_evaluation(
+            method,
+            datamodule,
+            recipe,
+            folder=folder,
+            seconds=12.34,
+            **({"last": LAST, "initial": Blind} | changes),
+        )
     assert method.backbone.training  # as it was
     assert json.loads((folder / "summary.json").read_text()) == result
     return result
 
 
-def test_baselines_have_all_keys_and_stand_apart(tmp_path: Path) -> None:
-    summary = evaluated(tmp_path / "eval", baselines=True, classes=4)
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of four classes, with baselines."""
+    return evaluated(tmp_path_factory.mktemp("eval"), baselines=True, classes=4)
+
+
+def test_baselines_have_all_keys_and_stand_apart(summary: dict[str, Any]) -> None:
     assert set(summary) >= PROMISED
-    assert all(0 <= v <= 1 for k, v in summary.items() if "top" in k)
     assert summary["seconds"] == 12.3 and summary["seed"] == 3
-    assert summary["online_linear_top1"] == 0.5  # not the frozen one's
-    assert summary["linear_top1"] == summary["raw_pixels_linear_top1"] > 0.9  # Seeing is raw pixels
-    assert summary["random_init_linear_top1"] < 0.6  # Blind is not
-    assert summary["pca_linear_top1"] > 0.9
-    assert "held-out" in summary["protocol"]
+    assert (
+        summary["online_top1"] == 0.3 and summary["linear_top1/data/projector"] == 0.25
+    )  # the last validation's
+    for figure in ("linear_top1", "sgd_top1"):
+        assert summary[figure] == summary[f"raw_pixels_{figure}"] > 0.9  # Seeing is raw pixels
+        assert summary[f"random_init_{figure}"] < 0.6  # Blind is not
+        assert summary[f"pca_{figure}"] > 0.9
+
+
+def test_beside_each_accuracy_stand_its_interval_and_the_samples(summary: dict[str, Any]) -> None:
+    accuracies = {key: value for key, value in summary.items() if "_top" in key}
+    assert set(summary["interval_95"]) == set(accuracies)
+    for key, value in accuracies.items():
+        low, high = summary["interval_95"][key]
+        assert 0 <= low <= value <= high <= 1 and 0.01 < high - low < 0.19
+    (of,) = summary["data_sets"].values()
+    assert of["dataset"] == "fashion_mnist"
+    assert (of["n_train"] + of["n_held_out"], of["n_bank"], of["n_test"]) == (120, 120, 120)
+    assert 0 < of["n_held_out"] < 60 and of["n_unreadable"] == 0
+
+
+def test_a_smaller_bank_is_k_nns_alone(tmp_path: Path, summary: dict[str, Any]) -> None:
+    cut = evaluated(tmp_path / "cut", baselines=True, classes=4, bank_size=5)
+    assert cut["data_sets"]["data"]["n_bank"] == 5
+    assert cut["knn_top1"] < summary["knn_top1"]
+    for key in PROMISED:
+        if "knn" not in key:
+            assert cut[key] == summary[key], key
+
+
+def test_the_protocol_says_what_was_run(tmp_path: Path, summary: dict[str, Any]) -> None:
+    with_baselines = summary["data_sets"]["data"]
+    for said in (
+        "Linear: ",
+        "SGD: ",
+        "100 epochs",
+        "rate of 0.1 chosen",
+        "k-NN: the 3 nearest of 120",
+        "Online: ",
+    ):
+        assert said in with_baselines["protocol"]
+    assert f"on {with_baselines['n_held_out']} held-out" in with_baselines["protocol"]
+    alone = evaluated(
+        tmp_path / "without", baselines=False, classes=4, last=Measured({"knn_top1": 0.4}, {"data": SAMPLES})
+    )["data_sets"]["data"]["protocol"]
+    assert "k-NN" in alone
+    assert not any(word in alone for word in ("Linear", "SGD", "Online", "onverged"))
 
 
 def test_large_images_have_no_pixel_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,19 +194,15 @@ def test_large_images_have_no_pixel_rows(tmp_path: Path, monkeypatch: pytest.Mon
     assert "random_init_knn_top1" in summary
 
 
-def test_without_baselines_the_online_figures_are_repeated(tmp_path: Path) -> None:
+def test_without_baselines_the_last_validation_is_repeated(tmp_path: Path) -> None:
     summary = evaluated(tmp_path, baselines=False, classes=4)
-    assert {k: v for k, v in summary.items() if "top" in k} == {
-        "linear_top1": 0.5,
-        "linear_top5": 0.9,
-        "knn_top1": 0.4,
-        "online_linear_top1": 0.5,
-    }
-    assert summary["protocol"].startswith("online")
+    assert {k: v for k, v in summary.items() if "top" in k} == LAST.figures
 
 
 @pytest.mark.parametrize("baselines", [True, False])
-def test_unlabelled_data_says_so(tmp_path: Path, baselines: bool) -> None:
-    summary = evaluated(tmp_path, baselines=baselines, classes=0, online={"train/loss": 3.0})
+def test_unlabelled_data_says_what_was_not_measured(tmp_path: Path, baselines: bool) -> None:
+    summary = evaluated(tmp_path, baselines=baselines, classes=0, last=None)
     assert not any("top" in key for key in summary)
-    assert "labels" in summary["protocol"]
+    assert summary["not_measured"] == (
+        "linear probe and k-NN: fashion_mnist has no labels, and probe.data names no labelled data"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ from torch import Tensor
 
 from sslzoo.evaluate import logistic
 from sslzoo.evaluate.logistic import STRENGTHS, ProbeResult, fit_linear, linear_probe, principal_components
-from sslzoo.evaluate.metrics import within_top
+from sslzoo.evaluate.metrics import interval, standardizer, within_top
+from sslzoo.evaluate.task import Features, Roles, Task
 from sslzoo.testing.ranks import run_ranks
 
 CLASSES = 7
@@ -31,6 +34,19 @@ def _held_out(n: int) -> Tensor:
     return torch.rand(n, generator=torch.Generator().manual_seed(0)) < 0.2
 
 
+def _task(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, held_out: Tensor | None = None
+) -> Task:
+    """The first two of which ``held_out`` choose, the others test."""
+    held_out = _held_out(len(train_x)) if held_out is None else held_out
+    return Task(
+        Features(train_x, train_y, torch.arange(len(train_x))),
+        Features(test_x, test_y, torch.arange(len(test_x))),
+        Roles(~held_out, held_out, torch.ones_like(held_out)),
+        CLASSES,
+    )
+
+
 def _split(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[:500], y[:500], x[500:], y[500:]
 
@@ -40,25 +56,25 @@ def test_each_strength_reaches_its_optimum(monkeypatch: pytest.MonkeyPatch) -> N
     x = x.double()
     strengths = (1e-3, 1e-1)
     monkeypatch.setattr(logistic, "ITERATIONS", 2000)
-    model = fit_linear(x, y, classes=CLASSES, strengths=strengths)
+    data = Features(x, y, torch.arange(len(x)))
+    model = fit_linear(data, torch.arange(len(x)), classes=CLASSES, strengths=strengths)
     for i, l2 in enumerate(strengths):
-        weight = model.weight[i].clone().requires_grad_()
-        z = model.standardize(x) @ model.basis
-        loss = F.cross_entropy(z @ weight[:, 1:].T + weight[:, 0], y) + l2 / 2 * weight[:, 1:].square().sum()
-        (gradient,) = torch.autograd.grad(loss, weight)
-        assert gradient.abs().max() < 1e-8
+        weight, bias = (part[i].clone().requires_grad_() for part in (model.weight, model.bias))
+        loss = F.cross_entropy(model.standardize(x) @ weight.T + bias, y) + l2 / 2 * weight.square().sum()
+        for gradient in torch.autograd.grad(loss, [weight, bias]):
+            assert gradient.abs().max() < 1e-8
     assert model.logits(x).isfinite().all()
 
 
 def test_the_iterations_it_takes_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, bayes = _problem()
     train_x, train_y, test_x, test_y = _split(x, y)
-    result = linear_probe(train_x, train_y, test_x, test_y, _held_out(500), classes=CLASSES)
+    result = linear_probe(_task(train_x, train_y, test_x, test_y))
     best = (bayes[500:] == test_y).float().mean()
     assert 0.6 < best < 0.97
     assert result.top1 > best - 0.08 > 1 / CLASSES
     monkeypatch.setattr(logistic, "ITERATIONS", 2000)
-    converged = linear_probe(train_x, train_y, test_x, test_y, _held_out(500), classes=CLASSES)
+    converged = linear_probe(_task(train_x, train_y, test_x, test_y))
     assert result.top1 == pytest.approx(converged.top1, abs=0.011)
     assert result.top5 > result.top1
     assert result.l2 in STRENGTHS
@@ -67,11 +83,9 @@ def test_the_iterations_it_takes_are_enough(monkeypatch: pytest.MonkeyPatch) -> 
 def test_rotation_and_scale_of_the_features_do_not_matter() -> None:
     x, y, _ = _problem()
     train_x, train_y, test_x, test_y = _split(x, y)
-    plain = linear_probe(train_x, train_y, test_x, test_y, _held_out(500), classes=CLASSES)
+    plain = linear_probe(_task(train_x, train_y, test_x, test_y))
     scale = torch.logspace(2, -2, x.shape[1])
-    moved = linear_probe(
-        train_x * scale - 1, train_y, test_x * scale - 1, test_y, _held_out(500), classes=CLASSES
-    )
+    moved = linear_probe(_task(train_x * scale - 1, train_y, test_x * scale - 1, test_y))
     assert moved.l2 == plain.l2 and moved.top1 == pytest.approx(plain.top1, abs=0.011)
 
 
@@ -91,7 +105,7 @@ def test_held_out_labels_choose_and_never_train() -> None:
         patch.setattr(logistic, "fit_linear", spy)
         poisoned = torch.where(held_out, (train_y + 1) % CLASSES, train_y)
         for labels, tested in ((train_y, test_y), (poisoned, test_y), (train_y, (test_y + 1) % CLASSES)):
-            result = linear_probe(train_x, labels, test_x, tested, held_out, classes=CLASSES)
+            result = linear_probe(_task(train_x, labels, test_x, tested, held_out))
             if labels is poisoned:
                 assert result.holdout_top1 < 0.3 < result.top1
     assert torch.equal(fits[0], fits[1]) and torch.equal(fits[0], fits[2])
@@ -106,14 +120,8 @@ def _on_shards(rank: int, world: int) -> tuple[ProbeResult, list[list[float]]]:
     own, own_test = (slice(c[rank], c[rank + 1]) for c in (cuts, tests))
     if world == 1:
         own, own_test = slice(0, 500), slice(0, 200)
-    found = linear_probe(
-        train_x[own],
-        train_y[own],
-        test_x[own_test],
-        test_y[own_test],
-        _held_out(500)[own],
-        classes=CLASSES,
-    )
+    shares = train_x[own], train_y[own], test_x[own_test], test_y[own_test], _held_out(500)[own]
+    found = linear_probe(_task(*shares))
     mean, vectors = principal_components(train_x[own], 3)
     scores = ((train_x[:5] - mean) @ vectors).abs()
     return found, scores.tolist()
@@ -138,13 +146,11 @@ def test_within_top_equals_sorting() -> None:
     assert not within_top(logits, label, 9)[0, 0]
 
 
-@pytest.mark.parametrize(
-    ("held_out", "message"), [(False, "held out to choose"), (True, "at least one training")]
-)
+@pytest.mark.parametrize(("held_out", "message"), [(False, "held out to choose"), (True, "all are held out")])
 def test_a_holdout_of_nothing_or_all_is_an_error(held_out: bool, message: str) -> None:
     x, y, _ = _problem(40)
     with pytest.raises(ValueError, match=message):
-        linear_probe(x, y, x, y, torch.full((40,), held_out), classes=CLASSES)
+        linear_probe(_task(x, y, x, y, torch.full((40,), held_out)))
 
 
 def test_principal_components_are_the_singular_vectors() -> None:
@@ -154,3 +160,47 @@ def test_principal_components_are_the_singular_vectors() -> None:
     torch.testing.assert_close((vectors * expected).sum(0).abs(), torch.ones(3), rtol=0, atol=1e-4)
     torch.testing.assert_close(mean, x.mean(0))
     assert principal_components(x, 64)[1].shape == (8, 8)
+
+
+def test_rows_that_are_not_finite_teach_nothing_and_are_wrong() -> None:
+    x, y, _ = _problem()
+    train_x, train_y, test_x, test_y = _split(x, y)
+    held_out = _held_out(500)
+    rows = (~held_out).nonzero()[[2, 90], 0]
+    spoilt, kept = train_x.clone(), torch.ones(500, dtype=torch.bool)
+    spoilt[rows, 1], kept[rows] = torch.tensor([torch.nan, torch.inf]), False
+    without = linear_probe(_task(train_x[kept], train_y[kept], test_x, test_y, held_out[kept]))
+    assert linear_probe(_task(spoilt, train_y, test_x, test_y)) == without
+    broken = test_x.clone()
+    broken[:, 0] = torch.nan
+    assert linear_probe(_task(train_x, train_y, broken, test_y)).top5 == 0
+    assert linear_probe(_task(broken, test_y, test_x, test_y)).top5 == 0
+
+
+def test_statistics_need_no_copy_of_the_features() -> None:
+    """Told by the largest tensor that the computation makes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.data_ptr() != x.data_ptr():
+                self.elements = max(self.elements, out.numel())
+            return out
+
+    x, y = torch.randn(20_000, 16), torch.randint(CLASSES, (20_000,))
+    seen = Largest()
+    with seen:
+        standardize = standardizer(x)
+        fit_linear(Features(x, y, y), torch.arange(len(x)), classes=CLASSES, strengths=(0.1,), brief=True)
+    assert seen.elements <= x.numel() / 2
+    torch.testing.assert_close(standardize(x).std(0, correction=0), torch.ones(16))
+
+
+def test_the_interval_is_wilsons() -> None:
+    # By hand: (p + z2/2n -+ z sqrt(p(1-p)/n + z2/4n2)) / (1 + z2/n) with z = 1.96.
+    assert interval(0.885, 2000) == pytest.approx((0.8703, 0.8983), abs=1e-4)
+    assert interval(0.0, 50) == pytest.approx((0.0, 0.0713), abs=1e-4)
+    assert interval(1.0, 50) == pytest.approx((0.9287, 1.0), abs=1e-4)

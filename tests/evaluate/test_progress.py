@@ -20,7 +20,7 @@ STAGES = [
     *(
         f"{features}: {judgement}"
         for features in ("trained encoder", "random init", "raw pixels", "PCA-64")
-        for judgement in ("linear probe", "logistic regression", "k-NN")
+        for judgement in ("linear probe", "linear probe by SGD", "k-NN")
     ),
 ]
 

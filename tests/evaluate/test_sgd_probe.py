@@ -6,12 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslzoo.evaluate.sgd_probe import LinearResult, linear_evaluation
+from sslzoo.evaluate import sgd_probe
+from sslzoo.evaluate.sgd_probe import SGDResult, sgd_evaluation
+from sslzoo.evaluate.task import Features, Roles, Task
 from sslzoo.recipe.sections import ProbeConfig
 from sslzoo.testing.ranks import run_ranks
 
 CLASSES, WIDTH = 5, 8
 CFG = ProbeConfig(lrs=(1e-4, 0.1, 0.3))
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(sgd_probe, "EPOCHS", 20)
+    monkeypatch.setattr(sgd_probe, "STEPS", 200)
 
 
 def _data(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -30,13 +38,23 @@ def _nearest_mean(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> 
     return float((torch.cdist(test[0] / scale, means).argmin(1) == test[1]).float().mean())
 
 
-def _evaluate(rank: int, world: int, n: int = 900, classes: int = CLASSES) -> LinearResult:
+def _task(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    held_out: Tensor,
+    sample_id: Tensor | None = None,
+) -> Task:
+    ids = torch.arange(len(train[0])) if sample_id is None else sample_id
+    known = Features(*train, ids), Features(*test, torch.arange(len(test[0])))
+    return Task(*known, Roles(~held_out, held_out, torch.ones_like(held_out)), CLASSES)
+
+
+def _evaluate(rank: int, world: int, n: int = 900) -> SGDResult:
     (x, y), (test_x, test_y) = _data(n), _data(500, seed=1)
     cut, test_cut = (torch.arange(k).tensor_split(world)[rank] for k in (n, 500))
     held_out = torch.arange(n) % 10 == 0
-    return linear_evaluation(
-        (x[cut], y[cut]), (test_x[test_cut], test_y[test_cut]), held_out[cut], CFG, classes=classes, seed=3
-    )
+    task = _task((x[cut], y[cut]), (test_x[test_cut], test_y[test_cut]), held_out[cut], cut)
+    return sgd_evaluation(task, CFG, seed=3)
 
 
 def test_comes_close_to_the_best_possible():
@@ -53,26 +71,29 @@ def test_held_out_labels_never_train():
     cfg = ProbeConfig(lrs=(0.1,))  # nothing to choose: held-out labels can then matter only by training
     poisoned = torch.where(held_out, (y + 1) % CLASSES, y)
     results = [
-        linear_evaluation((x, labels), test, held_out, cfg, classes=CLASSES, seed=0).top1
-        for labels in (y, poisoned)
+        sgd_evaluation(_task((x, labels), test, held_out), cfg, seed=0).top1 for labels in (y, poisoned)
     ]
     assert results[0] == results[1]
     all_train = torch.zeros_like(held_out)
     all_train[0] = True
-    harmed = linear_evaluation((x, poisoned), test, all_train, cfg, classes=CLASSES, seed=0).top1
+    harmed = sgd_evaluation(_task((x, poisoned), test, all_train), cfg, seed=0).top1
     assert harmed < results[0]
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_agree_and_stay_close_to_one_process(world):
-    whole = _evaluate(0, 1)
-    parts = run_ranks(world, _evaluate)
-    assert all(part == parts[0] for part in parts)
-    # Batches are composed of the ranks' shares, so they differ from one process's.
-    assert parts[0].top1 == pytest.approx(whole.top1, abs=0.02)
+def test_any_number_of_ranks_finds_what_one_process_does(world):
+    assert run_ranks(world, _evaluate) == [_evaluate(0, 1)] * world
 
 
-def _uneven(rank: int, world: int, parts: list[list[int]]) -> LinearResult:
+def test_the_order_belongs_to_the_seed_and_not_to_the_rows():
+    (x, y), test = _data(900), _data(500, seed=1)
+    held_out = torch.arange(900) % 10 == 0
+    turned = torch.arange(900).flip(0)
+    task = _task((x[turned], y[turned]), test, held_out[turned], turned)
+    assert sgd_evaluation(task, CFG, seed=3) == _evaluate(0, 1)
+
+
+def _uneven(rank: int, world: int, parts: list[list[int]]) -> SGDResult:
     """Rank r has ``parts[r]`` = [held out, not held out] of the training samples, the last one the rest."""
     (x, y), test = _data(900), _data(500, seed=1)
     held_out = torch.arange(900) % 10 == 0
@@ -83,24 +104,31 @@ def _uneven(rank: int, world: int, parts: list[list[int]]) -> LinearResult:
         mine += pool[before : before + column[rank]] if rank < world - 1 else pool[before:]
     cut = torch.tensor(mine, dtype=torch.int64)
     tested = torch.arange(500).tensor_split(world)[rank]
-    train, share = (x[cut], y[cut]), (test[0][tested], test[1][tested])
-    return linear_evaluation(train, share, held_out[cut], CFG, classes=CLASSES, seed=3)
+    task = _task((x[cut], y[cut]), (test[0][tested], test[1][tested]), held_out[cut], cut)
+    return sgd_evaluation(task, CFG, seed=3)
 
 
 def test_a_rank_without_samples_or_with_held_out_ones_alone_keeps_step():
-    whole = _evaluate(0, 1)
-    parts = run_ranks(3, _uneven, [[0, 0], [30, 0], [0, 0]])
-    assert all(part == parts[0] for part in parts)
-    assert parts[0].top1 == pytest.approx(whole.top1, abs=0.02)
+    assert run_ranks(3, _uneven, [[0, 0], [30, 0], [0, 0]]) == [_evaluate(0, 1)] * 3
 
 
-def test_all_held_out_is_refused():
+def test_rows_that_are_not_finite_teach_nothing():
+    (x, y), test = _data(900), _data(500, seed=1)
+    held_out = torch.arange(900) % 10 == 0
+    x[[1, 2], 3] = torch.tensor([torch.nan, torch.inf])
+    kept = torch.ones(900, dtype=torch.bool)
+    kept[[1, 2]] = False
+    without = _task((x[kept], y[kept]), test, held_out[kept], torch.arange(900)[kept])
+    found = sgd_evaluation(_task((x, y), test, held_out), CFG, seed=3)
+    assert found == sgd_evaluation(without, CFG, seed=3)
+    assert found.top1 > 0.5
+    assert sgd_evaluation(_task((x * torch.nan, y), test, held_out), CFG, seed=3).top5 == 0
+
+
+@pytest.mark.parametrize(
+    ("held_out", "said"), [(True, r"lower probe\.holdout"), (False, r"raise probe\.holdout")]
+)
+def test_a_holdout_of_all_or_nothing_is_refused(held_out, said):
     x, y = _data(50)
-    with pytest.raises(ValueError, match=r"lower probe\.holdout"):
-        linear_evaluation((x, y), (x, y), torch.ones(50, dtype=torch.bool), CFG, classes=CLASSES, seed=0)
-
-
-def test_nothing_held_out_is_refused():
-    x, y = _data(50)
-    with pytest.raises(ValueError, match=r"probe\.holdout"):
-        linear_evaluation((x, y), (x, y), torch.zeros(50, dtype=torch.bool), CFG, classes=CLASSES, seed=0)
+    with pytest.raises(ValueError, match=said):
+        sgd_evaluation(_task((x, y), (x, y), torch.full((50,), held_out)), CFG, seed=0)

@@ -63,7 +63,7 @@ method:
 data: {dataset: cifar10, global_batch_size: 64, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
 views: [{size: 32, scale: [0.2, 1.0]}]
 optim: {name: sgd, lr: 0.1, lr_scaling: linear, weight_decay: 1e-6, warmup_epochs: 1}
-probe: {lrs: [0.1]}
+probe: {holdout: 0.2}
 eval: {every_epochs: 1, size: 32, knn_k: 20, knn_temperature: 0.07}
 trainer: {max_epochs: 3}
 """

@@ -39,10 +39,13 @@ optim:
   lr_scaling: linear
   weight_decay: 1e-6
   warmup_epochs: 1
-probe: {lrs: [0.1]}
+probe: {holdout: 0.2}
 eval: {every_epochs: 1, size: 32, knn_k: 20, knn_temperature: 0.07}
 trainer: {max_epochs: 3}
 """
+
+
+EVAL_SECTION = "eval: {every_epochs: 1, size: 32, knn_k: 20, knn_temperature: 0.07}\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,14 +250,14 @@ FAULTS = {
     "a number for a list": ("[0.2, 1.0]", "0.2", 14, "views.0.scale", "expected a list, got 0.2"),
     "a list too short": ("[0.2, 1.0]", "[0.2]", 14, "views.0.scale", "expected a list of 2, got [0.2]"),
     "a list for a section": (
-        "probe: {lrs: [0.1]}",
+        "probe: {holdout: 0.2}",
         "probe: [1]",
         22,
         "probe",
         "expected a section with the keys",
     ),
     "missing": ("  lr: 0.1\n", "", 16, "optim.lr", "missing key; optim sgd needs it"),
-    "missing section": ("probe: {lrs: [0.1]}\n", "", 1, "probe", "missing key; every recipe must set it"),
+    "missing section": (EVAL_SECTION, "", 1, "eval", "missing key; every recipe must set it"),
     "missing in the method": ("  temperature: 0.5\n", "", 3, "method.temperature", "missing key"),
     "missing name of the method": ("  name: alpha\n", "", 3, "method.name", "missing key; name a registered"),
     "range": ("  lr: 0.1", "  lr: -1", 18, "optim.lr", "must be positive, got -1.0"),

@@ -148,6 +148,14 @@ def test_what_earlier_recipes_said(override: str, said: str) -> None:
             "logging.keep_epochs.1: must be at most trainer.max_epochs=22, got 50",
         ),
         (
+            ("probe.train_size=1",),
+            "probe.train_size: must be at least 2, got 1; null takes all training samples",
+        ),
+        (
+            ("eval.baselines=false", "probe.momentum=0.5"),
+            "probe.momentum: must stay 0.9 with probe.online=false and eval.baselines=false: nothing learns by SGD",
+        ),
+        (
             ("probe.lrs=[0.1,0.1]",),
             "probe.lrs: must list one or more, such as 0.1, each once; got [0.1, 0.1]",
         ),

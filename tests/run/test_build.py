@@ -20,9 +20,9 @@ from sslzoo.analysis import Analysis
 from sslzoo.callbacks.batchnorm import BroadcastBatchNormStats
 from sslzoo.callbacks.cadence import EvaluationCadence
 from sslzoo.callbacks.checkpoint import ExactCheckpoint
-from sslzoo.callbacks.knn import KNN
-from sslzoo.callbacks.linear_probe import LinearProbe
+from sslzoo.callbacks.evaluation import FeatureEvaluation
 from sslzoo.callbacks.meter import Meter
+from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.callbacks.watch import Watch
@@ -39,8 +39,8 @@ ORDER = (
     ExactCheckpoint,  # of what the last micro-batch left, before the next one changes anything
     Preemption,  # asks the checkpoint whether this step was just saved
     EvaluationCadence,
-    LinearProbe,
-    KNN,
+    OnlineProbe,  # the evaluation asks it
+    FeatureEvaluation,
     Watch,
     Meter,  # writes what those before it recorded
     ProgressDisplay,  # shows what the meter has written
@@ -65,6 +65,7 @@ class Mean(Analysis[AnalysisConfig]):
         return ""
 
 
+NO_SGD = "probe={}"  # without the online probe of tiny.yaml
 LOOKED_AT = f"analyses=[{{name: '{__name__}:Mean'}}]"
 
 
@@ -88,14 +89,19 @@ def test_lightning_calls_the_callbacks_in_their_order(folder: Path) -> None:
 
 
 def test_without_labels_nothing_is_evaluated(folder: Path) -> None:
-    recipe = load_recipe(
-        str(folder / "tiny.yaml"), ["data.dataset=folder", f"data.root={folder / 'unlabelled'}"]
-    ).recipe
+    elsewhere = ["data.dataset=folder", f"data.root={folder / 'unlabelled'}", NO_SGD]
+    recipe = load_recipe(str(folder / "tiny.yaml"), elsewhere).recipe
     callbacks = build_run(recipe, Run(folder / "run", "id")).callbacks
-    assert callbacks.probe is callbacks.knn is None
+    assert callbacks.online_probe is callbacks.evaluation is None
     assert [type(callback) for callback in callbacks] == [
-        kind for kind in ORDER if kind not in (LinearProbe, KNN, Watch)
+        kind for kind in ORDER if kind not in (OnlineProbe, FeatureEvaluation, Watch)
     ]
+
+
+def test_an_online_probe_without_labels_is_refused(folder: Path) -> None:
+    elsewhere = ["data.dataset=folder", f"data.root={folder / 'unlabelled'}"]
+    with pytest.raises(ValueError, match=r"probe\.online=true needs labels .* folder has none; leave it out"):
+        build_run(load_recipe(str(folder / "tiny.yaml"), elsewhere).recipe, Run(folder / "run", "id"))
 
 
 def test_the_backbone_before_training_is_the_one_that_the_method_began_with(folder: Path) -> None:
@@ -133,10 +139,11 @@ def _show_what_is_trained(scratch: Path) -> None:
     "overrides",
     [
         (LOOKED_AT, "trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=1.0"),
-        ("data.dataset=folder", "data.root=unlabelled"),
+        ("data.dataset=folder", "data.root=unlabelled", NO_SGD),
         (
             "data.dataset=folder",
             "data.root=unlabelled",
+            NO_SGD,
             "probe.data=[{dataset: fashion_mnist, root: images}]",
         ),
     ],

@@ -51,7 +51,7 @@ def _nothing_is_left(folder: Path, temporary: Path) -> bool:
         (("trainer.accumulate_grad_batches=2",), "on 16 generated images, one validation batch"),
         (("eval.baselines=true",), "probe and k-NN, the final table, a checkpoint of"),
         (
-            ("data.dataset=folder",),
+            ("data.dataset=folder", "probe={}"),
             "on 8 generated images without labels, so no evaluation, a checkpoint of",
         ),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from rich.console import Console
 
 from sslzoo.batch import Batch
 from sslzoo.callbacks.metrics_file import MetricsFile
-from sslzoo.run.report import equal_intervals, plot_curves, plot_views, read_metrics, results_table, spread
+from sslzoo.evaluate.task import Samples
+from sslzoo.run.report import equal_intervals, plot_curves, plot_views, read_metrics, results_tables, spread
 from sslzoo.terminal import duration
 
 PNG = b"\x89PNG\r\n"
@@ -137,21 +140,58 @@ def test_views_are_drawn_denormalised_under_their_original(
     torch.testing.assert_close(torch.from_numpy(shown[2]), images[0].permute(1, 2, 0).squeeze())
 
 
-def test_the_table_shows_what_was_measured() -> None:
-    summary = {
-        "linear_top1": 0.8712,
-        "linear_top5": 0.99,
-        "knn_top1": 0.85,
-        "pca_knn_top1": 0.837,
-        "protocol": "frozen",
-        "seconds": 200,
-    }
-    text = Console(width=120)
-    with text.capture() as captured:
-        text.print(results_table(summary))
-    shown = captured.get()
-    assert "87.1" in shown and "83.7" in shown and "3 min 20 s" in shown and "frozen" in shown
-    assert "raw pixels" not in shown and "random" not in shown
+SUMMARY = {
+    "linear_top1": 0.8712,
+    "linear_top5": 0.99,
+    "linear_l2": 0.003,
+    "pca_linear_top1": 0.837,
+    "linear_top1/data/projector": 0.5,
+    "linear_top1/stl10/backbone": 0.75,
+    "knn_top1/stl10/backbone": 0.625,
+    "interval_95": {
+        "linear_top1": [0.856, 0.884],
+        "linear_top5": [0.984, 0.994],
+        "pca_linear_top1": [0.820, 0.852],
+        "linear_top1/data/projector": [0.478, 0.522],
+        "linear_top1/stl10/backbone": [0.74, 0.76],
+        "knn_top1/stl10/backbone": [0.614, 0.636],
+    },
+    "data_sets": {
+        "data": {"dataset": "cifar10", "protocol": "Fitted to it."}
+        | Samples(45_000, 5_000, 50_000, 10_000, 3)._asdict(),
+        "stl10": {"dataset": "stl10", "protocol": "And to that."}
+        | Samples(4_500, 500, 5_000, 8_000, 0)._asdict(),
+    },
+    "seconds": 200,
+}
+
+
+def shown(summary: Mapping[str, Any]) -> list[str]:
+    """The tables as they are printed, each in one line."""
+    texts = []
+    for table in results_tables(summary):
+        console = Console(width=80)
+        with console.capture() as captured:
+            console.print(table)
+        texts.append(" ".join(captured.get().split()))
+    return texts
+
+
+def test_each_data_set_has_a_table_of_what_was_measured_on_it() -> None:
+    own, other = shown(SUMMARY)
+    assert "worth on cifar10 (%)" in own and "worth on stl10 (%)" in other
+    for text in ("87.1 ±1.4 │ 99.0 ±0.5", "projector │ 50.0 ±2.2 │ -", "PCA-64 │ 83.7 ±1.6", "Fitted to it."):
+        assert text in own
+    assert "45,000 images to learn from, 5,000 to choose by" in own and "10,000 tested, 3 unreadable" in own
+    assert "Trained in 3 min 20 s" in own and "Trained" not in other
+    assert "75.0 ±1.0 │ 62.5 ±1.1" in other and "And to that." in other
+    assert not any(word in own for word in ("raw pixels", "random", "k-NN │", "SGD"))
+
+
+def test_unlabelled_data_says_what_was_not_measured() -> None:
+    assert shown({"not_measured": "linear probe and k-NN: no labels"}) == [
+        "What the features are worth was not measured: linear probe and k-NN: no labels"
+    ]
 
 
 def test_durations() -> None:

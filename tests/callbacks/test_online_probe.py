@@ -12,15 +12,16 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from sslzoo.batch import Batch, EvalBatch
-from sslzoo.callbacks import evaluation as module
-from sslzoo.callbacks.linear_probe import LinearProbe
+from sslzoo.batch import Batch
+from sslzoo.callbacks.evaluation import FeatureEvaluation
 from sslzoo.callbacks.meter import Meter
+from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.data.module import SSLDataModule
 from sslzoo.data.sources import FakeSource
 from sslzoo.evaluate.metrics import within_top
 from sslzoo.evaluate.sgd_probe import EPS, STATISTICS_RATE, SGDProbe
+from sslzoo.evaluate.task import Features, Task, roles
 from sslzoo.method import SSLMethod
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import DataConfig, EvalConfig, MethodConfig, ProbeConfig, SGDConfig, ViewConfig
@@ -137,63 +138,42 @@ def test_a_diverging_rate_harms_no_other_and_is_never_right() -> None:
 TRAIN, TEST = 101, 67  # prime: shares are unequal
 
 
-class _Sets:
-    """Eval sets of a DataModule: the training data's own, and one of probe.data."""
-
-    def eval_sets(self) -> list[Any]:
-        return [
-            SimpleNamespace(name=name, split=split, num_classes=CLASSES)
-            for name in ("", "other")
-            for split in ("train", "test")
-        ]
-
-
 def _measured(rank: int, world: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Train on four steps of 24 samples and validate on this rank's shares, through the callback's hooks."""
+    """Train on four steps of 24 samples and judge this rank's shares, through the callback's hooks."""
     x, y = _problem(4 * 24 + TRAIN + TEST)
     method = Tiny(MethodConfig(name="tiny"), nn.Identity(), WIDTH)
     method.plan = TrainingPlan(dataset_size=96, global_batch_size=24, max_epochs=1)
-    trainer: Any = SimpleNamespace(datamodule=_Sets())
-    probe = LinearProbe(_cfg(layers=("backbone", "double")), seed=5)
-    with pytest.MonkeyPatch.context() as patch:
-        logged: list[dict[str, float]] = []
-        patch.setattr(module, "log_metrics", lambda trainer, values: logged.append(dict(values)))
-        probe.setup(trainer, method, "fit")
-        probe.on_train_start(trainer, method)
-        for step in range(4):
-            own = torch.arange(step * 24, (step + 1) * 24).chunk(world)[rank]
-            method.publish(backbone=x[own], double=2 * x[own])
-            method.optimizer_steps += 1
-            probe.on_train_batch_end(trainer, method, None, Batch((), (), own, y[own]), step)
-        probe.on_validation_start(trainer, method)
-        for i, (start, size) in enumerate(((96, TRAIN), (96 + TRAIN, TEST)) * 2):
-            own = torch.arange(start + rank * size // world, start + (rank + 1) * size // world)
-            for n, rows in enumerate(own.split(16)):
-                method.publish(backbone=x[rows], double=2 * x[rows])
-                probe.on_validation_batch_end(trainer, method, None, EvalBatch(x[rows], rows, y[rows]), n, i)
-        probe.on_validation_epoch_end(trainer, method)
-    assert logged == [probe.results]
-    return probe.results, {k: v.tolist() for k, v in probe.state_dict()["backbone"].items() if k != "updates"}
+    trainer: Any = SimpleNamespace()
+    probe = OnlineProbe(_cfg(layers=("backbone", "double")), classes=CLASSES, seed=5)
+    probe.on_train_start(trainer, method)
+    for step in range(4):
+        own = torch.arange(step * 24, (step + 1) * 24).chunk(world)[rank]
+        method.publish(backbone=x[own], double=2 * x[own])
+        method.optimizer_steps += 1
+        probe.on_train_batch_end(trainer, method, None, Batch((), (), own, y[own]), step)
+    probe.on_validation_start(trainer, method)
+    shares = [
+        torch.arange(start + rank * size // world, start + (rank + 1) * size // world)
+        for start, size in ((96, TRAIN), (96 + TRAIN, TEST))
+    ]
+    train, test = (Features(x[own], y[own], own) for own in shares)
+    cfg = _cfg()
+    evaluation = EvalConfig(every_epochs=1, size=8, knn_k=5, knn_temperature=0.1)
+    task = Task(train, test, roles(train.sample_id, len(x), cfg, evaluation, 5), CLASSES)
+    found = {f"{layer} {k}": v for layer in probe.layers for k, v in probe.judge(task, layer).items()}
+    return found, {k: v.tolist() for k, v in probe.state_dict()["backbone"].items() if k != "updates"}
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_with_unequal_shards_equal_one_process(world: int) -> None:
     alone, state = _measured(0, 1)
     assert set(alone) == {
-        f"val/linear_{metric}{end}"
-        for metric in ("top1", "top5", "lr")
-        for end in ("", "/data/double", "/other/backbone", "/other/double")
+        f"{layer} online_{metric}" for metric in ("top1", "top5", "lr") for layer in ("backbone", "double")
     }
-    assert alone["val/linear_top1"] > 0.6 and alone["val/linear_top1/other/backbone"] > 0.6
+    assert alone["backbone online_top1"] > 0.6
     ranks = run_ranks(world, _measured)
     for results, other in ranks:
-        assert results == ranks[0][0]
-        assert {k: v for k, v in results.items() if "/other/" not in k} == {
-            k: v for k, v in alone.items() if "/other/" not in k
-        }
-        # Linear evaluation of other data composes its batches of the ranks' shares.
-        key = "val/linear_top1/other/backbone"
-        assert results[key] == pytest.approx(alone[key], abs=0.05)
+        assert results == alone
         assert other == ranks[0][1]  # to the bit: rank 0's state is everybody's
         for name, values in state.items():
             torch.testing.assert_close(torch.tensor(other[name]), torch.tensor(values), rtol=1e-4, atol=1e-5)
@@ -217,37 +197,37 @@ SIZE, BATCH, EPOCHS = 64, 16, 3
 
 
 def _run(
-    folder: Path, *, probe: bool = True, epochs: int = EPOCHS, resume: Path | None = None, classes: int = 4
-) -> tuple[Tiny, LinearProbe]:
+    folder: Path, *, probe: bool = True, epochs: int = EPOCHS, resume: Path | None = None
+) -> tuple[Tiny, OnlineProbe, FeatureEvaluation]:
     torch.manual_seed(0)
     cfg = _cfg()
     plan = TrainingPlan(dataset_size=SIZE, global_batch_size=BATCH, max_epochs=EPOCHS)
     view = ViewConfig(size=8, scale=(0.5, 1.0), count=2, flip_p=0.5)
     data = DataConfig(dataset="fashion_mnist", global_batch_size=BATCH, mean=(0.5,), std=(0.25,))
     evaluation = EvalConfig(every_epochs=1, size=8, knn_k=5, knn_temperature=0.1, batch_size=20)
-    datamodule = SSLDataModule(data, (view,), evaluation, cfg, plan, 0, FakeSource(SIZE, 1, 8, classes))
+    datamodule = SSLDataModule(data, (view,), evaluation, cfg, plan, 0, FakeSource(SIZE, 1, 8, 4))
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8))
     method = Tiny(MethodConfig(name="tiny"), backbone, 8)
     optim = SGDConfig(lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0)
     method.prepare(plan, optim, 0)
-    online = LinearProbe(cfg, seed=0)
+    online = OnlineProbe(cfg, classes=4, seed=0)
+    judge = FeatureEvaluation([online], cfg, evaluation, seed=0)
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[StepSeeding(), *([online] if probe else []), Meter(folder, every_steps=2)],
+        callbacks=[StepSeeding(), *([online, judge] if probe else []), Meter(folder, every_steps=2)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        limit_val_batches=1.0 if classes else 0,
         default_root_dir=folder,
     )
     # The plan's epochs, not the run's, set the schedules: a shorter run is a run cut off.
     trainer.fit(method, datamodule=datamodule, ckpt_path=resume, weights_only=True if resume else None)
     trainer.save_checkpoint(folder / "end.ckpt")
-    return method, online
+    return method, online, judge
 
 
 # Lightning's own, about torch's pytree.
@@ -255,40 +235,28 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWar
 
 
 def test_no_gradient_reaches_the_backbone(tmp_path: Path) -> None:
-    with_probe, online = _run(tmp_path / "with")
-    without, _ = _run(tmp_path / "without", probe=False)
+    with_probe, online, _ = _run(tmp_path / "with")
+    without, _, _ = _run(tmp_path / "without", probe=False)
     assert online.probes["backbone"].weight.abs().sum() > 0  # it did learn
-    assert "val/linear_top1" in (tmp_path / "with" / "metrics.csv").read_text()
+    assert "val/online_top1" in (tmp_path / "with" / "metrics.csv").read_text()
     for name, value in with_probe.state_dict().items():
         assert torch.equal(value, without.state_dict()[name]), name
 
 
 def test_state_survives_a_restart(tmp_path: Path) -> None:
-    _, whole = _run(tmp_path / "whole")
+    _, whole, judged = _run(tmp_path / "whole")
     _run(tmp_path / "cut", epochs=2)
     stored = torch.load(tmp_path / "cut" / "end.ckpt", weights_only=True)
-    assert any("LinearProbe" in name for name in stored["callbacks"])
-    _, resumed = _run(tmp_path / "resumed", resume=tmp_path / "cut" / "end.ckpt")
+    assert any("OnlineProbe" in name for name in stored["callbacks"])
+    _, resumed, judged_again = _run(tmp_path / "resumed", resume=tmp_path / "cut" / "end.ckpt")
     for name, value in whole.state_dict()["backbone"].items():
         assert torch.equal(torch.as_tensor(resumed.state_dict()["backbone"][name]), torch.as_tensor(value)), (
             name
         )
-    assert resumed.results == whole.results
+    assert judged_again.latest == judged.latest is not None
 
 
 def test_a_checkpoint_with_other_rates_is_refused() -> None:
     stored = SGDProbe(CLASSES, WIDTH, _cfg(), device=CPU).state_dict()
     with pytest.raises(ValueError, match=r"probe\.lrs"):
         SGDProbe(CLASSES, WIDTH, _cfg((0.1,)), device=CPU).load_state_dict(stored)
-
-
-def test_an_unknown_layer_names_those_there_are() -> None:
-    method = Tiny(MethodConfig(name="tiny"), nn.Identity(), WIDTH)
-    method.publish(backbone=torch.zeros(1, WIDTH))
-    with pytest.raises(ValueError, match="publishes backbone"):
-        module.published(method, "projector")
-
-
-def test_unlabelled_data_is_left_alone(tmp_path: Path) -> None:
-    _, online = _run(tmp_path, classes=0)
-    assert online.results == {} and online.probes == {}
