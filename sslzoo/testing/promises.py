@@ -316,7 +316,7 @@ def _compare(says: str, one: Course, parts: Sequence[Course]) -> None:
         got = torch.stack([part.losses[step] for part in parts]).mean()
         _expect(
             _close(got, expected),
-            f"{says} the loss of step {step + 1} is {_against(got, expected)} {expected:.4g} of one",
+            f"{says} the loss of step {step + 1} is {_against(got, expected)} the {expected:.4g} of one process",
             "average over this rank's rows, compare them with those of all ranks (gather of sslzoo.distributed), "
             "draw random numbers by sample, and never multiply by the world size",
         )
@@ -346,7 +346,8 @@ def _check_gradients(says: str, one: dict[str, Tensor], several: dict[str, Tenso
         return
     name = max(differ, key=lambda n: (several[n] - one[n]).abs().max().item())
     raise Broken(
-        f"{says} with the same loss the gradient of {name} is {_against(several[name], one[name])} that of one",
+        f"{says} the loss is the same, but the gradient of {name} is {_against(several[name], one[name])} that of "
+        "one process",
         "rows of other ranks must pass their gradient on: gather of sslzoo.distributed instead of gather_detached; "
         "DDP takes the mean over ranks, so never multiply by the world size",
     )

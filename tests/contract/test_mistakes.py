@@ -104,7 +104,7 @@ MISTAKES = {
         "        candidates[rank()] = z[1]\n"
         "        candidates = torch.cat(candidates)",
         "world-size",
-        r"2 processes: with the same loss the gradient of \S+ is .* % off that of one; .*gather of sslzoo",
+        r"2 processes: the loss is the same, but the gradient of \S+ is .* % off that of one process; .*gather",
     ),
     "a factor of the world size": Mistake(
         "return loss",
