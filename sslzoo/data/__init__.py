@@ -1,1 +1,1 @@
-"""From files to batches of views: data sets, crops, photometric augmentation, sampling."""
+"""Data sets, image decoding, sampling, crops and photometric augmentation."""

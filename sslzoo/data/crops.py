@@ -1,7 +1,7 @@
-"""Where a crop lies, and its resampling.
+"""Random crop boxes, and the resampling of crops.
 
-Letters: N samples, C channels, H x W image, S side of the crop's output. A box is (top, left, height,
-width) in pixels.
+Shapes: N samples, C channels, H x W image, S side of the output crop. A box is (top, left, height, width)
+in pixels.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ CROP_DRAWS = 2 * ATTEMPTS + 2
 def sample_boxes(
     u: Tensor, height: Tensor, width: Tensor, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Tensor:
-    """Boxes (N, 4) int64 by torchvision's RandomResizedCrop rule, from uniforms ``u`` (N, CROP_DRAWS).
+    """Boxes (N, 4) int64 as in torchvision's RandomResizedCrop, from uniforms ``u`` (N, CROP_DRAWS).
 
-    Ten attempts at an area and a log-uniform aspect; the first that fits is placed uniformly. If none
-    fits, the largest central box within the aspect range. ``height``, ``width`` (N,) are the images'.
+    Ten attempts draw an area and a log-uniform aspect ratio; the first box that fits is placed uniformly. If
+    none fits, the box is the largest central one within the range of ``ratio``. ``height`` and ``width`` (N,)
+    are the image sizes.
     """
     height, width = height.double(), width.double()
     low, high = math.log(ratio[0]), math.log(ratio[1])
     area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[:, :ATTEMPTS])
     aspect = torch.exp(low + (high - low) * u[:, ATTEMPTS : 2 * ATTEMPTS])
-    w = (area * aspect).sqrt().round()  # (N, ATTEMPTS); half to even, as Python rounds
+    w = (area * aspect).sqrt().round()  # (N, ATTEMPTS); rounds half to even, like Python
     h = (area / aspect).sqrt().round()
     fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
     first = fits.int().argmax(dim=1, keepdim=True)
@@ -40,22 +41,22 @@ def sample_boxes(
     central_w = torch.where(width / height > ratio[1], (height * ratio[1]).round(), width)
     central_h = torch.where(width / height < ratio[0], (width / ratio[0]).round(), height)
     central = ((height - central_h) // 2, (width - central_w) // 2, central_h, central_w)
-    found = fits.any(dim=1)
-    box = [torch.where(found, a, b) for a, b in zip((top, left, h, w), central, strict=True)]
+    any_fits = fits.any(dim=1)
+    box = [torch.where(any_fits, a, b) for a, b in zip((top, left, h, w), central, strict=True)]
     return torch.stack(box, dim=1).long()
 
 
 def crop_image(image: Tensor, box: list[int], size: int, interpolation: str) -> Tensor:
-    """One crop (C, S, S) uint8 of one uint8 image (C, H, W), antialiased.
+    """An antialiased crop (C, S, S) uint8 of a uint8 image (C, H, W).
 
-    Fast when ``image`` is channels-last in memory: see :func:`channels_last`.
+    Fast if ``image`` is channels-last in memory: see :func:`channels_last`.
     """
     mode = InterpolationMode(interpolation)
     return TF.resized_crop_image(image[None], *box, size=[size, size], interpolation=mode, antialias=True)[0]
 
 
 def channels_last(image: Tensor) -> Tensor:
-    """The image (C, H, W) with its channels adjacent in memory, the layout that resizing is quick on."""
+    """The image (C, H, W) in the channels-last memory layout, in which resizing is fast."""
     return image[None].contiguous(memory_format=torch.channels_last)[0]
 
 
@@ -64,7 +65,7 @@ def _triangle(x: Tensor) -> Tensor:
 
 
 def _cubic(x: Tensor) -> Tensor:
-    """Keys' kernel with a = -0.5, as PIL and torch's antialiased bicubic."""
+    """Keys' cubic kernel with a = -0.5, as in PIL and torch's antialiased bicubic interpolation."""
     x = x.abs()
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
@@ -79,9 +80,9 @@ def interpolation_matrix(
     interpolation: str,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Rows of an antialiased resampling of ``[start, start + length)`` to ``size`` points (N, size, source).
+    """Matrices (N, size, source) that resample ``[start, start + length)`` to ``size`` points, antialiased.
 
-    ``start``, ``length`` (N,) in pixels of a line of ``source`` pixels; nothing outside the box is read.
+    ``start`` and ``length`` (N,) are in pixels of a line of ``source`` pixels; pixels outside have weight 0.
     """
     start, length = start.to(dtype)[:, None, None], length.to(dtype)[:, None, None]
     pixel = torch.arange(source, device=start.device, dtype=dtype) + 0.5 - start  # (N, 1, source)
@@ -94,7 +95,7 @@ def interpolation_matrix(
 
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Each image times its own matrices: ``rows @ image @ columns^T`` (N, C, S, T).
+    """Multiply each image by its own matrices: ``rows @ image @ columns^T`` (N, C, S, T).
 
     ``images`` (N, C, H, W), ``rows`` (N, S, H), ``columns`` (N, T, W).
     """
@@ -102,16 +103,16 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     s, t = rows.shape[1], columns.shape[1]
     if c == 1:
         return (rows @ (images[:, 0] @ columns.mT))[:, None]
-    # Channels stacked under one another: one matrix product a sample instead of one a channel.
+    # Stack the channels vertically, for one matrix product per sample instead of one per channel.
     wide = images.reshape(n, c * h, w) @ columns.mT  # (N, C H, T)
     tall = wide.view(n, c, h, t).transpose(2, 3).reshape(n, c * t, h)
     return (tall @ rows.mT).view(n, c, t, s).transpose(2, 3).contiguous()
 
 
 def crop_batch(images: Tensor, boxes: Tensor, size: int, interpolation: str) -> Tensor:
-    """Crops (N, C, S, S), float32 in [0, 1] and not rounded to grey levels, of uint8 images (N, C, H, W).
+    """Crops (N, C, S, S), float32 in [0, 1] and not rounded to integer levels, of uint8 images (N, C, H, W).
 
-    The whole batch at once: each sample has its own rows of filter weights.
+    Computes the whole batch at once, with separate filter weights per sample.
     """
     top, left, height, width = boxes.unbind(dim=1)
     rows = interpolation_matrix(top, height, images.shape[2], size, interpolation)
@@ -121,9 +122,10 @@ def crop_batch(images: Tensor, boxes: Tensor, size: int, interpolation: str) -> 
 
 
 def evaluation_crop(images: Tensor, resize: int | None, size: int) -> Tensor:
-    """Shorter side to ``resize`` (None: as it is), centre square of ``size``; (..., C, H, W) uint8 to uint8.
+    """Resize the shorter side to ``resize`` pixels (None: no resizing) and crop the central square of ``size`` pixels;
+    (..., C, H, W) uint8 to uint8.
 
-    Raises ``ValueError`` where the image is smaller than ``size``.
+    Raises ``ValueError`` if the image is smaller than ``size``.
     """
     if resize is not None and min(images.shape[-2:]) != resize:
         images = TF.resize_image(images, [resize], interpolation=InterpolationMode.BILINEAR, antialias=True)
@@ -136,9 +138,9 @@ def evaluation_crop(images: Tensor, resize: int | None, size: int) -> Tensor:
 
 
 def reflected_index(size: int, pad: int, device: torch.device) -> Tensor:
-    """Source index of each point of a line of ``size`` padded by ``pad`` on both sides, (size + 2 pad,).
+    """Source indices (size + 2 pad,) of a line of ``size`` points padded by ``pad`` on both sides.
 
-    Mirrored without repeating the edge, again and again where the padding is longer than the line.
+    The padding mirrors the line without repeating the edge, several times if it is longer than the line.
     """
     if size == 1:
         return torch.zeros(1 + 2 * pad, dtype=torch.long, device=device)

@@ -1,6 +1,6 @@
-"""Opening a data set by name: one reader for each layout on disk.
+"""Open data sets by name, with one reader per layout on disk.
 
-Nothing is downloaded. An empty or differently laid out folder is a ``ValueError`` that shows the layout.
+Nothing is downloaded. For an empty folder or a wrong layout, a ``ValueError`` shows the expected layout.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ __all__ = ["ImageSource", "open_source"]
 
 
 def open_source(cfg: SourceConfig, channels: int = 0) -> ImageSource:
-    """The images that ``cfg`` names. A plug-in, ``module:function``, is called with ``cfg`` and the number of channels
-    and returns an :class:`ImageSource`.
+    """Open the data set that ``cfg`` names. A plug-in, ``module:function``, is called with ``cfg`` and the number of
+    channels and must return an :class:`ImageSource`.
 
-    ``channels`` says how files are decoded, 1 or 3; 0 takes it from ``data.mean`` of a :class:`DataConfig`
-    and otherwise from the data set. Raises ``ValueError`` for an unknown name or split, a layout that is
-    not the data set's, or images with another number of channels.
+    ``channels`` is the number of channels, 1 or 3, to which files are decoded; 0: as many as ``data.mean`` of a
+    :class:`DataConfig` has, otherwise the data set's. Raises ``ValueError`` for an unknown name or split, a wrong
+    layout, or images with a different number of channels.
     """
     info = dataset_info(cfg.dataset)
     if not channels:
         channels = len(cfg.mean) if isinstance(cfg, DataConfig) else info.channels
     if info.splits and cfg.split not in info.splits:
         raise ValueError(f"{cfg.dataset} has the splits {', '.join(info.splits)}; got split {cfg.split!r}")
-    # An empty root would be the working directory.
+    # An empty root would mean the working directory.
     if info.layout and not (cfg.root and Path(cfg.root).is_dir()):
         _wrong_layout(cfg, f"{cfg.root!r} is not a folder")
     source = plugin(info.reader, "data.dataset")(cfg, channels)
     if not isinstance(source, ImageSource):
-        raise ValueError(f"data.dataset={cfg.dataset!r} gave {type(source).__name__}, not an ImageSource")
+        raise ValueError(f"data.dataset={cfg.dataset!r} returned {type(source).__name__}, not an ImageSource")
     if source.channels != channels:
         raise ValueError(
             f"{cfg.dataset} has {source.channels} channel(s) but data.mean and data.std have {channels}; "
@@ -53,12 +53,12 @@ def open_source(cfg: SourceConfig, channels: int = 0) -> ImageSource:
 def _wrong_layout(cfg: SourceConfig, problem: str) -> NoReturn:
     raise ValueError(
         f"cannot open {cfg.dataset} (split {cfg.split!r}): {problem}. Expected under data.root={cfg.root!r}: "
-        f"{dataset_info(cfg.dataset).layout}; set root to the folder that holds it"
+        f"{dataset_info(cfg.dataset).layout}; set root to the folder that contains it"
     )
 
 
 def _found(cfg: SourceConfig, *candidates: str) -> Path:
-    """The first of the candidate paths under the root that exists."""
+    """The first candidate path under the root that exists; ``ValueError`` if there is none."""
     for candidate in candidates:
         if (Path(cfg.root) / candidate).exists():
             return Path(cfg.root) / candidate
@@ -66,7 +66,7 @@ def _found(cfg: SourceConfig, *candidates: str) -> Path:
 
 
 def _class_order(cfg: SourceConfig, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes to keep, in label order."""
+    """The classes to keep, in label order, out of ``names``; ``ValueError`` for an unknown one."""
     unknown = [c for c in cfg.class_names if c not in names]
     if unknown:
         raise ValueError(
@@ -79,11 +79,11 @@ def _class_order(cfg: SourceConfig, names: tuple[str, ...]) -> tuple[str, ...]:
 def _in_memory(
     cfg: SourceConfig, images: NDArray[np.uint8], labels: NDArray[Any] | None, names: tuple[str, ...]
 ) -> ArraySource:
-    """An array source with the classes that the recipe keeps."""
+    """An array source restricted to the classes that the recipe keeps."""
     if labels is None:
         if cfg.class_names:
             raise ValueError(
-                f"classes cannot choose from {cfg.dataset} split {cfg.split!r}: it has no labels"
+                f"classes cannot be selected in {cfg.dataset} split {cfg.split!r}: it has no labels"
             )
         return ArraySource(cfg.dataset, cfg.split, images, None)
     labels = labels.astype(np.int64)
@@ -115,13 +115,13 @@ def fashion_mnist(cfg: SourceConfig, channels: int) -> ImageSource:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Refuses everything but numpy arrays: a pickle may otherwise run any code."""
+    """Unpickles only numpy arrays, because a pickle could otherwise execute any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
         if (module, name) in allowed or (name == "_reconstruct" and module.endswith("core.multiarray")):
             return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise ValueError(f"a CIFAR file must hold arrays only, but this one asks for {module}.{name}")
+        raise ValueError(f"a CIFAR file must contain only arrays, but this one asks for {module}.{name}")
 
 
 def _unpickle(path: Path) -> dict[bytes, Any]:
@@ -156,8 +156,8 @@ def stl10(cfg: SourceConfig, channels: int) -> ImageSource:
     def read(part: str) -> NDArray[np.uint8]:
         path = _found(cfg, f"stl10_binary/{part}_X.bin", f"{part}_X.bin")
         if path.stat().st_size % (3 * 96 * 96):
-            _wrong_layout(cfg, f"{path} is cut short")
-        # Mapped, not read: the unlabelled part is 2.8 GB. Stored column by column.
+            _wrong_layout(cfg, f"{path} is truncated")
+        # Memory-mapped, because the unlabelled part has 2.8 GB. Images are stored column by column.
         return np.memmap(path, np.uint8, "r").reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2)
 
     if cfg.split == "train+unlabeled":
@@ -171,7 +171,7 @@ def stl10(cfg: SourceConfig, channels: int) -> ImageSource:
 
 
 def _from_class_folders(cfg: SourceConfig, folder: Path, channels: int, subfolder: str = "") -> FileSource:
-    """Images in one folder a class; sorted names are the labels unless ``classes`` orders them."""
+    """Images with one folder per class; labels follow the sorted folder names, or the order of ``classes``."""
     names = class_folders(folder)
     if not names:
         _wrong_layout(cfg, f"{folder} has no class folders")
@@ -179,11 +179,11 @@ def _from_class_folders(cfg: SourceConfig, folder: Path, channels: int, subfolde
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(kept):
-        found = image_files(folder / name / subfolder, folder)
-        if not found:
-            _wrong_layout(cfg, f"{legible(folder / name / subfolder)} holds no images")
-        paths += found
-        labels += [label] * len(found)
+        in_class = image_files(folder / name / subfolder, folder)
+        if not in_class:
+            _wrong_layout(cfg, f"{legible(folder / name / subfolder)} contains no images")
+        paths += in_class
+        labels += [label] * len(in_class)
     return FileSource(cfg.dataset, cfg.split, folder, paths, np.array(labels, dtype=np.int64), kept, channels)
 
 
@@ -212,8 +212,8 @@ def imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
     chosen = cfg.dataset == "imagenet1k" and cfg.class_names
     if source.num_classes != expected and not chosen:
         raise ValueError(
-            f"{cfg.dataset} has {expected} classes, but {source.num_classes} are there or listed; list the folder "
-            f"names in data.classes, or name the data set imagefolder"
+            f"{cfg.dataset} has {expected} classes, but {source.num_classes} were found or listed; list the folder "
+            f"names in data.classes, or use data.dataset=imagefolder"
         )
     return source
 
@@ -229,5 +229,7 @@ def folder(cfg: SourceConfig, channels: int) -> ImageSource:
     if not paths:
         _wrong_layout(cfg, f"no file in it ends in {', '.join(sorted(EXTENSIONS))}")
     if cfg.class_names:
-        raise ValueError("classes cannot choose from data.dataset=folder: it has no labels; use imagefolder")
+        raise ValueError(
+            "classes cannot be selected in data.dataset=folder: it has no labels; use imagefolder"
+        )
     return FileSource(cfg.dataset, cfg.split, root, paths, None, channels=channels)

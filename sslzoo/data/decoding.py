@@ -1,6 +1,6 @@
-"""From the bytes of an image file to pixels, whatever the bytes are.
+"""Decode the bytes of image files, including damaged ones, to pixels.
 
-C channels, H x W pixels.
+Shapes: C channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torchvision.transforms.v2 import functional as TF
 from sslzoo.data.disk import UnreadableImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_ORIENTATION = 0x0112  # the tag of TIFF and EXIF
-# Rec. 601 luma in fractions of 2^15, rounded down: what libpng makes of a coloured PNG.
+_ORIENTATION = 0x0112  # tag number in TIFF and EXIF
+# Rec. 601 luma in units of 2^-15, rounded down, as libpng converts coloured PNG files.
 _LUMA = (9794, 19234, 3740)
 
 
 def decode(data: bytes, channels: int) -> Tensor:
-    """The image in a file's bytes, (C, H, W) uint8 with 1 or 3 channels, the way up that its EXIF tag says.
+    """Decode the bytes of an image file to (C, H, W) uint8 with 1 or 3 channels, oriented by its EXIF tag.
 
-    Of an animation the first frame, of 16 bits the upper 8; transparency is dropped. Raises ``UnreadableImageError``
-    for damaged files, for unknown formats, and for more pixels than Pillow takes, 178,956,970, which the header tells
-    before anything is decoded.
+    Uses the first frame of animations and the upper 8 of 16 bits, and drops transparency. Raises
+    ``UnreadableImageError`` for damaged files, unknown formats, and images of more than Pillow's limit of 178,956,970
+    pixels, which is checked in the header before decoding.
     """
-    # Whatever is wrong with a file, the library's exception is one of many kinds, and a warning is no news.
+    # For invalid files, the libraries raise many types of exceptions, and their warnings are not helpful.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -45,19 +45,19 @@ def decode(data: bytes, channels: int) -> Tensor:
 
 
 def _is_for_torchvision(file: ImageFile.ImageFile) -> bool:
-    """Not PNG, where it is no faster, and where damaged content ends the process; no animation of so many frames,
-    all of which it would decode."""
+    """Whether torchvision should decode the file: not PNG, where it is not faster and may crash the process on damaged
+    files, and no long animations, of which it would decode all frames."""
     pixels = file.width * file.height * getattr(file, "n_frames", 1) if file.format == "GIF" else 0
     return file.format in ("JPEG", "MPO", "WEBP", "GIF") and pixels <= 2 * (Image.MAX_IMAGE_PIXELS or inf)
 
 
 def _fast(file: ImageFile.ImageFile, data: bytes, channels: int) -> Tensor | None:
-    """By torchvision, twice as fast as Pillow for JPEG. None where it cannot."""
+    """Decode with torchvision, which is twice as fast as Pillow for JPEG; None if it cannot."""
     try:
-        # Deprecated from 0.29 for a package of its own; where it is gone, Pillow decodes.
+        # Deprecated since torchvision 0.29 in favour of a separate package; once it is removed, Pillow decodes.
         from torchvision.io import ImageReadMode, decode_image
 
-        grey = channels == 1 and file.format in ("JPEG", "MPO")  # which have it inside
+        grey = channels == 1 and file.format in ("JPEG", "MPO")  # these formats store luma
         mode = ImageReadMode.GRAY if grey else ImageReadMode.RGB
         image = decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
     except (RuntimeError, ImportError):
@@ -70,7 +70,7 @@ def _fast(file: ImageFile.ImageFile, data: bytes, channels: int) -> Tensor | Non
 
 
 def _thorough(file: ImageFile.ImageFile, channels: int) -> Tensor:
-    """By Pillow."""
+    """Decode with Pillow."""
     if file.mode.startswith("I;16"):
         grey = torch.from_numpy((np.asarray(file) >> 8).astype(np.uint8))[None]
         return grey.expand(channels, -1, -1)
@@ -81,21 +81,21 @@ def _thorough(file: ImageFile.ImageFile, channels: int) -> Tensor:
 
 
 def _luma(image: Tensor) -> Tensor:
-    """RGB (3, H, W) uint8 in grey (1, H, W)."""
+    """Convert RGB (3, H, W) uint8 to grey (1, H, W)."""
     red, green, blue = image.int()
     return ((red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]) >> 15).to(torch.uint8)[None]
 
 
 def _orientation(file: ImageFile.ImageFile) -> int:
-    """1 to 8; 1, as it is, where nothing legible is said."""
+    """The EXIF orientation, 1 to 8; 1 (unchanged) if there is no valid tag."""
     try:
         return file.getexif().get(_ORIENTATION, 1)
-    except Exception:  # of tags that are damaged; the pixels are not
+    except Exception:  # damaged tags do not make the pixels unusable
         return 1
 
 
 def _upright(image: Tensor, orientation: int) -> Tensor:
-    """``image`` (C, H, W) turned and mirrored as EXIF's eight orientations say."""
+    """Rotate and mirror ``image`` (C, H, W) according to its EXIF orientation."""
     if orientation in (5, 6, 7, 8):
         image = image.transpose(1, 2)
     flipped = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())

@@ -1,4 +1,4 @@
-"""Image files on a disk that may not answer: which there are, and their bytes."""
+"""List and read image files, with retries on unreliable disks."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from stat import S_ISREG
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds between attempts to read a file
-# What the file system says for good. Anything else may be a server or a mount that comes back.
+# Permanent errors. Any other error may come from a server or mount that recovers.
 _FINAL = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class UnreadableImageError(OSError):
-    """An image that is missing, damaged, too large or in no known format; the message says which of these."""
+    """An image is missing, damaged, too large or in an unknown format; the message says which."""
 
 
 class DataError(RuntimeError):
-    """Images do not arrive, or too few of them; the message says what is wrong and what to do."""
+    """The images, or too many of them, cannot be loaded; the message says why and what to do."""
 
 
 def image_files(folder: Path, root: Path) -> list[str]:
     """Image files under ``folder``, at any depth, as sorted paths relative to ``root``.
 
-    Links to folders are followed, except to one that they lie in. Only regular files count, and links whose target is
-    missing, which will be reported as unreadable; pipes, what macOS adds to archives (``__MACOSX``, ``._*``) and
-    other files do not. A name that is no UTF-8 has its bytes as surrogates.
+    Links to folders are followed unless they lead to a parent folder. Includes regular files, and links whose target
+    is missing (reported as unreadable later), but not pipes, nor files that macOS adds to archives (``__MACOSX``,
+    ``._*``). Bytes of names that are not UTF-8 are represented by surrogates.
     """
     within = folder.relative_to(root).as_posix()
     return sorted(_walk(folder, "" if within == "." else f"{within}/", ()))
@@ -54,20 +54,20 @@ def _is_named_as_image(path: Path) -> bool:
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Sorted names of the folders in ``folder``."""
+    """Sorted names of the subfolders of ``folder``."""
     return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != "__MACOSX"))
 
 
 def legible(path: object) -> str:
-    """``path`` as text that any terminal and log takes: bytes that are no UTF-8 as ``\\xff``."""
+    """``path`` as printable text; bytes that are not UTF-8 are shown as ``\\xff``."""
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def read_file(path: Path, root: Path) -> bytes:
-    """The content of the file ``path`` of a data set in ``root``, with pauses between attempts where the disk fails.
+    """Read the file ``path`` of a data set in ``root``, retrying after temporary errors.
 
     Raises:
-        UnreadableImageError: the file is missing, is no regular file, or cannot be read.
+        UnreadableImageError: the file is missing, is not a regular file, or cannot be read.
         DataError: the folder of the images is gone.
     """
     for pause in (*PAUSES, None):
@@ -82,7 +82,7 @@ def read_file(path: Path, root: Path) -> bytes:
             if pause is None and gone:
                 raise DataError(
                     f"the images are gone: {legible(root)} has been missing or empty for {sum(PAUSES):.0f} s; "
-                    "bring it back"
+                    "restore it"
                 ) from error
             if pause is None or error.errno in _FINAL or (error.errno == errno.ENOENT and not gone):
                 raise UnreadableImageError(error.strerror) from error
@@ -91,7 +91,7 @@ def read_file(path: Path, root: Path) -> bytes:
 
 
 def _has_entries(folder: Path) -> bool:
-    """Whether ``folder`` is there with something in it: a mount that is lost leaves an empty folder, or none."""
+    """Whether ``folder`` exists and is not empty; a lost mount leaves an empty folder or none."""
     try:
         with os.scandir(folder) as entries:
             return next(entries, None) is not None

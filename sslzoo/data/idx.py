@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The uint8 array in an idx file, plain or gzipped by its suffix.
+    """Read the uint8 array in an idx file, which is gzipped if its name ends in ``.gz``.
 
-    Raises ``ValueError`` where the file is not idx with unsigned bytes, or is cut short.
+    Raises ``ValueError`` if the file is not an idx file of unsigned bytes, or is truncated.
     """
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
@@ -20,7 +20,5 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     start = 4 + 4 * raw[3]
     shape = tuple(np.frombuffer(raw[4:start], dtype=">u4").astype(int))
     if len(raw) - start != np.prod(shape):
-        raise ValueError(
-            f"{path} announces shape {shape} but holds {len(raw) - start} bytes; download it again"
-        )
+        raise ValueError(f"{path} declares shape {shape} but has {len(raw) - start} bytes; download it again")
     return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape)

@@ -1,4 +1,4 @@
-"""The two kinds of image source, in memory and decoded on demand, behind one class."""
+"""Image sources: arrays in memory, and files that are decoded on demand."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["ArraySource", "FakeSource", "FileSource", "ImageSource", "Unreadable
 
 
 class ImageSource(ABC):
-    """N images, perhaps with labels. A position in it is a ``sample_id``."""
+    """N images with or without labels. The index of an image is its ``sample_id``."""
 
-    is_array: ClassVar[bool]  # in memory, all of one size
+    is_array: ClassVar[bool]  # whether images are in memory and all have the same size
 
     def __init__(
         self,
@@ -38,14 +38,14 @@ class ImageSource(ABC):
 
     @property
     def num_classes(self) -> int:
-        """0 without labels."""
+        """Number of classes; 0 without labels."""
         return len(self.class_names) if self.labels is not None else 0
 
     @property
     def fingerprint(self) -> str:
-        """Name, split, number of images and a hash of order, labels and identity of the samples.
+        """Name, split, number of images, and a hash of the samples' order, labels and identity.
 
-        State that is kept per sample is worth nothing under another one.
+        Per-sample state is only valid for the same fingerprint.
         """
         digest = hashlib.sha256(b"" if self.labels is None else self.labels.tobytes())
         digest.update("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
@@ -57,19 +57,19 @@ class ImageSource(ABC):
 
     @abstractmethod
     def _identity(self) -> bytes:
-        """What tells these images from others without reading them all."""
+        """Bytes that distinguish these images from others, without reading all of them."""
 
     @abstractmethod
     def read(self, sample_id: int) -> Tensor:
-        """One image (C, H, W) uint8; ``UnreadableImageError``, with the reason, where there is none."""
+        """Read one image (C, H, W) uint8; raises ``UnreadableImageError`` with the reason if it cannot be read."""
 
     def where(self, sample_id: int) -> str:
-        """A name for the log."""
+        """A description of the sample for log messages."""
         return f"{self.name}/{self.split}[{sample_id}]"
 
 
 class ArraySource(ImageSource):
-    """Images (N, C, H, W) uint8 in memory, or mapped into it."""
+    """Images (N, C, H, W) uint8 in memory or memory-mapped."""
 
     is_array = True
 
@@ -99,12 +99,12 @@ class ArraySource(ImageSource):
         return torch.from_numpy(np.array(self.images[sample_id]))
 
     def batch(self, sample_id: Tensor) -> Tensor:
-        """Images (n, C, H, W) uint8 of the positions (n,), copied."""
+        """Copies of the images (n, C, H, W) uint8 with the ids ``sample_id`` (n,)."""
         return torch.from_numpy(self.images[sample_id.numpy()])
 
 
 class FileSource(ImageSource):
-    """Image files, decoded when they are read."""
+    """Image files under ``root``, decoded on demand; ``paths`` are relative to it."""
 
     is_array = False
 
@@ -120,7 +120,7 @@ class FileSource(ImageSource):
     ) -> None:
         super().__init__(name, split, channels, labels, class_names)
         self.root = root
-        # One array of bytes: forked workers share it, where a list of strings would be copied bit by bit.
+        # One array of bytes, which forked workers share; a list of strings would gradually be copied to each of them.
         self._paths = np.array([p.encode("utf-8", "surrogateescape") for p in paths])
         if channels not in (1, 3):
             raise ValueError(f"image files are read with 1 or 3 channels; data.mean has {channels}")
@@ -142,7 +142,7 @@ class FileSource(ImageSource):
 
 
 class FakeSource(ArraySource):
-    """Images drawn from a hash: coarse coloured squares that differ from one sample to the next."""
+    """Generated images of coarse coloured squares, a function of the split and the sample id."""
 
     def __init__(self, n: int, channels: int, size: int, num_classes: int, split: str = "train") -> None:
         cells = min(size, 4)
@@ -156,10 +156,10 @@ class FakeSource(ArraySource):
         )
 
     def sibling(self, split: str, num_classes: int) -> FakeSource:
-        """Fake images of the same number and size."""
+        """Another split with as many images of the same size."""
         return FakeSource(len(self), self.channels, self.size[0], num_classes, split)
 
 
 def fake_source(n: int, channels: int, size: int, num_classes: int) -> FakeSource:
-    """``n`` generated images of ``size`` pixels, for dry runs and tests; ``num_classes`` 0: no labels."""
+    """``n`` generated images of ``size`` x ``size`` pixels, for dry runs and tests; ``num_classes`` 0: no labels."""
     return FakeSource(n, channels, size, num_classes)

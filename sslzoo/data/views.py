@@ -1,7 +1,7 @@
-"""From a view's declaration to its parameters, and from pixels to the view.
+"""Draw the random parameters of views, and apply them to images.
 
-Draws are made on the CPU for a whole batch, from (seed, epoch, sample_id, view) alone; they are applied
-where the images are.
+Parameters are drawn on the CPU for a whole batch, as a function of (seed, epoch, sample_id, view) only, and
+applied on the device of the images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sslzoo.data.crops import CROP_DRAWS, sample_boxes
 from sslzoo.randomness import view_uniforms
 from sslzoo.recipe.sections import ViewConfig
 
-# Columns of a view's uniforms after those of the crop.
+# Columns of a view's uniforms, after those used by the crop.
 JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, BLUR, SIGMA, SOLARIZE, FLIP, ORDER = range(
     CROP_DRAWS, CROP_DRAWS + 11
 )
@@ -31,11 +31,11 @@ _JITTER = {
     "saturation": ph.adjust_saturation,
     "hue": ph.adjust_hue,
 }
-_COLOURLESS = ("brightness", "contrast")  # what jitter does to one channel
+_COLOURLESS = ("brightness", "contrast")  # the jitter operations that affect single-channel images
 
 
 class JitterPass(NamedTuple):
-    """One operation on the samples whose order puts it at this point."""
+    """A jitter operation and the samples to which it is applied at this point, since the order is random."""
 
     operation: str
     rows: Tensor  # (n,) int64
@@ -43,34 +43,34 @@ class JitterPass(NamedTuple):
 
 
 class ViewDraws(NamedTuple):
-    """What happens to one view of N samples. Rows are those that an operation applies to."""
+    """The random parameters of one view of N samples; index tensors (n,) are the rows to which an operation applies."""
 
     jitter: tuple[JitterPass, ...]
     grayscale: Tensor
     blur: Tensor
-    sigma: Tensor  # of the blurred rows
+    sigma: Tensor  # of the Gaussian in pixels, for each row in blur
     solarize: Tensor
     flip: Tensor
-    boxes: Tensor  # (N, 4), for images that are cropped with the rest; (0, 4) for those that come cropped
+    boxes: Tensor  # crop boxes (N, 4), or (0, 4) if the images are already cropped
 
 
 def expand_views(views: Sequence[ViewConfig]) -> tuple[ViewConfig, ...]:
-    """One entry a crop. A view's index, in this order, is part of its random numbers' key."""
+    """One entry per crop. The index in this list is part of the key of the view's random numbers."""
     return tuple(replace(view, count=1) for view in views for _ in range(view.count))
 
 
 def draw_uniforms(seed: int, epoch: int, view: int, sample_id: Tensor) -> Tensor:
-    """All uniforms behind one view (N, DRAWS) float64."""
+    """All uniform random numbers of one view, (N, DRAWS) float64."""
     return view_uniforms(seed, epoch, view, sample_id, DRAWS)
 
 
 def draw_boxes(cfg: ViewConfig, u: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Crop boxes (N, 4) from the view's uniforms and the images' sizes (N,)."""
+    """Crop boxes (N, 4) in pixels, from the view's uniforms ``u`` (N, DRAWS) and the image sizes (N,)."""
     return sample_boxes(u[:, :CROP_DRAWS], height, width, cfg.scale, cfg.ratio)
 
 
 def jitter_factor(cfg: ViewConfig, name: str, u: Tensor) -> Tensor:
-    """Uniform in [max(0, 1 - x), 1 + x], and [-x, x] for the hue, as torchvision's ColorJitter."""
+    """Uniform in [max(0, 1 - x), 1 + x], or [-x, x] for the hue, as in torchvision's ColorJitter."""
     x = getattr(cfg, name)
     low, high = (-x, x) if name == "hue" else (max(0.0, 1 - x), 1 + x)
     return (low + (high - low) * u).float()
@@ -87,7 +87,7 @@ def _draw_jitter(cfg: ViewConfig, u: Tensor, channels: int) -> tuple[JitterPass,
         return ()
     u = u[rows]
     columns = [ORDER + column - BRIGHTNESS for _, column in active]
-    rank = u[:, columns].argsort(dim=1, stable=True).argsort(dim=1)  # place of each operation in the order
+    rank = u[:, columns].argsort(dim=1, stable=True).argsort(dim=1)  # position of each operation in the order
     passes = []
     for place in range(len(active)):
         for k, (name, column) in enumerate(active):
@@ -98,7 +98,7 @@ def _draw_jitter(cfg: ViewConfig, u: Tensor, channels: int) -> tuple[JitterPass,
 
 
 def draw_view(cfg: ViewConfig, u: Tensor, channels: int, boxes: Tensor | None = None) -> ViewDraws:
-    """Everything after the crop, from the view's uniforms ``u`` (N, DRAWS)."""
+    """Parameters of all operations after the crop, from the view's uniforms ``u`` (N, DRAWS)."""
 
     def rows(column: int, p: float) -> Tensor:
         return (u[:, column] < p).nonzero()[:, 0]
@@ -117,7 +117,7 @@ def draw_view(cfg: ViewConfig, u: Tensor, channels: int, boxes: Tensor | None = 
 
 
 def apply_view(cfg: ViewConfig, images: Tensor, draws: ViewDraws) -> Tensor:
-    """Jitter, grayscale, blur, solarise, flip of float32 crops (N, C, S, S), which are overwritten."""
+    """Apply jitter, grayscale, blur, solarisation and flip to float32 crops (N, C, S, S) in place."""
     for operation, rows, factor in draws.jitter:
         images.index_copy_(0, rows, _JITTER[operation](images[rows], factor))
     if len(draws.grayscale):

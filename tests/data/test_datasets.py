@@ -107,7 +107,7 @@ def test_idx_files_that_are_not_whole(tmp_path: Path) -> None:
     write_idx(tmp_path / "x", noise(4, 3))
     assert read_idx(tmp_path / "x").shape == (4, 3)
     (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-1])
-    with pytest.raises(ValueError, match="announces shape"):
+    with pytest.raises(ValueError, match="declares shape"):
         read_idx(tmp_path / "x")
     (tmp_path / "x").write_bytes(b"<html>")
     with pytest.raises(ValueError, match="not an idx file"):
@@ -311,7 +311,7 @@ def test_an_empty_or_missing_folder_shows_the_layout(tmp_path: Path, dataset: st
 def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
     class_folders(tmp_path, 2)
     (tmp_path / "train/n009").mkdir()
-    with pytest.raises(ValueError, match="n009 holds no images"):
+    with pytest.raises(ValueError, match="n009 contains no images"):
         opened("imagefolder", tmp_path)
 
 

@@ -1,9 +1,9 @@
-"""Draw the embedded subset of Fashion-MNIST: 1,200 training and 200 test images of each class.
+"""Make the embedded subset of Fashion-MNIST: 1,200 training and 200 test images per class.
 
     python sslzoo/data/embedded/make.py /usr/share/datasets/fashion-mnist
 
-The input is the four idx files (Debian package ``dataset-fashion-mnist``). The draw is a function of
-``SEED`` alone, and the npz keeps each image's position in the full set, so anyone can check it.
+The input is the four idx files (Debian package ``dataset-fashion-mnist``). The subset depends only on ``SEED``,
+and the npz file contains each image's index in the full set, so that anyone can check it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TARGET = Path(__file__).parent / "fashion_mnist_12k.npz"
 
 
 def main(folder: Path) -> None:
-    """Write ``fashion_mnist_12k.npz`` beside this file."""
+    """Write ``fashion_mnist_12k.npz`` to the folder of this file."""
     rng = np.random.default_rng(SEED)
     arrays: dict[str, Any] = {}
     for split, (prefix, per_class) in PER_CLASS.items():
