@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("method", metavar="NAME|module:Class", help="which method")
-    parser.add_argument("--recipe", default="", help="a bundled recipe or a file to take the settings from")
+    parser.add_argument("method", metavar="NAME|module:Class", help="the method to test")
+    parser.add_argument("--recipe", default="", help="bundled recipe or file that provides the settings")
     parser.add_argument(
         "--only",
         default="",
         metavar="PROMISE,...",
-        help="these alone, by the names in the table's first column",
+        help="test only these promises, named as in the first column of the table",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to the recipe: method.temperature=0.1"
+        "overrides", nargs="*", metavar="key=value", help="overrides of the recipe: method.temperature=0.1"
     )
 
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("sslzoo").setLevel(logging.ERROR)
     console = Console(highlight=False)
     results = []
-    for promise in promises:  # row by row: the slow ones take some seconds
+    for promise in promises:  # print rows as they come, because some take several seconds
         results.append(check(promise, recipe))
         console.print(_row(results[-1]))
     kept = sum(result.kept and result.tried for result in results)
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(result: Result) -> Table:
-    """Name, outcome, seconds, and the promise with what was found."""
+    """A row with name, outcome, seconds, and the promise with any findings."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,2 +1,2 @@
-"""What a method's tests need, without pytest: the promises and their checks, processes, kills, a pretended GPU,
+"""Tools for testing methods, independent of pytest: checks of the contract, processes, kills, a pretended GPU, and
 reference cases."""

@@ -1,4 +1,4 @@
-"""The contract of methods, put to the test: a small recipe of any method, and the promises that it keeps or breaks."""
+"""Test the contract of methods: build a small recipe for any method, and check each promise with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sslzoo.recipe.sections import Recipe
 from sslzoo.testing.promises import PROMISES, Broken, NotTried, Promise
 from sslzoo.testing.small import shrunk
 
-# What a method is tried with for which there is no recipe.
+# The recipe used for methods without one.
 DEFAULT = """\
 seed: 0
 backbone: {name: conv5, in_channels: 3}
@@ -37,7 +37,7 @@ trainer: {max_epochs: 1, accelerator: cpu, devices: 1}
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What became of a promise."""
+    """The result of checking a promise."""
 
     promise: Promise
     seconds: float
@@ -48,18 +48,18 @@ class Result:
 
     @property
     def kept(self) -> bool:
-        """Whether nothing was found."""
+        """Whether the check found no difference."""
         return not self.found
 
 
 def small_recipe(name: str, *, recipe: str = "", overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe of the method ``name``, registered or ``module:Class``, in which all but the method is small.
+    """A recipe for the method ``name``, registered or ``module:Class``, with everything small except the method.
 
-    ``recipe`` is where its settings come from: a bundled name or a file. Otherwise that is the first bundled recipe of
-    the method on embedded images, or else on any, or else its config's defaults. A section that ``overrides`` change
-    stays as the recipe has it.
+    ``recipe`` (bundled name or file) provides the method's settings; by default the first bundled recipe of the method
+    on embedded images, otherwise its first bundled recipe, otherwise its config's defaults. Sections changed by
+    ``overrides`` are not shrunk.
 
-    Raises ``RecipeError``, which says what is missing.
+    Raises ``RecipeError`` if the recipe is invalid or values are missing.
     """
     try:
         cls = registry.method_class(name)
@@ -71,37 +71,38 @@ def small_recipe(name: str, *, recipe: str = "", overrides: Sequence[str] = ()) 
     loaded = load_recipe(recipe, overrides).recipe if recipe else _by_default(name, overrides)
     if loaded.method.name != name:
         raise RecipeError(
-            f"{recipe} trains {loaded.method.name}, not {name}; name a recipe with method.name: {name}"
+            f"{recipe} trains {loaded.method.name}, not {name}; give a recipe with method.name: {name}"
         )
     named = {override.partition("=")[0].partition(".")[0].strip() for override in overrides}
     try:
         return shrunk(loaded, keep=named)
     except ConfigError as error:
         raise RecipeError(
-            f"{name} refuses the small recipe: {error}; an override of that section keeps it as its recipe has it"
+            f"{name} refuses the small recipe: {error}; overriding a key of that section keeps it unshrunk"
         ) from None
 
 
 def _bundled(name: str) -> str:
-    """The recipe to take for the method; empty where there is none."""
-    found: dict[str, bool] = {}  # and whether its images are embedded
+    """The bundled recipe to use for the method; empty if there is none."""
+    embedded_images: dict[str, bool] = {}  # for each recipe of the method
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     for recipe, path in registry.recipes().items():
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
         if values["method"]["name"] == name:
-            found[recipe] = not dataset_info(values["data"]["dataset"]).layout
-    return next((recipe for recipe, embedded in found.items() if embedded), next(iter(found), ""))
+            embedded_images[recipe] = not dataset_info(values["data"]["dataset"]).layout
+    first = next(iter(embedded_images), "")
+    return next((recipe for recipe, embedded in embedded_images.items() if embedded), first)
 
 
 def _by_default(name: str, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a method that has none."""
+    """A recipe for a method without bundled recipes."""
     with tempfile.TemporaryDirectory(prefix="sslzoo-check-") as folder:
         path = Path(folder) / "default.yaml"
         path.write_text(DEFAULT.replace("METHOD", f"'{name}'"))
         try:
             return load_recipe(str(path), overrides).recipe
         except RecipeError as error:
-            said = str(error).replace(f"{path}:", "default recipe, line ")
+            message = str(error).replace(f"{path}:", "default recipe, line ")
     missing = [
         field
         for field in fields(registry.method_config(name))
@@ -110,29 +111,29 @@ def _by_default(name: str, overrides: Sequence[str]) -> Recipe:
         and field.default_factory is MISSING
         and not any(re.match(rf"method(\.{field.name}\b|=)", override) for override in overrides)
     ]
-    if not missing or "missing key" not in said:
-        raise RecipeError(said)
+    if not missing or "missing key" not in message:
+        raise RecipeError(message)
     needs = ", ".join(f"{field.name} ({getattr(field.type, '__name__', field.type)})" for field in missing)
     example = " ".join(f"method.{field.name}=..." for field in missing)
     raise RecipeError(
-        f"{name} has no recipe, and its config no default for {needs}; add {example}, or a recipe by --recipe"
+        f"{name} has no recipe, and its config has no default for {needs}; add {example}, or a recipe with --recipe"
     )
 
 
 def promised(only: Collection[str] = ()) -> list[Promise]:
-    """All promises, or those named in ``only``. Raises ``ValueError`` for one that nobody makes."""
+    """All promises, or those named in ``only``. Raises ``ValueError`` for an unknown one."""
     for name in only:
         require(
             name in PROMISES,
-            f"no promise {name!r}{did_you_mean(name, PROMISES)} (there are {', '.join(PROMISES)})",
+            f"unknown promise {name!r}{did_you_mean(name, PROMISES)} (known: {', '.join(PROMISES)})",
         )
     return [promise for name, promise in PROMISES.items() if not only or name in only]
 
 
 def check(promise: Promise, recipe: Recipe) -> Result:
-    """Put one promise to the test with a recipe of :func:`small_recipe`. What the method raises breaks it.
+    """Check one promise with a recipe from :func:`small_recipe`. An exception from the method counts as broken.
 
-    Starts processes by fork, and therefore lets torch use one thread from here on.
+    Forks processes, and therefore sets torch to a single thread for the rest of this process.
     """
     torch.set_num_threads(1)
     start = time.monotonic()
@@ -152,8 +153,10 @@ def check(promise: Promise, recipe: Recipe) -> Result:
 
 
 def _place(error: Exception) -> str:
-    """The innermost line of the method, of the framework where there is none of it."""
+    """Where ``error`` was raised: the innermost line outside of installed packages, if there is one."""
     here = str(Path(__file__).parent)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(here)]
-    own = [f for f in frames if "site-packages" not in f.filename] or frames
-    return f"{Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].name})" if own else "a check"
+    frames = [f for f in frames if "site-packages" not in f.filename] or frames
+    return (
+        f"{Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].name})" if frames else "a check"
+    )

@@ -1,4 +1,4 @@
-"""A short training, observed: the losses, gradients and state of every step, for comparisons."""
+"""Run a short training and record losses, gradients and state of every step, for comparisons."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from sslzoo.testing.small import small_images
 
 @dataclass
 class Course:
-    """What was seen on one process; tensors are copies."""
+    """Records of one process; tensors are copies."""
 
-    losses: list[Tensor] = field(default_factory=list)  # of each micro-batch, of this process's samples
-    # Of each call of an optimiser, by parameter: the mean over the processes.
+    losses: list[Tensor] = field(default_factory=list)  # per micro-batch, for this process's samples
+    # Gradients by parameter, averaged over processes, for each call of an optimiser.
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     states: list[dict[str, Tensor]] = field(default_factory=list)  # before each micro-batch, and at the end
-    skipped: list[bool] = field(default_factory=list)  # of each optimiser step
+    skipped: list[bool] = field(default_factory=list)  # for each optimiser step, whether it was skipped
     diverged: bool = False
 
 
 class _Observer(Callback):
-    """Fills a course, and spoils one image."""
+    """Records to a course, and makes one image non-finite."""
 
     def __init__(self, course: Course, spoilt: tuple[int, int] | None) -> None:
         self.course, self.spoilt = course, spoilt
@@ -69,11 +69,11 @@ def train(
     spoilt: tuple[int, int] | None = None,
     dropout: bool = True,
 ) -> Course:
-    """``steps`` steps of ``recipe`` on generated images, as one process of ``trainer.devices``.
+    """Train ``steps`` steps of ``recipe`` on generated images, as one of ``trainer.devices`` processes.
 
-    ``spoilt``: micro-batch and rank in which the first image is not finite. ``fp16`` steps through a loss scaler, as
-    ``16-mixed`` does on a GPU. Without ``dropout`` its layers do nothing, since what they draw depends on the number
-    of processes. Ends early, with ``diverged``, where the loss is not finite.
+    ``spoilt``: micro-batch and rank whose first image is made non-finite. ``fp16`` uses a loss scaler, as ``16-mixed``
+    does on a GPU. ``dropout=False`` disables dropout, whose random numbers depend on the number of processes. If the
+    loss is not finite, the training ends early, with ``diverged`` set.
     """
     built = build_run(
         replace(recipe, trainer=recipe.trainer | {"limit_val_batches": 0}),
@@ -84,9 +84,9 @@ def train(
     )
     course = Course()
     trainer: Any = built.trainer
-    # First, so that it sees what a method has recorded before the meter takes it.
+    # First in the list, so that it reads what the method has recorded before Meter clears it.
     trainer.callbacks = [_Observer(course, spoilt), *trainer.callbacks]
-    if fp16:  # Lightning refuses it on a CPU; at this scale only what is not finite overflows
+    if fp16:  # Lightning refuses 16-mixed on a CPU; with this scale only non-finite values overflow
         scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
         trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler)
     if not dropout:
@@ -100,15 +100,15 @@ def train(
 
 
 def carried(trainer: Any, method: SSLMethod[Any]) -> dict[str, Tensor]:
-    """Copies of all tensors of a run that steps move, by name."""
-    found = dict(method.state_dict())
+    """Copies of all tensors of a run that training steps change, by name."""
+    tensors = dict(method.state_dict())
     for i, optimizer in enumerate(trainer.optimizers):
         for p, state in optimizer.state_dict()["state"].items():
-            found |= {f"optimizer.{i}.{p}.{name}": value for name, value in state.items()}
+            tensors |= {f"optimizer.{i}.{p}.{name}": value for name, value in state.items()}
     for probe in (c for c in trainer.callbacks if isinstance(c, OnlineProbe)):
         for layer, state in probe.state_dict().items():
-            found |= {f"probe.{layer}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    return {name: value.detach().clone() for name, value in found.items() if isinstance(value, Tensor)}
+            tensors |= {f"probe.{layer}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    return {name: value.detach().clone() for name, value in tensors.items() if isinstance(value, Tensor)}
 
 
 def _without_dropout(module: nn.Module) -> None:

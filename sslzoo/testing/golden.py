@@ -1,4 +1,4 @@
-"""Reading and comparing the reference numbers (format 1 of ``cases.json``)."""
+"""Read reference numbers (format 1 of ``cases.json``) and compare results with them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """One case: hyper-parameters, arrays, the names to compare and how closely."""
+    """One reference case: hyper-parameters, arrays, the names to compare, and tolerances."""
 
     name: str
     kind: str
     hyper: dict[str, Any]
-    expect: tuple[str, ...]  # as written: names or patterns with {t} and *
+    expect: tuple[str, ...]  # array names, or patterns with {t} and *
     tolerance: dict[str, dict[str, Any]]
     file: Path
 
@@ -33,7 +33,7 @@ class GoldenCase:
             return dict(stored)
 
     def tensors(self, precision: str) -> dict[str, Tensor]:
-        """Every array as a tensor; floating ones in ``precision``, whatever they are stored as."""
+        """All arrays as tensors; floating-point ones are converted to ``precision``."""
         dtype = DTYPES[precision]
         out = {}
         for name, array in self.arrays.items():
@@ -42,7 +42,7 @@ class GoldenCase:
         return out
 
     def expected_names(self, precision: str) -> list[str]:
-        """The stored arrays that ``expect`` names and that ``precision`` compares."""
+        """The stored arrays that match ``expect`` and are compared in ``precision``."""
         patterns = [p.replace("{t}", "*") for p in self.expect]
         names = [n for n in self.arrays if any(n == p or fnmatchcase(n, p) for p in patterns)]
         limit = self.tolerance[precision].get("steps")
@@ -51,13 +51,13 @@ class GoldenCase:
     def limits(self, name: str, precision: str) -> tuple[float, float]:
         """(rtol, atol) of one array."""
         tolerance = self.tolerance[precision]
-        for pattern, own in tolerance.get("per_array", {}).items():
+        for pattern, limits in tolerance.get("per_array", {}).items():
             if fnmatchcase(name, pattern):
-                return own["rtol"], own["atol"]
+                return limits["rtol"], limits["atol"]
         return tolerance["rtol"], tolerance["atol"]
 
     def check(self, got: dict[str, Tensor | float | int], precision: str) -> None:
-        """Assert that ``got`` holds every expected array within its limits; further entries are ignored."""
+        """Assert that ``got`` contains every expected array within its tolerance; other entries are ignored."""
         names = self.expected_names(precision)
         assert names, f"{self.name}: nothing to compare"
         missing = [n for n in names if n not in got]
@@ -83,7 +83,7 @@ def _step(name: str) -> Any:
 
 
 def load_cases(folder: Path, defaults: dict[str, Any]) -> list[GoldenCase]:
-    """Every case of ``folder/cases.json``; ``defaults`` are the hyper-parameters that a case may leave out."""
+    """All cases in ``folder/cases.json``; ``defaults`` are hyper-parameters that a case may omit."""
     described = json.loads((folder / "cases.json").read_text())
     assert described["format"] == 1, f"{folder}: unknown format {described['format']}"
     return [

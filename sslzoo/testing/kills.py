@@ -1,8 +1,8 @@
-"""Runs that are killed: a training in processes of its own, faults at chosen or random moments, and the
-digest of everything it carries at the end.
+"""Kill and resume trainings: separate processes, kills at chosen or random moments, and digests of the final
+state.
 
-``run(job, folder, faults=[...])`` starts the job, lets the first fault end it, resumes it, and so on, until
-it finishes undisturbed. Its outcome must equal that of ``run(job, folder)``, bit by bit.
+``run(job, folder, faults=[...])`` starts the job, lets the first fault kill it, resumes it, and so on, until
+it finishes undisturbed. The outcome must equal that of ``run(job, folder)`` bit by bit.
 """
 
 from __future__ import annotations
@@ -31,53 +31,53 @@ from sslzoo.run.directory import Run
 from sslzoo.run.placement import place
 from sslzoo.testing.ranks import free_port
 
-LIMIT = 60.0  # seconds; no run here takes a third of it
+LIMIT = 60.0  # seconds, more than three times as long as any run here takes
 
 
 class Failed(RuntimeError):
-    """A session did not end as it should; with what its processes printed."""
+    """A session did not end as expected; the message has the output of its processes."""
 
     def __init__(self, what: str, folder: Path) -> None:
-        said = output(folder)
-        super().__init__(f"{what}\n{said}")
-        self.reason = f"{what}: {(said.splitlines() or ['it said nothing'])[-1]}"
+        printed = output(folder)
+        super().__init__(f"{what}\n{printed}")
+        self.reason = f"{what}: {(printed.splitlines() or ['no output'])[-1]}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is trained, on as many processes of this machine as ``trainer.devices`` says, on generated images."""
+    """A training on generated images, with ``trainer.devices`` processes on this machine."""
 
     recipe: Recipe
     samples: int
     classes: int = 4
-    pause: float = 0.0  # seconds added to each micro-batch, so that a signal can hit the middle
+    pause: float = 0.0  # seconds added to each micro-batch, so that a signal can arrive during the run
 
     @property
     def world(self) -> int:
-        """Processes."""
+        """Number of processes."""
         return self.recipe.devices or 1
 
 
 @dataclass(frozen=True)
 class Fault:
-    """The end of a process by its own hand: SIGKILL where ``where`` says."""
+    """The moment at which a process kills itself with SIGKILL."""
 
-    where: str  # batch (its end), start (of a batch), validation, epoch_end or write
-    at: int  # micro-batches finished; for write, the number of the save from 1 on in that session
+    where: str  # batch (at its end), start (of a batch), validation, epoch_end or write
+    at: int  # finished micro-batches; for write, the number of the save in that session, from 1
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run leaves."""
+    """The results of a finished run."""
 
-    digest: dict[str, str]  # per part of the last checkpoint
-    metrics: str  # metrics.csv
+    digest: dict[str, str]  # hash of each part of the last checkpoint
+    metrics: str  # content of metrics.csv
     sessions: int = 1
     codes: list[list[int | None]] = field(default_factory=list)
 
 
 def fit(job: Job, folder: Path, fault: Fault | None) -> None:
-    """Train in this process, one of ``job.world``, from the last checkpoint in ``folder``."""
+    """Train in this process, one of ``job.world``, starting from the last checkpoint in ``folder``."""
     recipe = job.recipe
     source = FakeSource(job.samples, recipe.backbone.in_channels, recipe.eval.size, job.classes)
     built = build_run(recipe, Run(folder, "killed"), source=source, placement=place())
@@ -86,7 +86,7 @@ def fit(job: Job, folder: Path, fault: Fault | None) -> None:
 
 
 class _Disturbance(Callback):
-    """Kills this process at the fault's moment."""
+    """Kills this process at the moment given by the fault."""
 
     def __init__(self, fault: Fault | None, pause: float) -> None:
         self.fault, self.pause = fault, pause
@@ -116,7 +116,7 @@ class _Disturbance(Callback):
 
 
 def _die_while_writing(number: int) -> None:
-    """The ``number``-th ``torch.save`` of this process writes half the file, and the process dies."""
+    """Make the ``number``-th ``torch.save`` of this process write half the file and kill the process."""
     save, count = torch.save, 0
 
     def dying(value: Any, file: Any) -> None:
@@ -149,7 +149,7 @@ def _entry(job: Job, folder: Path, fault: Fault | None, rank: int, port: int) ->
 
 
 def start(job: Job, folder: Path, fault: Fault | None = None) -> list[Any]:
-    """The job's processes, started. Forked after the imports: a run then takes less than a second."""
+    """Start the job's processes. They are forked after the imports, so that a run takes less than a second."""
     context = multiprocessing.get_context("fork")
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -160,9 +160,9 @@ def start(job: Job, folder: Path, fault: Fault | None = None) -> list[Any]:
 
 
 def wait(ranks: Sequence[Any], limit: float = LIMIT) -> list[int | None]:
-    """Exit codes; a process that is alive after ``limit`` seconds is killed and has None.
+    """Wait and return the exit codes; None for a process that is still alive after ``limit`` seconds, which is killed.
 
-    When one was killed, the others are too, as a launcher does.
+    When one process was killed, the others are killed too, as a launcher would do.
     """
     end = time.monotonic() + limit
     while any(p.exitcode is None for p in ranks) and time.monotonic() < end:
@@ -180,9 +180,9 @@ def wait(ranks: Sequence[Any], limit: float = LIMIT) -> list[int | None]:
 def run(
     job: Job, folder: Path, faults: Sequence[Fault] = (), *, random_kills: int = 0, seed: int = 0
 ) -> Outcome:
-    """Train to the end through all ``faults`` and then ``random_kills`` SIGKILLs at random moments.
+    """Train to the end, with all ``faults`` and then ``random_kills`` SIGKILLs at random moments in between.
 
-    Raises :class:`Failed` where a fault does not happen or the last session fails.
+    Raises :class:`Failed` if a fault does not happen or the last session fails.
     """
     codes: list[list[int | None]] = []
     for fault in faults:
@@ -200,7 +200,7 @@ def run(
 
 
 def finish(job: Job, folder: Path, ranks: Sequence[Any], codes: Sequence[list[int | None]] = ()) -> Outcome:
-    """Wait for the last session, of the processes ``ranks``. ``codes`` are those of the sessions before."""
+    """Wait for the last session, of the processes ``ranks``. ``codes`` are the exit codes of earlier sessions."""
     last = wait(ranks)
     if last != [0] * job.world:
         raise Failed(f"the last session ended with exit codes {last}", folder)
@@ -209,7 +209,7 @@ def finish(job: Job, folder: Path, ranks: Sequence[Any], codes: Sequence[list[in
 
 
 def output(folder: Path) -> str:
-    """What the processes printed."""
+    """The output of the processes."""
     return "\n".join(f"{p.name}:\n{p.read_text()[-3000:]}" for p in sorted(folder.glob("rank*.txt")))
 
 
@@ -217,8 +217,8 @@ def output(folder: Path) -> str:
 
 
 def digest_of(folder: Path) -> dict[str, str]:
-    """A hash of each part of the last checkpoint, and of each tensor of the method, except Lightning's own
-    bookkeeping."""
+    """A hash of each part of the last checkpoint, with one per tensor of the method, except Lightning's loop
+    state."""
     path = latest(folder / "checkpoints")
     if path is None:
         raise Failed(f"no checkpoint in {folder}", folder)
@@ -228,7 +228,7 @@ def digest_of(folder: Path) -> dict[str, str]:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of tensors' bits and of plain values, with their types and places."""
+    """SHA-256 (16 digits) of nested tensors and plain values, including types and order."""
     state = hashlib.sha256()
     _feed(state, value)
     return state.hexdigest()[:16]

@@ -1,29 +1,29 @@
-"""A pretended GPU: tensors that say they are on ``cuda:0`` and compute on the CPU, and notes of what a real GPU
-would refuse or wait for.
+"""A pretended GPU: tensors that claim to be on ``cuda:0`` but compute on the CPU, with notes about operations that a
+real GPU would refuse or wait for.
 
-Kinds of note, each with the line of ours that did it:
+Kinds of notes, each with the line of code that caused it:
 
-- ``nccl``: a collective was given a CPU tensor, which the nccl backend refuses.
-- ``mixed``: an operation got a device tensor and a CPU tensor, which raises on a GPU. CPU scalars may join in.
+- ``nccl``: a collective got a CPU tensor, which the NCCL backend refuses.
+- ``mixed``: an operation got both device and CPU tensors, which fails on a GPU. CPU scalars are allowed.
 - ``sync``: the host waits for the device: ``item``, ``bool``, ``tolist``, ``nonzero``, boolean masks, copies.
-- ``h2d``: a non-blocking copy to the device. No wait if the memory is pinned, which is not known here.
-- ``float64``: a result of more than one float64 number.
-- ``collective``: a collective of the pretended group, with its type and shape; its bytes are summed by name.
+- ``h2d``: a non-blocking copy to the device. It does not wait if the memory is pinned, which is unknown here.
+- ``float64``: a result with more than one float64 number.
+- ``collective``: a collective of the pretended group, with type and shape; its bytes are summed by name.
 
 Kernels are the aten operations that are neither views nor allocations, with the bytes that they read and write.
 :func:`pretend` runs the real ``Trainer.fit`` of a recipe, with the run's callbacks, and the final evaluation.
-By hand, with a recipe, a number of processes and overrides, it shrinks the recipe, prints a report of each phase of the
-last steps, and the exit code is 1 where a GPU would have refused something:
+On the command line, with a recipe, a number of processes and overrides, it shrinks the recipe and prints a report on
+each phase of the last steps; the exit code is 1 if a GPU would have refused something:
 
     python -m sslzoo.testing.pretend RECIPE WORLD [KEY=VALUE...]
 
-What is not pretended: DDP and its reduction of gradients, autocast, torch's own synchronised batch norm (with
-``trainer.sync_batchnorm=true`` the framework's stands in), pinned memory, streams, and every rank but the first. The
-others are thought to hold the same values: a sum is ``world`` times the own one, and what another rank broadcasts is
-zeros, or the own integers. Collectives beside all-reduce, all-gather of tensors and broadcast raise, as they do
-without a process group. Copies between host and device pass no gradient, and a parameter that two modules share
-comes apart when they move. A ``stack`` in a backward pass may hold CPU zeros of autograd's own, which are not
-noted. An aten operation counts as one kernel; on a GPU it may be several.
+Not pretended: DDP and its reduction of gradients, autocast, torch's synchronised batch norm (with
+``trainer.sync_batchnorm=true`` the framework's is used instead), pinned memory, streams, and all ranks but the first.
+The other ranks are assumed to have the same values: a sum is ``world`` times this rank's value, and a broadcast from
+another rank gives zeros, or this rank's integers. Collectives other than all-reduce, all-gather of tensors and
+broadcast raise, as without a process group. Copies between host and device do not propagate gradients, and a parameter
+shared by two modules is duplicated when they move. A ``stack`` in a backward pass may contain CPU zeros from autograd,
+which are not noted. An aten operation counts as one kernel; on a GPU it may be several.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ CPU = torch.device("cpu")
 BREAKS = ("nccl", "mixed")  # kinds of note that are errors on a GPU
 KINDS = (*BREAKS, "sync", "float64", "h2d", "collective")
 
-# Operations after which the host must know a value of the device: sizes, errors, numbers.
+# Operations whose result the host needs: sizes, errors, numbers.
 WAITS = frozenset((
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "repeat_interleave", "multinomial",
     "_unique2", "unique_dim", "unique_consecutive", "_linalg_check_errors", "_linalg_eigh",
@@ -81,11 +81,11 @@ NO_KERNEL = frozenset((
 ))  # fmt: skip
 
 
-# -- what is noted ------------------------------------------------------------------------------
+# -- notes --------------------------------------------------------------------------------------
 
 
 class Moment(NamedTuple):
-    """A phase of a run, and the optimiser steps finished when it began."""
+    """A phase of a run, and the number of optimiser steps finished when it began."""
 
     phase: str
     step: int
@@ -93,7 +93,7 @@ class Moment(NamedTuple):
 
 @dataclass
 class Notes:
-    """What happened in one moment."""
+    """The notes of one moment."""
 
     places: dict[str, Counter[str]] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
     kernels: Counter[str] = field(default_factory=Counter)  # by operation
@@ -103,12 +103,12 @@ class Notes:
     collective_bytes: Counter[str] = field(default_factory=Counter)
 
     def broken(self) -> list[str]:
-        """What a GPU would have refused, with the places."""
+        """Operations that a GPU would have refused, with their places in the code."""
         return [f"{kind}: {place}" for kind in BREAKS for place in self.places[kind]]
 
 
 def _place() -> str:
-    """The innermost line of the framework or the method that led here; of any other library without one."""
+    """The innermost line of the framework or the method on the stack, otherwise of another library."""
     frame, other = sys._getframe(2), ""
     packages = PretendedGPU.active().packages
     while frame is not None:
@@ -127,7 +127,7 @@ def _place() -> str:
 
 
 class DeviceTensor(Tensor):
-    """A tensor that says it is on the GPU. ``values`` holds its numbers."""
+    """A tensor that claims to be on the GPU. ``values`` is the CPU tensor with its values."""
 
     values: Tensor
 
@@ -148,17 +148,17 @@ class DeviceTensor(Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """The pretence."""
+        """Always ``cuda:0``."""
         return CUDA
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
-        """The pretence."""
+        """Always True."""
         return True
 
     @property
     def is_cpu(self) -> bool:  # type: ignore[override]
-        """The pretence."""
+        """Always False."""
         return False
 
     def __repr__(self, **_: Any) -> str:
@@ -173,7 +173,7 @@ class DeviceTensor(Tensor):
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Files hold the numbers: a checkpoint is loaded to the CPU first."""
+        """Pickle the CPU tensor, because checkpoints are loaded to the CPU first."""
         PretendedGPU.active().note("sync", f"copy of {tuple(self.shape)} into a file")
         return self.values.__reduce_ex__(protocol)
 
@@ -189,7 +189,7 @@ def _on_gpu(device: Any) -> bool:
 
 
 def _values(x: Any) -> Any:
-    """What the CPU computes with in place of ``x``."""
+    """The CPU's counterpart of ``x``, for tensors and devices."""
     if isinstance(x, DeviceTensor):
         return x.values
     return CPU if isinstance(x, torch.device) else x
@@ -200,20 +200,20 @@ def _placed(x: Any) -> Any:
 
 
 def _each(change: Callable[[Any], Any], x: Any) -> Any:
-    """``x`` with every leaf of its lists, tuples and dictionaries changed."""
+    """Apply ``change`` to every leaf of nested lists, tuples and dictionaries."""
     if isinstance(x, (list, tuple)):
         return type(x)([_each(change, part) for part in x])
     return {key: _each(change, part) for key, part in x.items()} if isinstance(x, dict) else change(x)
 
 
 def _tensors(x: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _each(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, x)
-    return found
+    tensors: list[Tensor] = []
+    _each(lambda leaf: tensors.append(leaf) if isinstance(leaf, Tensor) else None, x)
+    return tensors
 
 
 class _Functions(TorchFunctionMode):
-    """What names a device, moves between devices, or leaves torch: it never reaches the tensors' operations."""
+    """Intercepts functions that take a device, move tensors, or leave torch, which tensor dispatch does not see."""
 
     def __init__(self, gpu: PretendedGPU) -> None:
         super().__init__()
@@ -235,9 +235,9 @@ class _Functions(TorchFunctionMode):
                 self.gpu.note("sync", "new_tensor: a blocking copy to the device")
                 return _placed(torch.tensor(*args[1:], **({"dtype": first.dtype} | _on_host(kwargs))))
             if name == "__setitem__" and isinstance(args[2], (int, float)):
-                # A number is filled in on the device; C++ would make a CPU tensor of it here.
+                # A GPU fills in the number on the device; here, C++ would create a CPU tensor from it.
                 return func(first, args[1], DeviceTensor(torch.tensor(args[2], dtype=first.dtype)))
-            if name == "one_hot":  # its C++ asks for the device behind our back
+            if name == "one_hot":  # its C++ code reads the device directly
                 return self._one_hot(func, args, kwargs)
             if name.startswith("new_") or name.endswith("_like"):
                 asked = kwargs.get("device")
@@ -268,9 +268,9 @@ class _Functions(TorchFunctionMode):
         named = {"cuda": CUDA, "cpu": CPU}.get(name, kwargs.get("device", kwargs.get("other")))
         target = next((v for v in rest if isinstance(v, (torch.device, str, Tensor))), named)
         target = target.device if isinstance(target, Tensor) else target
-        if target is None:  # to another type
+        if target is None:  # conversion to another dtype
             return func(*args, **kwargs)
-        if _on_gpu(target) == isinstance(x, DeviceTensor):  # it is there
+        if _on_gpu(target) == isinstance(x, DeviceTensor):  # already on that device
             staying = [CPU if isinstance(v, (torch.device, str)) else v for v in rest]
             return func(x, *staying, **_on_host(kwargs)) if name == "to" else x
         dtypes = [v for v in (*rest, kwargs.get("dtype")) if isinstance(v, torch.dtype)]
@@ -297,31 +297,31 @@ class _Group(NamedTuple):
 
 
 class _Work:
-    """A collective that is already done."""
+    """A finished collective."""
 
     def wait(self) -> None:
-        """Nothing to wait for."""
+        """Return at once."""
 
 
 class PretendedGPU:
-    """While it is entered, ``cuda:0`` exists and a process group of ``world`` ranks is there.
+    """Context in which ``cuda:0`` and a process group of ``world`` ranks seem to exist.
 
-    ``moments`` holds the notes by phase and step; :meth:`enter` says which come next.
+    ``moments`` has the notes by phase and step; :meth:`enter` sets the current moment.
     """
 
     _active: ClassVar[PretendedGPU | None] = None
 
     def __init__(self, world: int = 1) -> None:
         self.world = world
-        self.packages = {"sslzoo"}  # whose lines are named as places
+        self.packages = {"sslzoo"}  # packages whose lines are reported as places
         self.moments: dict[Moment, Notes] = {}
         self.enter("start", 0)
         self._undo = ExitStack()
 
     @classmethod
     def active(cls) -> PretendedGPU:
-        """The one that is entered."""
-        assert cls._active is not None, "a device tensor outlived its device"
+        """The pretended GPU whose context is active."""
+        assert cls._active is not None, "a device tensor was used outside of its context"
         return cls._active
 
     def __enter__(self) -> PretendedGPU:
@@ -330,18 +330,18 @@ class PretendedGPU:
             PretendedGPU._active = self
             stack.callback(setattr, PretendedGPU, "_active", None)
             stack.enter_context(warnings.catch_warnings())
-            # Autocast on a device that is not there switches itself off, as it should.
+            # Autocast disables itself on a missing device, as it should.
             warnings.filterwarnings("ignore", ".*CUDA is not available")
             for name, value in self._collectives().items():
                 stack.enter_context(mock.patch.object(dist, name, value, create=True))
-            # What the device draws comes from the CPU's generator.
+            # Random numbers of the device come from the CPU's generator.
             stack.enter_context(mock.patch.object(torch, "Generator", _generator_class()))
             states = {
                 "get_rng_state": lambda device=None: torch.get_rng_state(),
                 "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
             }
             stack.enter_context(mock.patch.multiple(torch.cuda, **states))
-            # Modules get new parameters when they move, and optimisers treat ours like any other.
+            # Let modules replace parameters when they move, and optimisers use foreach for device tensors.
             before = torch.__future__.get_overwrite_module_params_on_conversion()
             torch.__future__.set_overwrite_module_params_on_conversion(True)
             stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
@@ -358,14 +358,14 @@ class PretendedGPU:
     # -- notes ----------------------------------------------------------------------------------
 
     def enter(self, phase: str, step: int) -> Notes:
-        """Notes belong to this moment from now on."""
+        """Set the current moment, to which notes are added."""
         self.now = Moment(phase, step)
         self.notes = self.moments.setdefault(self.now, Notes())
         return self.notes
 
     @contextmanager
     def during(self, phase: str, step: int) -> Iterator[None]:
-        """Notes belong to this moment while inside."""
+        """Set the current moment within a context."""
         before = self.now
         self.enter(phase, step)
         try:
@@ -374,18 +374,18 @@ class PretendedGPU:
             self.enter(*before)
 
     def note(self, kind: str, what: str) -> None:
-        """Add a note of ``kind`` at the place that the call stack shows."""
+        """Add a note of ``kind`` at the current place in the code."""
         self.notes.places[kind][f"{_place()} [{what}]"] += 1
 
     def note_copy(self, x: Tensor, *, non_blocking: bool) -> None:
-        """A host tensor goes to the device."""
+        """Note a copy from host to device."""
         if non_blocking:
             self.note("h2d", f"{x.numel() * x.element_size()} bytes")
         else:
             self.note("sync", f"blocking copy of {tuple(x.shape)} to the device")
 
     def count(self, name: str, out: Any, inputs: Sequence[Tensor] = ()) -> None:
-        """A kernel that made ``out`` of ``inputs``."""
+        """Count a kernel that computed ``out`` from ``inputs``."""
         made = _tensors(out)
         if name not in NO_KERNEL:
             self.notes.kernels[name] += 1
@@ -395,15 +395,15 @@ class PretendedGPU:
                 self.note("float64", name)
 
     def notes_of(self, phase: str, step: int) -> Notes:
-        """What was noted in that moment; empty where it did not come."""
+        """The notes of a moment; empty if it did not occur."""
         return self.moments.get(Moment(phase, step), Notes())
 
     def places(self, kind: str) -> list[str]:
-        """Where notes of ``kind`` were made, whenever that was."""
+        """The places of all notes of ``kind``, in any moment."""
         return list(dict.fromkeys(place for notes in self.moments.values() for place in notes.places[kind]))
 
     def broken(self) -> list[str]:
-        """All that a GPU would have refused, with moment and place."""
+        """All operations that a GPU would have refused, with moment and place."""
         return [
             f"{at.phase} of step {at.step}: {what}"
             for at, notes in self.moments.items()
@@ -413,7 +413,7 @@ class PretendedGPU:
     # -- operations -----------------------------------------------------------------------------
 
     def compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The result of the aten operation ``func``, and notes of it."""
+        """Compute the aten operation ``func`` on the CPU and add notes about it."""
         name: str = func._schema.name.partition("::")[2]
         tensors = _tensors((args, kwargs))
         placed = [x for x in tensors if isinstance(x, DeviceTensor)]
@@ -429,7 +429,7 @@ class PretendedGPU:
             return out
         if not func.is_view:
             self.count(name, out, [x.values for x in placed])
-        # What was changed in place is still itself.
+        # Operations in place must return the same device tensor.
         known = {id(x.values): x for x in placed}
         return _each(lambda x: known[id(x)] if id(x) in known else _placed(x), out)
 
@@ -449,15 +449,15 @@ class PretendedGPU:
             if any(x is not None and not isinstance(x, DeviceTensor) for x in args[1]):
                 self.note("sync", f"{name} with an index from the host")
         elif name in ("cat", "stack"):
-            # Undefined gradients are filled up in C++, by the device that is seen there.
+            # In a backward pass, C++ fills undefined gradients with zeros on the CPU.
             refused = [] if name == "stack" and torch._C._current_graph_task_id() != -1 else host
         elif name.endswith("_") and not isinstance(args[0], DeviceTensor):
-            refused = host  # a device scalar, written into a CPU tensor
+            refused = host  # a device scalar is written to a CPU tensor
         if refused:
             self.note("mixed", f"{name} {[tuple(x.shape) for x in refused]}")
 
     def check_generator(self, name: str, kwargs: dict[str, Any]) -> None:
-        """Note a CPU generator that draws on the device."""
+        """Note the use of a CPU generator on the device."""
         generator = kwargs.get("generator")
         if generator is not None and not getattr(generator, "on_gpu", False):
             self.note("mixed", f"{name} with a CPU generator")
@@ -465,7 +465,7 @@ class PretendedGPU:
     # -- collectives ----------------------------------------------------------------------------
 
     def _collectives(self) -> dict[str, Callable[..., Any]]:
-        """What takes the place of ``torch.distributed``'s functions; nothing for one process."""
+        """Replacements for functions of ``torch.distributed``; none for one process."""
         world, whole = self.world, _Group("nccl")
         if world == 1:
             return {}
@@ -489,7 +489,7 @@ class PretendedGPU:
         def broadcast(x: Tensor, src: int = 0, group: Any = None, async_op: bool = False) -> Any:
             self._check("broadcast", group, x)
             if src != 0 and x.is_floating_point():
-                _values(x).detach().zero_()  # not what the memory happened to hold
+                _values(x).detach().zero_()  # to be deterministic
             return _Work()
 
         return {
@@ -512,14 +512,14 @@ class PretendedGPU:
             self.note("nccl", f"{name} of a CPU tensor {tuple(host[0].shape)}")
         self.note("collective", f"{name} {sent.dtype} {tuple(sent.shape)}")
         self.notes.collectives[name] += 1
-        # What arrives: of a gather, everybody's.
+        # Bytes received: for a gather, those of all ranks.
         arrives = others[0] if others else sent
         self.notes.collective_bytes[name] += arrives.numel() * arrives.element_size()
 
 
 def _generator_class() -> type:
     class Generator(torch.Generator):
-        """Draws on the CPU and knows for which device."""
+        """A CPU generator that remembers the device it was created for."""
 
         on_gpu: bool
 
@@ -541,7 +541,7 @@ CLASSES = 4
 BATCH = 16
 PIXELS = 32  # of the images and of the largest view
 EVAL_PIXELS = 16
-UNFINISHED = 2  # step of a save with sums pending: rows come every 4 steps
+UNFINISHED = 2  # step of a save while Meter has pending sums, since rows come every 4 steps
 SMALL = (
     f"data.global_batch_size={BATCH}",
     "data.workers=0",
@@ -560,14 +560,14 @@ SMALL = (
     "logging.every_steps=4",
     "logging.checkpoint_every_steps=2",
 )
-# Keys of the trainer that speak of other hardware than this.
+# Trainer keys for hardware, which do not apply here.
 MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm")
-IN_FILES = ("<image>", ".JPEG")  # in the layout of data sets whose images workers decode and crop
+IN_FILES = ("<image>", ".JPEG")  # marks in the layout of data sets whose images are decoded by workers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A bundled recipe, shrunk, on as many ranks."""
+    """A bundled recipe to be shrunk, and the number of ranks."""
 
     recipe: str
     world: int
@@ -575,16 +575,16 @@ class Job:
 
 
 class _Stop(Exception):
-    """The end of a session, as a scheduler would end it."""
+    """Ends a session, as a scheduler would."""
 
 
 class _Accelerator(CPUAccelerator):
     def setup_device(self, device: torch.device) -> None:
-        """Lightning's insists on a CPU."""
+        """Do nothing, because Lightning's method requires a CPU device."""
 
 
 class _First(Callback):
-    """Stands before the run's callbacks, and says which phase begins."""
+    """Placed before the run's callbacks; sets the current phase."""
 
     def __init__(self, gpu: PretendedGPU) -> None:
         self.gpu = gpu
@@ -602,7 +602,7 @@ class _First(Callback):
 
 
 class _Last(_First):
-    """Stands after them, and ends the session at the start of step ``stop_at``."""
+    """Placed after the run's callbacks; sets the current phase, and ends the session before step ``stop_at``."""
 
     def __init__(self, gpu: PretendedGPU, stop_at: int | None) -> None:
         super().__init__(gpu)
@@ -630,8 +630,8 @@ class _Last(_First):
 
 
 def train(gpu: PretendedGPU, job: Job, folder: Path, *, stop_at: int | None = None) -> None:
-    """:func:`pretend` with the recipe of ``job``, shrunk. Saves come at steps 2 and 5 with sums pending, at 4 and 6
-    with none."""
+    """Call :func:`pretend` with the shrunk recipe of ``job``. Checkpoints are saved at steps 2 and 5 with pending sums
+    in Meter, at 4 and 6 without."""
     recipe, source = _small(job, folder / "images")
     pretend(gpu, recipe, source, folder, stop_at=stop_at)
 
@@ -639,8 +639,8 @@ def train(gpu: PretendedGPU, job: Job, folder: Path, *, stop_at: int | None = No
 def pretend(
     gpu: PretendedGPU, recipe: Recipe, source: ImageSource, folder: Path, *, stop_at: int | None = None
 ) -> None:
-    """One session of ``recipe`` on ``gpu``, from the last checkpoint in ``folder``, to step ``stop_at`` or through
-    the final evaluation."""
+    """Run one session of ``recipe`` on ``gpu``, from the last checkpoint in ``folder`` to step ``stop_at``, or to the
+    end including the final evaluation."""
     strategy = SingleDeviceStrategy(device=CUDA)
     strategy.world_size = gpu.world
     options = {key: value for key, value in recipe.trainer.items() if key not in MACHINE}
@@ -674,7 +674,7 @@ def pretend(
 
 
 def _small(job: Job, images: Path) -> tuple[Recipe, ImageSource]:
-    """The recipe with short steps and small views, and images of the kind that it reads."""
+    """The recipe with few small steps and small views, and images of the type that it uses."""
     recipe = load_recipe(job.recipe, [*SMALL, *job.overrides]).recipe
     largest = max(view.size for view in recipe.views)
     if largest > PIXELS:
@@ -699,11 +699,11 @@ def _write_images(folder: Path, count: int) -> None:
             Image.fromarray(draw.integers(0, 255, (PIXELS, PIXELS, 3), dtype=np.uint8)).save(path)
 
 
-# -- by hand ------------------------------------------------------------------------------------
+# -- command line -------------------------------------------------------------------------------
 
 
 def report(gpu: PretendedGPU, places: int = 12) -> str:
-    """A paragraph for each phase of the last two steps, for each that comes once, and for all that would break."""
+    """One paragraph for each phase of the last two steps, each phase outside of steps, and each failure."""
     last = max((at.step for at in gpu.moments if at.phase == "step"), default=0)
     every_step = ("transfer", "callbacks before", "step", "callbacks after")
     lines: list[str] = []
@@ -717,15 +717,15 @@ def _paragraph(at: Moment, notes: Notes, places: int) -> list[str]:
     kernels, mebibytes = sum(notes.kernels.values()), notes.kernel_bytes / 2**20
     sent = [f"{n} {name} {notes.collective_bytes[name]} bytes" for name, n in notes.collectives.items()]
     lines = [f"-- {at.phase} of step {at.step}: {kernels} kernels, {mebibytes:.1f} MiB; {', '.join(sent)}"]
-    for kind, found in notes.places.items():
-        if found:
-            lines.append(f"   {kind}: {sum(found.values())}")
-            lines += [f"     {n:4d} x {place}" for place, n in found.most_common(places)]
+    for kind, counts in notes.places.items():
+        if counts:
+            lines.append(f"   {kind}: {sum(counts.values())}")
+            lines += [f"     {n:4d} x {place}" for place, n in counts.most_common(places)]
     return lines
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Two sessions of a recipe, the second resumed from the first, and their reports. 1 if anything would break."""
+    """Run two sessions of a recipe, the second resumed from the first, and print reports; returns 1 on failures."""
     recipe, world, *overrides = arguments
     job = Job(recipe=recipe, world=int(world), overrides=tuple(overrides))
     broken: list[str] = []

@@ -1,4 +1,4 @@
-"""What a method promises, and how each promise is put to the test."""
+"""The promises that methods make, and the check of each promise."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from sslzoo.testing.small import small_images
 
 N = 8  # samples of a single batch
 WORLDS = (2, 3)
-# Of float64 numbers computed in another order, relative to the largest of a tensor. Enough for a method that
-# goes through float32 in between; a factor or a missing term shows at once.
+# Tolerance for float64 results computed in a different order, relative to the largest entry of a tensor. It allows
+# intermediate float32 computations; a wrong factor or a missing term exceeds it by far.
 SAME = 1e-5
 
 
 class Broken(Exception):
-    """A promise is not kept: what differed, and what to do about it."""
+    """A promise is broken: what was found, and what to do about it."""
 
     def __init__(self, found: str, advice: str) -> None:
         super().__init__(f"{found}; {advice}")
@@ -43,12 +43,12 @@ class Broken(Exception):
 
 
 class NotTried(Exception):
-    """A promise cannot be tested with this recipe, and why."""
+    """A promise cannot be tested with this recipe; the message says why."""
 
 
 @dataclass(frozen=True)
 class Promise:
-    """A row of the table. ``check`` raises :class:`Broken` or :class:`NotTried`; it may return a remark."""
+    """A promise of the contract. ``check`` raises :class:`Broken` or :class:`NotTried`; it may return a remark."""
 
     name: str
     words: str
@@ -61,7 +61,7 @@ PROMISES: dict[str, Promise] = {}
 def _promise(
     name: str, words: str
 ) -> Callable[[Callable[[Recipe, Path], str]], Callable[[Recipe, Path], str]]:
-    """Add the function to :data:`PROMISES`; it is called with a small recipe of the method and an empty folder."""
+    """Add a function to :data:`PROMISES`; it is called with a small recipe of the method and an empty folder."""
 
     def add(check: Callable[[Recipe, Path], str]) -> Callable[[Recipe, Path], str]:
         PROMISES[name] = Promise(name, words, check)
@@ -87,12 +87,12 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
 
 
 def _placed(recipe: Recipe, *, world: int = 1, **trainer: Any) -> Recipe:
-    """``recipe`` on so many processes."""
+    """``recipe`` on ``world`` processes, with further trainer settings."""
     return replace(recipe, trainer=recipe.trainer | {"devices": world} | trainer)
 
 
 def _refusal(recipe: Recipe) -> str:
-    """What the method has against two micro-batches a step; empty where it bears them."""
+    """Why the method refuses two micro-batches per step; empty if it accepts them."""
     try:
         _placed(recipe, accumulate_grad_batches=2)
     except ConfigError as error:
@@ -105,7 +105,7 @@ def _refusal(recipe: Recipe) -> str:
 
 @_promise("publishing", "the loss is one finite number, and it publishes the features that probes read")
 def publishes(recipe: Recipe, folder: Path) -> str:
-    """Shapes and names of what the loss leaves for probes and the meter."""
+    """Check the loss, and shapes and names of published features and recorded values."""
     method, batch = _built(recipe)
     loss = method.loss(batch)
     number = isinstance(loss, Tensor) and loss.shape == () and bool(loss.isfinite())
@@ -115,32 +115,34 @@ def publishes(recipe: Recipe, folder: Path) -> str:
     _expect(
         "backbone" in published,
         f"loss publishes {_listed(list(published)) or 'nothing'}",
-        "call self.publish(backbone=h) once, h being what the backbone makes of a view",
+        "call self.publish(backbone=h) once, where h is the backbone's output for one view",
     )
     wrong = [
         f"{name} {tuple(layer.shape)}"
         for name, layer in published.items()
         if layer.ndim != 2 or len(layer) != N
     ]
-    _expect(not wrong, f"published are {_listed(wrong)} of {N} images", "publish features (N, F) of one view")
+    _expect(
+        not wrong, f"loss publishes {_listed(wrong)} for {N} images", "publish features (N, F) of one view"
+    )
     width = published["backbone"].shape[1]
     _expect(
         width == method.feature_dim,
         f"the published backbone has {width} features, the encoder {method.feature_dim}",
-        "publish what the backbone returns, or call super().__init__ with the width that it is",
+        "publish the backbone's output, or pass its width to super().__init__",
     )
     _check_layers(method, published)
-    alien = [name for name in (*method.recorded, *method.settings) if not name.startswith("method/")]
-    _expect(not alien, f"recorded as {_listed(alien)}", "begin the names of measurements with method/")
+    misnamed = [name for name in (*method.recorded, *method.settings) if not name.startswith("method/")]
+    _expect(not misnamed, f"recorded as {_listed(misnamed)}", "begin the names of measurements with method/")
     return ""
 
 
 def _check_layers(method: SSLMethod[Any], layers: dict[str, Tensor]) -> None:
-    names, stated = sorted(layers), sorted(method.cfg.published_layers)
+    names, declared = sorted(layers), sorted(method.cfg.published_layers)
     _expect(
-        names == stated,
-        f"published are {_listed(names)}, the config says {_listed(stated)}",
-        "let published_layers of the config name what loss publishes and features returns",
+        names == declared,
+        f"the published layers are {_listed(names)}, but the config declares {_listed(declared)}",
+        "list in the config's published_layers what loss publishes and features returns",
     )
 
 
@@ -148,7 +150,7 @@ def _check_layers(method: SSLMethod[Any], layers: dict[str, Tensor]) -> None:
     "evaluation", "evaluation changes nothing, and an image's features do not depend on the rest of the batch"
 )
 def evaluates(recipe: Recipe, folder: Path) -> str:
-    """``features`` in evaluation mode."""
+    """Call ``features`` in evaluation mode with two batch sizes."""
     method, batch = _built(recipe)
     method.eval()
     before = {name: value.clone() for name, value in method.state_dict().items()}
@@ -156,20 +158,20 @@ def evaluates(recipe: Recipe, folder: Path) -> str:
     with torch.no_grad():
         whole, part = method.features(view), method.features(view[:2])
     _check_layers(method, whole)
-    moved = [name for name, value in method.state_dict().items() if not torch.equal(value, before[name])]
-    _expect(not moved, f"features moves {_listed(moved)}", "change state in loss or after_step alone")
+    changed = [name for name, value in method.state_dict().items() if not torch.equal(value, before[name])]
+    _expect(not changed, f"features changes {_listed(changed)}", "change state only in loss or after_step")
     other = [name for name in whole if not torch.allclose(whole[name][:2], part[name], rtol=1e-3, atol=1e-5)]
     _expect(
         not other,
-        f"{_listed(other)} of two images differs from the same two among {N}",
-        "let features of an image depend on nothing but it: module.eval() is called before",
+        f"{_listed(other)} of two images differ when they are part of a batch of {N}",
+        "compute the features of an image from that image only; module.eval() is called before",
     )
     return ""
 
 
 @_promise("labels", "the loss does not depend on the labels")
 def ignores_labels(recipe: Recipe, folder: Path) -> str:
-    """The loss with labels, with others, and without any."""
+    """Compare the loss with labels, with other labels, and without labels."""
     losses = []
     for change in (lambda label: label, lambda label: label.flip(0) + 1, lambda label: None):
         method, batch = _built(recipe)
@@ -181,20 +183,20 @@ def ignores_labels(recipe: Recipe, folder: Path) -> str:
             _expect(
                 not losses,
                 f"loss raises {type(error).__name__} without labels: {error}",
-                "use batch.global_views, batch.local_views and batch.sample_id only",
+                "use only batch.global_views, batch.local_views and batch.sample_id",
             )
             raise
     _expect(
         torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2]),
-        f"the loss is {losses[0]:.6g}, with other labels {losses[1]:.6g}, without {losses[2]:.6g}",
-        "use batch.global_views, batch.local_views and batch.sample_id only",
+        f"the loss is {losses[0]:.6g}, with other labels {losses[1]:.6g}, without labels {losses[2]:.6g}",
+        "use only batch.global_views, batch.local_views and batch.sample_id",
     )
     return ""
 
 
 @_promise("bf16", "under bf16 autocast loss and gradients are finite, and close to those in float32")
 def bears_bf16(recipe: Recipe, folder: Path) -> str:
-    """The loss of a batch under autocast."""
+    """Compare loss and gradients of a batch under autocast with those in float32."""
     full, batch = _built(recipe)
     half, _ = _built(recipe)
     torch.manual_seed(0)
@@ -203,15 +205,17 @@ def bears_bf16(recipe: Recipe, folder: Path) -> str:
     with torch.autocast("cpu", torch.bfloat16):
         loss = half.loss(batch)
     loss.backward()
-    precise = "compute similarities, softmax and logarithms in float32: normalize() and autocast_off() of"
-    advice = f"{precise} sslzoo.nn.numerics do so"
-    _expect(bool(loss.isfinite()), f"the loss is {loss.item()} where float32 gives {expected:.4g}", advice)
+    advice = (
+        "compute similarities, softmax and logarithms in float32, with normalize() and autocast_off() from "
+        "sslzoo.nn.numerics"
+    )
+    _expect(bool(loss.isfinite()), f"the loss is {loss.item()}, but {expected:.4g} in float32", advice)
     _expect(loss.dtype == torch.float32, f"the loss is {loss.dtype}", advice)
     spoilt = [n for n, p in half.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     _expect(not spoilt, f"the gradient of {_listed(spoilt)} is not finite", advice)
-    # bf16 carries 8 bits: features are off by about 1 %, and a loss amplifies that by its sharpness.
+    # bf16 has 8 bits of precision: features have errors of about 1 %, which a sharp loss amplifies.
     close = torch.allclose(loss, expected, rtol=0.1, atol=0.1)
-    _expect(close, f"the loss is {loss:.4g} where float32 gives {expected:.4g}", advice)
+    _expect(close, f"the loss is {loss:.4g}, but {expected:.4g} in float32", advice)
     return ""
 
 
@@ -220,7 +224,7 @@ def bears_bf16(recipe: Recipe, folder: Path) -> str:
 
 @_promise("gradients", "every trainable parameter gets a gradient")
 def reaches_parameters(recipe: Recipe, folder: Path) -> str:
-    """Two steps in float64; a parameter counts where its gradient was not zero or where it has moved."""
+    """Train two steps in float64; every parameter must get a non-zero gradient or change."""
     names = [name for name, p in _built(recipe)[0].named_parameters() if p.requires_grad]
     course = train(replace(recipe, trainer=recipe.trainer | {"precision": "64-true"}), folder, steps=2)
     first, last = course.states[0], course.states[-1]
@@ -230,34 +234,34 @@ def reaches_parameters(recipe: Recipe, folder: Path) -> str:
     _expect(
         not missed,
         f"no gradient reaches {_listed(missed)}",
-        "use it in the loss, or call requires_grad_(False): several processes wait for the gradient of each",
+        "use it in the loss, or call requires_grad_(False), because DDP waits for all gradients",
     )
     return ""
 
 
 @_promise("seed", "the same seed gives the same numbers, whatever else uses random generators")
 def is_seeded(recipe: Recipe, folder: Path) -> str:
-    """Initialisation and two steps, twice, with the generators of torch, numpy and Python elsewhere."""
+    """Initialise and train two steps twice, with different states of the generators of torch, numpy and Python."""
     advice = (
-        "draw by position, not from a generator that others move: uniforms(key('mine: noise', self.seed, self.step), "
-        "ids, n) of sslzoo.randomness"
+        "draw random numbers as a function of position, not from a global generator: uniforms(key('mine: noise', "
+        "self.seed, self.step), ids, n) from sslzoo.randomness"
     )
     courses: list[Course] = []
     for start in (1, 2):
         _move_generators(start)
         courses.append(train(recipe, folder / str(start), steps=2))
     for state, other in zip(*(course.states for course in courses), strict=True):
-        moved = [name for name in state if not _equal(state[name], other[name])]
-        when = "the method is built with" if state is courses[0].states[0] else "training comes to"
-        _expect(not moved, f"{when} other values of {_listed(moved)}", advice)
+        differ = [name for name in state if not _equal(state[name], other[name])]
+        when = "two builds give" if state is courses[0].states[0] else "two trainings give"
+        _expect(not differ, f"{when} different values of {_listed(differ)}", advice)
     losses, others = (torch.stack(course.losses) for course in courses)
-    _expect(_equal(losses, others), "two trainings record other losses", advice)
+    _expect(_equal(losses, others), "two trainings record different losses", advice)
     return ""
 
 
 def _move_generators(start: int) -> None:
     random.seed(start)
-    np.random.seed(start)  # noqa: NPY002 a stranger may use it
+    np.random.seed(start)  # noqa: NPY002 third-party methods may use it
     torch.manual_seed(start)
 
 
@@ -267,7 +271,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 @_promise("world-size", "1, 2 and 3 processes give the same loss, gradients and state")
 def ignores_world_size(recipe: Recipe, folder: Path) -> str:
-    """Two steps in float64, with synchronised batch norm and without dropout."""
+    """Compare two steps in float64, with synchronised batch norm and without dropout."""
     try:
         _synchronised(recipe, 1)
     except ConfigError as error:
@@ -277,9 +281,9 @@ def ignores_world_size(recipe: Recipe, folder: Path) -> str:
 
 
 def compare_worlds(recipes: Mapping[str, Recipe], folder: Path, worlds: Sequence[int] = WORLDS) -> None:
-    """The promise ``world-size`` for several small recipes, by name; each number of processes is started once.
+    """Check the promise ``world-size`` for several small recipes, by name; each number of processes is started once.
 
-    Raises :class:`Broken` at the first that differs.
+    Raises :class:`Broken` at the first difference.
     """
     one = _courses(0, 1, recipes, folder)
     for world in worlds:
@@ -287,7 +291,7 @@ def compare_worlds(recipes: Mapping[str, Recipe], folder: Path, worlds: Sequence
             parts = run_ranks(world, _courses, recipes, folder)
         except RankFailed as failed:
             raise Broken(
-                f"{world} processes: {failed.reason}", "it must train on several as it does on one"
+                f"{world} processes: {failed.reason}", "the method must train on several processes as on one"
             ) from failed
         for name in recipes:
             says = f"{name}, {world} processes:" if name else f"{world} processes:"
@@ -311,34 +315,34 @@ def _synchronised(recipe: Recipe, world: int) -> Recipe:
 
 
 def _compare(says: str, one: Course, parts: Sequence[Course]) -> None:
-    """Refuse what differs first: a loss, else a gradient, else what is carried."""
+    """Raise :class:`Broken` for the first difference: in a loss, then in a gradient, then in the state."""
     for step, expected in enumerate(one.losses):
         got = torch.stack([part.losses[step] for part in parts]).mean()
         _expect(
             _close(got, expected),
             f"{says} the loss of step {step + 1} is {_against(got, expected)} the {expected:.4g} of one process",
-            "average over this rank's rows, compare them with those of all ranks (gather of sslzoo.distributed), "
+            "average over this rank's rows, compare them with those of all ranks (gather from sslzoo.distributed), "
             "draw random numbers by sample, and never multiply by the world size",
         )
         _check_gradients(says, one.gradients[step], parts[0].gradients[step])
         for rank, part in enumerate(parts):
             state = part.states[step + 1]
-            # Not the optimiser's, which follows from gradients: Adam makes much of one that is zero but for rounding.
-            moved = [
+            # Without the optimiser's state, which follows from gradients: Adam amplifies gradients near rounding level.
+            differ = [
                 name
                 for name, value in one.states[step + 1].items()
                 if not name.startswith("optimizer.") and not _close(state[name], value)
             ]
             _expect(
-                not moved,
-                f"{says} after step {step + 1} rank {rank} carries other values of {_listed(moved)}",
-                "update state on every rank from the rows of all: gather_detached of sslzoo.distributed",
+                not differ,
+                f"{says} after step {step + 1} rank {rank} has different values of {_listed(differ)}",
+                "update state on every rank from the rows of all ranks: gather_detached from sslzoo.distributed",
             )
 
 
 def _check_gradients(says: str, one: dict[str, Tensor], several: dict[str, Tensor]) -> None:
     largest = max((value.abs().max().item() for value in one.values()), default=0.0)
-    # What is zero but for rounding, such as that of a bias before a batch norm, differs in every digit.
+    # Gradients at rounding level, such as that of a bias before a batch norm, may differ in every digit.
     differ = [
         name for name, value in one.items() if not _close(several[name], value, atol=0.1 * SAME * largest)
     ]
@@ -348,8 +352,8 @@ def _check_gradients(says: str, one: dict[str, Tensor], several: dict[str, Tenso
     raise Broken(
         f"{says} the loss is the same, but the gradient of {name} is {_against(several[name], one[name])} that of "
         "one process",
-        "rows of other ranks must pass their gradient on: gather of sslzoo.distributed instead of gather_detached; "
-        "DDP takes the mean over ranks, so never multiply by the world size",
+        "gathered rows must propagate gradients: gather from sslzoo.distributed instead of gather_detached; DDP takes "
+        "the mean over ranks, so never multiply by the world size",
     )
 
 
@@ -364,7 +368,7 @@ def _close(a: Tensor, b: Tensor, atol: float = 0.0) -> bool:
 
 
 def _against(got: Tensor, expected: Tensor) -> str:
-    """``2 times`` where that is the whole difference, else how far off it is, or the number itself."""
+    """The difference in words: a factor if that explains it, the number itself, or a relative error."""
     factor = (got * expected).sum() / (expected * expected).sum()
     if _close(got, factor * expected) and expected.numel() > 1:
         return f"{factor:.4g} times"
@@ -378,14 +382,14 @@ def _against(got: Tensor, expected: Tensor) -> str:
     "accumulation", "with gradient accumulation, state changes once per step (or the config refuses it)"
 )
 def accumulates(recipe: Recipe, folder: Path) -> str:
-    """What the first micro-batch may move: batch-norm statistics and tables."""
+    """Check that the first micro-batch of a step changes nothing but batch-norm statistics and tables."""
     refusal = _refusal(recipe)
     if refusal:
         return f"refused: {refusal}"
     course = train(_placed(recipe, accumulate_grad_batches=2), folder, steps=2)
     _expect(
         len(course.skipped) == 2,
-        f"{len(course.losses)} micro-batches made {len(course.skipped)} optimiser steps instead of 2",
+        f"{len(course.losses)} micro-batches led to {len(course.skipped)} optimiser steps instead of 2",
         "accumulate yourself, or refuse trainer.accumulate_grad_batches in check() of the config",
     )
     method, _ = _built(recipe)
@@ -398,14 +402,14 @@ def accumulates(recipe: Recipe, folder: Path) -> str:
     ]
     _expect(
         not early,
-        f"{_listed(early)} moves in the middle of a step",
-        "move it in after_step, from what loss has collected, or refuse trainer.accumulate_grad_batches",
+        f"{_listed(early)} changes in the middle of a step",
+        "change it in after_step, from what loss has collected, or refuse trainer.accumulate_grad_batches",
     )
     trained = [name for name, p in method.named_parameters() if p.requires_grad]
     _expect(
         any(not torch.equal(before[name], after[name]) for name in trained),
-        "no weight moves at the end of a step",
-        "let Lightning step, or step yourself at the last micro-batch",
+        "no weight changes at the end of a step",
+        "let Lightning take the step, or take it yourself at the last micro-batch",
     )
     return ""
 
@@ -415,7 +419,8 @@ def accumulates(recipe: Recipe, folder: Path) -> str:
     "a non-finite image corrupts neither state nor checkpoints, and fp16 skips that step entirely",
 )
 def survives_infinity(recipe: Recipe, folder: Path) -> str:
-    """Once with a loss scaler, in the last micro-batch of a step, on the second of two processes; once without."""
+    """Train with a non-finite image, once with a loss scaler, in the last micro-batch of a step on the second of two
+    processes, and once without."""
     accumulate = 1 if _refusal(recipe) else 2
     recipe = replace(recipe, logging=LoggingConfig(every_steps=2, checkpoint_every_steps=2))
     placed = _placed(recipe, world=2, accumulate_grad_batches=accumulate)
@@ -433,7 +438,7 @@ def survives_infinity(recipe: Recipe, folder: Path) -> str:
     return ""
 
 
-_STEPS, _BAD = 5, 2  # optimiser steps, and the one that meets the image
+_STEPS, _BAD = 5, 2  # number of optimiser steps, and the step with the non-finite image
 
 
 def _with_infinity(rank: int, world: int, recipe: Recipe, folder: Path, spoilt: int) -> Course:
@@ -441,35 +446,35 @@ def _with_infinity(rank: int, world: int, recipe: Recipe, folder: Path, spoilt: 
 
 
 def _check_skipped(course: Course, accumulate: int) -> None:
-    """The step left nothing, and the run went on."""
+    """Check that the step was skipped without any effect, and that the run went on."""
     expected = [step == _BAD for step in range(_STEPS)]
     _expect(
         course.skipped == expected,
         f"in fp16 the steps {[i + 1 for i, skipped in enumerate(course.skipped) if skipped]} were skipped instead of "
-        f"step {_BAD + 1} alone",
-        "state written in loss keeps what was not finite: write it in after_step, or into a PerSampleTable",
+        f"only step {_BAD + 1}",
+        "state written in loss keeps non-finite values: write it in after_step, or to a PerSampleTable",
     )
     before, after = (course.states[step * accumulate] for step in (_BAD, _BAD + 1))
-    moved = [name for name, value in before.items() if not _equal(value, after[name])]
+    changed = [name for name, value in before.items() if not _equal(value, after[name])]
     _expect(
-        not moved,
-        f"in fp16 the step that was skipped leaves {_listed(moved)} changed",
-        "move it in after_step, which a skipped step does not reach",
+        not changed,
+        f"in fp16 the skipped step changes {_listed(changed)}",
+        "change it in after_step, which is not called for skipped steps",
     )
     spoilt = _spoilt(before, course.states[-1])
     _expect(
         not spoilt,
         f"in fp16 {_listed(spoilt)} is not finite after later steps",
-        "drop in after_skipped_step what waits for after_step",
+        "drop in after_skipped_step what loss has collected for after_step",
     )
 
 
 def _check_ended(method: SSLMethod[Any], course: Course, folder: Path) -> None:
-    """The run ended by itself; tables, queues and the newest checkpoint are sound."""
+    """Check that the run ended, and that tables, queues and the newest checkpoint are finite."""
     _expect(
         course.diverged,
         "in float32 the run goes on after a loss that is not finite",
-        "return the loss as it is: the framework ends the run, and keeps the checkpoint before it",
+        "return the loss unchanged: the framework ends the run, and keeps the checkpoint before it",
     )
     before, after = course.states[_BAD], course.states[-1]
     tables = tuple(f"{name}." for name in tables_of(method))
@@ -479,22 +484,22 @@ def _check_ended(method: SSLMethod[Any], course: Course, folder: Path) -> None:
     spoilt = [name for name in _spoilt(before, after) if queues and name.startswith(queues)]
     _expect(
         not (changed or spoilt),
-        f"in float32 {_listed([*changed, *spoilt])} keeps what is not finite",
-        "write rows with PerSampleTable.write or FeatureQueue.push, which leave those out",
+        f"in float32 {_listed([*changed, *spoilt])} stores non-finite values",
+        "write rows with PerSampleTable.write or FeatureQueue.push, which skip those",
     )
     newest = latest(folder / "checkpoints")
-    _expect(newest is not None, "there is no checkpoint from before", "write none yourself")
+    _expect(newest is not None, "there is no checkpoint from before", "do not write or delete checkpoints")
     assert newest is not None
     lost = _spoilt(before, load_checkpoint(newest)["state_dict"])
     _expect(
         newest.name == f"step={_BAD:09d}.ckpt" and not lost,
-        f"the newest checkpoint, {newest.name}, holds values of {_listed(lost)} that are not finite",
-        "move state in loss or after_step alone",
+        f"the newest checkpoint, {newest.name}, has non-finite values of {_listed(lost)}",
+        "change state only in loss or after_step",
     )
 
 
 def _spoilt(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
-    """Names of what was finite and is no longer."""
+    """Names of tensors with values that were finite before and are not any more."""
     return [
         name
         for name, value in before.items()
@@ -507,7 +512,7 @@ def _spoilt(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 
 @_promise("resuming", "a run that is killed and resumed ends bit for bit like one that was never killed")
 def resumes(recipe: Recipe, folder: Path) -> str:
-    """SIGKILL in the middle of an epoch, between two checkpoints, and in the next epoch."""
+    """Kill the run in the middle of an epoch, between two checkpoints, and again in the next epoch."""
     accumulate = 1 if _refusal(recipe) else 2
     recipe = _placed(recipe, max_epochs=2, accumulate_grad_batches=accumulate)
     job = kills.Job(recipe=recipe, samples=4 * recipe.data.global_batch_size)
@@ -517,41 +522,43 @@ def resumes(recipe: Recipe, folder: Path) -> str:
         killed = kills.run(job, folder / "killed", faults)
         undisturbed = kills.finish(job, folder / "whole", whole)
     except kills.Failed as failed:
-        raise Broken(failed.reason, "a run must begin, and continue from its checkpoint") from failed
+        raise Broken(failed.reason, "a run must start, and continue from its checkpoint") from failed
     differ = [part for part, digest in undisturbed.digest.items() if killed.digest.get(part) != digest]
     differ += [] if killed.metrics == undisturbed.metrics else ["metrics.csv"]
     _expect(
         not differ,
-        f"the resumed run ends with other values of {_listed(differ)}",
-        "keep what loss needs from step to step in buffers, parameters or on_save_checkpoint, and draw random numbers "
-        "as a function of self.step",
+        f"the resumed run ends with different values of {_listed(differ)}",
+        "keep state that loss needs in buffers, parameters or on_save_checkpoint, and draw random numbers by "
+        "self.step",
     )
     return ""
 
 
 @_promise("gpu", "runs on a GPU without stray CPU tensors, and no training step makes the host wait for it")
 def suits_a_gpu(recipe: Recipe, folder: Path) -> str:
-    """On the pretended one, of two, in a new run and a resumed one."""
+    """Train on a pretended GPU, one of two, in a new run and a resumed run."""
     recipe = replace(recipe, logging=LoggingConfig(every_steps=4, checkpoint_every_steps=2))
     for stop_at in (2, None):
         gpu = PretendedGPU(2)
         try:
             pretend(gpu, recipe, small_images(recipe, 6), folder, stop_at=stop_at)
         except Exception:
-            if not gpu.broken():  # otherwise it follows from what a GPU would have refused before
+            if (
+                not gpu.broken()
+            ):  # otherwise the error follows from an operation that a GPU would have refused
                 raise
         for kind, what in (("mixed", "an operation on the GPU"), ("nccl", "a collective of GPUs")):
             places = gpu.places(kind)
             _expect(
                 not places,
                 f"{what} gets a CPU tensor at {_listed(places, 2)}",
-                "make tensors on the device of what they meet, as x.new_zeros(n) and torch.arange(n, device=x.device) "
-                "do, or keep them in buffers",
+                "create tensors on the device of the other operands, with x.new_zeros(n) or torch.arange(n, "
+                "device=x.device), or keep them in buffers",
             )
     waits = list(gpu.notes_of("step", 4).places["sync"])
     _expect(
         not waits,
         f"the host waits at {_listed(waits, 2)}",
-        "keep numbers on the device: record() takes tensors, torch.where stands in for if; buffers hold constants",
+        "keep values on the device: pass tensors to record(), use torch.where instead of if, keep constants in buffers",
     )
     return ""

@@ -1,4 +1,4 @@
-"""Running a function on several gloo processes and collecting what each returns."""
+"""Run a function on several gloo processes and collect the results."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-LEAVES = 10.0  # seconds that a process has to end after its result
+LEAVES = 10.0  # seconds that a process gets to exit after its result
 
 
 class RankFailed(RuntimeError):
-    """A process raised, ended or was too slow; ``reason`` says so in a line, the message has the traceback."""
+    """A process raised an exception, died or timed out; ``reason`` is one line, the message has the traceback."""
 
-    def __init__(self, rank: int, said: str) -> None:
-        super().__init__(f"rank {rank} failed:\n{said}")
-        self.reason = f"rank {rank} fails: {said.strip().splitlines()[-1]}"
+    def __init__(self, rank: int, details: str) -> None:
+        super().__init__(f"rank {rank} failed:\n{details}")
+        self.reason = f"rank {rank} fails: {details.strip().splitlines()[-1]}"
 
 
 def free_port() -> int:
-    """A TCP port that is free right now."""
+    """A TCP port that is currently free."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -43,7 +43,7 @@ def _entry(
         dist.init_process_group("gloo", rank=rank, world_size=world)
         result = fn(rank, world, *args)
         dist.barrier()
-        # Pickled here: torch's own queue would send a handle that dies with this process.
+        # Pickled here, because torch's queue would send a handle that becomes invalid when this process exits.
         queue.put((rank, True, pickle.dumps(result)))
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))
@@ -53,11 +53,12 @@ def _entry(
 
 
 def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-    """``fn(rank, world, *args)`` on ``world`` gloo processes, each with the variables of torchrun; their results in
-    rank order.
+    """Call ``fn(rank, world, *args)`` on ``world`` gloo processes with torchrun's environment variables, and return the
+    results in rank order.
 
-    Return plain data or detached CPU tensors. The processes are forked: do not use several threads before. Raises
-    :class:`RankFailed` where a rank fails, or says nothing for ``timeout`` seconds; the others are then killed.
+    ``fn`` must return plain data or detached CPU tensors. The processes are forked, so do not use several threads
+    before. Raises :class:`RankFailed` if a rank fails, or if there is no result for ``timeout`` seconds; the other
+    ranks are then killed.
     """
     context = mp.get_context("fork")
     queue = context.Queue()

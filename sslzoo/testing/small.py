@@ -1,4 +1,4 @@
-"""Small things for tests: an encoder, images, and any recipe shrunk to them, so that a step takes milliseconds."""
+"""A tiny encoder, generated images, and shrunken recipes for tests, so that a step takes milliseconds."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sslzoo.recipe.sections import (
 BATCH = 24  # samples per step: for 1, 2 or 3 processes and 1 or 2 micro-batches
 PIXELS = 8  # of the largest view
 CLASSES = 4
-# Keys of the trainer that say where a run takes place, and in which precision.
+# Trainer keys for hardware and precision.
 MACHINE = ("accelerator", "devices", "num_nodes", "precision", "sync_batchnorm", "max_epochs")
 
 
 class TinyEncoder(nn.Sequential):
-    """A convolution with batch norm and ReLU, then the global average: images of any size to 16 features."""
+    """A convolution with batch norm, ReLU and global average pooling: images of any size to 16 features."""
 
     num_features = 16
 
@@ -42,10 +42,10 @@ class TinyEncoder(nn.Sequential):
 
 
 def shrunk(recipe: Recipe, *, keep: Collection[str] = ()) -> Recipe:
-    """``recipe`` with its method, and everything else small: the encoder, crops of a few pixels, steps of 24 samples,
-    plain SGD, one epoch on the CPU. The sections named in ``keep`` stay as they are.
+    """``recipe`` with the same method but a tiny encoder, crops of a few pixels, steps of 24 samples, plain SGD and one
+    epoch on the CPU. The sections named in ``keep`` are unchanged.
 
-    Raises ``ConfigError`` where the method refuses that.
+    Raises ``ConfigError`` if the method refuses the result.
     """
     largest = max(view.size for view in recipe.views)
     views = tuple(
@@ -78,7 +78,7 @@ def shrunk(recipe: Recipe, *, keep: Collection[str] = ()) -> Recipe:
 
 
 def small_images(recipe: Recipe, steps: int, *, labelled: bool = True) -> FakeSource:
-    """Generated images for ``steps`` steps of ``recipe`` an epoch, a little larger than its views."""
+    """Generated images for ``steps`` steps per epoch of ``recipe``, slightly larger than its views."""
     pixels = max(recipe.eval.size, *(view.size for view in recipe.views)) + 4
     count = steps * recipe.data.global_batch_size
     return FakeSource(count, len(recipe.data.mean), pixels, CLASSES if labelled else 0)

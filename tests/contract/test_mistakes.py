@@ -122,7 +122,7 @@ MISTAKES = {
         "keys = gather_detached(normalize(self.target(second)))",
         "keys = normalize(self.target(second)).repeat(world_size(), 1)",
         "world-size",
-        r"after step 1 rank \d carries other values of .*queue\.features.*gather_detached",
+        r"after step 1 rank \d has different values of .*queue\.features.*gather_detached",
     ),
     "torch's global generator": Mistake(
         'noise = uniforms(key("mine: noise", self.seed, self.step), batch.sample_id, 8).to(h.dtype)',
@@ -134,43 +134,43 @@ MISTAKES = {
         'noise = uniforms(key("mine: noise", self.seed, self.step), batch.sample_id, 8).to(h.dtype)',
         "noise = torch.from_numpy(np.random.rand(8)).to(h)",
         "seed",
-        r"training comes to other values of .*; draw by position.*uniforms",
+        r"two trainings give different values of .*; draw random numbers as a function.*uniforms",
     ),
     "state that no checkpoint has": Mistake(
         'self.register_buffer("centre", torch.zeros(8))',
         "self.centre = torch.zeros(8)",
         "resuming",
-        "the resumed run ends with other values of .*; keep what loss needs from step to step in buffers",
+        "the resumed run ends with different values of .*; keep state that loss needs in buffers",
     ),
     "a constant on the CPU": Mistake(
         "torch.arange(len(h), device=h.device)",
         "torch.arange(len(h))",
         "gpu",
-        r"an operation on the GPU gets a CPU tensor at \S+:\d+ loss \[.*; make tensors on the device of what they meet",
+        r"an operation on the GPU gets a CPU tensor at \S+:\d+ loss \[.*; create tensors on the device",
     ),
     "a host that waits": Mistake(
         "return loss",
         "return loss if loss > 0.01 else loss * 0.5",
         "gpu",
-        r"the host waits at \S+:\d+ loss \[.*; keep numbers on the device",
+        r"the host waits at \S+:\d+ loss \[.*; keep values on the device",
     ),
     "state written before a step that is skipped": Mistake(
         "keys = gather_detached(",
         "self.target.update(self.backbone, self.head, coefficient=0.9)\n        keys = gather_detached(",
         "not-finite",
-        r"in fp16 the step that was skipped leaves target\.\S+.* changed; move it in after_step",
+        r"in fp16 the skipped step changes target\.\S+.*; change it in after_step",
     ),
     "state that moves with each micro-batch": Mistake(
         "self.pending.append(keys)",
         "self.pending.append(keys)\n        self.centre.lerp_(keys.mean(0), 0.1)",
         "accumulation",
-        "centre moves in the middle of a step; move it in after_step",
+        "centre changes in the middle of a step; change it in after_step",
     ),
     "labels in the loss": Mistake(
         "return loss",
         "return loss if batch.label is None else loss + 0.1 * batch.label.float().mean()",
         "labels",
-        "the loss is .*, with other labels .*, without .*; use batch.global_views",
+        "the loss is .*, with other labels .*, without labels .*; use only batch.global_views",
     ),
     "labels that must be there": Mistake(
         "return loss",
@@ -188,7 +188,7 @@ MISTAKES = {
         "return loss\n",
         "return loss + (1.0001 - F.linear(z[0], z[0]).diagonal()).log().mean()\n",
         "bf16",
-        "the loss is -inf where float32 gives .*; compute similarities, softmax and logarithms in float32",
+        "the loss is -inf, but .* in float32; compute similarities, softmax and logarithms in float32",
     ),
     "a loss for each sample": Mistake(
         "rows)\n",
@@ -203,14 +203,14 @@ MISTAKES = {
         "self.publish(backbone=h)",
         "self.publish(backbone=h, head=self.head(h))",
         "publishing",
-        "published are backbone, head, the config says backbone; let published_layers",
+        "the published layers are backbone, head, but the config declares backbone; list in the config",
     ),
     "features that depend on the neighbours": Mistake(
         "    def after_step",
         "    def features(self, x):\n        h = self.backbone(x)\n        return {'backbone': h - h.mean(0)}\n\n"
         "    def after_step",
         "evaluation",
-        "backbone of two images differs from the same two among 8",
+        "backbone of two images differ when they are part of a batch of 8",
     ),
 }
 
@@ -257,7 +257,7 @@ def test_a_broken_promise_is_the_exit_code(tmp_path: Path) -> None:
     assert command.wait() == 1, command.said
     publishing, labels = command.out.index("publishing    ok"), command.out.index("labels        FAILED")
     assert publishing < labels
-    assert "-> use batch.global_views" in " ".join(command.out.split())
+    assert "-> use only batch.global_views" in " ".join(command.out.split())
     assert "mine:Mine keeps 1 of 2 promises" in command.out
 
 
@@ -269,7 +269,7 @@ def test_a_broken_promise_is_the_exit_code(tmp_path: Path) -> None:
         (["mine:MineConfig"], "not a subclass of sslzoo.method.SSLMethod"),
         (
             ["mine:Mine"],
-            "mine:Mine has no recipe, and its config no default for temperature (float); add method.",
+            "mine:Mine has no recipe, and its config has no default for temperature (float); add method.",
         ),
         (
             ["mine:Mine", "method.temprature=1"],
@@ -283,7 +283,7 @@ def test_a_broken_promise_is_the_exit_code(tmp_path: Path) -> None:
             ["mine:Mine", "method.temperature=1", "--recipe", "quickstart"],
             "quickstart trains sce, not mine:Mine",
         ),
-        (["simclr", "--only", "label"], "no promise 'label'; did you mean labels? (there are publishing, "),
+        (["simclr", "--only", "label"], "unknown promise 'label'; did you mean labels? (known: publishing, "),
         (["simclr", "views.0.count=1"], "views: must have at least two global views, got 1"),
     ],
 )
