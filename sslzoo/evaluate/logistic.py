@@ -58,10 +58,9 @@ def fit_linear(
     """Minimise mean cross-entropy + l2/2 |W|^2 over ``rows`` (indices) for each of ``strengths``; the bias is
     not penalised.
 
-    The Hessian of softmax regression is at most 1/2 of the features' covariance in every class
-    (Böhning 1992), so in the covariance's eigenbasis one diagonal step always descends, whatever the
-    features' scale or conditioning. Nesterov acceleration with restarts (arXiv:1204.3982) on top.
-    No randomness and no learning rate. Weights are kept in the eigenbasis; features stay as they are.
+    The Hessian of softmax regression is at most 1/2 of the features' covariance in every class (Böhning 1992), so
+    a step by the inverse of (covariance / 2 + l2) always descends, whatever the features' scale or conditioning.
+    Nesterov acceleration with restarts (arXiv:1204.3982) on top. No randomness and no learning rate.
     """
     standardize = standardizer(data.x, rows)
     count = all_reduce_sum(data.x.new_tensor([len(rows)]))
@@ -70,49 +69,48 @@ def fit_linear(
         z = standardize(x)
         covariance.addmm_(z.T, z)
     covariance = all_reduce_sum(covariance) / count
-    eigenvalues, basis = torch.linalg.eigh(covariance.double())
-    basis = basis.to(covariance.dtype)  # (F, F)
     l2 = covariance.new_tensor(strengths)[:, None, None]  # (S, 1, 1)
-    decay = l2 * (torch.arange(1 + len(basis), device=l2.device) > 0)  # (S, 1, 1+F), bias first
-    curvature = torch.cat([eigenvalues.new_ones(1), eigenvalues.clamp_min(0)]).to(l2.dtype) / 2 + decay
+    # What rounding may have taken from the smallest eigenvalues is added: a larger bound is a bound too.
+    rounding = len(covariance) * torch.finfo(covariance.dtype).eps
+    curvature = covariance.double() / 2 + (l2 + rounding) * torch.eye(len(covariance), device=l2.device)
+    root = torch.linalg.cholesky(curvature).to(l2.dtype)  # (S, F, F)
 
-    weight = l2.new_zeros(len(strengths), classes, 1 + len(basis))
+    weight = l2.new_zeros(len(strengths), classes, 1 + len(covariance))  # bias first
     ahead, inertia = weight.clone(), l2.new_ones(len(strengths), 1, 1)
     iterations = 1 if brief else ITERATIONS
     for iteration in range(iterations):
-        gradient = _cross_entropy_gradient(data, rows, standardize, basis, ahead)
-        gradient = all_reduce_sum(gradient) / count + decay * ahead
-        new = ahead - gradient / curvature
+        gradient = all_reduce_sum(_cross_entropy_gradient(data, rows, standardize, ahead)) / count
+        gradient[..., 1:] += l2 * ahead[..., 1:]
+        step = torch.cat([2 * gradient[..., :1], torch.cholesky_solve(gradient[..., 1:].mT, root).mT], dim=2)
+        new = ahead - step
         # Restart a problem's momentum where it points uphill.
-        uphill = ((ahead - new) * curvature * (new - weight)).sum((1, 2), keepdim=True) > 0
+        uphill = (gradient * (new - weight)).sum((1, 2), keepdim=True) > 0
         inertia = torch.where(uphill, 1.0, inertia)
         following = (1 + (1 + 4 * inertia * inertia).sqrt()) / 2
         ahead = new + (inertia - 1) / following * (new - weight)
         weight, inertia = new, following
         report((iteration + 1) / iterations)
-    return LinearClassifiers(standardize, weight[..., 1:] @ basis.T, weight[..., 0])
+    return LinearClassifiers(standardize, weight[..., 1:], weight[..., 0])
 
 
 def _cross_entropy_gradient(
-    data: Features, rows: Tensor, standardize: Standardizer, basis: Tensor, weight: Tensor
+    data: Features, rows: Tensor, standardize: Standardizer, weight: Tensor
 ) -> Tensor:
-    """Sum over ``rows`` of d cross-entropy / d ``weight`` (S, C, 1+F), in closed form."""
+    """Sum over ``rows`` of d cross-entropy / d ``weight`` (S, C, 1+F), bias first, in closed form."""
     strengths, classes = weight.shape[:2]
-    plain = (weight[..., 1:] @ basis.T).flatten(0, 1)  # (S*C, F), of features outside the eigenbasis
-    bias = weight[..., 0].flatten()
-    total, of_bias = torch.zeros_like(plain), torch.zeros_like(bias)
+    flat = weight.flatten(0, 1)  # (S*C, 1+F)
+    total = torch.zeros_like(flat)
     for x, y in data.chunks(rows):
         z = standardize(x)
-        error = torch.addmm(bias, z, plain.T).unflatten(1, (strengths, classes)).softmax(-1)  # (n, S, C)
+        error = torch.addmm(flat[:, 0], z, flat[:, 1:].T).unflatten(1, (strengths, classes)).softmax(-1)
         error.scatter_add_(
             2,
             y[:, None, None].expand(-1, strengths, 1),
             error.new_full((1, 1, 1), -1.0).expand(len(y), strengths, 1),
         )
-        total.addmm_(error.flatten(1).T, z)
-        of_bias += error.flatten(1).sum(0)
-    gradient = total.view(strengths, classes, -1) @ basis
-    return torch.cat([of_bias.view(strengths, classes, 1), gradient], dim=2)
+        total[:, 0] += error.flatten(1).sum(0)
+        total[:, 1:].addmm_(error.flatten(1).T, z)
+    return total.view_as(weight)
 
 
 @torch.no_grad()

@@ -204,3 +204,15 @@ def test_the_interval_is_wilsons() -> None:
     assert interval(0.885, 2000) == pytest.approx((0.8703, 0.8983), abs=1e-4)
     assert interval(0.0, 50) == pytest.approx((0.0, 0.0713), abs=1e-4)
     assert interval(1.0, 50) == pytest.approx((0.9287, 1.0), abs=1e-4)
+
+
+@pytest.mark.parametrize("width", [3, 600])
+def test_collapsed_features_are_borne(width: int) -> None:
+    """All the same up to scale, or constant: the covariance then has one eigenvalue, or none."""
+    one = torch.randn(1000, 1)
+    y = (one[:, 0] > 0).long()
+    x = one * (torch.rand(width) + 0.1)
+    assert linear_probe(_task(x[:800], y[:800], x[800:], y[800:])).top1 > 0.9
+    constant = torch.ones(1000, width)
+    found = linear_probe(_task(constant[:800], y[:800], constant[800:], y[800:]))
+    assert 0.3 < found.top1 < 0.7
