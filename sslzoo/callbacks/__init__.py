@@ -1,1 +1,1 @@
-"""Training-time companions of a method: each does one thing and knows no method."""
+"""Callbacks of the training, each with one purpose and independent of the method."""

@@ -1,4 +1,4 @@
-"""One encoder on all ranks while it is evaluated."""
+"""Make batch-norm statistics equal on all ranks before evaluation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from sslzoo.distributed import broadcast_from_zero
 
 
 class BroadcastBatchNormStats(Callback):
-    """Gives every rank rank 0's buffers before validation, so that all evaluate the same encoder.
+    """Broadcasts rank 0's batch-norm running statistics before validation, so that all ranks evaluate the
+    same encoder.
 
-    Batch-norm running statistics differ between ranks unless batch norm is synchronised: each sees its
-    own rows, and buffers are not broadcast at every step.
+    Unless batch norm is synchronised, the statistics differ between ranks, because each rank sees its own
+    samples and buffers are not broadcast at every step.
     """
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Broadcast running statistics; nothing with one process."""
+        """Broadcast the running statistics if there are several processes."""
         if trainer.world_size > 1:
             for module in pl_module.modules():
                 if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

@@ -1,4 +1,4 @@
-"""Checkpoints from which a run continues bit by bit, in files that are never half written nor loaded damaged."""
+"""Checkpoints from which a run continues bit-identically."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from sslzoo.callbacks.seeding import window_closed
 from sslzoo.checkpoints import checkpoints, sync_folder
 from sslzoo.recipe.plan import TrainingPlan
 
-KEEP_LAST = 2  # should the newest be damaged by the disk, the one before it is still there
+KEEP_LAST = 2  # so that there is another one if the newest is damaged
 
 
 class ExactCheckpoint(Callback):
-    """Saves ``step=….ckpt`` every ``every_steps`` optimiser steps, at epoch ends and at the end.
+    """Saves ``step=….ckpt`` every ``every_steps`` optimiser steps, at the end of epochs and of the run.
 
-    A save happens at the *start* of the next micro-batch: then the last step's hooks, validation, epoch
-    end and logging are over and no gradient is half accumulated.
-    Keeps the last two files, those of ``keep_epochs`` as ``epoch=….ckpt`` (epochs finished), and
+    Files are saved at the *start* of the next micro-batch, when all hooks of the last step, validation, end of
+    epoch and logging are finished and no accumulation of gradients is in progress.
+    Keeps the last two files, those of ``keep_epochs`` as ``epoch=….ckpt`` (number of finished epochs), and
     ``last.ckpt``, a link to the newest.
 
-    Where an evaluation follows an epoch (as ``evaluate_every_epochs`` says, and after the last), the epoch's
-    end is saved after it only, and it may be long. So one more save comes before the epoch's last step: a run
-    that is killed or signalled while it evaluates loses that step alone.
+    If an evaluation follows an epoch (every ``evaluate_every_epochs``, and after the last), the end of the epoch
+    is only saved after the evaluation, which may take long. Therefore another file is saved before the last step
+    of the epoch, so that a run killed or signalled during the evaluation loses only that step.
 
-    Each file carries the ``recipe`` (as YAML), and the ``manifest`` once that is set, so that one which left its
-    folder still says what it is.
+    Each file contains the ``recipe`` (as YAML), and the ``manifest`` once that is set, so that it can be identified
+    outside of its folder.
     """
 
     def __init__(
@@ -44,27 +44,27 @@ class ExactCheckpoint(Callback):
     ) -> None:
         self.folder = Path(folder)
         self.recipe = recipe
-        self.manifest: dict[str, Any] | None = None  # set by rank 0, which writes it, when a run has begun
+        self.manifest: dict[str, Any] | None = None  # set on rank 0 once the manifest is written
         self.every_steps = every_steps
         self.evaluate_every_epochs = evaluate_every_epochs
         self.keep_epochs = keep_epochs
-        self.saved_step = 0  # in the checkpoint: else a resumed run would save in the middle of a window
+        self.saved_step = 0  # also in checkpoints, so that a resumed run does not save the same step again
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the last save."""
         return {"saved_step": self.saved_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore the step."""
         self.saved_step = state_dict["saved_step"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add what the file is."""
+        """Add recipe and manifest."""
         checkpoint["recipe"] = self.recipe
         checkpoint["manifest"] = self.manifest
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Going back to an older checkpoint discards the newer ones, as it discards their metrics."""
+        """Delete checkpoints newer than the one resumed from, as their metrics are deleted too."""
         if trainer.is_global_zero:
             for path in checkpoints(self.folder):
                 if path.name > self._name(pl_module.optimizer_steps):
@@ -73,7 +73,7 @@ class ExactCheckpoint(Callback):
                 part.unlink()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Save what the previous micro-batch completed, when due."""
+        """Save the step completed by the previous micro-batch if a save is due."""
         step = pl_module.optimizer_steps
         due = step % self.every_steps == 0 or step % pl_module.plan.steps_per_epoch == 0
         due = due or self._evaluation_follows(step, trainer, pl_module.plan)
@@ -81,7 +81,7 @@ class ExactCheckpoint(Callback):
             self.save(trainer, pl_module)
 
     def _evaluation_follows(self, step: int, trainer: Any, plan: TrainingPlan) -> bool:
-        """Whether ``step``, from 0, is the last of an epoch after which an evaluation runs."""
+        """Whether ``step``, from 0, is the last step of an epoch that is followed by an evaluation."""
         finished, rest = divmod(step + 1, plan.steps_per_epoch)
         if rest or not (finished % self.evaluate_every_epochs == 0 or finished == plan.max_epochs):
             return False
@@ -93,14 +93,14 @@ class ExactCheckpoint(Callback):
             self.save(trainer, pl_module)
 
     def save(self, trainer: Trainer, pl_module: Any) -> Path:
-        """Save now; every rank must call it, with no window open. Returns the file."""
+        """Save now and return the path. All ranks must call it, with no accumulation of gradients in progress."""
         step = pl_module.optimizer_steps
         path = self.folder / self._name(step)
         meter = find_meter(trainer)
         if meter is not None:
-            meter.check_finite(trainer)  # never replace a good checkpoint by one that has diverged
+            meter.check_finite(trainer)  # do not replace a good checkpoint after divergence
         self.saved_step = step
-        trainer.save_checkpoint(path, weights_only=False)  # the whole state, not only the weights
+        trainer.save_checkpoint(path, weights_only=False)  # the full state
         if trainer.is_global_zero:
             self._link(path, step, pl_module.plan.steps_per_epoch)
         if meter is not None:
@@ -122,7 +122,7 @@ class ExactCheckpoint(Callback):
         link.unlink(missing_ok=True)
         try:
             link.symlink_to(path.name)
-        except OSError:  # a file system without symbolic links; resuming goes by step, not by this name
+        except OSError:  # a file system without symbolic links; resuming does not need the link
             pass
         else:
             link.replace(self.folder / "last.ckpt")

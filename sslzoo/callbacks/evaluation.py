@@ -1,4 +1,4 @@
-"""Evaluation while a method trains: features are collected at validation, once, and judges say what they are worth."""
+"""Evaluation during training: features are collected once per validation, and judges measure their quality."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ log = logging.getLogger(__name__)
 
 
 class Judge(Protocol):
-    """Says what features are worth."""
+    """Measures the quality of features."""
 
-    name: str  # in the log
-    layers: tuple[str, ...]  # that it looks at
-    own_data: bool  # whether at the training data alone
+    name: str  # in log messages
+    layers: tuple[str, ...]  # the layers it measures
+    own_data: bool  # whether it only measures the training data's own labels
 
     def judge(self, task: Task, layer: str) -> dict[str, float]:
-        """Values by figure, such as ``linear_top1``; none where there is nothing to measure yet. Collective."""
+        """Values by figure, such as ``linear_top1``; empty if there is nothing to measure yet. Collective."""
         ...
 
 
 class LinearProbe:
-    """Fit a logistic regression to the training features of plain images, anew each time: ``linear_top1``,
-    ``linear_top5`` and the L2 strength chosen, ``linear_l2``."""
+    """Logistic regression on features of plain training images, fitted from scratch each time: ``linear_top1``,
+    ``linear_top5`` and the selected L2 strength ``linear_l2``."""
 
     name, own_data = "linear probe", False
 
@@ -52,12 +52,12 @@ class LinearProbe:
 
     def judge(self, task: Task, layer: str) -> dict[str, float]:
         """See :func:`sslzoo.evaluate.logistic.linear_probe`."""
-        found = linear_probe(task, brief=self.brief)
-        return {"linear_top1": found.top1, "linear_top5": found.top5, "linear_l2": found.l2}
+        result = linear_probe(task, brief=self.brief)
+        return {"linear_top1": result.top1, "linear_top5": result.top5, "linear_l2": result.l2}
 
 
 class KNN:
-    """Vote each test sample by its nearest training samples: ``knn_top1``."""
+    """Weighted k-NN classification of test samples by training samples: ``knn_top1``."""
 
     name, layers, own_data = "k-NN", ("backbone",), False
 
@@ -70,10 +70,10 @@ class KNN:
 
 
 class FeatureEvaluation(Callback):
-    """Collects the published features of every labelled data set, lets ``judges`` measure them, and logs
+    """Collects the published features of every labelled data set, applies ``judges`` to them, and logs the results as
     ``val/<figure>``.
 
-    ``latest`` is what the last validation measured; it is in checkpoints, as the summary of the run needs it.
+    ``latest`` has the results of the last validation; it is saved in checkpoints for the summary of the run.
     """
 
     def __init__(
@@ -83,15 +83,15 @@ class FeatureEvaluation(Callback):
         self.latest: Measured | None = None
         self._sets: list[EvalSet] = []
         self._shards: dict[tuple[str, str, str], Shard] = {}
-        # What no judge looks at is not kept.
+        # Only layers that a judge needs are collected.
         self._layers = tuple(dict.fromkeys(layer for judge in judges for layer in judge.layers))
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        """Learn from the DataModule which sets there are."""
+        """Get the evaluation sets from the DataModule."""
         self._sets = trainer.datamodule.eval_sets()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
+        """Start with empty shards."""
         self._shards = {
             (s.name, s.split, layer): Shard(-(-s.size // world_size()))
             for s in self._sets
@@ -108,12 +108,12 @@ class FeatureEvaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Collect this rank's features."""
-        of = self._sets[dataloader_idx]
+        eval_set = self._sets[dataloader_idx]
         for layer in self._layers:
-            self._shards[of.name, of.split, layer].add(published(pl_module, layer), batch)
+            self._shards[eval_set.name, eval_set.split, layer].add(published(pl_module, layer), batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure every data set and layer and log; the features are let go."""
+        """Measure and log every data set and layer, and free the features."""
         figures: dict[str, float] = {}
         samples: dict[str, Samples] = {}
         first = self._sets[0].name
@@ -126,9 +126,9 @@ class FeatureEvaluation(Callback):
                 for judge in self.judges:
                     if layer in judge.layers and not (judge.own_data and train.name):
                         start = time.perf_counter()
-                        found = judge.judge(task, layer)
+                        results = judge.judge(task, layer)
                         took[judge.name] = took.get(judge.name, 0.0) + time.perf_counter() - start
-                        for figure, value in found.items():
+                        for figure, value in results.items():
                             figures[figure_key(figure, train.name, layer, first=first)] = value
             if trainer.is_global_zero:
                 seconds = ", ".join(f"{judge} {value:.1f} s" for judge, value in took.items())
@@ -137,22 +137,22 @@ class FeatureEvaluation(Callback):
         log_metrics(trainer, {f"val/{key}": value for key, value in figures.items()})
 
     def _task(self, train: EvalSet, test: EvalSet, layer: str, device: torch.device) -> Task:
-        """What was collected of a data set. Collective."""
+        """The collected features of a data set. Collective."""
         shares = [self._shards.pop((s.name, s.split, layer)).features(device) for s in (train, test)]
         roles_of = roles(shares[0].sample_id, len(train.source), self.probe, self.evaluation, self.seed)
         return Task(shares[0], shares[1], roles_of, train.num_classes)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured last."""
+        """The results of the last validation."""
         return {} if self.latest is None else self.latest.to_state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore it."""
+        """Restore the results."""
         self.latest = Measured.from_state(state_dict) if state_dict else None
 
 
 class Shard:
-    """This rank's part of one eval set, at most ``rows`` samples, collected batch by batch without a second copy."""
+    """This rank's part of an evaluation set, at most ``rows`` samples, collected batch by batch without copies."""
 
     def __init__(self, rows: int) -> None:
         self._rows, self._filled = rows, 0
@@ -161,7 +161,7 @@ class Shard:
         self._sample_id: list[Tensor] = []
 
     def add(self, features: Tensor, batch: EvalBatch) -> None:
-        """Keep the features (N, F) of ``batch``."""
+        """Append the features (N, F) of ``batch``."""
         if self._x is None:
             shape = (self._rows, features.shape[1])
             self._x = torch.empty(shape, dtype=torch.float32, device=features.device)
@@ -171,7 +171,7 @@ class Shard:
         self._sample_id.append(batch.sample_id)
 
     def features(self, device: torch.device) -> Features:
-        """What there is, M samples. Collective: a rank whose shard is empty learns the width F from the others."""
+        """The collected features of M samples. Collective: a rank without samples gets the width F from others."""
         width = torch.tensor([0 if self._x is None else self._x.shape[1]], device=device)
         if world_size() > 1:
             dist.all_reduce(width, op=dist.ReduceOp.MAX)
@@ -182,11 +182,11 @@ class Shard:
 
 
 def published(pl_module: LightningModule, layer: str) -> Tensor:
-    """The features of ``layer`` that the step just made public; ``ValueError`` names those there are."""
+    """The features of ``layer`` published by this step; ``ValueError`` lists the published layers."""
     assert isinstance(pl_module, SSLMethod)
     known = pl_module.published
     require(
         layer in known,
-        f"layer {layer!r} (see probe.layers) is not there: the method publishes {', '.join(known) or 'nothing'}",
+        f"layer {layer!r} (see probe.layers) is not published: there are {', '.join(known) or 'none'}",
     )
     return known[layer]

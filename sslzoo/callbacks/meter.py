@@ -1,4 +1,4 @@
-"""Metrics without ``self.log``: sums on the device, one host synchronisation an interval, own files."""
+"""Metrics without ``self.log``: sums on the device, one host-device synchronisation per interval, CSV files."""
 
 from __future__ import annotations
 
@@ -21,49 +21,48 @@ log = logging.getLogger(__name__)
 
 
 class Meter(Callback):
-    """Turns what methods record into rows of ``metrics.csv``, averaged over micro-batches and ranks.
+    """Writes what methods record to ``metrics.csv``, averaged over micro-batches and ranks.
 
-    Of a measurement (``record``) the mean since the last row is reported, and the mean over the epoch as
-    ``<name>_epoch``; of a setting (``setting``: a learning rate, a momentum) the last value. All ranks must
-    record the same names. Rows come every ``every_steps``
-    optimiser steps and at epoch ends; ``step`` counts finished optimiser steps. Throughput goes to
-    ``system.csv``, so that ``metrics.csv`` holds nothing that depends on the clock and a resumed run
-    writes the same bytes. The same numbers go to the trainer's loggers. What a step measured that fp16's
-    scaler skipped is left out.
+    For a measurement (``record``) it reports the mean since the last row, and the mean over the epoch as
+    ``<name>_epoch``; for a setting (``setting``, such as a learning rate) the last value. All ranks must record
+    the same names. Rows are written every ``every_steps`` optimiser steps and at the end of epochs; ``step`` is
+    the number of finished optimiser steps. Throughput goes to ``system.csv``, so that ``metrics.csv`` contains no
+    times and a resumed run writes identical bytes. The trainer's loggers get the same values. Measurements of
+    steps that the fp16 scaler skipped are dropped.
 
-    A ``train/loss`` that is not finite raises :class:`Diverged` on all ranks, at the row that would report it.
+    If ``train/loss`` is not finite, :class:`Diverged` is raised on all ranks at the row that would report it.
     """
 
     def __init__(self, folder: Path, *, every_steps: int) -> None:
         self.every_steps = every_steps
-        self.latest: dict[str, float] = {}  # last reported value of every key, for the progress display
+        self.latest: dict[str, float] = {}  # last reported value by key, for the progress display
         self._file = MetricsFile(Path(folder) / "metrics.csv")
         self._system = MetricsFile(Path(folder) / "system.csv")
-        # Names and values of each micro-batch of the step in progress, and the steps finished before it.
+        # Names and values of each micro-batch in the current step, and the number of steps finished before it.
         self._step: list[tuple[tuple[str, ...], Tensor]] = []
         self._counted = 0
-        # Sums since the last row, of this rank, per set of names that were recorded together.
+        # This rank's sums since the last row, for each set of names that are recorded together.
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._counts: dict[tuple[str, ...], int] = {}
         self._settings: dict[str, float] = {}
-        self._epoch: dict[str, tuple[float, int]] = {}  # sum and count of this epoch's finished rows
+        self._epoch: dict[str, tuple[float, int]] = {}  # sum and count over the rows of this epoch
         self._row_step = 0
         self._restored: dict[str, Any] | None = None
         self._silenced: set[int] = set()  # loggers that failed
         self._clock_step = 0
-        self._mark: float | None = None  # the last batch boundary
+        self._mark: float | None = None  # time of the last batch boundary
         self._waited = self._elapsed = 0.0
 
     # -- collecting ----------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """The time since the last micro-batch went to waiting for this one."""
+        """Count the time since the last micro-batch as waiting for data."""
         self._waited += self._tick()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take this micro-batch's values; where it ends a step, add the step's, and write a row when one is due."""
+        """Collect the values of this micro-batch; at the end of a step, add them up and write a row if one is due."""
         self._collect(pl_module.recorded)
         self._settings |= pl_module.settings
         self._tick()
@@ -91,9 +90,9 @@ class Meter(Callback):
     # -- reporting -----------------------------------------------------------------------------
 
     def _reduced(self) -> dict[str, tuple[float, int]]:
-        """Every measurement's sum since the last row, averaged over ranks, and its count.
+        """Sum since the last row, averaged over ranks, and count of every measurement.
 
-        One all-reduce and one copy to the host.
+        Needs one all-reduce and one copy to the host.
         """
         merged: dict[str, tuple[float, int]] = {}
         if self._sums:
@@ -120,12 +119,12 @@ class Meter(Callback):
         _stop_if_diverged(reduced, self._row_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the rest of the interval and the epoch's means."""
+        """Write a row with the rest of the interval and the means over the epoch."""
         self._write_row(trainer, pl_module, epoch_end=True)
         self.restart_clock()
 
     def write(self, trainer: Trainer, values: Mapping[str, float]) -> None:
-        """Write ``values``, equal on all ranks, as one row at the optimiser steps finished so far."""
+        """Write ``values``, equal on all ranks, as one row for the current number of finished optimiser steps."""
         values = {key: float(value) for key, value in values.items()}
         if values:
             self.latest |= values
@@ -155,7 +154,7 @@ class Meter(Callback):
                     logger.log_metrics(values, step=step)
                 except Exception as error:  # a logging service must never end a run
                     self._silenced.add(index)
-                    log.warning("%s stopped taking values: %s", type(logger).__name__, error)
+                    log.warning("%s failed and gets no further values: %s", type(logger).__name__, error)
 
     def check_finite(self, trainer: Trainer) -> None:
         """Raise :class:`Diverged` on all ranks if ``train/loss`` has diverged since the last row."""
@@ -171,21 +170,21 @@ class Meter(Callback):
         return passed
 
     def restart_clock(self) -> None:
-        """Leave the time since the last micro-batch (a save, an evaluation) out of the throughput."""
+        """Exclude the time since the last micro-batch (a save or an evaluation) from the throughput."""
         self._mark = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Evaluation is not training time."""
+        """Exclude the evaluation from the training time."""
         self.restart_clock()
 
     # -- resuming ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums of every rank (a collective where there are any: all ranks save), and the file's columns and
-        rows."""
+        """The sums of all ranks, and the columns and row count of the file. Collective if there are sums; all ranks
+        save."""
         self._file.sync()
         sums: list[list[float]] = [[] for _ in range(world_size())]
-        if self._sums:  # on all ranks or on none
+        if self._sums:  # either on all ranks or on none
             gathered = gather_detached(torch.cat(list(self._sums.values())))
             sums = gathered.cpu().view(world_size(), -1).tolist()
         return {
@@ -201,14 +200,14 @@ class Meter(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the device is known. A finished run that only evaluates never gets so far."""
+        """Keep the state until the device is known, in :meth:`on_train_start`."""
         self._restored = state_dict
         self.latest = dict(state_dict["latest"])
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Open the files, cut back to the checkpoint or empty."""
+        """Open the files, truncated to the checkpoint's rows or empty."""
         self._file.writes = self._system.writes = trainer.is_global_zero
-        if trainer.is_global_zero:  # here and nowhere else: a directory deleted later is not brought back
+        if trainer.is_global_zero:  # only here, so that a directory deleted later is not created again
             self._file.path.parent.mkdir(parents=True, exist_ok=True)
         state, self._restored = self._restored, None
         self._clock_step = self._counted = pl_module.optimizer_steps
@@ -232,7 +231,7 @@ class Meter(Callback):
         self.close()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Close the files: Lightning calls no teardown hook then."""
+        """Close the files, because Lightning calls no teardown hook after an exception."""
         self.close()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A CSV file of metrics that can go back to a checkpoint's rows."""
+"""A CSV file of metrics that can be truncated to the rows of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """A CSV with columns ``step, epoch`` and one per metric in order of first appearance.
+    """A CSV file with columns ``step, epoch`` and one per metric, in order of first appearance.
 
-    A new metric rewrites the file with the wider header, in one atomic step. Cells without a value are
-    empty. Row count and columns identify a moment of the file, to which :meth:`rewind` goes back.
+    For a new metric, the file is rewritten atomically with a wider header. Cells without a value are empty.
+    Row count and columns identify an earlier state of the file, which :meth:`rewind` restores.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.columns: list[str] = ["step", "epoch"]
         self.rows = 0
-        self.writes = True  # False on the other ranks, which only count
+        self.writes = True  # False on ranks other than 0, which only count rows
         self._file: Any = None
 
     def rewind(self, rows: int, columns: Sequence[str]) -> None:
-        """Cut the file back to its first ``rows`` rows and ``columns``, and open it for appending."""
+        """Truncate the file to its first ``rows`` rows and to ``columns``, and open it for appending."""
         self.columns, self.rows = list(columns), rows
         if self.writes:
             old = self._read()[1 : rows + 1]
@@ -39,12 +39,12 @@ class MetricsFile:
             self._replace([row[: len(columns)] for row in old])
 
     def resume(self) -> None:
-        """Open the file for appending after all that it holds."""
+        """Open the file for appending without truncating it."""
         header, *rows = self._read() or [self.columns]
         self.rewind(len(rows), header)
 
     def append(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Add one row; readable by others at once."""
+        """Append one row and flush, so that other processes can read it at once."""
         new = [key for key in values if key not in self.columns]
         self.columns += new
         self.rows += 1
@@ -52,13 +52,13 @@ class MetricsFile:
             return
         if new:
             self._replace(self._read()[1:])
-        # repr of a float is its shortest exact form: equal bytes mean equal bits.
+        # repr gives the shortest exact form of a float, so equal text means equal bits.
         row = {"step": step, "epoch": epoch} | {key: repr(value) for key, value in values.items()}
         self._file.write(_line([row.get(key, "") for key in self.columns]))
         self._file.flush()
 
     def sync(self) -> None:
-        """Force everything written to disk."""
+        """Flush everything written to disk."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 

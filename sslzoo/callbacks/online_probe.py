@@ -1,6 +1,6 @@
-"""A linear probe beside the training: on the features that each step publishes, at no second forward.
+"""Linear probe trained alongside the method, on the features that each step publishes anyway.
 
-N samples of a micro-batch, F features, C classes, L learning rates.
+Shapes: N samples in a micro-batch, F features, C classes, L learning rates.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from sslzoo.recipe.sections import ProbeConfig
 
 
 class OnlineProbe(Callback):
-    """Train a linear probe a layer on the training data's labels, ``classes`` of them. At validation it is a judge
-    among others: ``online_top1``, ``online_top5``, ``online_lr``.
+    """Trains a linear probe per layer on the labels (``classes`` classes) of the training data. At validation it is one
+    of the judges: ``online_top1``, ``online_top5``, ``online_lr``.
 
-    It learns on augmented views and is tested on plain images, which costs it 10 points where crops are small: it
-    shows how a training goes on, step by step, not what the features are worth.
+    It is trained on augmented views and tested on plain images, which can cost 10 points of accuracy with small crops,
+    so it shows the progress of the training rather than the quality of the features.
 
-    The learning rates follow one cosine from the configured values to 0 over the run, without warm-up
-    or scaling by the batch. Of the rates, the one most often right on held-out training samples is
-    reported (the smallest of equal ones). Features of plain images are standardised by the statistics of the plain
-    training images. Each step costs an all-reduce of L x C x (1 + F) numbers a layer.
+    The learning rates follow a cosine from the configured values to 0 over the run, without warm-up or scaling with
+    the batch size. The reported rate is the one with the best accuracy on held-out training samples (ties: the
+    smallest). Features of plain images are standardised with statistics of the plain training images. Each step costs
+    an all-reduce of L x C x (1 + F) numbers per layer.
     """
 
     name, own_data = "online probe", True
@@ -48,7 +48,7 @@ class OnlineProbe(Callback):
     # -- training -----------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the count of optimiser steps where it stands; look up held-out samples from now on."""
+        """Continue counting steps from the method's count, and determine the held-out samples."""
         assert isinstance(pl_module, SSLMethod)
         self._steps = pl_module.optimizer_steps
         ids = torch.arange(pl_module.plan.dataset_size, device=pl_module.device)
@@ -57,11 +57,11 @@ class OnlineProbe(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Add the micro-batch; step when the optimiser has stepped, drop the sums when it was to and did not."""
+        """Add the micro-batch. Take a step after an optimiser step, or drop the sums if that step was skipped."""
         assert isinstance(pl_module, SSLMethod) and batch.label is not None
         held_out = self._held_out[batch.sample_id]
         stepped = pl_module.optimizer_steps > self._steps
-        # The step that these features belong to, from 0.
+        # self._steps is the step that these features belong to, from 0.
         factor = 0.5 * (1 + cos(pi * self._steps / pl_module.plan.total_steps))
         for layer in self.layers:
             x = published(pl_module, layer)
@@ -74,7 +74,7 @@ class OnlineProbe(Callback):
         self._steps = pl_module.optimizer_steps
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Complete the step in flight."""
+        """Complete the step in progress."""
         for probe in self.probes.values():
             probe.finish()
 
@@ -94,14 +94,14 @@ class OnlineProbe(Callback):
     # -- validation ---------------------------------------------------------------------------
 
     def judge(self, task: Task, layer: str) -> dict[str, float]:
-        """By the probe as it stands, once there is one."""
+        """Measure the current probe; empty before the first training step."""
         if layer not in self.probes and layer not in self._restored:
             return {}
         x = task.train.x
-        # Plain images are not distributed like augmented views: they have statistics of their own.
+        # Plain images have different statistics from augmented views.
         standardize = standardizer(x, finite_rows(x).nonzero().squeeze(1))
-        found = choose(self._probe(layer, x), task, standardize)
-        return {"online_top1": found.top1, "online_top5": found.top5, "online_lr": found.lr}
+        result = choose(self._probe(layer, x), task, standardize)
+        return {"online_top1": result.top1, "online_top5": result.top5, "online_lr": result.lr}
 
     # -- state --------------------------------------------------------------------------------
 
@@ -110,6 +110,6 @@ class OnlineProbe(Callback):
         return self._restored | {layer: probe.state_dict() for layer, probe in self.probes.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the first features tell the shapes."""
+        """Keep the state until the shapes are known from the first features."""
         self._restored = dict(state_dict)
         self.probes = {}

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: bars in a terminal, lines in a log file."""
+"""Progress display: bars in a terminal, lines in a log file."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ LINE_EVERY = 60.0  # seconds between lines inside an epoch
 
 
 class ProgressDisplay(Callback):
-    """Loss, images/s, online probe, k-NN and time left, on rank 0.
+    """Shows loss, images/s, linear probe, k-NN and remaining time, on rank 0.
 
-    Where stderr is a terminal, bars: epochs, and below them the steps of the epoch or the batches of the
-    evaluation. Where stdout is none, lines: one at each epoch's end, and one a minute inside long epochs.
-    The line of each epoch also goes to the log, hence to ``train.log``, in every case. A probe that was
-    measured some steps ago is shown with the epoch after which it was.
+    If stderr is a terminal, it shows bars: epochs, and below them the steps of the epoch or the batches of an
+    evaluation. If stdout is not a terminal, it prints one line at the end of each epoch, and one per minute in
+    long epochs. The line of each epoch also goes to the log (``train.log``) in any case. Results of an earlier
+    evaluation are shown with its epoch.
 
-    Reads only what the meter reported, so it costs no synchronisation.
+    Reads only values that Meter has reported, so it needs no synchronisation.
     """
 
     def __init__(self, *, out: Console = OUT, err: Console = ERR) -> None:
         self._out, self._err = out, err
         self._bars: Bars | None = None
         self._epochs = self._steps = TaskID(0)
-        self._lines = False  # whether this process prints them
+        self._lines = False  # whether this process prints lines
         self._shown = self._printed = self._started = 0.0
         self._started_step = 0
-        self._evaluated_step = 0  # optimiser steps finished at the last evaluation
-        self._batches = self._all_batches = 0  # of the evaluation in progress
+        self._evaluated_step = 0  # number of finished optimiser steps at the last evaluation
+        self._batches = self._all_batches = 0  # finished and total batches of the current evaluation
 
     # -- training -----------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Open the bars, in a terminal."""
+        """Open the bars if there is a terminal."""
         self._started, self._started_step = time.perf_counter(), pl_module.optimizer_steps
         self._printed = self._started
         self._lines = trainer.is_global_zero and not redraws(self._out)
         if trainer.is_global_zero and redraws(self._err):
             plan = pl_module.plan
-            # Wide enough for steps and epochs, and for most evaluations.
+            # Wide enough for the counts of steps and epochs, and of most evaluations.
             width = 2 * len(str(max(plan.max_epochs, plan.steps_per_epoch))) + 1
             count = MofNCompleteColumn(table_column=Column(no_wrap=True, justify="right", min_width=width))
             self._bars = Bars(count, console=self._err, out=self._out)
@@ -62,17 +62,17 @@ class ProgressDisplay(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bars, at most every half second; print a line when a minute has passed without one."""
+        """Update the bars, at most every half second; print a line if the last one was more than a minute ago."""
         now = time.perf_counter()
         if self._bars is not None and now - self._shown >= REFRESH:
             self._show_steps(trainer, pl_module)
         if self._lines and now - self._printed >= LINE_EVERY:
             closes_epoch = pl_module.optimizer_steps % pl_module.plan.steps_per_epoch == 0
-            if not closes_epoch:  # the epoch's own line comes next
+            if not closes_epoch:  # otherwise the line of the epoch comes next
                 self._print(self._line(trainer, pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The line of the epoch."""
+        """Log, and print if necessary, the line of the epoch."""
         if trainer.is_global_zero:
             line = self._line(trainer, pl_module)
             log.info(line)
@@ -96,9 +96,9 @@ class ProgressDisplay(Callback):
     # -- evaluation ---------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """The lower bar counts batches."""
+        """Let the lower bar count batches."""
         self._batches, self._all_batches = 0, int(sum(trainer.num_val_batches))
-        self._show_steps(trainer, pl_module)  # the upper bar stands still from here
+        self._show_steps(trainer, pl_module)  # the upper bar does not change during the evaluation
         self._show_evaluation()
 
     def on_validation_batch_end(
@@ -110,27 +110,27 @@ class ProgressDisplay(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Move it. After the last batch the other callbacks measure, before this one is asked again."""
+        """Update the lower bar. After the last batch, other callbacks measure before this one is called again."""
         self._batches += 1
         if self._batches == self._all_batches or time.perf_counter() - self._shown >= REFRESH:
             self._show_evaluation()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The figures are of this step; the lower bar goes back to steps."""
+        """Note the step of the evaluation, and let the lower bar count steps again."""
         self._evaluated_step = pl_module.optimizer_steps
         self._show_steps(trainer, pl_module)
 
     # -- state --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """When the figures were measured that the meter's state holds; equal on all ranks."""
+        """The step of the last evaluation, whose results are in Meter's state; equal on all ranks."""
         return {"evaluated_step": self._evaluated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore the step."""
         self._evaluated_step = state_dict["evaluated_step"]
 
-    # -- what is shown ------------------------------------------------------------------------
+    # -- display ------------------------------------------------------------------------------
 
     def _show_steps(self, trainer: Trainer, pl_module: Any) -> None:
         if self._bars is None:
@@ -166,8 +166,8 @@ class ProgressDisplay(Callback):
     def _line(self, trainer: Trainer, pl_module: Any) -> str:
         plan, step = pl_module.plan, pl_module.optimizer_steps
         return _joined(
-            f"epoch {_of(_epoch_of(step, plan), plan.max_epochs)}",
-            f"step {_of(step, plan.total_steps)}",
+            f"epoch {_fraction(_epoch_of(step, plan), plan.max_epochs)}",
+            f"step {_fraction(step, plan.total_steps)}",
             self._speed(trainer),
             self._figures(trainer, pl_module),
             self._time_left(pl_module),
@@ -180,11 +180,11 @@ class ProgressDisplay(Callback):
         return _joined(*(form.format(latest[key]) for key, form in shown if key in latest))
 
     def _figures(self, trainer: Trainer, pl_module: Any) -> str:
-        """Probe and k-NN, with their epoch unless they were measured at this very step."""
+        """Linear probe and k-NN, with their epoch unless they were measured at this step."""
         shown = (("val/linear_top1", "probe {:.1f} %"), ("val/knn_top1", "k-NN {:.1f} %"))
         latest = _latest(trainer)
         figures = ", ".join(form.format(100 * latest[key]) for key, form in shown if key in latest)
-        unknown = self._evaluated_step == 0  # resumed from a checkpoint that does not tell
+        unknown = self._evaluated_step == 0  # resumed from a checkpoint without this information
         if not figures or unknown or self._evaluated_step == pl_module.optimizer_steps:
             return figures
         return f"{figures} (epoch {_epoch_of(self._evaluated_step, pl_module.plan)})"
@@ -204,11 +204,11 @@ def _latest(trainer: Trainer) -> dict[str, float]:
 
 
 def _epoch_of(step: int, plan: TrainingPlan) -> int:
-    """The epoch, from 1, that the last of ``step`` finished optimiser steps belongs to; 0 before the first."""
+    """The epoch, from 1, of the last of ``step`` finished optimiser steps; 0 before the first step."""
     return -(-step // plan.steps_per_epoch)
 
 
-def _of(done: int, total: int) -> str:
+def _fraction(done: int, total: int) -> str:
     return f"{done:>{len(str(total))}}/{total}"
 
 

@@ -1,4 +1,4 @@
-"""Randomness and sampler position as functions of how far the run is."""
+"""Seed random generators and count the sampler position at each micro-batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sslzoo.randomness import STEP, key
 def seed_generators(seed: int) -> None:
     """Seed the default generators of the CPU and of every initialised CUDA device.
 
-    ``torch.manual_seed`` does the same and costs 0.1 ms, most of it looking for devices.
+    ``torch.manual_seed`` does the same but takes 0.1 ms, mostly for looking up devices.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
@@ -22,24 +22,23 @@ def seed_generators(seed: int) -> None:
 
 
 def window_closed(trainer: Any, pl_module: Any) -> bool:
-    """Whether no gradient is half accumulated, given the micro-batches finished so far."""
+    """Whether no accumulation of gradients is in progress, according to the number of finished micro-batches."""
     return trainer.datamodule.position % pl_module.plan.accumulate == 0
 
 
 class StepSeeding(Callback):
-    """Seeds the main process at each micro-batch and counts it in ``trainer.datamodule.position``.
+    """Seeds the main process at each micro-batch and counts micro-batches in ``trainer.datamodule.position``.
 
-    Dropout, masks and mixing then depend on (seed, position, rank) alone, so no generator state needs
-    saving and the ranks differ as they should. The DataModule keeps ``position`` in its state and
-    starts its sampler there.
+    Dropout, masks and mixing then depend only on (seed, position, rank), so that no generator state has to
+    be saved and ranks draw different numbers. The DataModule saves ``position`` and starts its sampler there.
     """
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Seed for this micro-batch."""
+        """Seed the generators for this micro-batch."""
         seed_generators(key(STEP, pl_module.seed, trainer.datamodule.position, trainer.global_rank))
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count it."""
+        """Count the micro-batch."""
         trainer.datamodule.position += 1

@@ -1,4 +1,4 @@
-"""An analysis at work while a method trains."""
+"""Run an analysis during training."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sslzoo.callbacks.meter import find_meter, log_metrics
 
 
 class Watch(Callback):
-    """Lets ``analysis`` look at a batch every ``every_steps`` optimiser steps of its config, before the step.
+    """Applies ``analysis`` to a batch every ``every_steps`` optimiser steps (in its config), before the step.
 
-    Nothing of it is left in the method or in the random numbers, so training is bit-identical with and without.
-    ``history``, which is in checkpoints, holds a record for each look: ``step``, ``epoch`` and what the analysis
-    described. Its metrics are a row of ``metrics.csv``.
+    Method and random state are restored afterwards, so training is bit-identical with and without it. ``history``,
+    saved in checkpoints, has a record per analysed batch: ``step``, ``epoch`` and the analysis's description. Its
+    metrics are written to ``metrics.csv``.
     """
 
     def __init__(self, analysis: Analysis[Any]) -> None:
@@ -26,11 +26,11 @@ class Watch(Callback):
 
     @property
     def state_key(self) -> str:
-        """Under which checkpoints hold the history; there may be several analyses."""
+        """Key of the history in checkpoints, which includes the analysis's name because there may be several."""
         return f"{type(self).__qualname__} {self.analysis.cfg.name}"
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
-        """Look at the first micro-batch of a step that is due."""
+        """Analyse the first micro-batch of every ``every_steps``-th step."""
         step = pl_module.optimizer_steps
         if step % self.analysis.cfg.every_steps or step == self._last_step:
             return
@@ -42,12 +42,12 @@ class Watch(Callback):
         meter = find_meter(trainer)
         if meter is not None:
             log_metrics(trainer, self.analysis.metrics(described))
-            meter.restart_clock()  # what this cost is no training time
+            meter.restart_clock()  # exclude the analysis from the training time
 
     def state_dict(self) -> dict[str, Any]:
         """The history, equal on all ranks."""
         return {"history": self.history, "last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the history."""
+        """Restore the history."""
         self.history, self._last_step = list(state_dict["history"]), state_dict["last_step"]

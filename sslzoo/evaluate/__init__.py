@@ -1,1 +1,1 @@
-"""What frozen features are worth: linear probe, k-NN and their baselines."""
+"""Evaluation of frozen features: linear probe, k-NN and baselines."""

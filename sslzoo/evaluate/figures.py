@@ -1,4 +1,4 @@
-"""Figures of an evaluation: their keys, the samples behind them, how they stand in checkpoints and in the summary."""
+"""Figures of an evaluation: their keys, the numbers of samples behind them, and their form in checkpoints."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from sslzoo.evaluate.task import Samples
 
-LAYER = "backbone"  # whose figures have plain keys
-OWN = "data"  # in keys and in the summary: the training data itself
+LAYER = "backbone"  # the layer whose figures have plain keys
+OWN = "data"  # name of the training data itself, in keys and in the summary
 
 
 class Measured(NamedTuple):
-    """What one evaluation found."""
+    """Results of one evaluation."""
 
     figures: dict[str, float]  # by key, see figure_key
     samples: dict[str, Samples]  # by data set, see figure_name
@@ -21,38 +21,38 @@ class Measured(NamedTuple):
         """Plain values, for a checkpoint."""
         return {
             "figures": dict(self.figures),
-            "samples": {name: of._asdict() for name, of in self.samples.items()},
+            "samples": {name: samples._asdict() for name, samples in self.samples.items()},
         }
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Measured:
-        """What :meth:`to_state` gave."""
-        samples = {name: Samples(**of) for name, of in state["samples"].items()}
+        """Restore from the result of :meth:`to_state`."""
+        samples = {name: Samples(**counts) for name, counts in state["samples"].items()}
         return Measured(dict(state["figures"]), samples)
 
 
 def figure_name(data: str) -> str:
-    """Of a data set, in keys: ``data`` for the training data's own labels, otherwise its entry in ``probe.data``."""
+    """Name of a data set in keys: ``data`` for the training data itself, otherwise its entry in ``probe.data``."""
     return data or OWN
 
 
 def figure_key(figure: str, data: str, layer: str, *, first: str) -> str:
-    """Of ``figure`` (``linear_top1``): plain for the backbone and the ``first`` labelled data set, otherwise with
-    ``/<data>/<layer>``."""
+    """Key of ``figure`` (such as ``linear_top1``): plain for the backbone on the ``first`` labelled data set, otherwise
+    followed by ``/<data>/<layer>``."""
     return figure if (data, layer) == (first, LAYER) else f"{figure}/{figure_name(data)}/{layer}"
 
 
 def is_accuracy(key: str) -> bool:
-    """Whether a figure's key is that of an accuracy, a fraction of the test samples."""
+    """Whether the figure is an accuracy, as a fraction of the test samples."""
     return key.partition("/")[0].endswith(("_top1", "_top5"))
 
 
 def data_of(key: str, first: str) -> str:
-    """The data set, by :func:`figure_name`, of a figure's key; ``first``: that of plain keys."""
+    """The data set of a figure, as named by :func:`figure_name`; ``first`` is that of plain keys."""
     _, *rest = key.split("/")
     return "/".join(rest[:-1]) or first
 
 
 def layer_of(key: str) -> str:
-    """The layer of a figure's key."""
+    """The layer of a figure."""
     return key.rpartition("/")[2] if "/" in key else LAYER

@@ -1,4 +1,4 @@
-"""What a finished run learned, beside what needs no training: ``eval/summary.json``."""
+"""Final evaluation of a run, with baselines, written to ``eval/summary.json``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from sslzoo.data.module import SSLDataModule
     from sslzoo.method import SSLMethod
 
-# Stages that progress shows: features of two splits; of each kind logistic regression, SGD and k-NN.
+# Stages in the progress display: extraction for two splits; logistic regression, SGD and k-NN per kind of features.
 _EXTRACTIONS, _JUDGEMENTS = 2, 3
-PIXEL_LIMIT = 4096  # values an image; a probe on raw pixels holds the square of it
+PIXEL_LIMIT = 4096  # maximum values per image for raw pixels, because memory grows with the square
 
 
 def final_evaluation(
@@ -45,21 +45,21 @@ def final_evaluation(
     progress: EvaluationProgress | None = None,
     brief: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate, write ``folder/summary.json`` on rank 0 and return it on all ranks. Collective.
+    """Evaluate, write ``folder/summary.json`` on rank 0 and return its content on all ranks. Collective.
 
-    ``last`` is what the last validation measured, ``initial`` builds the backbone as it was before
-    training, ``seconds`` is what training took over all starts of the run, ``evaluated_before`` what earlier
-    starts spent here. The summary repeats ``last``. With ``eval.baselines`` the trained encoder, the initial one,
-    raw pixels and their first 64 principal components get the same linear probe, linear evaluation by SGD and the
-    same k-NN, on the first labelled data set. Accuracies are fractions; keys of unmeasured ones are absent.
-    ``progress`` shows how far it is and changes no number; ``brief`` tries everything for one step.
+    ``last`` are the results of the last validation, which the summary includes; ``initial`` builds the backbone
+    as it was before training; ``seconds`` is the training time over all starts of the run, ``evaluated_before``
+    the time that earlier starts spent in this function. With ``eval.baselines``, the trained encoder, the
+    initial one, raw pixels and their first 64 principal components are evaluated with the same linear probe,
+    linear evaluation by SGD, and k-NN, on the first labelled data set. Accuracies are fractions; keys of
+    figures that were not measured are absent. ``brief`` does a single step of everything, for dry runs.
     """
     start = time.perf_counter()
     measured = Measured({}, {}) if last is None else last
     if datamodule.eval_sets() and recipe.eval.baselines:
-        with progress or EvaluationProgress() as seen:
-            found = _with_baselines(method, datamodule, recipe, initial, seen, brief=brief)
-        measured = Measured(measured.figures | found.figures, measured.samples | found.samples)
+        with progress or EvaluationProgress() as display:
+            result = _with_baselines(method, datamodule, recipe, initial, display, brief=brief)
+        measured = Measured(measured.figures | result.figures, measured.samples | result.samples)
     summary = _described(measured, datamodule, recipe, brief=brief) | {
         "seconds": round(seconds, 1),
         "evaluation_seconds": round(evaluated_before + time.perf_counter() - start, 1),
@@ -97,17 +97,17 @@ def _with_baselines(
         test = extracted(1, progress.stage("extracting test features"))
     finally:
         trained.train(was_training)
-    of = roles(train.sample_id, len(sets[0].source), recipe.probe, recipe.eval, recipe.seed)
+    roles_of = roles(train.sample_id, len(sets[0].source), recipe.probe, recipe.eval, recipe.seed)
     tasks = {
         name: Task(
             Features(x, train.label, train.sample_id),
             Features(test.features[name], test.label, test.sample_id),
-            of,
+            roles_of,
             sets[0].num_classes,
         )
         for name, x in train.features.items()
     }
-    counted = count_samples(of, len(test.label), listed=sum(s.size for s in sets))
+    counted = count_samples(roles_of, len(test.label), listed=sum(s.size for s in sets))
     figures = _measure(tasks, recipe, progress, brief=brief)
     return Measured(figures, {figure_name(sets[0].name): counted})
 
@@ -122,7 +122,7 @@ def _pixels(image: Tensor) -> Tensor:
 def _measure(
     tasks: dict[str, Task], recipe: Recipe, progress: EvaluationProgress, *, brief: bool
 ) -> dict[str, float]:
-    """All judges on every kind of features, by summary key; raw pixels bring PCA along."""
+    """Evaluate every kind of features, by summary key; PCA features are derived from raw pixels."""
     pixels = tasks["raw_pixels_"]
     if pixels.train.x.shape[1] == 0:
         del tasks["raw_pixels_"]
@@ -147,7 +147,7 @@ def _measure(
             temperature=recipe.eval.knn_temperature,
             report=progress.stage(f"{FEATURES[name]}: k-NN"),
         )
-        found = {
+        results = {
             "linear_top1": linear.top1,
             "linear_top5": linear.top5,
             "linear_l2": linear.l2,
@@ -156,20 +156,20 @@ def _measure(
             "sgd_lr": sgd.lr,
             "knn_top1": knn,
         }
-        figures |= {name + key: value for key, value in found.items()}
+        figures |= {name + key: value for key, value in results.items()}
     return figures
 
 
-# -- in words ----------------------------------------------------------------------------------------
+# -- description -------------------------------------------------------------------------------------
 
 
 def _described(
     measured: Measured, datamodule: SSLDataModule, recipe: Recipe, *, brief: bool
 ) -> dict[str, Any]:
-    """The figures with their intervals, and of each data set the samples behind them and how they were measured."""
+    """The figures with intervals, and for each data set the numbers of samples and the protocol."""
     if not measured.figures:
-        own = f"{recipe.data.dataset} has no labels, and probe.data names no labelled data"
-        why = "no evaluation has run" if datamodule.eval_sets() else own
+        unlabelled = f"{recipe.data.dataset} has no labels, and probe.data names no labelled data"
+        why = "no evaluation has run" if datamodule.eval_sets() else unlabelled
         return {"not_measured": f"linear probe and k-NN: {why}"}
     first = next(iter(measured.samples))
     names = {figure_name(s.name): s.name or recipe.data.dataset for s in datamodule.eval_sets()}
@@ -192,14 +192,14 @@ def _described(
 
 
 def _protocol(keys: Iterable[str], samples: Samples, recipe: Recipe, *, brief: bool) -> str:
-    """How the figures of ``keys`` came about, and no others."""
+    """A description of how the figures with the given ``keys`` were measured."""
     probe, plain = recipe.probe, {key.partition("/")[0] for key in keys}
     held_out = f"chosen on {samples.n_held_out:,} held-out training images"
-    said = ["Features of plain images, encoder frozen."]
+    sentences = ["Features of plain images, encoder frozen."]
     if "linear_top1" in plain:
         strengths = ", ".join(f"{strength:g}" for strength in logistic.STRENGTHS)
         steps = 1 if brief else logistic.ITERATIONS
-        said.append(
+        sentences.append(
             f"Linear: logistic regression on standardised features, {steps} iterations, L2 strength of {strengths} "
             f"{held_out}."
         )
@@ -207,15 +207,15 @@ def _protocol(keys: Iterable[str], samples: Samples, recipe: Recipe, *, brief: b
         epochs, _ = sgd_schedule(samples.n_train, brief=brief)
         decay = f"weight decay {probe.weight_decay:g}" if probe.weight_decay else "no regularisation"
         rates = ", ".join(f"{rate:g}" for rate in probe.lrs)
-        said.append(
+        sentences.append(
             f"SGD: on the same features, momentum {probe.momentum:g}, {decay}, batches of {BATCH}, {epochs} "
             f"epoch{'s' * (epochs > 1)}, rate of {rates} {held_out}."
         )
     if "knn_top1" in plain:
-        said.append(
+        sentences.append(
             f"k-NN: the {recipe.eval.knn_k} nearest of {samples.n_bank:,} by cosine, temperature "
             f"{recipe.eval.knn_temperature:g}."
         )
     if "online_top1" in plain:
-        said.append("Online: by SGD beside the training, on the views and features of its steps.")
-    return " ".join(said)
+        sentences.append("Online: by SGD during training, on the views and features of its steps.")
+    return " ".join(sentences)

@@ -1,6 +1,6 @@
 """Weighted cosine k-NN (Wu et al., arXiv:1805.01978, section 3.4), exact and sharded over ranks.
 
-Q queries, M samples in the bank, F features, C classes.
+Shapes: Q queries, M samples in the bank, F features, C classes.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ BANK = 65536  # bank samples compared at a time: 128 MiB of similarities
 
 @torch.no_grad()
 def nearest(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarities and labels of the ``k`` nearest of ``bank`` (M, F), each (Q, k), descending.
+    """Cosine similarities and labels of the ``k`` nearest samples in ``bank`` (M, F), each (Q, k), descending.
 
-    ``queries`` (Q, F) and ``bank`` are L2-normalised. A bank of fewer than ``k`` is filled up with
+    ``queries`` (Q, F) and ``bank`` are L2-normalised. If the bank has fewer than ``k`` samples, the rest has
     similarity -inf.
     """
     similarity = queries.new_full((len(queries), k), float("-inf"))
-    found = labels.new_zeros(len(queries), k)
+    neighbours = labels.new_zeros(len(queries), k)
     for part, part_labels in zip(bank.split(BANK), labels.split(BANK), strict=True):
         value, index = (queries @ part.T).topk(min(k, len(part)), dim=1)
         similarity, order = torch.cat([similarity, value], dim=1).topk(k, dim=1)
-        found = torch.cat([found, part_labels[index]], dim=1).gather(1, order)
-    return similarity, found
+        neighbours = torch.cat([neighbours, part_labels[index]], dim=1).gather(1, order)
+    return similarity, neighbours
 
 
 def vote(similarity: Tensor, labels: Tensor, *, classes: int, temperature: float) -> Tensor:
-    """Class scores (Q, C): the sum of exp(similarity / temperature) of the neighbours of each class.
+    """Class scores (Q, C): the sum of exp(similarity / temperature) over the neighbours of each class.
 
-    Scaled by the nearest one's weight, which keeps small temperatures finite and no decision changes.
+    Scores are relative to the weight of the nearest neighbour, which avoids overflow for small temperatures.
     """
     weight = ((similarity - similarity[:, :1]) / temperature).exp()
     return weight.new_zeros(len(weight), classes).scatter_add_(1, labels, weight)
@@ -46,12 +46,12 @@ def vote(similarity: Tensor, labels: Tensor, *, classes: int, temperature: float
 
 @torch.no_grad()
 def knn_accuracy(task: Task, *, k: int, temperature: float, report: Report = unseen) -> float:
-    """Top-1 accuracy, a fraction, of the test samples voted by those of the bank.
+    """Top-1 accuracy, as a fraction, of classifying the test samples by their nearest neighbours in the bank.
 
-    Collective: every rank passes its own shards, which may be unequal or empty. The queries of each
-    rank visit all banks and only the k best of each return, so no Q x M matrix is ever held. Rows that are
-    not finite are nobody's neighbours, and wrong when they are tested.
-    Raises ``ValueError`` when ``k`` exceeds the whole bank.
+    Collective: every rank passes its own shards, which may differ in size or be empty. Each rank's queries are
+    compared with the banks of all ranks, and only the k best of each are gathered, so no Q x M matrix is stored.
+    Non-finite rows are never neighbours, and count as wrong when tested.
+    Raises ``ValueError`` if ``k`` exceeds the size of the whole bank.
     """
     bank, bank_labels, _ = task.bank()
     test, test_labels, _ = task.test
@@ -61,27 +61,27 @@ def knn_accuracy(task: Task, *, k: int, temperature: float, report: Report = uns
         f"eval.knn_k={k} exceeds the {int(sizes[0])} training samples of the bank; lower eval.knn_k",
     )
     require(int(sizes[1]) > 0, "the test set is empty")
-    known = finite_rows(bank)
-    if not bool(known.all()):
-        bank, bank_labels = bank[known], bank_labels[known]
+    finite = finite_rows(bank)
+    if not bool(finite.all()):
+        bank, bank_labels = bank[finite], bank_labels[finite]
     bank, test = normalize(bank), normalize(test)
     right = torch.zeros(1, dtype=torch.int64, device=bank.device)
     for owner in range(world_size()):
         chunks = _queries(test, test_labels, owner)
         for done, (queries, labels) in enumerate(chunks, 1):
-            similarity, found = nearest(queries, bank, bank_labels, k)
+            similarity, neighbours = nearest(queries, bank, bank_labels, k)
             if world_size() > 1:
-                similarity, found = _merge(similarity, found, k)
+                similarity, neighbours = _merge(similarity, neighbours, k)
             if owner == rank():
-                scores = vote(similarity, found, classes=task.classes, temperature=temperature)
-                # Of a query that is not finite, or has no neighbour, no score is a number.
+                scores = vote(similarity, neighbours, classes=task.classes, temperature=temperature)
+                # Scores are NaN for queries that are not finite or have no neighbour.
                 right += ((scores.argmax(1) == labels) & scores.isfinite().all(1)).sum()
             report((owner + done / len(chunks)) / world_size())
     return int(all_reduce_sum(right)) / int(sizes[1])
 
 
 def _queries(test: Tensor, labels: Tensor, owner: int) -> list[tuple[Tensor, Tensor]]:
-    """The chunks of rank ``owner``'s test shard, on every rank; their labels on the owner only."""
+    """The test samples of rank ``owner`` in chunks, on every rank; labels are only valid on the owner."""
     if world_size() > 1:
         rows = torch.tensor([len(test)], device=test.device)
         dist.broadcast(rows, src=owner)
@@ -94,7 +94,7 @@ def _queries(test: Tensor, labels: Tensor, owner: int) -> list[tuple[Tensor, Ten
 
 
 def _merge(similarity: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` best of every rank's ``k`` best, each (Q, k)."""
+    """The ``k`` nearest neighbours among the ``k`` nearest of each rank: similarities and labels, each (Q, k)."""
     shape = (world_size(), *similarity.shape)
     all_similarity = gather_detached(similarity).view(shape).transpose(0, 1).flatten(1)  # (Q, W*k)
     all_labels = gather_detached(labels).view(shape).transpose(0, 1).flatten(1)

@@ -1,4 +1,4 @@
-"""What evaluations share: standardised features, top-k accuracy and how far to trust it."""
+"""Shared by evaluations: standardised features, top-k accuracy, and its confidence interval."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from sslzoo.distributed import all_reduce_sum
 from sslzoo.evaluate.task import CHUNK
 from sslzoo.recipe.sections import PCA_WIDTH
 
-# What the final evaluation measures, by the prefix of its keys in the summary.
+# Kinds of features in the final evaluation, by the prefix of their keys in the summary.
 FEATURES = {
     "": "trained encoder",
     "random_init_": "random init",
-    "start_": "start (pretrained)",  # in place of random init, where the encoder began from weights
+    "start_": "start (pretrained)",  # instead of random init, if backbone.weights is set
     "raw_pixels_": "raw pixels",
     "pca_": f"PCA-{PCA_WIDTH}",
 }
-Z95 = 1.959964  # of the normal distribution, 95 % lie within so many deviations
+Z95 = 1.959964  # 95 % of a normal distribution is within this many standard deviations
 
 
 class Standardizer(NamedTuple):
-    """Zero mean and unit variance by the statistics of a training set; constant features become 0."""
+    """Standardises features to zero mean and unit variance on a training set; constant features become 0."""
 
     mean: Tensor  # (F,)
     scale: Tensor  # (F,)
@@ -37,7 +37,7 @@ class Standardizer(NamedTuple):
 def standardizer(x: Tensor, rows: Tensor | None = None) -> Standardizer:
     """Fit a :class:`Standardizer` to ``x`` (N, F), or to its ``rows`` (indices), over all ranks, in chunks.
 
-    Without any row it makes everything NaN.
+    If there are no rows, its results are NaN.
     """
     rows = torch.arange(len(x), device=x.device) if rows is None else rows
     count = all_reduce_sum(x.new_tensor([len(rows)], dtype=torch.float64))
@@ -54,19 +54,19 @@ def standardizer(x: Tensor, rows: Tensor | None = None) -> Standardizer:
 
 
 def within_top(logits: Tensor, label: Tensor, k: int) -> Tensor:
-    """Whether the label is among the ``k`` largest of ``logits`` (..., N, C): bool (..., N).
+    """Whether ``label`` (N,) is among the ``k`` largest of ``logits`` (..., N, C): bool (..., N).
 
-    Of equal logits the smaller class comes first; logits that are not finite are never right.
+    Ties are broken in favour of the smaller class; rows with non-finite logits are never correct.
     """
     label = label.expand(logits.shape[:-1]).unsqueeze(-1)
-    own = logits.gather(-1, label)
+    correct = logits.gather(-1, label)
     earlier = torch.arange(logits.shape[-1], device=logits.device) < label
-    ahead = (logits > own) | ((logits == own) & earlier)
+    ahead = (logits > correct) | ((logits == correct) & earlier)
     return (ahead.sum(-1) < k) & logits.isfinite().all(-1)
 
 
 def interval(accuracy: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy, a fraction, measured on ``n`` samples (Wilson, JASA 22, 1927)."""
+    """The 95 % confidence interval of an accuracy (a fraction) measured on ``n`` samples (Wilson, JASA 22, 1927)."""
     z = Z95 * Z95 / n
     centre = (accuracy + z / 2) / (1 + z)
     half = sqrt(accuracy * (1 - accuracy) * z + z * z / 4) / (1 + z)

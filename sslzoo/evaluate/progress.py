@@ -1,4 +1,4 @@
-"""How far the final evaluation is: a bar in a terminal, a line at its start and its end elsewhere."""
+"""Progress of the final evaluation: a bar in a terminal, otherwise a line at the start and at the end."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch.utils.data import DataLoader
 
 from sslzoo.terminal import ERR, OUT, REFRESH, Bars, duration, redraws
 
-Report = Callable[[float], None]  # is told how much of a stage is done, a fraction
+Report = Callable[[float], None]  # called with the finished fraction of a stage
 
 
 def unseen(fraction: float) -> None:
-    """A :data:`Report` that goes nowhere."""
+    """A :data:`Report` that does nothing."""
 
 
 def reported(loader: DataLoader[Any], report: Report) -> Iterator[Any]:
-    """The batches of ``loader``, of which each is reported when the next one is asked for."""
+    """Yield the batches of ``loader``, and report each batch when the next one is requested."""
     for done, batch in enumerate(loader, 1):
         yield batch
         report(done / len(loader))
 
 
 class EvaluationProgress:
-    """Stages of equal weight, shown on the rank that says ``shown``; silent by default.
+    """Shows stages of equal weight if ``shown``; silent by default.
 
-    Used as ``with progress:``. Asks no device how far it is: on a GPU the bar shows what was given to do.
+    Use it as a context manager. It does not synchronise with the device: on a GPU, the bar shows submitted work.
     """
 
     def __init__(self, *, shown: bool = False, out: Console = OUT, err: Console = ERR) -> None:
@@ -54,12 +54,12 @@ class EvaluationProgress:
         return self
 
     def expect(self, stages: int) -> None:
-        """There are ``stages`` in all, which may be corrected on the way."""
+        """Set the total number of stages; may be called again to correct it."""
         if self._bars is not None:
             self._bars.update(self._row, total=stages)
 
     def stage(self, name: str) -> Report:
-        """The stages before are done, and ``name`` starts; what it gives takes the fraction done of it."""
+        """Start the stage ``name``; returns the function to report its progress."""
         self._stage, self._name = self._stage + 1, name
         self._show(0.0)
         return self._report
@@ -79,7 +79,7 @@ class EvaluationProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the bar, full unless an error ended the evaluation, which then stands below it."""
+        """Close the bar, after filling it unless there was an error."""
         took = f"done in {duration(time.perf_counter() - self._started)}"
         if self._bars is not None:
             if kind is None:

@@ -1,7 +1,7 @@
-"""Softmax classifiers by SGD: on frozen features, as the papers do it, or beside a training.
+"""Softmax classifiers trained by SGD, on frozen features as in the papers, or alongside a training.
 
-N samples of a batch, F features, C classes, L learning rates, trained all at once; the best is chosen on
-held-out training samples.
+Shapes: N samples in a batch, F features, C classes, L learning rates. Classifiers for all learning rates are
+trained at once, and the best is selected on held-out training samples.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from sslzoo.evaluate.task import Features, Task, rows_to_learn
 from sslzoo.randomness import PROBE, hash64, key
 from sslzoo.recipe.sections import ProbeConfig
 
-EPOCHS = 50  # of linear evaluation on extracted features,
-STEPS = 1000  # and at least so many steps
-BATCH = 256  # samples a step of it, over all ranks
-STATISTICS_RATE = 0.1  # of the running feature statistics: about the last ten steps
-EPS = 1e-5  # in the variance, as batch norm has it
+EPOCHS = 50  # epochs of linear evaluation on extracted features,
+STEPS = 1000  # or more, to reach this many steps
+BATCH = 256  # samples per step of linear evaluation, over all ranks
+STATISTICS_RATE = 0.1  # update rate of the running feature statistics, which average about ten steps
+EPS = 1e-5  # added to the variance, as in batch norm
 
 
 class SGDProbe:
-    """L softmax classifiers on the same features, one a learning rate, trained by SGD with momentum.
+    """L softmax classifiers on the same features, one per learning rate, trained by SGD with momentum.
 
-    Standardised features make learning rates carry over between encoders. Of an encoder that still learns
-    they are standardised here, by running statistics of the steps before (batch norm without affine
-    parameters; the first step only sets them). With ``running=False`` they must come standardised, and
-    mean and variance stay 0. The gradient is in closed form, so nothing can flow back. All sums of a step
-    lie in one vector: one all-reduce, in flight while the next batch is computed.
+    Features are standardised, so that the same learning rates suit different encoders. With ``running=True``,
+    for an encoder in training, running statistics of the previous steps are used (like batch norm without
+    affine parameters; the first step only initialises them). With ``running=False``, inputs must already be
+    standardised, and mean and variance stay 0. The gradient is computed in closed form and cannot propagate
+    to the encoder. All sums of a step are in one vector, for a single all-reduce that overlaps with the
+    computation of the next batch.
     """
 
     def __init__(
@@ -56,19 +57,20 @@ class SGDProbe:
         self.velocity = torch.zeros_like(self.weight)
         self.mean = torch.zeros(width, device=device, dtype=dtype)
         self.variance = torch.zeros_like(self.mean)
-        self.updates = 0  # steps taken
+        self.updates = 0  # number of steps
         self._class_index = torch.arange(classes, device=device)
         self._ones = torch.ones(1, 1, device=device, dtype=dtype)
-        # Sums over the step: gradient, both moments of the features, samples trained on, samples seen.
+        # Sums over the step: gradient, first and second moments of the features, number of samples used for the
+        # gradient, number of samples used for the moments.
         sizes = (self.weight.numel(), width, width, 1, 1)
         self._sums = torch.zeros(sum(sizes), device=device, dtype=dtype)
         gradient, self._first, self._second, self._trained, self._seen = self._sums.split(sizes)
         self._gradient = gradient.view(rates * classes, 1 + width)
         self._work: Any = None
-        self._factor: float | None = None  # of the step that has started and not finished
+        self._factor: float | None = None  # learning-rate factor of the step in progress, if there is one
 
     def logits(self, z: Tensor) -> Tensor:
-        """Of standardised features (N, F): (L, N, C)."""
+        """Logits (L, N, C) of standardised features ``z`` (N, F)."""
         return self._with_bias(z.to(self.mean.dtype)) @ self.weight.mT
 
     def _with_bias(self, z: Tensor) -> Tensor:
@@ -76,8 +78,8 @@ class SGDProbe:
 
     @torch.no_grad()
     def accumulate(self, x: Tensor, label: Tensor, held_out: Tensor) -> None:
-        """Add a micro-batch: features (N, F), labels (N,), negative where unknown, and whether a sample
-        is held out (N,): such a sample enters the statistics, its label nothing."""
+        """Add a micro-batch: features (N, F), labels (N,), negative if unknown, and the mask of held-out samples
+        (N,), which are used for the statistics but not for the gradient."""
         self.finish()
         z = x.detach().to(self.mean.dtype)
         if self.running:
@@ -92,26 +94,26 @@ class SGDProbe:
         self._trained += trains.sum()
         z = self._with_bias(z)
         error = (z @ self.weight.flatten(0, 1).T).view(len(z), len(self.weight), self.classes).softmax(2)
-        # One (N, 1, C) comparison serves all rates.
+        # One (N, 1, C) comparison for all learning rates.
         error -= (label[:, None] == self._class_index).unsqueeze(1).to(error.dtype)
         error *= trains[:, None, None]
         self._gradient.addmm_(error.flatten(1).T, z)
 
     @torch.no_grad()
     def start(self, factor: float) -> None:
-        """Begin the step whose learning rates are ``factor`` times the configured ones."""
+        """Start the step, with ``factor`` times the configured learning rates."""
         self._factor = factor
         if world_size() > 1:
             self._work = dist.all_reduce(self._sums, async_op=True)
 
     @torch.no_grad()
     def drop(self) -> None:
-        """Forget the micro-batches added since the last step."""
+        """Drop the micro-batches added since the last step."""
         self._sums.zero_()
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Complete the step in flight, if there is one."""
+        """Complete the step in progress, if there is one."""
         if self._factor is None:
             return
         if self._work is not None:
@@ -138,20 +140,20 @@ class SGDProbe:
         return tensors | {"mean": self.mean, "variance": self.variance, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore; the shapes must be those of this probe."""
+        """Restore the state; raises ``ValueError`` if shapes differ."""
         for name in ("weight", "velocity", "mean", "variance"):
-            own, stored = getattr(self, name), state[name]
+            current, stored = getattr(self, name), state[name]
             require(
-                own.shape == stored.shape,
+                current.shape == stored.shape,
                 f"the checkpoint's probe {name} has shape {tuple(stored.shape)}, this run's "
-                f"{tuple(own.shape)}; keep probe.lrs, backbone and data as they were",
+                f"{tuple(current.shape)}; keep probe.lrs, backbone and data as they were",
             )
-            own.copy_(stored)
+            current.copy_(stored)
         self.updates = state["updates"]
 
 
 class SGDResult(NamedTuple):
-    """What the chosen classifier reaches; accuracies are fractions."""
+    """Results of the selected classifier; accuracies are fractions."""
 
     top1: float
     top5: float
@@ -160,8 +162,7 @@ class SGDResult(NamedTuple):
 
 
 def choose(probe: SGDProbe, task: Task, standardize: Standardizer) -> SGDResult:
-    """Of the learning rates, the one most often right on the held-out samples, the smallest of equal ones, on the
-    test set. Collective."""
+    """Test accuracy of the learning rate that is best on the held-out samples (ties: the smallest). Collective."""
     held_out = task.roles.held_out.nonzero().squeeze(1)
     chosen = _counts(probe, task.train, held_out, standardize)
     tested = _counts(probe, task.test, torch.arange(len(task.test.x), device=held_out.device), standardize)
@@ -178,7 +179,7 @@ def choose(probe: SGDProbe, task: Task, standardize: Standardizer) -> SGDResult:
 
 
 def _counts(probe: SGDProbe, data: Features, rows: Tensor, standardize: Standardizer) -> list[list[int]]:
-    """Over all ranks, by learning rate: of ``rows`` right at top-1, at top-5, and how many they are."""
+    """Numbers of ``rows`` correct at top-1, correct at top-5, and in total, by learning rate and over all ranks."""
     counts = torch.zeros(3, len(probe.weight), dtype=torch.int64, device=rows.device)
     for x, label in data.chunks(rows):
         logits = probe.logits(standardize(x))
@@ -189,7 +190,7 @@ def _counts(probe: SGDProbe, data: Features, rows: Tensor, standardize: Standard
 
 
 def sgd_schedule(samples: int, *, brief: bool = False) -> tuple[int, int]:
-    """Epochs of linear evaluation that learns from ``samples``, and steps of each; ``brief``: one epoch."""
+    """Number of epochs, and of steps per epoch, for linear evaluation on ``samples`` samples; ``brief``: one epoch."""
     steps = -(-samples // BATCH)
     return (1 if brief else max(EPOCHS, -(-STEPS // steps))), steps
 
@@ -198,31 +199,31 @@ def sgd_schedule(samples: int, *, brief: bool = False) -> tuple[int, int]:
 def sgd_evaluation(
     task: Task, cfg: ProbeConfig, *, seed: int, report: Report = unseen, brief: bool = False
 ) -> SGDResult:
-    """Train on extracted features, standardised by the exact statistics of the training set; test once.
+    """Train on extracted features, standardised with the statistics of the training set, and test once.
 
     The order is a function of (seed, epoch, sample_id), so each step has the same samples for any number of ranks.
-    Training samples that are not finite teach nothing; elsewhere they count as wrong, as does everything where nothing
-    is left to learn from. ``brief`` takes one epoch, which shows only that it can be done. Collective.
+    Non-finite training samples are skipped; non-finite held-out and test samples count as wrong. If no training
+    samples remain, the accuracy is 0. ``brief`` trains for one epoch, for dry runs. Collective.
     """
     train = task.train
     fit, total = rows_to_learn(task)
     if total == 0:
         return SGDResult(0.0, 0.0, min(cfg.lrs), 0.0)
-    everybody = _of_all_ranks(train.sample_id[fit])
+    all_ids = _of_all_ranks(train.sample_id[fit])
     standardize = standardizer(train.x, fit)
     epochs, steps = sgd_schedule(total, brief=brief)
     ends = torch.tensor([len(part) for part in torch.arange(total).tensor_split(steps)]).cumsum(0)
-    ends = ends.to(fit.device)  # of each step's samples, in an epoch's order
+    ends = ends.to(fit.device)  # end of each step in the order of an epoch
     probe = SGDProbe(task.classes, train.x.shape[1], cfg, device=fit.device, running=False)
     for epoch in range(epochs):
         stream = key(PROBE, seed, epoch)
         place = torch.searchsorted(
-            hash64(stream, everybody).sort().values, hash64(stream, train.sample_id[fit])
+            hash64(stream, all_ids).sort().values, hash64(stream, train.sample_id[fit])
         )
-        place, order = place.sort()  # of this rank's samples
-        own = torch.bincount(torch.searchsorted(ends, place, right=True), minlength=steps).tolist()
-        for i, rows in enumerate(fit[order].split(own)):
-            # By the batch: a standardised copy of all would double the memory of the features.
+        place, order = place.sort()  # positions of this rank's samples in the order of the epoch
+        sizes = torch.bincount(torch.searchsorted(ends, place, right=True), minlength=steps).tolist()
+        for i, rows in enumerate(fit[order].split(sizes)):
+            # Standardised per batch, because a copy of all features would double their memory.
             x, y = train.x[rows], train.label[rows]
             probe.accumulate(standardize(x), y, torch.zeros_like(y, dtype=torch.bool))
             probe.start(0.5 * (1 + cos(pi * (epoch * steps + i) / (epochs * steps))))
@@ -232,7 +233,7 @@ def sgd_evaluation(
 
 
 def _of_all_ranks(sample_id: Tensor) -> Tensor:
-    """The ids (N,) of every rank, whose shares may be unequal, in any order."""
+    """The ids (N,) of all ranks, which may have different numbers of them, in no particular order."""
     if world_size() == 1:
         return sample_id
     sizes = gather_detached(torch.tensor([len(sample_id)], device=sample_id.device)).tolist()

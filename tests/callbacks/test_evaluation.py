@@ -148,7 +148,7 @@ def test_the_log_says_on_what_and_for_how_long(caplog: pytest.LogCaptureFixture)
     with caplog.at_level("INFO", logger="sslzoo"):
         _measured(0, 1)
     own, other = (record.getMessage() for record in caplog.records)
-    assert own.startswith("evaluated on data: ") and "83 for k-NN, 41 tested, 0 unreadable; " in own
+    assert own.startswith("evaluated on data: ") and "83 for k-NN, 41 for testing, 0 unreadable; " in own
     assert "linear probe 0." in own and "k-NN 0." in own
     assert other.startswith("evaluated on other: ")
 
@@ -156,12 +156,13 @@ def test_the_log_says_on_what_and_for_how_long(caplog: pytest.LogCaptureFixture)
 def test_an_unknown_layer_names_those_there_are() -> None:
     method = Tiny(MethodConfig(name="tiny"), nn.Identity(), 6)
     method.publish(backbone=torch.zeros(1, 6))
-    with pytest.raises(ValueError, match="publishes backbone"):
+    with pytest.raises(ValueError, match="there are backbone"):
         published(method, "projector")
 
 
 def test_samples_in_words() -> None:
     said = Samples(10_786, 1_214, 12_000, 2_000, 0).in_words()
     assert (
-        said == "10,786 images to learn from, 1,214 to choose by, 12,000 for k-NN, 2,000 tested, 0 unreadable"
+        said
+        == "10,786 images for training, 1,214 for selection, 12,000 for k-NN, 2,000 for testing, 0 unreadable"
     )

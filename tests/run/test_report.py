@@ -182,7 +182,9 @@ def test_each_data_set_has_a_table_of_what_was_measured_on_it() -> None:
     assert "worth on cifar10 (%)" in own and "worth on stl10 (%)" in other
     for text in ("87.1 ±1.4 │ 99.0 ±0.5", "projector │ 50.0 ±2.2 │ -", "PCA-64 │ 83.7 ±1.6", "Fitted to it."):
         assert text in own
-    assert "45,000 images to learn from, 5,000 to choose by" in own and "10,000 tested, 3 unreadable" in own
+    assert (
+        "45,000 images for training, 5,000 for selection" in own and "10,000 for testing, 3 unreadable" in own
+    )
     assert "Trained in 3 min 20 s" in own and "Trained" not in other
     assert "75.0 ±1.0 │ 62.5 ±1.1" in other and "And to that." in other
     assert not any(word in own for word in ("raw pixels", "random", "k-NN │", "SGD"))
