@@ -144,7 +144,7 @@ def test_captions_claim_nothing_that_the_sign_forbids(pair: tuple[float, float])
     pictures = draw(pair)
     caption = pictures["slope_factor"][1]
     assert ("positive m₁" in caption) == (pair[0] > 0) and ("negative m₁" in caption) == (pair[0] < 0)
-    assert "pull or a push" in pictures["positive_gradient"][1]
+    assert "pull or push" in pictures["positive_gradient"][1]
     for name in ("probability_and_logit_factor", "positive_gradient", "effects_by_epoch", "factor_surface"):
         assert "τ = 0.2" in pictures[name][0].axes[0].get_title()
 

@@ -521,7 +521,7 @@ def test_half_precision_inputs_are_promoted() -> None:
 
 
 def test_one_sample_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs negatives"):
+    with pytest.raises(ValueError, match="has no negatives"):
         _batch(_features(2, 1), _features(2, 1))
     assert view_pairs(3) == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
 

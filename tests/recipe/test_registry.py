@@ -109,7 +109,7 @@ def test_encoder_and_data_set_of_ones_own_stand_beside_the_recipe(tmp_path: Path
         ),
         (
             "data.dataset=my_plugins:nothing",
-            "data.dataset='my_plugins:nothing' gave NoneType, not an ImageSource",
+            "data.dataset='my_plugins:nothing' returned NoneType, not an ImageSource",
         ),
     ):
         refused = fork(elsewhere, "fit", "--recipe", recipe, "--out", "refused", wrong)
