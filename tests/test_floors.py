@@ -18,6 +18,7 @@ FLOORS = (
     ("method",),
     ("analysis", "data"),
     ("evaluate",),
+    ("export",),
     ("callbacks",),
     ("run",),
     ("testing",),

@@ -14,6 +14,8 @@ from sslzoo.nn.weights import load_file, read_state, timm_checked, weights_file
 from sslzoo.recipe.registry import is_plugin, plugin
 from sslzoo.recipe.sections import PRETRAINED, BackboneConfig
 
+CLASSIFIERS = ("fc", "classifier", "heads", "head")  # what torchvision's models call theirs
+
 
 class Conv5(nn.Sequential):
     """Five 3x3 convolutions (32-64-128-128-256, strides 1-2-2-1-2), each with batch norm and ReLU, then the
@@ -103,7 +105,7 @@ def _torchvision(cfg: BackboneConfig) -> tuple[nn.Module, int]:
 
     with _taking(cfg):
         model = models.get_model(cfg.name, weights=None, **cfg.options)
-    for head in ("fc", "classifier", "heads", "head"):
+    for head in CLASSIFIERS:
         if hasattr(model, head):
             width = _input_width(getattr(model, head))
             setattr(model, head, nn.Identity())

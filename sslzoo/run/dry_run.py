@@ -16,6 +16,7 @@ from sslzoo.data.datasets import open_source
 from sslzoo.data.sources import fake_source
 from sslzoo.evaluate.final import final_evaluation
 from sslzoo.exits import ExitCode
+from sslzoo.export.write import write_at_end
 from sslzoo.randomness import is_holdout
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.plan import plan_of
@@ -143,8 +144,8 @@ def read_back(built: BuiltRun) -> int:
 
 
 def evaluate(built: BuiltRun) -> None:
-    """Run the final evaluation."""
-    final_evaluation(
+    """Run the final evaluation, and export the encoder."""
+    results = final_evaluation(
         built.method,
         built.data,
         built.recipe,
@@ -154,6 +155,7 @@ def evaluate(built: BuiltRun) -> None:
         seconds=0.0,
         brief=True,
     )
+    write_at_end(built.method, built.recipe, built.run.path, manifest={}, results=results)
 
 
 def _failed(error: BaseException, stage: str) -> int:

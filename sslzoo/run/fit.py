@@ -24,6 +24,7 @@ from sslzoo.evaluate.figures import is_accuracy
 from sslzoo.evaluate.final import final_evaluation
 from sslzoo.evaluate.progress import EvaluationProgress
 from sslzoo.exits import ExitCode, RunError
+from sslzoo.export.write import write_at_end
 from sslzoo.nn.weights import MissingWeights, described
 from sslzoo.recipe.load import LoadedRecipe, plain
 from sslzoo.recipe.registry import name_of
@@ -230,7 +231,7 @@ class _Life:
             self._report(session)
 
     def _report(self, session: Session) -> None:
-        """Run the final evaluation, and show its table and plots. Collective; rank 0 writes and prints."""
+        """Run the final evaluation, export the encoder, show table and plots. Collective; rank 0 writes and prints."""
         run, built = session.run, session.built
         built.method.to(built.trainer.strategy.root_device)  # Lightning moves it to the CPU after training
         leader = self.placement.is_leader
@@ -247,6 +248,10 @@ class _Life:
             progress=EvaluationProgress(shown=leader),
         )
         if leader:
+            file = write_at_end(
+                built.method, built.recipe, run.path, manifest=run.read_manifest(), results=summary
+            )
+            log.info("encoder exported to %s", file)
             plot_curves(run.metrics, run.path / "curves.png", summary)
             OUT.print(*results_tables(summary), sep="\n")
             figures = [f"{key} {value:.4f}" for key, value in summary.items() if is_accuracy(key)]

@@ -1,0 +1,1 @@
+"""Encoders that leave: files that other libraries load, each verified by loading it without sslzoo."""

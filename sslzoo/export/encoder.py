@@ -1,0 +1,229 @@
+"""A trained encoder, read from a run directory, a checkpoint or an export."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sslzoo.checkpoints import checkpoints, load_checkpoint, newest_sound
+from sslzoo.checks import require
+from sslzoo.exits import ExitCode
+from sslzoo.export.about import KEY, About
+from sslzoo.nn.backbones import build_backbone
+from sslzoo.recipe.load import LoadedRecipe, load_carried, load_recipe
+from sslzoo.recipe.registry import is_plugin, method_class
+from sslzoo.recipe.sections import BackboneConfig
+
+SUFFIX = ".safetensors"
+EXPORTED = Path("exported") / "backbone.safetensors"  # in a run directory: what a finished run leaves
+SHOWN = 3  # names of weights that a message lists
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """An encoder with what is known of it."""
+
+    about: About
+    backbone: nn.Module  # (N, C, H, W) -> (N, F)
+    projector: nn.Sequential | None = None  # (N, F) -> (N, about.features), if it is to come along
+
+    @property
+    def module(self) -> nn.Module:
+        """The backbone, or backbone and projector in a row, in evaluation mode."""
+        if self.projector is None:
+            return self.backbone.eval()
+        return nn.Sequential(OrderedDict(backbone=self.backbone, projector=self.projector)).eval()
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights of :attr:`module` on the CPU, in float32 and with memory of their own."""
+        return {name: _plain(value) for name, value in self.module.state_dict().items()}
+
+
+def _plain(value: Tensor) -> Tensor:
+    value = value.detach().cpu()
+    return (value.float() if value.is_floating_point() else value).clone(
+        memory_format=torch.contiguous_format
+    )
+
+
+def read_encoder(path: Path, *, recipe: str | None = None, with_projector: bool = False) -> Encoder:
+    """The encoder in ``path``: of a run directory that of its newest checkpoint, or what the run has exported.
+
+    The recipe, which says what to build, is ``recipe``, or that of the run directory, or the one in the file itself.
+
+    Raises ``ValueError`` in one line for whatever is wrong with path, recipe or weights.
+    """
+    require(path.exists(), f"{path}: there is no such run directory, checkpoint or export")
+    file = _newest(path) if path.is_dir() else path
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and overwritten
+        if file.suffix == SUFFIX:
+            return _from_export(file, recipe, with_projector=with_projector)
+        return _from_checkpoint(file, recipe, with_projector=with_projector)
+
+
+def _newest(run: Path) -> Path:
+    folder = run if run.name == "checkpoints" else run / "checkpoints"
+    found = newest_sound(folder)
+    if found is None and (run / EXPORTED).is_file():
+        return run / EXPORTED
+    require(found is not None, f"{run}: there is no checkpoint in {folder}")
+    return cast(Path, found)
+
+
+# -- checkpoints --------------------------------------------------------------------------------
+
+
+def recipe_of(file: Path, content: Mapping[str, Any], named: str | None = None) -> LoadedRecipe:
+    """The recipe of the checkpoint ``file`` with this ``content``: ``named``, or that of the run directory around it,
+    or the one that it carries.
+
+    Raises ``ValueError`` where there is none, and ``RecipeError`` for what is wrong with it.
+    """
+    run = run_of(file)
+    if named is not None:
+        return load_recipe(named)
+    if run is not None:
+        return load_recipe(str(run / "recipe.yaml"))
+    require(
+        isinstance(content.get("recipe"), str), f"{file} carries no recipe; give that of its run by --recipe"
+    )
+    return load_carried(content["recipe"], file)
+
+
+def run_of(file: Path) -> Path | None:
+    """The run directory that ``file`` is a checkpoint of; None where it has left its folder."""
+    folder = file.absolute().parent
+    return (
+        folder.parent if folder.name == "checkpoints" and (folder.parent / "recipe.yaml").is_file() else None
+    )
+
+
+def _from_checkpoint(file: Path, named: str | None, *, with_projector: bool) -> Encoder:
+    content = load_checkpoint(file)
+    recipe = recipe_of(file, content, named).recipe
+    backbone, features = build_backbone(recipe.backbone, start=False)
+    projector = None
+    if with_projector:
+        method = method_class(recipe.method.name)(recipe.method, backbone, features)
+        projector = getattr(method, "projector", None)
+        require(
+            isinstance(projector, nn.Sequential),
+            f"--with-projector: {recipe.method.name} has no single projector here; leave it out",
+        )
+    stored: dict[str, Tensor] = content["state_dict"]
+    parts = {"backbone": backbone, "projector": projector}
+    for name, part in parts.items():
+        if part is not None:
+            fit(part, _part(stored, name), what=f"the {name} in {file}", cfg=recipe.backbone)
+    about = About.of(
+        recipe,
+        features=features,
+        step=content["optimizer_steps"],
+        projector=() if projector is None else _widths(projector),
+        manifest=content.get("manifest"),
+        results=_results(file),
+    )
+    return Encoder(about=about, backbone=backbone, projector=projector)
+
+
+def _part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _widths(projector: nn.Sequential) -> tuple[int, ...]:
+    return tuple(layer.out_features for layer in projector if isinstance(layer, nn.Linear))
+
+
+def _results(file: Path) -> dict[str, Any]:
+    """What the run's evaluation found, if it is of this checkpoint: the last one of a finished run."""
+    run = run_of(file)
+    if run is None:
+        return {}
+    newest = checkpoints(file.absolute().parent)[-1:]
+    try:
+        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["exit_code"] != ExitCode.DONE or [p.resolve() for p in newest] != [file.resolve()]:
+            return {}
+        return json.loads((run / "eval" / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def fit(part: nn.Module, state: Mapping[str, Tensor], *, what: str, cfg: BackboneConfig) -> None:
+    """Load ``state`` into ``part``; ``ValueError`` names the weights that do not match."""
+    own = part.state_dict()
+    faults = {
+        "it lacks": [name for name in own if name not in state],
+        f"{cfg.name} has no": [name for name in state if name not in own],
+        "other shapes have": [
+            f"{name} ({'x'.join(map(str, state[name].shape))} instead of {'x'.join(map(str, own[name].shape))})"
+            for name in own
+            if name in state and own[name].shape != state[name].shape
+        ],
+    }
+    listed = [f"{fault} {_listed(names)}" for fault, names in faults.items() if names]
+    require(
+        not listed,
+        f"{what} is not that of {cfg.name} with stem {cfg.stem}: {'; '.join(listed)}; give the recipe of its run by "
+        "--recipe",
+    )
+    part.load_state_dict(dict(state))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+# -- exports ------------------------------------------------------------------------------------
+
+
+def read_export(file: Path) -> tuple[About, dict[str, Tensor]]:
+    """What the export ``file`` says of itself, and its weights by our names: ``backbone.…``, and ``projector.…`` where
+    it has one.
+
+    Raises ``ValueError`` for a file that is damaged or not a safetensors export of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            carried = (opened.metadata() or {}).get(KEY)
+            require(
+                carried is not None,
+                f"{file} is no export of sslzoo's in its own names; give backbone.safetensors of an exported folder",
+            )
+            about = About.from_json(cast(str, carried))
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged or no safetensors file: {' '.join(str(error).split())}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from None
+    return about, weights if about.projector else {
+        f"backbone.{name}": value for name, value in weights.items()
+    }
+
+
+def _from_export(file: Path, named: str | None, *, with_projector: bool) -> Encoder:
+    about, weights = read_export(file)
+    require(not with_projector, f"--with-projector: {file} is an export; name the run, or a checkpoint of it")
+    cfg = about.backbone
+    if named is not None:
+        cfg = load_recipe(named).recipe.backbone
+    require(
+        named is not None or not is_plugin(cfg.name),
+        f"{file}: {cfg.name} is code that this file names; if you trust it, give its recipe by --recipe",
+    )
+    backbone, _ = build_backbone(cfg, start=False)
+    fit(backbone, _part(weights, "backbone"), what=f"the backbone in {file}", cfg=cfg)
+    return Encoder(about=replace(about, backbone=cfg, projector=()), backbone=backbone)
