@@ -18,11 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words",
         nargs="+",
-        metavar="RUN|CHECKPOINT|KEY=VALUE",
-        help="a run directory (all its checkpoints) or checkpoint files of one run; and overrides of its recipe, "
+        metavar="RUN|CHECKPOINT|EXPORT|KEY=VALUE",
+        help="a run directory (all its checkpoints), checkpoint files of one run, or its exported "
+        "backbone.safetensors, whose heads are then untrained; and overrides of its recipe, "
         "such as data.root=/data",
     )
-    parser.add_argument("--recipe", help="bundled name or file (default: the recipe of the run)")
+    parser.add_argument(
+        "--recipe", help="bundled name or file (default: the recipe of the run, or in the file)"
+    )
     parser.add_argument("--samples", type=int, default=2048, help="number of training images (default: 2048)")
     parser.add_argument(
         "--out", type=Path, help="folder for the report (default: NAME/ in the run directory)"

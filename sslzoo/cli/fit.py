@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PATH",
         help="start a new run with the weights of a checkpoint, or of the newest one in a run directory; only the "
-        "backbone if it is from another method",
+        "backbone if it is from another method or an exported backbone.safetensors",
     )
     parser.add_argument(
         "--dry-run",

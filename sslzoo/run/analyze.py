@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -12,13 +13,16 @@ from sslzoo.analysis import Analysis, Look
 from sslzoo.callbacks.watch import Watch
 from sslzoo.checkpoints import checkpoints, load_checkpoint
 from sslzoo.checks import require
-from sslzoo.recipe.load import load_recipe
+from sslzoo.export.encoder import SUFFIX, read_export
+from sslzoo.recipe.load import LoadedRecipe, load_carried, load_recipe
 from sslzoo.run.build import build_experiment
 
 if TYPE_CHECKING:
     from sslzoo.batch import Batch
     from sslzoo.data.module import SSLDataModule
     from sslzoo.method import SSLMethod
+
+log = logging.getLogger(__name__)
 
 
 def analyze(
@@ -44,15 +48,11 @@ def analyze(
     run = folders.pop().parent
     in_a_run = (run / "recipe.yaml").is_file()
     require(
-        recipe is not None or in_a_run,
-        f"{files[-1]} is not in a run directory: name its recipe with --recipe",
-    )
-    require(
         out is not None or in_a_run,
         f"{files[-1]} is not in a run directory: name a folder for the report with --out",
     )
     folder = out or run / analysis.cfg.name.rpartition(":")[2]
-    loaded = load_recipe(recipe or str(run / "recipe.yaml"), overrides).recipe
+    loaded = _recipe(files[-1], recipe or (str(run / "recipe.yaml") if in_a_run else None), overrides).recipe
     experiment = build_experiment(loaded, start=False)
     batches = first_batches(experiment.data, samples)
     # Training mode, so that batch norm uses batch statistics, as for the loss.
@@ -68,6 +68,17 @@ def analyze(
         sample_id=torch.cat([batch.sample_id for batch in batches]),
         out=folder,
     )
+
+
+def _recipe(file: Path, named: str | None, overrides: Sequence[str]) -> LoadedRecipe:
+    """The recipe ``named``, or the one in ``file``."""
+    if named is not None:
+        return load_recipe(named, overrides)
+    if file.suffix == SUFFIX:
+        return load_carried(read_export(file)[0].recipe, file, overrides)
+    carried = load_checkpoint(file).get("recipe")
+    require(carried is not None, f"{file} contains no recipe: name the recipe of its run with --recipe")
+    return load_carried(cast(str, carried), file, overrides)
 
 
 def expand(paths: Sequence[Path]) -> list[Path]:
@@ -98,13 +109,24 @@ def first_batches(data: SSLDataModule, samples: int) -> list[Batch]:
     return batches
 
 
+def _content(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint; of an exported backbone, what it has of that."""
+    if path.suffix != SUFFIX:
+        return load_checkpoint(path)
+    about, weights = read_export(path)
+    return {"state_dict": weights, "optimizer_steps": about.step}
+
+
 def look_at(analysis: Analysis[Any], method: SSLMethod[Any], path: Path, batches: Sequence[Batch]) -> Look:
     """Load the checkpoint ``path`` into ``method`` and apply ``analysis`` to each batch.
 
     Raises ``ValueError`` if the checkpoint does not fit the method.
     """
-    content = load_checkpoint(path)
-    stored, current = content["state_dict"], method.state_dict()
+    content, current = _content(path), method.state_dict()
+    stored = content["state_dict"]
+    if path.suffix == SUFFIX:
+        log.warning("%s is an exported encoder; what the method has besides it is as initialised", path)
+        stored = {k: v for k, v in current.items() if not k.startswith("backbone.")} | stored
     missing = [name for name in current if name not in stored]
     require(
         not missing, f"{path}: the checkpoint lacks {missing[:3]}; give the recipe of its run with --recipe"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from sslzoo.analysis import Analysis
 from sslzoo.callbacks.batchnorm import BroadcastBatchNormStats
@@ -29,6 +29,7 @@ from sslzoo.checks import require
 from sslzoo.data.datasets import ImageSource, open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.evaluate.figures import Measured
+from sslzoo.export.encoder import EXPORTED, SUFFIX, read_export
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.nn.per_sample import tables_of
 from sslzoo.recipe.load import to_yaml
@@ -268,7 +269,7 @@ def _evaluation(
 
 def load_weights(method: SSLMethod[Any], path: Path) -> None:
     """Load weights and buffers from the checkpoint ``path``, or from the newest one of a run directory. If another
-    method wrote it, only the backbone is loaded.
+    method wrote it, or ``path`` is an exported safetensors file, only the backbone is loaded.
 
     Per-sample tables are not loaded, because they belong to the images of that run.
 
@@ -277,8 +278,13 @@ def load_weights(method: SSLMethod[Any], path: Path) -> None:
     if path.is_dir():
         folder = path if path.name == "checkpoints" else path / "checkpoints"
         newest = newest_sound(folder)
+        if newest is None and (path / EXPORTED).is_file():
+            newest = path / EXPORTED
         require(newest is not None, f"--init-from {path}: there is no checkpoint in {folder}")
         path = cast(Path, newest)
+    if path.suffix == SUFFIX:
+        _load_backbone(method, read_export(path)[1], path)
+        return
     content = load_checkpoint(path)
     # Tables of both: the two recipes may have different ones.
     names = dict.fromkeys([*content.get("per_sample", ()), *tables_of(method)])
@@ -292,14 +298,18 @@ def load_weights(method: SSLMethod[Any], path: Path) -> None:
     if _same_shapes(stored, {k: v for k, v in current.items() if not k.startswith(per_sample)}):
         method.load_state_dict(current | stored)
         return
+    _load_backbone(method, stored, path)
+    log.warning("--init-from %s: heads and state are from another method; loaded only the backbone", path)
+
+
+def _load_backbone(method: SSLMethod[Any], stored: Mapping[str, Tensor], path: Path) -> None:
     prefix = "backbone."
-    backbone = {k: v for k, v in stored.items() if k.startswith(prefix)}
+    backbone = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
     require(
-        _same_shapes(backbone, {k: v for k, v in current.items() if k.startswith(prefix)}),
+        _same_shapes(backbone, method.backbone.state_dict()),
         f"--init-from {path}: its backbone differs from this recipe's; set the backbone section as in that run",
     )
-    method.backbone.load_state_dict({k.removeprefix(prefix): v for k, v in backbone.items()})
-    log.warning("--init-from %s: heads and state are from another method; loaded only the backbone", path)
+    method.backbone.load_state_dict(backbone)
 
 
 def _same_shapes(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -109,6 +109,15 @@ def test_checkpoints_may_be_named_and_images_changed(capsys: Any) -> None:
     assert capsys.readouterr().out.partition("; ")[2] != said.partition("; ")[2]
 
 
+def test_it_looks_at_an_exported_encoder(capsys: Any, caplog: Any) -> None:
+    assert main(["analyze", NAME, "watched/exported/backbone.safetensors", "--samples", "8"]) == 0
+    said = capsys.readouterr().out
+    assert main(["analyze", NAME, f"watched/checkpoints/step={6:09d}.ckpt", "--samples", "8"]) == 0
+    # The same features, without the numbers that were recorded during training.
+    assert said.partition("; ")[2] == capsys.readouterr().out.partition("; ")[2]
+    assert "noted at ; " in said and "is an exported encoder" in caplog.text
+
+
 def test_the_data_set_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     original = build.open_source
@@ -125,8 +134,8 @@ def test_the_data_set_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ([NAME, "seed=3"], "name a run directory or a checkpoint"),
         ([NAME, "nowhere"], "nowhere: there is no such checkpoint or run directory"),
         ([NAME, "watched/eval"], "there is no checkpoint in watched/eval"),
-        ([NAME, "x.ckpt"], "x.ckpt is not in a run directory: name its recipe with --recipe"),
-        ([NAME, "x.ckpt", "--recipe", "tiny.yaml"], "name a folder for the report with --out"),
+        ([NAME, "x.ckpt"], "x.ckpt is not in a run directory: name a folder for the report with --out"),
+        ([NAME, "x.ckpt", "--out", "out"], "method.name: tests.command:Faulty is code that this file names"),
         ([NAME, "watched", "--samples", "0"], "--samples must be positive, got 0"),
         ([NAME, "watched", "plain"], "these are checkpoints of 2 runs"),
         ([NAME, "watched", "--digits", "few"], "--digits DIGITS: expected a whole number, got 'few'"),

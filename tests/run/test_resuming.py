@@ -75,6 +75,7 @@ def test_two_ranks_leave_a_finished_run_alone_too(folder: Path) -> None:
     two = ("fit", "--recipe", "tiny.yaml", "--out", "pair", "--resume", "auto", "trainer.devices=2")
     assert codes(group(folder, *two)) == [0, 0]
     before = _files(folder / "pair")
+    assert (folder / "pair" / "exported" / "backbone.safetensors").is_file()
     again = group(folder, *two)
     assert codes(again) == [0, 0]
     assert "is finished" in again[0].out and not again[1].out
@@ -133,7 +134,10 @@ def test_a_run_from_weights_says_so_and_goes_on_without_their_file(folder: Path)
     assert both.wait() == 2 and "backbone.weights=null" in both.err, both.said
 
 
-@pytest.mark.parametrize("path", ["whole", "whole/checkpoints", "whole/checkpoints/last.ckpt"])
+@pytest.mark.parametrize(
+    "path",
+    ["whole", "whole/checkpoints", "whole/checkpoints/last.ckpt", "whole/exported/backbone.safetensors"],
+)
 def test_weights_come_from_a_run_as_a_resumed_run_does(path: str, folder: Path) -> None:
     method = build_experiment(load_recipe(str(folder / "tiny.yaml")).recipe).method
     load_weights(method, folder / path)
