@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sslzoo.evaluate.figures import data_of, is_accuracy
 from sslzoo.export.formats import Format
 from sslzoo.export.verify import Verified
 from sslzoo.nn.backbones import parameter_count
@@ -88,19 +89,18 @@ def _facts(form: Format, recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]
 
 
 def _results(results: Mapping[str, Any]) -> Iterator[str]:
-    """The accuracies in ``eval/summary.json``, with interval and number of test samples where it has them."""
-    accuracies = {key: value for key, value in results.items() if "_top" in key and isinstance(value, float)}
-    if not accuracies:
+    """The accuracies in ``eval/summary.json``, with their intervals and numbers of test images, and how they were
+    measured."""
+    accuracies = {key: value for key, value in results.items() if is_accuracy(key)}
+    intervals, sets = results.get("interval_95"), results.get("data_sets")
+    if not (accuracies and intervals and sets):
         yield "Not measured at this step."
         return
-    intervals, sets = results.get("interval_95", {}), results.get("data_sets", {})
-    first = next(iter(sets), "")
+    first = next(iter(sets))
     yield from ["| figure | % | 95 % interval | test images |", "|---|---|---|---|"]
     for key, value in accuracies.items():
-        low, high = intervals.get(key, (None, None))
-        interval = "" if low is None else f"{100 * low:.1f} to {100 * high:.1f}"
-        samples = sets.get("/".join(key.split("/")[1:-1]) or first, {}).get("n_test", "")
-        yield f"| {key} | {100 * value:.1f} | {interval} | {samples} |"
-    protocols = [results.get("protocol"), *(of.get("protocol") for of in sets.values())]
-    for protocol in filter(None, protocols):
-        yield from ["", f"{protocol}."]
+        low, high = intervals[key]
+        samples = sets[data_of(key, first)]["n_test"]
+        yield f"| {key} | {100 * value:.1f} | {100 * low:.1f} to {100 * high:.1f} | {samples:,} |"
+    for of in sets.values():
+        yield from ["", f"{of['dataset']}: {of['protocol']}"]

@@ -85,7 +85,11 @@ def test_a_finished_run_leaves_its_encoder(folder: Path) -> None:
     card = (exported / "backbone.safetensors.md").read_text()
     for text in ("Not verified yet", manifest["data_fingerprint"], "simclr", "seed: 3", "conv5"):
         assert text in card
-    assert f"| knn_top1 | {100 * summary['knn_top1']:.1f} |" in card
+    low, high = summary["interval_95"]["knn_top1"]
+    assert (
+        f"| knn_top1 | {100 * summary['knn_top1']:.1f} | {100 * low:.1f} to {100 * high:.1f} | 40 |" in card
+    )
+    assert summary["data_sets"]["data"]["protocol"] in card
 
 
 def test_load_backbone_takes_runs_and_checkpoints_too(folder: Path) -> None:
