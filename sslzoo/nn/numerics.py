@@ -1,4 +1,4 @@
-"""Small numerical pieces that losses share."""
+"""Numerical functions shared by losses."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from torch import Tensor
 
 
 def autocast_off(reference: Tensor) -> torch.autocast:
-    """Autocast disabled on the device of ``reference``: similarities and softmax belong in float32."""
+    """Context with autocast disabled on the device of ``reference``, for similarities and softmax in float32."""
     return torch.autocast(reference.device.type, enabled=False)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay."""
+    """Convert half precision to float32; float32 and float64 are unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def normalize(x: Tensor) -> Tensor:
-    """L2-normalised rows (..., D), in at least float32; a norm below 1e-12 counts as 1e-12."""
+    """L2-normalise the rows of ``x`` (..., D) in at least float32; norms are clamped to at least 1e-12."""
     with autocast_off(x):
         return torch.nn.functional.normalize(at_least_float32(x), dim=-1, eps=1e-12)
 
 
 @contextmanager
 def ieee_matmul() -> Iterator[None]:
-    """Float32 products in full float32 while inside, whichever of torch's two settings has lowered them.
+    """Context in which float32 matrix products use full float32 precision, whichever torch setting has lowered it.
 
-    TF32, which ``set_float32_matmul_precision("high")`` and ``torch.backends.cuda.matmul.fp32_precision = "tf32"``
-    switch on, rounds the inputs of products to 11 bits, too few for similarities over a small temperature. A
-    backward pass that runs outside is not covered: see :func:`product`. ``torch.compile`` cannot trace the settings:
-    what it compiles is computed as they stand.
+    TF32, enabled by ``set_float32_matmul_precision("high")`` or ``torch.backends.cuda.matmul.fp32_precision = "tf32"``,
+    rounds the inputs of products to 11 bits, which is too coarse for similarities divided by a small temperature. A
+    backward pass outside of the context is not covered: see :func:`product`. ``torch.compile`` cannot trace these
+    settings, so the context has no effect on compiled code.
     """
     if torch.compiler.is_compiling():
         yield
         return
-    if not hasattr(torch.backends, "fp32_precision"):  # torch before 2.9 has one setting for all
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9 there is only a general setting
         general = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -50,7 +50,7 @@ def ieee_matmul() -> Iterator[None]:
     lowered = [
         (backend, backend.fp32_precision)
         for backend in backends
-        if backend.fp32_precision not in ("none", "ieee")  # none: nothing is lowered
+        if backend.fp32_precision not in ("none", "ieee")  # both mean full precision
     ]
     for backend, _ in lowered:
         backend.fp32_precision = "ieee"
@@ -62,16 +62,16 @@ def ieee_matmul() -> Iterator[None]:
 
 
 def product(a: Tensor, b: Tensor, *, addend: Tensor | None = None) -> Tensor:
-    """``a @ b``, forwards and backwards in the precision of its inputs: without autocast and TF32.
+    """``a @ b`` without autocast and TF32 in forward and backward pass, thus in the precision of the inputs.
 
-    ``a`` (..., N, K) and ``b`` (..., K, M) of one dtype and the same leading dimensions, at most one;
-    ``addend`` (N, M) is added to a product of two matrices. Differentiable to any order.
+    ``a`` (..., N, K) and ``b`` (..., K, M) must have the same dtype and the same leading dimensions, at most one;
+    ``addend`` (N, M) is added to the product of two matrices. Differentiable to any order.
     """
     return _Product.apply(a, b, addend)  # type: ignore[no-any-return]
 
 
 class _Product(torch.autograd.Function):
-    """The products of the backward pass are products of this kind again."""
+    """Implements :func:`product`; its backward pass uses :func:`product` again."""
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, addend: Tensor | None) -> Tensor:
@@ -88,7 +88,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         to_a, to_b, to_addend = ctx.needs_input_grad
-        # A transposed matrix gets a transposed gradient: the products are torch's own, to the bit.
+        # A transposed matrix gets a transposed gradient, so that results are bit-identical to torch's.
         grad_a = grad_b = None
         if to_a:
             grad_a = product(b, grad.mT).mT if _transposed(a) else product(grad, b.mT)

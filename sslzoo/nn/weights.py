@@ -63,7 +63,7 @@ def _of_timm(cfg: BackboneConfig) -> Path:
     name = cfg.name.removeprefix("timm/")
     try:
         own = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # a tag that is none
+    except RuntimeError:  # an unknown tag
         own = None
     if own is not None and own.hf_hub_id:
         return _in_hugging_face(own.hf_hub_id, own.hf_hub_filename)
@@ -83,7 +83,7 @@ def _in_torch_hub(url: str) -> Path:
     if path.exists():
         return path
     try:
-        log.warning("fetching %s", url)
+        log.warning("downloading %s", url)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # only one of a run's processes downloads
             if not path.exists():
@@ -91,8 +91,8 @@ def _in_torch_hub(url: str) -> Path:
                 torch.hub.download_url_to_file(url, str(path), match.group(1) if match else None)
     except (OSError, RuntimeError) as error:  # no network; a damaged download
         raise MissingWeights(
-            f"backbone.weights: {path.name} is not in {folder} and cannot be fetched from here ({_brief(error)}); "
-            f"fetch {url} elsewhere and put it there, or set TORCH_HOME to where hub/checkpoints has it"
+            f"backbone.weights: {path.name} is not in {folder} and cannot be downloaded ({_brief(error)}); "
+            f"download {url} elsewhere and copy it there, or set TORCH_HOME to a folder with hub/checkpoints"
         ) from error
     return path
 
@@ -112,7 +112,7 @@ def _in_hugging_face(repository: str, filename: str | None) -> Path:
         if isinstance(cached, str):
             return Path(cached)
     failure: BaseException | None = None
-    log.warning("fetching the weights of %s from Hugging Face", repository)
+    log.warning("downloading the weights of %s from Hugging Face", repository)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
     for name in names:
         try:
@@ -126,9 +126,9 @@ def _in_hugging_face(repository: str, filename: str | None) -> Path:
             failure = error
             break
     raise MissingWeights(
-        f"backbone.weights: {safe} of {repository} is not in {constants.HF_HUB_CACHE} and cannot be fetched from here "
-        f"({_brief(failure)}); run `hf download {repository} {safe}` elsewhere and copy that cache, or set HF_HOME to "
-        "where hub has it"
+        f"backbone.weights: {safe} of {repository} is not in {constants.HF_HUB_CACHE} and cannot be downloaded "
+        f"({_brief(failure)}); run `hf download {repository} {safe}` elsewhere and copy its cache here, or set "
+        "HF_HOME to a folder that has it in hub"
     ) from failure
 
 
@@ -143,7 +143,7 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# -- a file's weights into an encoder -----------------------------------------------------------------
+# -- loading a file into an encoder ---------------------------------------------------------------
 
 
 def load_file(model: nn.Module, path: Path, cfg: BackboneConfig) -> None:
@@ -154,7 +154,7 @@ def load_file(model: nn.Module, path: Path, cfg: BackboneConfig) -> None:
     shapes.
     """
     own, state = model.state_dict(), read_state(path)
-    count = "num_batches_tracked"  # files from before 2019 have none
+    count = "num_batches_tracked"  # absent in files from before 2019
     missing = [name for name in own if name not in state and not name.endswith(count)]
     require(
         not missing,
@@ -169,7 +169,7 @@ def load_file(model: nn.Module, path: Path, cfg: BackboneConfig) -> None:
     ]
     require(
         not wrong,
-        f"backbone.weights: {path} has other shapes than {cfg.name} with stem {cfg.stem} and in_channels "
+        f"backbone.weights: {path} has different shapes from {cfg.name} with stem {cfg.stem} and in_channels "
         f"{cfg.in_channels}: {_listed(wrong)}; set backbone as it was when the file was made",
     )
     model.load_state_dict(own | taken)
@@ -181,7 +181,7 @@ def _say_left_out(path: Path, names: list[str]) -> None:
     if names:
         log.log(
             logging.INFO if heads else logging.WARNING,
-            "backbone.weights: left out of %s, which the encoder has no place for: %s",
+            "backbone.weights: tensors in %s that the encoder does not have were ignored: %s",
             path,
             _listed(names),
         )
@@ -213,20 +213,22 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(
-                f"backbone.weights: {path} is damaged ({_brief(error)}); fetch it again"
+                f"backbone.weights: {path} is damaged ({_brief(error)}); download it again"
             ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"backbone.weights: {path} is refused: it is damaged, or holds more than tensors and plain values, and "
-            "code in a file is not executed; give one made by torch.save(model.state_dict(), PATH)"
+            f"backbone.weights: {path} is refused: it is damaged, or contains more than tensors and plain values, and "
+            "code in a file is never executed; give one made by torch.save(model.state_dict(), PATH)"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"backbone.weights: {path} is damaged ({_brief(error)}); fetch it again") from error
+        raise ValueError(
+            f"backbone.weights: {path} is damaged ({_brief(error)}); download it again"
+        ) from error
     require(
         not (isinstance(content, dict) and "optimizer_steps" in content),
-        f"backbone.weights: {path} is a checkpoint of sslzoo; begin from it by --init-from {path}",
+        f"backbone.weights: {path} is an sslzoo checkpoint; start from it with --init-from {path}",
     )
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -234,7 +236,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     require(
         len(tensors) > 0,
-        f"backbone.weights: {path} holds no state dict; give one made by torch.save(model.state_dict(), PATH)",
+        f"backbone.weights: {path} contains no state dict; give one made by torch.save(model.state_dict(), PATH)",
     )
     return {_unwrapped(name): value for name, value in tensors.items()}
 

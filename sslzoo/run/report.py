@@ -1,4 +1,4 @@
-"""What a run leaves for the eye: the final table, the curves, a grid of augmented views."""
+"""Final table, curves and view grid of a run."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ COLUMNS = {
     "knn_top1": "k-NN",
     "online_top1": "online",
 }
-# Okabe and Ito's colours: apart for every kind of colour vision, and in grey.
+# Colours of the Okabe-Ito palette, distinguishable for colour-blind readers and in greyscale.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
-NARROW = 5.0  # percentage points that an axis spans at least: noise shall not look like a trend
+NARROW = 5.0  # minimum range of an axis in percentage points, so that noise does not look like a trend
 
 
 def results_tables(summary: Mapping[str, Any]) -> list[Table] | list[str]:
-    """The figures of ``summary.json`` in percent, a table for each data set; a sentence where nothing was measured."""
+    """The figures of ``summary.json`` in per cent, one table per data set; a sentence if nothing was measured."""
     if "not_measured" in summary:
-        return [f"What the features are worth was not measured: {summary['not_measured']}"]
+        return [f"The features were not evaluated: {summary['not_measured']}"]
     first = next(iter(summary["data_sets"]))
     keys = [key for key in summary if is_accuracy(key)]
     return [
@@ -45,12 +45,16 @@ def results_tables(summary: Mapping[str, Any]) -> list[Table] | list[str]:
 
 
 def _results_table(summary: Mapping[str, Any], name: str, keys: Sequence[str], first: str) -> Table:
-    of = summary["data_sets"][name]
-    samples = Samples(*(of[field] for field in Samples._fields))
-    lines = [f"{samples.in_words()}.", of["protocol"], "±: half of the 95 % interval (Wilson)."]
+    data_set = summary["data_sets"][name]
+    samples = Samples(*(data_set[field] for field in Samples._fields))
+    lines = [
+        f"{samples.in_words()}.",
+        data_set["protocol"],
+        "±: half of the 95 % confidence interval (Wilson).",
+    ]
     if name == first:
         lines.append(f"Trained in {duration(summary['seconds'])}.")
-    table = Table(title=f"What the features are worth on {of['dataset']} (%)", caption=" ".join(lines))
+    table = Table(title=f"Evaluation of the features on {data_set['dataset']} (%)", caption=" ".join(lines))
     rows = {
         (prefix, layer): [
             (prefix + figure if (name, layer) == (first, LAYER) else f"{prefix}{figure}/{name}/{layer}")
@@ -79,7 +83,7 @@ def _percent(summary: Mapping[str, Any], key: str) -> str:
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """``metrics.csv`` by metric: optimiser steps and values, without the empty cells."""
+    """Read ``metrics.csv``: optimiser steps and values by metric, without empty cells."""
     series: dict[str, tuple[list[int], list[float]]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -92,7 +96,7 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 class _Name(NamedTuple):
-    """What stands at the right edge of a panel, at the height of what it names."""
+    """A label at the right edge of a panel, and the height of the line that it names."""
 
     height: float
     text: str
@@ -100,8 +104,8 @@ class _Name(NamedTuple):
 
 
 def plot_curves(metrics: Path, path: Path, summary: Mapping[str, Any]) -> None:
-    """The course of a run, as a PNG: the loss above; below, a panel each for the linear probe and k-NN, with the final
-    figure as a mark and the baselines as lines.
+    """Plot the curves of a run to a PNG file: the loss at the top; below it, one panel each for linear probe and k-NN,
+    with the final figure as a marker and the baselines as lines.
 
     ``metrics`` is the run's ``metrics.csv``, ``summary`` the content of its ``summary.json``.
     """
@@ -123,7 +127,7 @@ def plot_curves(metrics: Path, path: Path, summary: Mapping[str, Any]) -> None:
     ]
     limits = [limit for axes in panels for limit in axes.get_ylim()]
     for axes, key, own in zip(panels, shown, names, strict=True):
-        axes.set_ylim(min(limits), max(limits))  # one scale for all
+        axes.set_ylim(min(limits), max(limits))  # the same scale for all panels
         _finish(axes, f"{judges[key][0]}, top-1 on test images (%)", last, ticks=4)
         _write_names(axes, own)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,12 +137,12 @@ def plot_curves(metrics: Path, path: Path, summary: Mapping[str, Any]) -> None:
 def equal_intervals(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
     """Means over intervals of equal length, from the rows of a metrics file.
 
-    The end of an epoch cuts an interval in two, whose means come from fewer steps and scatter more: here both parts
-    are one again, and a short part at the end belongs to the interval before it.
+    The end of an epoch splits an interval into two rows, whose means are over fewer steps and thus noisier. Such rows
+    are merged again, and a short interval at the end is merged with the one before it.
     """
     lengths = [step - before for before, step in zip([0, *steps], steps, strict=False)]
     whole = max(lengths, default=1)
-    joined: list[tuple[int, int, float]] = []  # last step, length, sum
+    joined: list[tuple[int, int, float]] = []  # last step, length and sum of each interval
     for step, length, value in zip(steps, lengths, values, strict=True):
         row = (step, length, length * value)
         if joined and joined[-1][1] + length <= whole:
@@ -160,7 +164,7 @@ def _draw_accuracy(
     colour: str,
     last: int,
 ) -> list[_Name]:
-    """One judge's course, final figure and baselines. Returns their names."""
+    """Draw the curve of one accuracy, its final figure and the baselines; returns their labels."""
     steps, values = series.get(f"val/{key}", ([], []))
     marker = "o" if len(steps) <= 40 else ""
     course = [100 * value for value in values]
@@ -183,7 +187,7 @@ def _draw_accuracy(
 
 
 def _finish(axes: Axes, title: str, last: int, *, ticks: int) -> None:
-    """Title and ticks: whole steps, and values without an offset to add to them."""
+    """Set title, axes and ticks, with integer steps and without offset notation."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.set_title(title, loc="left", fontsize=10)
@@ -199,7 +203,7 @@ def _finish(axes: Axes, title: str, last: int, *, ticks: int) -> None:
 
 
 def _write_names(axes: Axes, names: Sequence[_Name]) -> None:
-    """Beside the right edge, apart from one another where their heights are not."""
+    """Write the labels beside the right edge, spread so that they do not overlap."""
     low, high = axes.get_ylim()
     names = sorted(names)
     for name, at in zip(names, spread([name.height for name in names], 0.08 * (high - low)), strict=True):
@@ -215,8 +219,8 @@ def _write_names(axes: Axes, names: Sequence[_Name]) -> None:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """The heights nearest to ``heights``, which increase, that are at least ``gap`` apart."""
-    blocks: list[tuple[float, int]] = []  # mean, less the gaps below, and how many
+    """The closest heights to the increasing ``heights`` that are at least ``gap`` apart."""
+    blocks: list[tuple[float, int]] = []  # mean height minus the gaps below, and number of labels
     for i, height in enumerate(heights):
         mean, count = height - i * gap, 1
         while blocks and blocks[-1][0] > mean:
@@ -236,15 +240,15 @@ def plot_views(
     std: Sequence[float],
     titles: Sequence[str],
 ) -> None:
-    """A PNG with a column for each sample of a training batch: its title, the original, and a row for each view,
-    normalisation by ``mean`` and ``std`` undone.
+    """Plot a PNG file with one column per sample of a training batch: its title, the original image, and one row per
+    view, with the normalisation by ``mean`` and ``std`` undone.
 
-    ``originals``, (C, H, W) uint8 each, are as they are on disk; None where one cannot be read.
+    ``originals`` are the images on disk, (C, H, W) uint8 each, or None if unreadable.
     """
     import torch
     from matplotlib.figure import Figure
 
-    def undone(view: Tensor) -> Tensor:
+    def denormalised(view: Tensor) -> Tensor:
         pixels = view.detach().float().cpu()
         return (pixels * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)).clamp(
             0, 1
@@ -256,7 +260,7 @@ def plot_views(
     for role, views in (("global", batch.global_views), ("local", batch.local_views)):
         for i, view in enumerate(views):
             number = f" {i + 1}" if len(views) > 1 else ""
-            rows.append((f"{role} view{number}\n{view.shape[-1]} px", list(undone(view))))
+            rows.append((f"{role} view{number}\n{view.shape[-1]} px", list(denormalised(view))))
     figure = Figure(figsize=(1.25 * len(titles) + 0.4, 1.25 * len(rows) + 0.3), dpi=150, layout="constrained")
     grid = figure.subplots(len(rows), len(titles), squeeze=False)
     for line, (label, images) in zip(grid, rows, strict=True):

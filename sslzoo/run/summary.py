@@ -1,4 +1,4 @@
-"""What a person wants to see before hours of computing start."""
+"""Summary of a run, shown before it starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def human_bytes(count: float) -> str:
-    """``1536`` -> ``1.5 KiB``."""
+    """Format a number of bytes: 1536 becomes ``1.5 KiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -30,8 +30,8 @@ def human_bytes(count: float) -> str:
 
 
 def state_memory(method: nn.Module) -> list[tuple[str, int]]:
-    """Bytes of each top-level part that training carries but does not optimise: queues, tables,
-    momentum networks; largest first. Batch-norm statistics of trained parts do not count."""
+    """Bytes of each top-level module's state that is not optimised (queues, tables, momentum networks), largest
+    first. Batch-norm statistics of trained modules are not counted."""
     sizes: dict[str, int] = {}
     frozen = [(name, p) for name, p in method.named_parameters() if not p.requires_grad]
     parts = {name.partition(".")[0] for name, _ in frozen}
@@ -44,7 +44,7 @@ def state_memory(method: nn.Module) -> list[tuple[str, int]]:
 
 
 def describe_view(view: ViewConfig) -> str:
-    """``2 x 224 px global, area 0.2-1.0``."""
+    """Describe a view: ``2 x 224 px global, area 0.2-1.0``."""
     return f"{view.count} x {view.size} px {view.role}, area {view.scale[0]:g}-{view.scale[1]:g}"
 
 
@@ -63,7 +63,7 @@ def _rows(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any]) -> Iterato
     yield "views", "; ".join(describe_view(view) for view in recipe.views)
     yield (
         "batch",
-        f"{plan.global_batch_size} an optimiser step = {plan.world_size} process"
+        f"{plan.global_batch_size} per optimiser step = {plan.world_size} process"
         f"{'es' * (plan.world_size > 1)} x {plan.accumulate} micro-batch{'es' * (plan.accumulate > 1)} "
         f"x {plan.micro_batch_size}",
     )
@@ -85,14 +85,14 @@ def _rows(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any]) -> Iterato
     )
     yield (
         "evaluation",
-        f"every {evaluation.every_epochs} epochs where labels are: linear probe on {learned} training images, k-NN "
+        f"every {evaluation.every_epochs} epochs if there are labels: linear probe on {learned} training images, k-NN "
         f"among {bank}{', an online probe in each step' * probe.online}",
     )
     yield "precision", str(recipe.trainer.get("precision", "32-true"))
 
 
 def run_summary(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any], where: str) -> Group:
-    """A table of what is about to run, to print with rich."""
+    """A table that describes the run, to be printed with rich."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column()

@@ -107,9 +107,10 @@ def test_offline_one_line_says_which_file_is_missing_and_how_to_get_it(caches: P
     with pytest.raises(MissingWeights) as vision:
         built("resnet18", PRETRAINED)
     assert str(vision.value) == (
-        f"backbone.weights: resnet18-f37072fd.pth is not in {caches}/torch/hub/checkpoints and cannot be fetched from "
-        "here (<urlopen error no network here>); fetch https://download.pytorch.org/models/resnet18-f37072fd.pth "
-        "elsewhere and put it there, or set TORCH_HOME to where hub/checkpoints has it"
+        f"backbone.weights: resnet18-f37072fd.pth is not in {caches}/torch/hub/checkpoints and cannot be "
+        "downloaded (<urlopen error no network here>); download "
+        "https://download.pytorch.org/models/resnet18-f37072fd.pth elsewhere and copy it there, "
+        "or set TORCH_HOME to a folder with hub/checkpoints"
     )
     with pytest.raises(MissingWeights) as hugging:
         built("timm/resnet18.a1_in1k", PRETRAINED)
@@ -131,7 +132,7 @@ def test_a_file(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         torch.save(wrapped if kind == "wrapped.pth" else state, path)
     with caplog.at_level("INFO"):
         check_same(built("resnet18", path, stem="cifar"), state)
-    assert f"left out of {path}, which the encoder has no place for: fc." in caplog.text
+    assert f"tensors in {path} that the encoder does not have were ignored: fc." in caplog.text
     if kind != "weights.safetensors":  # one is enough
         return
     check_same(built("resnet18", path, stem="small", in_channels=1), state, "conv1.weight")
@@ -158,12 +159,12 @@ class Code:
 def test_files_that_are_refused(tmp_path: Path) -> None:
     state = TinyEncoder().state_dict()
     files = {
-        "code.pth": ({"x": Code(tmp_path / "ran")}, "code in a file is not executed"),
+        "code.pth": ({"x": Code(tmp_path / "ran")}, "code in a file is never executed"),
         "part.pth": (
             {"0.weight": state["0.weight"]},
             r"lacks 5 of the 6 tensors of .*: 0.bias|lacks 4 of the 6",
         ),
-        "list.pth": ([1, 2], "holds no state dict"),
+        "list.pth": ([1, 2], "contains no state dict"),
         "step=1.ckpt": ({"optimizer_steps": 1, "state_dict": state}, "--init-from .*step=1.ckpt"),
     }
     for name, (content, said) in files.items():

@@ -179,7 +179,7 @@ def shown(summary: Mapping[str, Any]) -> list[str]:
 
 def test_each_data_set_has_a_table_of_what_was_measured_on_it() -> None:
     own, other = shown(SUMMARY)
-    assert "worth on cifar10 (%)" in own and "worth on stl10 (%)" in other
+    assert "features on cifar10 (%)" in own and "features on stl10 (%)" in other
     for text in ("87.1 ±1.4 │ 99.0 ±0.5", "projector │ 50.0 ±2.2 │ -", "PCA-64 │ 83.7 ±1.6", "Fitted to it."):
         assert text in own
     assert (
@@ -192,7 +192,7 @@ def test_each_data_set_has_a_table_of_what_was_measured_on_it() -> None:
 
 def test_unlabelled_data_says_what_was_not_measured() -> None:
     assert shown({"not_measured": "linear probe and k-NN: no labels"}) == [
-        "What the features are worth was not measured: linear probe and k-NN: no labels"
+        "The features were not evaluated: linear probe and k-NN: no labels"
     ]
 
 
