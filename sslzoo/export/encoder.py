@@ -32,7 +32,7 @@ class Encoder:
 
     about: About
     backbone: nn.Module  # (N, C, H, W) -> (N, F)
-    projector: nn.Sequential | None = None  # (N, F) -> (N, about.features), if it is to come along
+    projector: nn.Sequential | None = None  # (N, F) -> (N, last width), if it is to come along
 
     @property
     def module(self) -> nn.Module:
@@ -40,17 +40,6 @@ class Encoder:
         if self.projector is None:
             return self.backbone.eval()
         return nn.Sequential(OrderedDict(backbone=self.backbone, projector=self.projector)).eval()
-
-    def state(self) -> dict[str, Tensor]:
-        """The weights of :attr:`module` on the CPU, in float32 and with memory of their own."""
-        return {name: _plain(value) for name, value in self.module.state_dict().items()}
-
-
-def _plain(value: Tensor) -> Tensor:
-    value = value.detach().cpu()
-    return (value.float() if value.is_floating_point() else value).clone(
-        memory_format=torch.contiguous_format
-    )
 
 
 def read_encoder(path: Path, *, recipe: str | None = None, with_projector: bool = False) -> Encoder:
@@ -80,24 +69,25 @@ def _newest(run: Path) -> Path:
 # -- checkpoints --------------------------------------------------------------------------------
 
 
-def recipe_of(file: Path, content: Mapping[str, Any], named: str | None = None) -> LoadedRecipe:
+def _recipe_of(file: Path, content: Mapping[str, Any], named: str | None) -> LoadedRecipe:
     """The recipe of the checkpoint ``file`` with this ``content``: ``named``, or that of the run directory around it,
     or the one that it carries.
 
     Raises ``ValueError`` where there is none, and ``RecipeError`` for what is wrong with it.
     """
-    run = run_of(file)
+    run = _run_of(file)
     if named is not None:
         return load_recipe(named)
     if run is not None:
         return load_recipe(str(run / "recipe.yaml"))
     require(
-        isinstance(content.get("recipe"), str), f"{file} carries no recipe; give that of its run by --recipe"
+        isinstance(content.get("recipe"), str),
+        f"{file} contains no recipe; give the recipe of its run with --recipe",
     )
     return load_carried(content["recipe"], file)
 
 
-def run_of(file: Path) -> Path | None:
+def _run_of(file: Path) -> Path | None:
     """The run directory that ``file`` is a checkpoint of; None where it has left its folder."""
     folder = file.absolute().parent
     return (
@@ -107,7 +97,7 @@ def run_of(file: Path) -> Path | None:
 
 def _from_checkpoint(file: Path, named: str | None, *, with_projector: bool) -> Encoder:
     content = load_checkpoint(file)
-    recipe = recipe_of(file, content, named).recipe
+    recipe = _recipe_of(file, content, named).recipe
     backbone, features = build_backbone(recipe.backbone, start=False)
     projector = None
     if with_projector:
@@ -121,7 +111,7 @@ def _from_checkpoint(file: Path, named: str | None, *, with_projector: bool) -> 
     parts = {"backbone": backbone, "projector": projector}
     for name, part in parts.items():
         if part is not None:
-            fit(part, _part(stored, name), what=f"the {name} in {file}", cfg=recipe.backbone)
+            _fit(part, _part(stored, name), what=f"the {name} in {file}", cfg=recipe.backbone)
     about = About.of(
         recipe,
         features=features,
@@ -144,7 +134,7 @@ def _widths(projector: nn.Sequential) -> tuple[int, ...]:
 
 def _results(file: Path) -> dict[str, Any]:
     """What the run's evaluation found, if it is of this checkpoint: the last one of a finished run."""
-    run = run_of(file)
+    run = _run_of(file)
     if run is None:
         return {}
     newest = checkpoints(file.absolute().parent)[-1:]
@@ -157,7 +147,7 @@ def _results(file: Path) -> dict[str, Any]:
         return {}
 
 
-def fit(part: nn.Module, state: Mapping[str, Tensor], *, what: str, cfg: BackboneConfig) -> None:
+def _fit(part: nn.Module, state: Mapping[str, Tensor], *, what: str, cfg: BackboneConfig) -> None:
     """Load ``state`` into ``part``; ``ValueError`` names the weights that do not match."""
     own = part.state_dict()
     faults = {
@@ -172,7 +162,7 @@ def fit(part: nn.Module, state: Mapping[str, Tensor], *, what: str, cfg: Backbon
     listed = [f"{fault} {_listed(names)}" for fault, names in faults.items() if names]
     require(
         not listed,
-        f"{what} is not that of {cfg.name} with stem {cfg.stem}: {'; '.join(listed)}; give the recipe of its run by "
+        f"{what} is not that of {cfg.name} with stem {cfg.stem}: {'; '.join(listed)}; give the recipe of its run with "
         "--recipe",
     )
     part.load_state_dict(dict(state))
@@ -225,5 +215,5 @@ def _from_export(file: Path, named: str | None, *, with_projector: bool) -> Enco
         f"{file}: {cfg.name} is code that this file names; if you trust it, give its recipe by --recipe",
     )
     backbone, _ = build_backbone(cfg, start=False)
-    fit(backbone, _part(weights, "backbone"), what=f"the backbone in {file}", cfg=cfg)
+    _fit(backbone, _part(weights, "backbone"), what=f"the backbone in {file}", cfg=cfg)
     return Encoder(about=replace(about, backbone=cfg, projector=()), backbone=backbone)

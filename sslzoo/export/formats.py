@@ -65,7 +65,7 @@ class Safetensors(Format):
         from safetensors.torch import save_file
 
         save_file(
-            _separate(self.encoder.state()),
+            _separate(self.encoder.module.state_dict()),
             path,
             metadata={"format": "pt", KEY: self.encoder.about.to_json()},
         )
@@ -282,6 +282,10 @@ def _torchvision(name: str, options: dict[str, Any], classifier: str) -> tuple[s
 
 
 def _call_with(*values: Any, **named: Any) -> str:
+    """Arguments of a call as code."""
+    require(
+        all(key.isidentifier() for key in named), f"options must be names of arguments, got {list(named)}"
+    )
     return ", ".join([*(repr(v) for v in values), *(f"{key}={value!r}" for key, value in named.items())])
 
 
