@@ -216,15 +216,19 @@ def output(folder: Path) -> str:
 # -- digests ----------------------------------------------------------------------------------
 
 
+# In a checkpoint: Lightning's counts of its loops, and the run's times and commands.
+OF_THE_START = ("loops", "manifest")
+
+
 def digest_of(folder: Path) -> dict[str, str]:
-    """A hash of each part of the last checkpoint, with one per tensor of the method, except Lightning's loop
-    state."""
+    """A hash of each part of the last checkpoint, with one per tensor of the method, except what differs between
+    starts."""
     path = latest(folder / "checkpoints")
     if path is None:
         raise Failed(f"no checkpoint in {folder}", folder)
     content = load_checkpoint(path)
     parts = {**content.pop("state_dict"), **content}
-    return {"file": path.name} | {key: digest(part) for key, part in parts.items() if key != "loops"}
+    return {"file": path.name} | {key: digest(part) for key, part in parts.items() if key not in OF_THE_START}
 
 
 def digest(value: Any) -> str:
