@@ -1,13 +1,13 @@
 """Export a trained encoder for other libraries.
 
 The file is loaded in a process without sslzoo before it is published; the largest difference of features is printed
-and stands in the model card beside the file. `sslzoo.load_backbone(RUN)` gives the encoder in Python.
+and recorded in the model card next to the file. `sslzoo.load_backbone(RUN)` gives the encoder in Python.
 
   sslzoo export runs/RECIPE/ID --format hf
   sslzoo export step=000001200.ckpt --format onnx --out encoders
 
-exit codes: 0 done; 1 the file does not give the encoder's features, nothing is published; 2 invalid run, checkpoint,
-recipe or format.
+exit codes: 0 done; 1 the file does not reproduce the encoder's features, nothing is published; 2 invalid run,
+checkpoint, recipe or format.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path",
         type=Path,
         metavar="RUN|CHECKPOINT",
-        help="a run directory (its newest checkpoint), a checkpoint, or a backbone.safetensors that was exported",
+        help="a run directory (its newest checkpoint), a checkpoint, or an exported backbone.safetensors",
     )
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default="safetensors",
         help="safetensors: weights, preprocessing and run; timm, torchvision: weights by that library's names; onnx: "
-        "the computation; hf: timm's folder for the Hugging Face Hub (default: safetensors)",
+        "the computation graph; hf: timm's folder for the Hugging Face Hub (default: safetensors)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="folder (default: exported/ in the run, or beside the file)",
+        help="folder (default: exported/ in the run directory, or next to the file)",
     )
     parser.add_argument(
         "--with-projector", action="store_true", help="backbone and projector; for safetensors and onnx"

@@ -1,4 +1,4 @@
-"""The model card of an export: Markdown, from what is known of the encoder."""
+"""Model card of an export, in Markdown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ tags: [self-supervised, sslzoo]
 
 
 def card(form: Format, verified: Verified | None) -> str:
-    """The card of ``form``'s file; ``verified`` is None where nobody has looked at the file yet."""
+    """The card of ``form``'s file; ``verified`` is None if the file has not been verified yet."""
     front = _FRONT if form.name == "hf" else ""
     return front + "\n".join(_lines(form, verified)) + "\n"
 

@@ -1,4 +1,4 @@
-"""A trained encoder, read from a run directory, a checkpoint or an export."""
+"""Reading a trained encoder from a run directory, a checkpoint or an export."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from sslzoo.recipe.registry import is_plugin, method_class
 from sslzoo.recipe.sections import BackboneConfig
 
 SUFFIX = ".safetensors"
-EXPORTED = Path("exported") / "backbone.safetensors"  # in a run directory: what a finished run leaves
-SHOWN = 3  # names of weights that a message lists
+EXPORTED = Path("exported") / "backbone.safetensors"  # in the directory of a finished run
+SHOWN = 3  # number of names of weights listed in a message
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """An encoder with what is known of it."""
+    """An encoder and its description."""
 
     about: About
     backbone: nn.Module  # (N, C, H, W) -> (N, F)
-    projector: nn.Sequential | None = None  # (N, F) -> (N, last width), if it is to come along
+    projector: nn.Sequential | None = None  # (N, F) -> (N, last width), if it is exported too
 
     @property
     def module(self) -> nn.Module:
-        """The backbone, or backbone and projector in a row, in evaluation mode."""
+        """The backbone, or backbone and projector in sequence, in evaluation mode."""
         if self.projector is None:
             return self.backbone.eval()
         return nn.Sequential(OrderedDict(backbone=self.backbone, projector=self.projector)).eval()
 
 
 def read_encoder(path: Path, *, recipe: str | None = None, with_projector: bool = False) -> Encoder:
-    """The encoder in ``path``: of a run directory that of its newest checkpoint, or what the run has exported.
+    """Read the encoder from ``path``. For a run directory, that of the newest checkpoint, or else the exported one.
 
-    The recipe, which says what to build, is ``recipe``, or that of the run directory, or the one in the file itself.
+    It is built from ``recipe``, or the recipe of the run directory, or the one in the file.
 
-    Raises ``ValueError`` in one line for whatever is wrong with path, recipe or weights.
+    Raises ``ValueError`` with a one-line message if path, recipe or weights are invalid.
     """
     require(path.exists(), f"{path}: there is no such run directory, checkpoint or export")
     file = _newest(path) if path.is_dir() else path
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and overwritten
+    with torch.random.fork_rng(devices=[]):  # the random initial weights are overwritten
         if file.suffix == SUFFIX:
             return _from_export(file, recipe, with_projector=with_projector)
         return _from_checkpoint(file, recipe, with_projector=with_projector)
@@ -70,10 +70,10 @@ def _newest(run: Path) -> Path:
 
 
 def _recipe_of(file: Path, content: Mapping[str, Any], named: str | None) -> LoadedRecipe:
-    """The recipe of the checkpoint ``file`` with this ``content``: ``named``, or that of the run directory around it,
-    or the one that it carries.
+    """Load the recipe of the checkpoint ``file`` with this ``content``: ``named``, or the recipe of its run directory,
+    or the one in the checkpoint.
 
-    Raises ``ValueError`` where there is none, and ``RecipeError`` for what is wrong with it.
+    Raises ``ValueError`` if there is none, and ``RecipeError`` if it is invalid.
     """
     run = _run_of(file)
     if named is not None:
@@ -88,7 +88,7 @@ def _recipe_of(file: Path, content: Mapping[str, Any], named: str | None) -> Loa
 
 
 def _run_of(file: Path) -> Path | None:
-    """The run directory that ``file`` is a checkpoint of; None where it has left its folder."""
+    """The run directory that contains the checkpoint ``file``; None if it was moved out."""
     folder = file.absolute().parent
     return (
         folder.parent if folder.name == "checkpoints" and (folder.parent / "recipe.yaml").is_file() else None
@@ -133,7 +133,7 @@ def _widths(projector: nn.Sequential) -> tuple[int, ...]:
 
 
 def _results(file: Path) -> dict[str, Any]:
-    """What the run's evaluation found, if it is of this checkpoint: the last one of a finished run."""
+    """The results of the run's evaluation if ``file`` is the last checkpoint of a finished run; otherwise empty."""
     run = _run_of(file)
     if run is None:
         return {}
@@ -177,10 +177,9 @@ def _listed(names: list[str]) -> str:
 
 
 def read_export(file: Path) -> tuple[About, dict[str, Tensor]]:
-    """What the export ``file`` says of itself, and its weights by our names: ``backbone.…``, and ``projector.…`` where
-    it has one.
+    """Read the description and the weights of the export ``file``. Names start with ``backbone.`` or ``projector.``.
 
-    Raises ``ValueError`` for a file that is damaged or not a safetensors export of ours.
+    Raises ``ValueError`` if the file is damaged or not a safetensors export of sslzoo.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -1,4 +1,4 @@
-"""The formats of an export: which encoders have them, their files, and the code that loads these without sslzoo."""
+"""Export formats: the encoders that they support, their files, and the code that loads these without sslzoo."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMAGES = 2  # in the batch from which an ONNX graph is traced; it takes any numb
 
 
 class Format(ABC):
-    """One way to write an encoder. ``name`` is what ``--format`` calls it."""
+    """Base class of the export formats. ``name`` is the value of ``--format``."""
 
     name: ClassVar[str]
     ending: ClassVar[str]  # of the file's name
@@ -32,7 +32,7 @@ class Format(ABC):
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
-        self.refusal = ""  # why the encoder has no such format
+        self.refusal = ""  # why the encoder cannot be exported in this format; empty if it can
 
     @property
     def file(self) -> str:
@@ -45,17 +45,17 @@ class Format(ABC):
 
     @abstractmethod
     def code(self) -> str:
-        """Python that loads :attr:`file` from the working directory as ``model``, which maps a batch of images to
-        features; without sslzoo."""
+        """Python code without sslzoo that loads :attr:`file` from the working directory as ``model``, which maps a
+        batch of images to features."""
 
-    # Follows the code where the images are a NumPy array ``images``.
+    # Run after the code, with a NumPy array ``images``.
     call: ClassVar[str] = (
         "with torch.inference_mode():\n    features = model(torch.from_numpy(images)).numpy()"
     )
 
 
 class Safetensors(Format):
-    """The weights by our names, which are those of the encoder's library, and all that is known as metadata."""
+    """The weights under the names of the encoder's library, with the description as metadata."""
 
     name = "safetensors"
     ending = SUFFIX
@@ -78,7 +78,7 @@ class Safetensors(Format):
 
 
 class Timm(Format):
-    """The weights by timm's names, for its ``create_model``."""
+    """The weights under timm's names, for its ``create_model``."""
 
     name = "timm"
     ending = ".timm" + SUFFIX
@@ -103,7 +103,7 @@ class Timm(Format):
 
 
 class Torchvision(Format):
-    """The weights by torchvision's names, as ``torch.save`` writes a state dict."""
+    """The weights under torchvision's names, as ``torch.save`` writes a state dict."""
 
     name = "torchvision"
     ending = ".torchvision.pth"
@@ -156,7 +156,7 @@ class HuggingFace(Timm):
 
 
 class Onnx(Format):
-    """The computation itself, for ONNX Runtime and others. Batches of any size; images of the evaluation's size."""
+    """The computation graph, for ONNX Runtime and others. Batches of any size; images of the evaluation's size."""
 
     name = "onnx"
     ending = ".onnx"
@@ -196,7 +196,7 @@ FORMATS: dict[str, type[Format]] = {f.name: f for f in (Safetensors, Timm, Torch
 
 
 def format_of(name: str, encoder: Encoder) -> Format:
-    """The format ``name`` of ``encoder``; ``ValueError`` names those that it has instead."""
+    """Return the format ``name`` for ``encoder``. Raises ``ValueError`` with the supported ones if it is not one."""
     chosen = FORMATS[name](encoder)
     if chosen.refusal:
         others = [other for other, kind in FORMATS.items() if not kind(encoder).refusal]
@@ -221,7 +221,7 @@ def _of(layout: Layout | None) -> dict[str, torch.Tensor]:
 
 
 def _separate(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``state`` with memory of its own for each tensor, which safetensors asks for."""
+    """Copy ``state`` so that no tensors share memory, as safetensors requires."""
     return {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
 
 
@@ -245,7 +245,7 @@ def _timm_preprocessing(transform: Preprocessing) -> dict[str, Any]:
 
 
 def _architecture(encoder: Encoder) -> tuple[set[str], list[str]]:
-    """Imports, and lines that make ``model``, the encoder's module with our names of weights."""
+    """Imports and lines of code that build ``model`` with the names of weights that sslzoo uses."""
     cfg, backbone = encoder.about.backbone, encoder.backbone
     if cfg.name == "conv5":
         imports, lines = set(), [f"model = {_sequential(backbone)}"]
@@ -295,7 +295,7 @@ def _sequential(module: nn.Module) -> str:
 
 
 def _layer(layer: nn.Module) -> str:
-    """A layer of torch's as the code that makes it, which is how it prints."""
+    """Code that builds a layer of torch, which is its ``repr``."""
     kind = type(layer)
     require(
         getattr(torch.nn, kind.__name__, None) is kind and not list(layer.children()),

@@ -43,7 +43,7 @@ _TIMM_SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a library makes an encoder, and the encoder's weights by that library's names."""
+    """How a library builds an encoder, and the weights under that library's names."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Layout:
 
 
 def timm_layout(cfg: BackboneConfig, model: nn.Module) -> Layout | None:
-    """``model``, the encoder that ``cfg`` describes, as timm's ``create_model`` makes it; None where it cannot."""
+    """``model``, the encoder that ``cfg`` describes, as timm's ``create_model`` builds it; None if it cannot."""
     import timm
 
     if not _has_own_stem(cfg):
@@ -77,7 +77,7 @@ def timm_layout(cfg: BackboneConfig, model: nn.Module) -> Layout | None:
 
 
 def torchvision_layout(cfg: BackboneConfig, model: nn.Module) -> Layout | None:
-    """``model``, the encoder that ``cfg`` describes, as torchvision makes it; None where it cannot."""
+    """``model``, the encoder that ``cfg`` describes, as torchvision builds it; None if it cannot."""
     from torchvision import models
 
     if not _has_own_stem(cfg) or cfg.in_channels != 3:
@@ -117,7 +117,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _transformer(model: Any) -> dict[str, int]:
-    """Arguments of torchvision's ``VisionTransformer`` for timm's ``model``; empty where they have none for it."""
+    """Arguments of torchvision's ``VisionTransformer`` equivalent to timm's ``model``; empty if there are none."""
     try:
         (side, width), (patch, other) = model.patch_embed.img_size, model.patch_embed.patch_size
         block = model.blocks[0]
@@ -136,7 +136,7 @@ def _transformer(model: Any) -> dict[str, int]:
 
 
 def _renamed(state: State, names: Any) -> dict[str, Tensor]:
-    """``state`` by the second of each pair of ``names`` instead of the first; what has none keeps its name."""
+    """Rename the keys of ``state`` from the first to the second of each pair in ``names``; others are kept."""
     patterns = [
         (re.compile(re.escape(old).replace(r"\{\}", r"(\d+)") + r"(?=\.|$)"), new.replace("{}", r"\1"))
         for old, new in names

@@ -1,4 +1,4 @@
-"""The proof of an export: another process, which cannot import sslzoo, loads it and finds the same features."""
+"""Verification of an export: a process that cannot import sslzoo loads it and must compute the same features."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ print(json.dumps({{name: version(name) for name in {packages!r}}}))
 
 
 class VerificationError(RuntimeError):
-    """The file does not give the encoder's features; it was not published."""
+    """The file does not reproduce the encoder's features and was not published."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What the other process found."""
+    """Result of a verification."""
 
     difference: float  # the largest of any feature, as a fraction of the largest feature
     tolerance: float
@@ -52,7 +52,7 @@ class Verified:
 
     @property
     def sentence(self) -> str:
-        """What was done and seen."""
+        """The result as a sentence."""
         loaded = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         return (
             f"verified without sslzoo by {loaded}: features of {IMAGES} random images (seed {SEED}) differ by at most "
@@ -61,7 +61,7 @@ class Verified:
 
 
 def verify(form: Format, folder: Path) -> Verified:
-    """Load ``form``'s file in ``folder`` by its own code in a process without sslzoo, and compare features.
+    """Load ``form``'s file in ``folder`` with its own code in a process without sslzoo, and compare features.
 
     Raises:
         VerificationError: the file cannot be loaded there, or the features differ by more than ``form.tolerance``.
@@ -114,8 +114,8 @@ def verify(form: Format, folder: Path) -> Verified:
 
 
 def _difference(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """Largest absolute difference over the largest absolute feature; infinite for other shapes, and for features that
-    are not finite."""
+    """Largest absolute difference over the largest absolute feature; infinite if the shapes differ or features are
+    not finite."""
     if expected.shape != found.shape or not np.isfinite(expected).all() or not np.isfinite(found).all():
         return float("inf")
     largest = float(np.abs(expected).max())
@@ -124,7 +124,7 @@ def _difference(expected: NDArray[np.float32], found: NDArray[np.float32]) -> fl
 
 
 def _paths_of(encoder: Encoder) -> list[str]:
-    """Where the other process finds an encoder of one's own."""
+    """Import paths that the other process needs for a custom encoder."""
     name = encoder.about.backbone.name
     if not is_plugin(name):
         return []

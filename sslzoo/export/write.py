@@ -1,4 +1,4 @@
-"""Writing an export: the file is verified beside its place, and published only then."""
+"""Writing an export: the file is verified in a temporary folder and only then published."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def export(
     with_projector: bool = False,
 ) -> Exported:
     """Write the encoder in ``path`` in the format ``name``, verify it and publish it, with its card, in the folder
-    ``out``: by default ``exported/`` in the run directory, or beside the file.
+    ``out``: by default ``exported/`` in the run directory, or next to the file.
 
     Raises:
         ValueError: for whatever is wrong with path, recipe or weights, and for a format that the encoder does not
@@ -86,7 +86,7 @@ def write_at_end(
 
 
 def default_folder(path: Path) -> Path:
-    """Where the exports of ``path`` go: ``exported/`` in a run directory, otherwise beside the file."""
+    """Where the exports of ``path`` go: ``exported/`` in a run directory, otherwise next to the file."""
     path = path.absolute()
     run = path if path.is_dir() else path.parent
     run = run.parent if run.name in ("checkpoints", EXPORTED.parent.name) else run

@@ -1,4 +1,4 @@
-"""Encoders by name: torchvision's, timm's, one of our own, and a plug-in's."""
+"""Encoders by name: from torchvision, timm or a plug-in, or the built-in ``conv5``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sslzoo.nn.weights import load_file, read_state, timm_checked, weights_file
 from sslzoo.recipe.registry import is_plugin, plugin
 from sslzoo.recipe.sections import PRETRAINED, BackboneConfig
 
-CLASSIFIERS = ("fc", "classifier", "heads", "head")  # what torchvision's models call theirs
+CLASSIFIERS = ("fc", "classifier", "heads", "head")  # its name in the models of torchvision
 
 
 class Conv5(nn.Sequential):
-    """Five 3x3 convolutions (32-64-128-128-256, strides 1-2-2-1-2), each with batch norm and ReLU, then the
-    global average: 0.54 M parameters, 256 features."""
+    """Five 3x3 convolutions (32-64-128-128-256, strides 1-2-2-1-2), each with batch norm and ReLU, then global
+    average pooling: 0.54 M parameters, 256 features."""
 
     num_features = 256
 
@@ -33,23 +33,23 @@ class Conv5(nn.Sequential):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, 256). Channels last, which CPUs convolve faster."""
+        """(N, C, H, W) -> (N, 256). Computes in channels-last format, which is faster on CPUs."""
         return super().forward(input.contiguous(memory_format=torch.channels_last))
 
 
 def build_backbone(cfg: BackboneConfig, *, start: bool = True) -> tuple[nn.Module, int]:
-    """The encoder and its feature width. It maps (N, C, H, W) to pooled features (N, F).
+    """Build the encoder, which maps (N, C, H, W) to pooled features (N, F), and return it with F.
 
-    A plug-in, ``module:Class``, is called with ``in_channels`` and the options, and has ``num_features``.
-    ``start`` of False leaves ``cfg.weights`` unread: the weights are going to come from a checkpoint.
+    A plug-in, ``module:Class``, is called with ``in_channels`` and the options and must have ``num_features``. With
+    ``start=False``, ``cfg.weights`` is not read, because the weights will come from a checkpoint.
 
-    Raises ``ValueError`` for an unknown name, naming the closest, for a stem that the encoder lacks, and for weights
-    that are not there or do not fit.
+    Raises ``ValueError`` for an unknown name (suggesting the closest), a stem that the encoder does not support, and
+    weights that are missing or do not fit.
     """
     _check_known(cfg)
     path = weights_file(cfg) if start and cfg.weights is not None else None
     if path is not None and cfg.weights == PRETRAINED and cfg.name.startswith("timm/"):
-        # Read here, since not every version of timm refuses code in a file. npz files hold arrays only.
+        # Read here, because some versions of timm execute code in a file. npz files only contain arrays.
         own = {"file": str(path)} if path.suffix == ".npz" else {"state_dict": read_state(path)}
         with timm_checked(path, cfg):
             model, width = _timm(cfg, pretrained=True, pretrained_cfg_overlay=own)
@@ -133,7 +133,7 @@ def _timm(cfg: BackboneConfig, **start: Any) -> tuple[nn.Module, int]:
 
 @contextmanager
 def _taking(cfg: BackboneConfig) -> Iterator[None]:
-    """A constructor that does not know one of the options refuses it in its own words."""
+    """Turn the ``TypeError`` of a constructor that rejects an option into a ``ValueError`` about the options."""
     try:
         yield
     except TypeError as error:
@@ -149,7 +149,7 @@ def _input_width(head: nn.Module) -> int:
 
 
 def _conv_like(conv: nn.Conv2d, **changes: Any) -> nn.Conv2d:
-    """A fresh convolution that differs from ``conv`` in ``changes``, initialised as torchvision's ResNets."""
+    """Return a new convolution like ``conv`` except for ``changes``, initialised as in torchvision's ResNets."""
     options: dict[str, Any] = {
         "in_channels": conv.in_channels,
         "out_channels": conv.out_channels,
@@ -164,7 +164,7 @@ def _conv_like(conv: nn.Conv2d, **changes: Any) -> nn.Conv2d:
 
 
 def _small_stem(model: nn.Module, cfg: BackboneConfig) -> None:
-    """A 3x3 stride-1 first convolution; ``cifar`` removes the max-pool too."""
+    """Replace the first convolution by a 3x3 one with stride 1; ``cifar`` also removes the max-pooling."""
     conv = getattr(model, "conv1", None)
     require(
         isinstance(conv, nn.Conv2d) and hasattr(model, "maxpool"),

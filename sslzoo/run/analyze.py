@@ -71,7 +71,7 @@ def analyze(
 
 
 def _recipe(file: Path, named: str | None, overrides: Sequence[str]) -> LoadedRecipe:
-    """The recipe ``named``, or the one in ``file``."""
+    """Load the recipe ``named`` or, if None, the one in ``file``."""
     if named is not None:
         return load_recipe(named, overrides)
     if file.suffix == SUFFIX:
@@ -110,7 +110,7 @@ def first_batches(data: SSLDataModule, samples: int) -> list[Batch]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint; of an exported backbone, what it has of that."""
+    """The content of a checkpoint; for an exported backbone only weights and step."""
     if path.suffix != SUFFIX:
         return load_checkpoint(path)
     about, weights = read_export(path)
