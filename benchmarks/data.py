@@ -88,7 +88,7 @@ def alternating(contenders: dict[str, Callable[[], int]]) -> dict[str, float]:
 def compare(title: str, source: ImageSource, view: ViewConfig, batch: int) -> list[str]:
     """Rates of the whole pipeline and, for files, of the part that runs in workers."""
     data = module(source, view, batch)
-    dataset = ViewDataset(source, data.views, 0)
+    dataset = ViewDataset(source, data.views, 0, batch)
     items = [(0, i) for i in range(batch)]
     reference = torchvision_pipeline(view, data.data.mean, data.data.std)
     few = range(min(batch, 64))
@@ -101,7 +101,7 @@ def compare(title: str, source: ImageSource, view: ViewConfig, batch: int) -> li
         return 2 * len(few)
 
     def ours() -> int:
-        data.finish(dataset.__getitems__(items))
+        data.example_batch(batch)
         return 2 * batch
 
     def worker() -> int:

@@ -259,7 +259,7 @@ def loader(folder: Path, seconds: float) -> dict[str, Any]:
     workers = len(os.sched_getaffinity(0))
     plan = TrainingPlan(dataset_size=len(files), global_batch_size=256, max_epochs=100)
     batches = DataLoader(
-        ViewDataset(files, recipe.views, 0),
+        ViewDataset(files, recipe.views, 0, 256),
         batch_sampler=GlobalBatchSampler(plan, 0, 0, lambda: 0),
         collate_fn=_as_it_is,
         num_workers=workers,

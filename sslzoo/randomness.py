@@ -17,7 +17,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 # First word of every key: the purpose of the numbers. Methods use text for theirs, such as "mine: dropped rows".
-VIEWS, ORDER, HOLDOUT, SUBSET, FAKE, STEP, SHUFFLE, PROBE = range(8)
+VIEWS, ORDER, HOLDOUT, SUBSET, FAKE, STEP, SHUFFLE, PROBE, STAND_IN = range(9)
 
 
 def _signed(x: int) -> int:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms.v2 import functional as TF
 
 from sslzoo.data.crops import channels_last, crop_image, evaluation_crop
-from sslzoo.data.sampler import Item
+from sslzoo.data.disk import DataError
+from sslzoo.data.sampler import Item, stand_ins
 from sslzoo.data.sources import ArraySource, ImageSource, UnreadableImageError
 from sslzoo.data.views import draw_boxes, draw_uniforms
 from sslzoo.recipe.sections import EvalConfig, ViewConfig
@@ -21,6 +24,11 @@ log = logging.getLogger("sslzoo")
 
 # Decoded images that a worker holds at a time: boxes are drawn for so many at once.
 _CHUNK = 32
+# Of a loader's patience, so many parts must pass one by one: a process that was suspended meanwhile loses one of them.
+_PARTS = 5
+_SHOWN = 20  # images that a message names
+
+Bad = tuple[int, str]  # sample_id of an unreadable image, and the reason; empty where it was known to be
 
 
 class RawBatch(NamedTuple):
@@ -30,7 +38,7 @@ class RawBatch(NamedTuple):
     sample_id: Tensor  # (N,)
     label: Tensor | None
     epoch: int
-    bad: tuple[int, ...]  # positions of unreadable images met on the way
+    bad: tuple[Bad, ...]  # met on the way
 
 
 class RawEvalBatch(NamedTuple):
@@ -39,7 +47,7 @@ class RawEvalBatch(NamedTuple):
     image: Tensor  # (N, C, H, W) uint8
     sample_id: Tensor  # (N,)
     label: Tensor  # (N,)
-    bad: tuple[int, ...]
+    bad: tuple[Bad, ...]
 
 
 class BadImages:
@@ -49,27 +57,110 @@ class BadImages:
         self.source, self.max_fraction = source, max_fraction
         self.seen = torch.zeros(len(source), dtype=torch.bool)
 
-    def add(self, positions: Sequence[int]) -> None:
-        """Log those that are new; ``RuntimeError`` when they are more than the fraction allowed."""
-        for position in positions:
+    @property
+    def count(self) -> int:
+        """Images known to be unreadable."""
+        return int(self.seen.sum())
+
+    def add(self, bad: Sequence[Bad]) -> None:
+        """Log those that are new; ``DataError`` when they are more than the fraction allowed."""
+        for position, reason in bad:
             if not self.seen[position]:
                 self.seen[position] = True
-                log.warning("unreadable image: %s", self.source.where(position))
-        if positions:
+                why = f" ({reason})" if reason else ""
+                log.warning("unreadable image: %s%s", self.source.where(position), why)
+        if bad:
             self.check()
 
     def check(self) -> None:
-        """``RuntimeError`` when more images are known to be unreadable than the fraction allowed."""
-        count = int(self.seen.sum())
-        if count > self.max_fraction * len(self.source):
-            named = self.seen.nonzero()[:, 0].tolist()
-            shown = "\n  ".join(self.source.where(i) for i in named[:20])
-            more = f"\n  and {count - 20} more" if count > 20 else ""
-            raise RuntimeError(
-                f"{count} of {len(self.source)} images of {self.source.name} cannot be read, more than "
-                f"data.max_bad_fraction={self.max_fraction} allows:\n  {shown}{more}\n"
-                "repair or remove them, or raise data.max_bad_fraction"
+        """``DataError`` when more images are known to be unreadable than the fraction allowed."""
+        if self.count > self.max_fraction * len(self.source):
+            shown = [self.source.where(i) for i in self.seen.nonzero()[:_SHOWN, 0].tolist()]
+            more = f" and {self.count - _SHOWN} more" if self.count > _SHOWN else ""
+            raise DataError(
+                f"{self.count} of {len(self.source)} images of {self.source.name} cannot be read, more than "
+                f"data.max_bad_fraction={self.max_fraction} allows: {', '.join(shown)}{more}; repair or remove them, "
+                "or raise data.max_bad_fraction"
             )
+
+
+class ImageReader:
+    """Reads the images of a source, in this process or in ``workers`` forked from it, which share what they know."""
+
+    def __init__(self, source: ImageSource, workers: int = 0) -> None:
+        self.source = source
+        # An image that has failed is not tried again: on a sick disk that takes many seconds.
+        self._failed = torch.zeros(len(source), dtype=torch.bool)
+        # By worker: its process, and the sample_id that it reads at the moment, or -1.
+        self._at = torch.full((workers, 2), -1)
+        if workers:
+            self._failed.share_memory_()
+            self._at.share_memory_()
+
+    def read(self, sample_id: int) -> Tensor:
+        """The image (C, H, W) uint8; ``UnreadableImageError`` where there is none, ``DataError`` without any disk."""
+        if self._failed[sample_id]:
+            raise UnreadableImageError
+        worker = get_worker_info()
+        if worker is not None:
+            self._at[worker.id, 0], self._at[worker.id, 1] = os.getpid(), sample_id
+        try:
+            return channels_last(self.source.read(sample_id))
+        except UnreadableImageError:
+            self._failed[sample_id] = True
+            raise
+        finally:
+            if worker is not None:
+                self._at[worker.id, 1] = -1
+
+    def described(self) -> str:
+        """What the workers are doing, for a message."""
+        busy = [(pid, sample_id) for pid, sample_id in self._at.tolist() if sample_id >= 0]
+        if busy:
+            return ", ".join(f"process {pid} is reading {self.source.where(i)}" for pid, i in busy)
+        started = [str(pid) for pid, _ in self._at.tolist() if pid >= 0]
+        return (
+            f"its workers (processes {', '.join(started)}) are not reading"
+            if started
+            else "no worker has begun to read"
+        )
+
+
+class WatchedLoader(DataLoader[Any]):
+    """A loader that ends the run by a ``DataError`` when its workers give nothing for ``patience`` seconds, or give
+    one up themselves."""
+
+    def __init__(
+        self, dataset: ViewDataset | EvalDataset, *, patience: float, num_workers: int, **options: Any
+    ) -> None:
+        timeout = patience / _PARTS if num_workers else 0
+        super().__init__(dataset, num_workers=num_workers, timeout=timeout, **options)
+        self._of, self._patience = dataset, patience
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches."""
+        batches = super().__iter__()
+        silent = 0
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                silent += 1
+                if silent == _PARTS:
+                    raise DataError(
+                        f"no images of {self._of.source.name}/{self._of.source.split} came for {self._patience:g} s: "
+                        f"{self._of.reader.described()}; see whether the disk answers and the processes run, or raise "
+                        "data.timeout"
+                    ) from error
+                continue
+            silent = 0
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
 
 
 def _labels(source: ImageSource, sample_id: Tensor) -> Tensor | None:
@@ -79,16 +170,26 @@ def _labels(source: ImageSource, sample_id: Tensor) -> Tensor | None:
 class ViewDataset(Dataset[RawBatch]):
     """Training samples. Indexed by a whole micro-batch of (epoch, sample_id) at a time."""
 
-    def __init__(self, source: ImageSource, views: Sequence[ViewConfig], seed: int) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        views: Sequence[ViewConfig],
+        seed: int,
+        global_batch_size: int,
+        reader: ImageReader | None = None,
+    ) -> None:
         self.source, self.views, self.seed = source, tuple(views), seed
+        self.global_batch_size = global_batch_size
+        self.reader = ImageReader(source) if reader is None else reader
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, items: list[Item]) -> RawBatch:
-        """The batch of these items. A file is decoded once, and the crops of all views are cut from it.
+    def __getitems__(self, items: list[Item]) -> RawBatch | DataError:
+        """The batch of these items, or why there is none. A file is decoded once, and the crops of all views are cut
+        from it.
 
-        An unreadable image is replaced by the next readable one of the source, which then stands in the
+        An unreadable image is replaced by one of :func:`sslzoo.data.sampler.stand_ins`, which then stands in the
         batch under its own sample_id: the size of a batch never changes.
         """
         epoch = items[0][0]
@@ -98,9 +199,14 @@ class ViewDataset(Dataset[RawBatch]):
             return RawBatch(images, sample_id, _labels(self.source, sample_id), epoch, ())
         crops: list[list[Tensor]] = [[] for _ in self.views]
         kept: list[int] = []
-        bad: list[int] = []
+        bad: list[Bad] = []
         for start in range(0, len(sample_id), _CHUNK):
-            read = [self._read(i, bad) for i in sample_id[start : start + _CHUNK].tolist()]
+            try:
+                read = [self._read(epoch, i, bad) for i in sample_id[start : start + _CHUNK].tolist()]
+            except (
+                DataError
+            ) as error:  # as a value: raised in a worker it would arrive as a traceback in words
+                return error
             ids = torch.tensor([i for i, _ in read])
             height = torch.tensor([image.shape[1] for _, image in read])
             width = torch.tensor([image.shape[2] for _, image in read])
@@ -113,38 +219,53 @@ class ViewDataset(Dataset[RawBatch]):
         stacked = tuple(torch.stack(crop) for crop in crops)
         return RawBatch(stacked, sample_id, _labels(self.source, sample_id), epoch, tuple(bad))
 
-    def _read(self, sample_id: int, bad: list[int]) -> tuple[int, Tensor]:
-        for step in range(len(self.source)):
-            position = (sample_id + step) % len(self.source)
+    def _read(self, epoch: int, sample_id: int, bad: list[Bad]) -> tuple[int, Tensor]:
+        others = stand_ins(self.seed, epoch, sample_id, len(self.source), self.global_batch_size)
+        tried = 0
+        for position in chain((sample_id,), others):
             try:
-                return position, channels_last(self.source.read(position))
-            except UnreadableImageError:
-                bad.append(position)
-        raise RuntimeError(f"no image of {self.source.name} can be read; check data.root")
+                return position, self.reader.read(position)
+            except UnreadableImageError as error:
+                bad.append((position, str(error)))
+                tried += 1
+        nor = (
+            f"nor can any of the {tried - 1} that may stand in for it in this epoch"
+            if tried > 1
+            else f"and with a single step an epoch (data.global_batch_size={self.global_batch_size} of "
+            f"{len(self.source)} images) no other may stand in for it"
+        )
+        raise DataError(
+            f"{self.source.where(sample_id)} cannot be read, {nor}; see to data.root, repair or remove the images "
+            "that are damaged, or lower data.global_batch_size"
+        )
 
 
 class EvalDataset(Dataset[RawEvalBatch]):
     """Labelled samples under the evaluation transform. Indexed by a batch of sample_ids at a time."""
 
-    def __init__(self, source: ImageSource, cfg: EvalConfig) -> None:
+    def __init__(self, source: ImageSource, cfg: EvalConfig, reader: ImageReader | None = None) -> None:
         if isinstance(source, ArraySource) and cfg.resize is None and min(source.size) < cfg.size:
             raise ValueError(
                 f"eval.size={cfg.size} is larger than the {source.size[0]} px of {source.name}; "
                 f"set eval.resize={cfg.size} or lower eval.size"
             )
         self.source, self.cfg = source, cfg
+        self.reader = ImageReader(source) if reader is None else reader
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, items: list[int]) -> RawEvalBatch:
-        """The batch of these positions, without the unreadable ones."""
-        bad: list[int] = []
+    def __getitems__(self, items: list[int]) -> RawEvalBatch | DataError:
+        """The batch of these positions, without the unreadable ones; or why there is none."""
+        bad: list[Bad] = []
         if isinstance(self.source, ArraySource):
             kept = torch.tensor(items)
             image = evaluation_crop(self.source.batch(kept), self.cfg.resize, self.cfg.size)
         else:
-            read = dict(self._read(items, bad))
+            try:
+                read = dict(self._read(items, bad))
+            except DataError as error:
+                return error
             kept = torch.tensor(list(read), dtype=torch.int64)
             empty = torch.empty((0, self.source.channels, self.cfg.size, self.cfg.size), dtype=torch.uint8)
             image = torch.stack(list(read.values())) if read else empty
@@ -152,12 +273,12 @@ class EvalDataset(Dataset[RawEvalBatch]):
         assert label is not None, "evaluation needs labels"
         return RawEvalBatch(image, kept, label, tuple(bad))
 
-    def _read(self, items: list[int], bad: list[int]) -> Iterator[tuple[int, Tensor]]:
+    def _read(self, items: list[int], bad: list[Bad]) -> Iterator[tuple[int, Tensor]]:
         for position in items:
             try:
-                image = channels_last(self.source.read(position))
-            except UnreadableImageError:
-                bad.append(position)
+                image = self.reader.read(position)
+            except UnreadableImageError as error:
+                bad.append((position, str(error)))
                 continue
             yield position, evaluation_crop(image, self.cfg.resize, self.cfg.size)
 

@@ -18,7 +18,18 @@ from sslzoo.batch import Batch, EvalBatch
 from sslzoo.checks import require
 from sslzoo.data.crops import crop_batch
 from sslzoo.data.datasets import open_source
-from sslzoo.data.loading import BadImages, EvalDataset, RawBatch, RawEvalBatch, ViewDataset, shard, to_unit
+from sslzoo.data.disk import DataError
+from sslzoo.data.loading import (
+    BadImages,
+    EvalDataset,
+    ImageReader,
+    RawBatch,
+    RawEvalBatch,
+    ViewDataset,
+    WatchedLoader,
+    shard,
+    to_unit,
+)
 from sslzoo.data.photometric import normalize
 from sslzoo.data.sampler import GlobalBatchSampler
 from sslzoo.data.sources import ArraySource, FakeSource, ImageSource
@@ -91,9 +102,10 @@ class SSLDataModule(LightningDataModule):
                 f"data.mean and data.std have {len(data.mean)}"
             )
         self.position = 0
-        self._bad = BadImages(self.train_source, data.max_bad_fraction)
         self._eval_sets: list[EvalSet] | None = None
-        self._eval_bad: list[BadImages] = []
+        # By id of the source: the training data may also be evaluated.
+        self._bad: dict[int, BadImages] = {}
+        self._readers: dict[int, ImageReader] = {}
 
     # -- what others ask for ------------------------------------------------------------------
 
@@ -109,12 +121,37 @@ class SSLDataModule(LightningDataModule):
 
     @property
     def unreadable(self) -> int:
-        """Unreadable training images met so far."""
-        return int(self._bad.seen.sum())
+        """Unreadable training images met so far: by this rank, and by the others up to :meth:`share_unreadable`."""
+        return self._bad_of(self.train_source).count
+
+    def unreadable_by_source(self) -> dict[str, int]:
+        """The same of every source that was looked at, by name and split."""
+        counts: dict[str, int] = {}
+        for bad in self._bad.values():
+            name = f"{bad.source.name}/{bad.source.split}"
+            counts[name] = counts.get(name, 0) + bad.count
+        return counts
+
+    def share_unreadable(self) -> None:
+        """Each rank met its share; together they met all. Collective. ``DataError`` on all ranks where that is more
+        than ``data.max_bad_fraction`` of a source."""
+        if world_size() == 1:
+            return  # checked when they were met
+        evaluated = [s.source for s in self.eval_sets()]
+        for source in {id(source): source for source in (self.train_source, *evaluated)}.values():
+            if not isinstance(source, ArraySource):
+                bad = self._bad_of(source)
+                seen = bad.seen.to(self._device, torch.uint8)
+                dist.all_reduce(seen, dist.ReduceOp.MAX)
+                bad.seen = seen.bool().cpu()
+                bad.check()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, from which the order of samples and all random numbers follow, and whose images they were."""
-        return {"position": self.position, "fingerprint": self.fingerprint}
+        """The position, from which the order of samples and all random numbers follow, whose images they were, and
+        which of them were unreadable. Collective."""
+        self.share_unreadable()
+        bad = self._bad_of(self.train_source).seen.nonzero()[:, 0].tolist()
+        return {"position": self.position, "fingerprint": self.fingerprint, "unreadable": bad}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved position. ``ValueError`` for other images: no position or table belongs to them."""
@@ -125,13 +162,31 @@ class SSLDataModule(LightningDataModule):
             "set data.dataset, data.root and data.split back, or take its weights alone",
         )
         self.position = int(state_dict["position"])
+        self._bad_of(self.train_source).seen[state_dict.get("unreadable", [])] = True
+
+    def _bad_of(self, source: ImageSource) -> BadImages:
+        if id(source) not in self._bad:
+            self._bad[id(source)] = BadImages(source, self.data.max_bad_fraction)
+        return self._bad[id(source)]
+
+    def _reader_of(self, source: ImageSource) -> ImageReader:
+        if id(source) not in self._readers:
+            self._readers[id(source)] = ImageReader(source, self._workers_for(source))
+        return self._readers[id(source)]
+
+    def _workers_for(self, source: ImageSource) -> int:
+        return 0 if isinstance(source, ArraySource) else self.data.workers
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
     # -- loaders ------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[RawBatch]:
         """This rank's micro-batches from ``position`` to the end of the epoch, as raw batches."""
         return self._loader(
-            ViewDataset(self.train_source, self.views, self.seed),
+            self._view_dataset(),
             GlobalBatchSampler(self.plan, self.seed, rank(), lambda: self.position),
             persistent=True,
         )
@@ -141,22 +196,26 @@ class SSLDataModule(LightningDataModule):
 
         No sample is padded or seen twice, hence ranks may have different numbers of batches.
         """
-        sets = self.eval_sets()
-        self._eval_bad = [BadImages(s.source, self.data.max_bad_fraction) for s in sets]
         return [
             self._loader(
-                EvalDataset(s.source, self.eval),
+                EvalDataset(s.source, self.eval, self._reader_of(s.source)),
                 shard(s.sample_id, rank(), world_size(), self.eval.batch_size),
                 persistent=False,
             )
-            for s in sets
+            for s in self.eval_sets()
         ]
 
-    def _loader(self, dataset: Any, batches: Any, *, persistent: bool) -> DataLoader[Any]:
-        array = isinstance(dataset.source, ArraySource)
-        workers = 0 if array else self.data.workers
-        return DataLoader(
+    def _view_dataset(self) -> ViewDataset:
+        size, source = self.plan.global_batch_size, self.train_source
+        return ViewDataset(source, self.views, self.seed, size, self._reader_of(source))
+
+    def _loader(
+        self, dataset: ViewDataset | EvalDataset, batches: Any, *, persistent: bool
+    ) -> DataLoader[Any]:
+        workers = self._workers_for(dataset.source)
+        return WatchedLoader(
             dataset,
+            patience=self.data.timeout,
             batch_sampler=batches,
             collate_fn=_as_it_is,
             num_workers=workers,
@@ -232,11 +291,10 @@ class SSLDataModule(LightningDataModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Draw the parameters of the views, on the CPU; take note of unreadable images."""
         if isinstance(batch, RawEvalBatch):
-            if batch.bad:
-                self._eval_bad[dataloader_idx].add(batch.bad)
+            self._bad_of(self.eval_sets()[dataloader_idx].source).add(batch.bad)
             return EvalBatch(batch.image, batch.sample_id, batch.label)
         if isinstance(batch, RawBatch):
-            self._bad.add(batch.bad)
+            self._bad_of(self.train_source).add(batch.bad)
             return self._draw(batch)
         return batch
 
@@ -255,8 +313,8 @@ class SSLDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Crop (images in memory), colour, blur, solarise, flip and normalise, in float32."""
         if isinstance(batch, DrawnBatch):
-            if world_size() > 1:
-                self._share_bad_images(batch.sample_id.device)
+            if (self.position + 1) % self.plan.micro_batches_per_epoch == 0:
+                self.share_unreadable()
             batch = self._finish(batch)
         elif isinstance(batch, EvalBatch):
             batch = batch._replace(image=self._normalized(to_unit(batch.image)))
@@ -278,15 +336,6 @@ class SSLDataModule(LightningDataModule):
             views.append(self._normalized(apply_view(view, crops, draws)))
         return Batch(tuple(global_views), tuple(local_views), batch.sample_id, batch.label)
 
-    def _share_bad_images(self, device: torch.device) -> None:
-        """At the end of an epoch of files: each rank met its share, together they met all."""
-        last = (self.position + 1) % self.plan.micro_batches_per_epoch == 0
-        if last and not isinstance(self.train_source, ArraySource):
-            seen = self._bad.seen.to(device, torch.uint8)
-            dist.all_reduce(seen, dist.ReduceOp.MAX)
-            self._bad.seen = seen.bool().cpu()
-            self._bad.check()
-
     @torch.no_grad()
     def finish(self, raw: RawBatch, device: torch.device | str = "cpu") -> Batch:
         """A raw batch as the method gets it, outside the training loop: any rank may call it alone."""
@@ -299,8 +348,10 @@ class SSLDataModule(LightningDataModule):
 
     def batch_of(self, sample_id: Sequence[int]) -> Batch:
         """These samples of the training data as epoch 0 shows them."""
-        items = [(0, i) for i in sample_id]
-        return self.finish(ViewDataset(self.train_source, self.views, self.seed).__getitems__(items))
+        raw = self._view_dataset().__getitems__([(0, i) for i in sample_id])
+        if isinstance(raw, DataError):
+            raise raw
+        return self.finish(raw)
 
     def varied_samples(self, n: int) -> list[int]:
         """``n`` samples of the training data, or all, of as many classes as there are; unlabelled, from all over it."""

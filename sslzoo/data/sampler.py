@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
+from torch import Tensor
 from torch.utils.data import Sampler
 
-from sslzoo.randomness import epoch_order
+from sslzoo.randomness import STAND_IN, epoch_order, hash64, key
 from sslzoo.recipe.plan import TrainingPlan
 
 Item = tuple[int, int]  # (epoch, sample_id): workers need no other word of the epoch
@@ -36,3 +38,24 @@ class GlobalBatchSampler(Sampler[list[Item]]):
             # Micro-batches of a step follow one another, and so do the ranks' slices of each.
             first = (micro_batch * plan.world_size + self.rank) * size
             yield [(epoch, sample_id) for sample_id in order[first : first + size].tolist()]
+
+
+def stand_ins(seed: int, epoch: int, sample_id: int, size: int, global_batch_size: int) -> Iterator[int]:
+    """The sample_ids that may stand in for an unreadable one in ``epoch``, of ``size`` samples, in the order of trying.
+
+    They are those at the same place in the global batches of the other steps, the last partial batch included, in an
+    order drawn by a hash. The places of a batch have no sample in common: whatever fails, no image comes into a
+    batch twice, and none is drawn in dependence on ranks or on what else fails. With one step an epoch there are none,
+    except for the first places when the dropped part has some.
+    """
+    order = _order(seed, epoch, size)
+    place = int((order == sample_id).nonzero()) % global_batch_size
+    others = order[place::global_batch_size]
+    others = others[others != sample_id]
+    drawn = hash64(key(STAND_IN, seed, epoch, sample_id), others).argsort(stable=True)
+    yield from others[drawn].tolist()
+
+
+@lru_cache(maxsize=1)  # many images may be unreadable
+def _order(seed: int, epoch: int, size: int) -> Tensor:
+    return epoch_order(seed, epoch, size)

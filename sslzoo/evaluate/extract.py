@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from sslzoo.batch import EvalBatch
 from sslzoo.checks import require
+
+if TYPE_CHECKING:
+    from sslzoo.data.module import SSLDataModule
 
 Encoder = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> features (N, F)
 
@@ -27,11 +29,12 @@ class Extracted(NamedTuple):
 def extract(
     encoders: Mapping[str, Encoder],
     loader: Iterable[Any],
-    datamodule: LightningDataModule,
+    datamodule: SSLDataModule,
     device: torch.device,
     dataloader_idx: int,
 ) -> Extracted:
-    """Run every batch of ``loader`` through every encoder. Modules among them must be in evaluation mode.
+    """Run every batch of ``loader`` through every encoder. Modules among them must be in evaluation mode. Collective:
+    the ranks add up their unreadable images, and ``DataError`` says so where these are too many.
 
     ``loader`` is the DataModule's validation loader ``dataloader_idx``, and the batches take the DataModule's
     own way to the device: they are what validation shows.
@@ -47,5 +50,6 @@ def extract(
             features[name].append(encode(batch.image).float())
         labels.append(batch.label)
         ids.append(batch.sample_id)
+    datamodule.share_unreadable()
     require(len(labels) > 0, "this process has no sample of an eval set; use fewer devices")
     return Extracted({name: torch.cat(x) for name, x in features.items()}, torch.cat(labels), torch.cat(ids))

@@ -169,6 +169,9 @@ class DataConfig(SourceConfig):
     std: tuple[float, ...]
     workers: int = 0  # processes per device that decode image files; images in memory need none
     max_bad_fraction: float = 0.01  # the run stops if a larger fraction of the images is unreadable
+    timeout: float = (
+        300  # seconds without a batch from the workers, in training or evaluation, that stop the run
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,6 +187,11 @@ class DataConfig(SourceConfig):
         )
         check_not_negative(self, "workers")
         check_fraction(self, "max_bad_fraction")
+        check_field(
+            0 < self.timeout < 600,
+            "timeout",
+            f"must lie between 0 and 600, when other processes give up waiting; got {self.timeout}",
+        )
 
 
 # Key of an operation's probability -> its parameters, and a phrase for error messages: what probability 0 means.

@@ -36,6 +36,7 @@ CHANGEABLE = (
     "data.root",
     "data.workers",
     "data.max_bad_fraction",
+    "data.timeout",
     "probe.data",
     "eval",
     "logging",
@@ -108,11 +109,16 @@ class Run:
             ) from error
         return manifest
 
-    def conclude(self, ending: Ending, seconds: Mapping[str, float]) -> None:
-        """Record how the current start ended, and its seconds per phase."""
+    def conclude(
+        self, ending: Ending, seconds: Mapping[str, float], unreadable: Mapping[str, int] | None = None
+    ) -> None:
+        """Record how the current start ended, its seconds per phase and, if known, how many images of each source the
+        run has found unreadable."""
         manifest = self.read_manifest()
         error = None if ending.code == ExitCode.DONE else ending.for_manifest()
         end = {"finished": _now(), "exit_code": int(ending.code), "error": error}
+        if unreadable is not None:
+            end["unreadable_images"] = dict(unreadable)
         starts = manifest.get("sessions", [])
         if starts:
             starts[-1] |= end | {f"{phase}_seconds": seconds.get(phase, 0.0) for phase in PHASES}

@@ -7,6 +7,7 @@ import traceback
 
 from torch import OutOfMemoryError
 
+from sslzoo.data.disk import DataError
 from sslzoo.exits import ExitCode, Leave, RunError
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import EvalConfig
@@ -35,7 +36,9 @@ def explain(error: BaseException, *, rank: int, phase: str, begun: bool, out_of_
         code = ExitCode.USAGE
     elif isinstance(error, OutOfMemoryError) and out_of_memory:
         message = out_of_memory
-    elif not isinstance(error, (RunError, RankLost)) and getattr(error, "errno", None) not in _DISK:
+    elif (
+        not isinstance(error, (RunError, RankLost, DataError)) and getattr(error, "errno", None) not in _DISK
+    ):
         message, expected = f"{kind}: {message}", False
     text = "".join(traceback.format_exception(error)) if code == ExitCode.FAILURE else ""
     return Ending(code=code, message=message, kind=kind, traceback=text, expected=expected, rank=rank)

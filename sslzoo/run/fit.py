@@ -296,7 +296,8 @@ class _Life:
         if leader and self.begun:
             assert self.session is not None
             try:
-                self.session.run.conclude(ending, self.stopwatch.seconds())
+                unreadable = self.session.built.data.unreadable_by_source()
+                self.session.run.conclude(ending, self.stopwatch.seconds(), unreadable)
             except (OSError, RunError) as error:
                 trouble = f"the manifest does not record this end: {one_line(error)}"
         if self.lock is not None:

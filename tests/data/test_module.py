@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from torchvision.transforms.v2 import functional as TF
 from sslzoo.batch import Batch
 from sslzoo.data.crops import crop_image
 from sslzoo.data.datasets import open_source
-from sslzoo.data.module import SSLDataModule
-from sslzoo.data.sources import ArraySource, ImageSource, fake_source
+from sslzoo.data.disk import DataError
+from sslzoo.data.module import EvalSet, SSLDataModule
+from sslzoo.data.sources import ArraySource, FileSource, ImageSource, fake_source
 from sslzoo.data.views import draw_boxes, draw_uniforms
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import DataConfig, EvalConfig, ProbeConfig, SourceConfig, ViewConfig
@@ -154,7 +157,11 @@ def test_a_restored_position_continues_the_order(position: int, accumulate: int)
         running.position = len(everything)
     resumed = module()
     resumed.load_state_dict({"position": position})
-    assert resumed.state_dict() == {"position": position, "fingerprint": resumed.fingerprint}
+    assert resumed.state_dict() == {
+        "position": position,
+        "fingerprint": resumed.fingerprint,
+        "unreadable": [],
+    }
     with pytest.raises(ValueError, match="was trained on other images: then fake/train/9/0, now fake/train/"):
         resumed.load_state_dict({"position": 0, "fingerprint": "fake/train/9/0"})
     rest = batches(resumed)
@@ -276,16 +283,18 @@ def test_unreadable_images_are_replaced_and_named_once(
 ) -> None:
     damage(photos)
     module = build(colour_data(root=photos, global_batch_size=8, workers=workers, max_bad_fraction=0.05))
-    missing = next(i for i in range(40) if module.train_source.where(i).endswith("dog/05.png"))
+    missing = {i for i in range(40) if module.train_source.where(i).endswith(("cat/02.jpg", "dog/05.png"))}
     with caplog.at_level(logging.WARNING, "sslzoo"):
         first = batches(module)
         module.position = 5
         batches(module)
     assert all(len(b.sample_id) == 8 for b in first)
     seen = torch.cat([b.sample_id for b in first]).tolist()
-    assert missing not in seen and seen.count(missing + 1) == 2
+    assert not missing & set(seen) and len(set(seen)) == 38
     assert module.unreadable == 2
-    assert sorted(r.getMessage().rpartition("/")[2] for r in caplog.records) == ["02.jpg", "05.png"]
+    named = sorted(r.getMessage().rpartition("/")[2] for r in caplog.records)
+    assert [name.partition(" (")[0] for name in named] == ["02.jpg", "05.png"]
+    assert all(name.endswith(")") for name in named), "no reason is given"
 
 
 def test_a_missing_file_counts_too_and_too_many_stop_the_run(photos: Path) -> None:
@@ -302,7 +311,7 @@ def rank_outcome(rank: int, world: int, module: SSLDataModule) -> str:
     own: set[int] = set()
     try:
         for raw in module.train_dataloader():
-            own |= set(raw.bad)
+            own |= {position for position, _ in raw.bad}
             module.on_after_batch_transfer(module.on_before_batch_transfer(raw, 0), 0)
             module.position += 1
     except RuntimeError as error:
@@ -320,11 +329,154 @@ def test_ranks_add_up_their_bad_images(photos: Path, fraction: float) -> None:
     assert all(("3 of 40" in o) == (fraction < 0.075) for o in outcomes)
 
 
+def ids_by_step(batches: Sequence[Batch], accumulate: int) -> list[list[int]]:
+    """The sample_ids of each global batch."""
+    ids = torch.cat([b.sample_id for b in batches])
+    return ids.view(-1, accumulate * len(batches[0].sample_id)).tolist()
+
+
+def break_a_block(root: Path, count: int) -> None:
+    """Neighbours in the order of files, as a full disk or a broken copy leaves them."""
+    for path in sorted((root / "train/cat").iterdir())[:count]:
+        path.write_bytes(b"")
+
+
+def rank_batches_of_files(rank: int, world: int, module: SSLDataModule) -> list[Any]:
+    """Of two epochs."""
+    found = rank_batches(rank, world, module)
+    module.position = module.plan.micro_batches_per_epoch
+    return found + rank_batches(rank, world, module)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_no_image_comes_into_a_batch_twice(photos: Path, accumulate: int) -> None:
+    """Whatever fails, on however many ranks, and after a resume: equal ones would be each other's negatives."""
+    break_a_block(photos, 14)
+
+    def module(world: int) -> SSLDataModule:
+        data = colour_data(root=photos, global_batch_size=4, max_bad_fraction=1.0)
+        return build(data, world=world, accumulate=accumulate)
+
+    alone = module(1)
+    whole: list[Batch] = []
+    for epoch in range(2):
+        alone.position = epoch * alone.plan.micro_batches_per_epoch
+        whole += batches(alone)
+    steps = ids_by_step(whole, accumulate)
+    assert len(steps) == 20 and all(len(set(ids)) == 4 for ids in steps)
+    for epoch in (steps[:10], steps[10:]):
+        assert len({i for ids in epoch for i in ids}) > 20, "few stand in for all"
+    if accumulate == 1:
+        per_rank = run_ranks(2, rank_batches_of_files, module(2))
+        for k, batch in enumerate(whole):
+            assert equal(batch, joined([Batch(*as_tensors(r[k])) for r in per_rank]))
+    resumed = module(1)
+    resumed.position = 5
+    for ours, theirs in zip(
+        batches(resumed), whole[5:], strict=False
+    ):  # it remembers nothing of what failed before
+        assert equal(ours, theirs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_failed_is_not_read_again(
+    photos: Path, workers: int, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    break_a_block(photos, 6)
+    diary = tmp_path_factory.mktemp("diary") / "asked"  # written to by workers too
+    ask = FileSource.read
+
+    def read(source: FileSource, sample_id: int) -> Tensor:
+        with diary.open("a") as file:
+            file.write(f"{source.split} {sample_id}\n")
+        return ask(source, sample_id)
+
+    monkeypatch.setattr(FileSource, "read", read)
+    data = colour_data(root=photos, global_batch_size=4, workers=workers, max_bad_fraction=1.0)
+    module = build(data, eval=replace(EVAL, resize=16))
+    loader = module.train_dataloader()
+    for epoch in range(3):
+        module.position = epoch * module.plan.micro_batches_per_epoch
+        for raw in loader:
+            module.finish(raw)
+    evaluated(module)
+    asked = diary.read_text().splitlines()
+    # Two workers may meet the same one at the same moment.
+    assert all(1 <= asked.count(f"train {i}") <= 1 + (workers > 0) for i in range(6))
+    assert asked.count("train 30") > 2 and module.unreadable == 6
+
+
+def test_with_one_step_an_epoch_nothing_can_stand_in(photos: Path) -> None:
+    break_a_block(photos, 1)
+    module = build(colour_data(root=photos, global_batch_size=40, max_bad_fraction=0.5))
+    with pytest.raises(
+        DataError, match=r"00\.jpg cannot be read, and with a single step an epoch .*=40 of 40 images"
+    ):
+        batches(module)
+
+
+def test_unreadable_images_survive_a_resume(photos: Path) -> None:
+    damage(photos)
+    first = build(colour_data(root=photos, global_batch_size=8, max_bad_fraction=0.05))
+    batches(first)
+    resumed = build(colour_data(root=photos, global_batch_size=8, max_bad_fraction=0.05))
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.unreadable == 2 and resumed.unreadable_by_source() == {"imagefolder/train": 2}
+    for name in ("cat/06.jpg", "cat/08.jpg"):
+        (photos / "train" / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"[34] of 40"):
+        batches(resumed)
+
+
+class Hanging(ImageSource):
+    """One image never comes."""
+
+    is_array = False
+
+    def __init__(self) -> None:
+        super().__init__("hanging", "train", 3, np.arange(40) % 2, ("cat", "dog"))
+
+    def __len__(self) -> int:
+        return 40
+
+    def _identity(self) -> bytes:
+        return b""
+
+    def read(self, sample_id: int) -> Tensor:
+        time.sleep(1000 * (sample_id == 17))
+        return torch.zeros(3, 16, 16, dtype=torch.uint8)
+
+
+@pytest.fixture
+def no_workers_left() -> Iterator[None]:
+    """They leave signals to a run, which kills them at its end; here there is none."""
+    yield
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+@pytest.mark.parametrize("which", ["training", "evaluation"])
+@pytest.mark.usefixtures("no_workers_left")
+def test_a_loader_that_gives_nothing_is_given_up(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # for a worker to leave
+    data = colour_data("fake", workers=2, timeout=0.5)
+    module = build(data, source=Hanging())
+    module._eval_sets = [
+        EvalSet(name="", split="train", num_classes=2, source=module.train_source, sample_id=torch.arange(40))
+    ]
+    loader = module.train_dataloader() if which == "training" else module.val_dataloader()[0]
+    with pytest.raises(
+        DataError,
+        match=r"no images of hanging/train came for 0\.5 s: process \d+ is reading hanging/train\[17\];",
+    ):
+        list(loader)
+
+
 def test_nothing_readable_at_all(photos: Path) -> None:
     module = build(colour_data(root=photos, max_bad_fraction=1.0))
     for path in (photos / "train").rglob("*.*"):
         path.unlink()
-    with pytest.raises(RuntimeError, match="no image"):
+    with pytest.raises(DataError, match="cannot be read, nor can any of the 3 that may stand in for it"):
         batches(module)
 
 
@@ -418,6 +570,28 @@ def test_unreadable_test_images_are_left_out(photos: Path) -> None:
     assert sum(len(b[0]) for b in evaluated(module)[1]) == 9
     with pytest.raises(RuntimeError, match="1 of 10 images"):
         evaluated(build(colour_data(root=photos), eval=config))
+
+
+def rank_evaluation(rank: int, world: int, module: SSLDataModule) -> str:
+    """What evaluation says at its end."""
+    try:
+        evaluated(module)
+        module.share_unreadable()
+    except DataError as error:
+        return str(error)
+    return str(module.unreadable_by_source())
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.2])
+def test_ranks_add_up_their_bad_images_in_evaluation(photos: Path, fraction: float) -> None:
+    for c in ("cat", "dog"):  # each rank has one of these classes
+        next((photos / "val" / c).iterdir()).write_bytes(b"")
+    data = colour_data(root=photos, max_bad_fraction=fraction)
+    outcomes = run_ranks(2, rank_evaluation, build(data, world=2, eval=replace(EVAL, resize=16)))
+    if fraction < 0.2:
+        assert all("2 of 10 images of imagefolder cannot be read" in o for o in outcomes)
+    else:
+        assert outcomes == ["{'imagefolder/train': 0, 'imagefolder/test': 2}"] * 2
 
 
 def test_mistakes_are_named(photos: Path) -> None:
