@@ -187,6 +187,6 @@ def published(pl_module: LightningModule, layer: str) -> Tensor:
     known = pl_module.published
     require(
         layer in known,
-        f"layer {layer!r} (see probe.layers) is not published: there are {', '.join(known) or 'none'}",
+        f"layer {layer!r} (see probe.layers) is not published; the method publishes {', '.join(known) or 'none'}",
     )
     return known[layer]
