@@ -5,6 +5,7 @@ Nothing is downloaded. For an empty folder or a wrong layout, a ``ValueError`` s
 
 from __future__ import annotations
 
+import logging
 import pickle
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -15,12 +16,14 @@ from numpy.typing import NDArray
 
 from sslzoo.data.disk import EXTENSIONS, class_folders, image_files, legible
 from sslzoo.data.idx import read_idx
-from sslzoo.data.sources import ArraySource, FileSource, ImageSource
+from sslzoo.data.sources import ArraySource, FileSource, ImageSource, JoinedImages
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.registry import plugin
 from sslzoo.recipe.sections import DataConfig, SourceConfig
 
 __all__ = ["ImageSource", "open_source"]
+
+log = logging.getLogger("sslzoo")
 
 
 def open_source(cfg: SourceConfig, channels: int = 0) -> ImageSource:
@@ -47,7 +50,28 @@ def open_source(cfg: SourceConfig, channels: int = 0) -> ImageSource:
             f"{cfg.dataset} has {source.channels} channel(s) but data.mean and data.std have {channels}; "
             f"give {source.channels} number(s) there and set backbone.in_channels={source.channels}"
         )
+    if source.labels is not None:
+        _check_labels(cfg, len(source), source.labels, source.num_classes)
+    complete = info.nominal_size(cfg.split, cfg.classes)
+    if complete is not None and len(source) != complete:
+        log.warning(
+            f"{cfg.dataset} split {cfg.split} in {cfg.root or 'the package'} is not complete: it has {len(source):,} "
+            f"of {complete:,} images"
+            if len(source) < complete
+            else f"{cfg.dataset} split {cfg.split} in {cfg.root} has {len(source):,} images instead of {complete:,}"
+        )
     return source
+
+
+def _check_labels(cfg: SourceConfig, images: int, labels: NDArray[Any], classes: int) -> None:
+    """``ValueError`` unless there is a label per image, each between 0 and the number of classes."""
+    where = f"{cfg.dataset} split {cfg.split} in {cfg.root}"
+    if len(labels) != images:
+        raise ValueError(f"{where} has {images:,} images but {len(labels):,} labels; download it again")
+    if images and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(
+            f"{where} has the labels {labels.min()} to {labels.max()}, but {classes} classes; download it again"
+        )
 
 
 def _wrong_layout(cfg: SourceConfig, problem: str) -> NoReturn:
@@ -77,7 +101,10 @@ def _class_order(cfg: SourceConfig, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _in_memory(
-    cfg: SourceConfig, images: NDArray[np.uint8], labels: NDArray[Any] | None, names: tuple[str, ...]
+    cfg: SourceConfig,
+    images: NDArray[np.uint8] | JoinedImages,
+    labels: NDArray[Any] | None,
+    names: tuple[str, ...],
 ) -> ArraySource:
     """An array source restricted to the classes that the recipe keeps."""
     if labels is None:
@@ -87,6 +114,7 @@ def _in_memory(
             )
         return ArraySource(cfg.dataset, cfg.split, images, None)
     labels = labels.astype(np.int64)
+    _check_labels(cfg, len(images), labels, len(names))
     kept = _class_order(cfg, names)
     if kept != names:
         new_label = np.full(len(names), -1, dtype=np.int64)
@@ -125,8 +153,31 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _unpickle(path: Path) -> dict[bytes, Any]:
-    with path.open("rb") as file:
-        return _ArraysOnly(file, encoding="bytes").load()
+    try:
+        with path.open("rb") as file:
+            content = _ArraysOnly(file, encoding="bytes").load()
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, whatever the bytes are
+        raise ValueError(f"{path} is damaged ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no file of CIFAR; download it again")
+    return content
+
+
+def _cifar_batch(path: Path, label_key: bytes) -> tuple[NDArray[np.uint8], list[int]]:
+    """Images (n, 3, 32, 32) and their labels."""
+    content = _unpickle(path)
+    data, labels = content.get(b"data"), content.get(label_key)
+    if (
+        not isinstance(data, np.ndarray)
+        or data.dtype != np.uint8
+        or data.shape[1:] != (3072,)
+        or not isinstance(labels, list)
+        or len(labels) != len(data)
+    ):
+        raise ValueError(f"{path} does not contain images of 32 px with a label each; download it again")
+    return data.reshape(-1, 3, 32, 32), labels
 
 
 def cifar10(cfg: SourceConfig, channels: int) -> ImageSource:
@@ -142,26 +193,27 @@ def _cifar(cfg: SourceConfig, *, ten: bool) -> ImageSource:
     parts = [f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"]
     if cfg.split == "test":
         parts = ["test_batch"] if ten else ["test"]
-    batches = [_unpickle(_found(cfg, f"{folder}/{part}", part)) for part in parts]
-    meta = _unpickle(
-        _found(cfg, *(f"{place}{'batches.meta' if ten else 'meta'}" for place in (f"{folder}/", "")))
-    )
-    names = tuple(name.decode() for name in meta[b"label_names" if ten else b"fine_label_names"])
-    images = np.concatenate([b[b"data"] for b in batches]).reshape(-1, 3, 32, 32)
-    labels = np.concatenate([b[b"labels" if ten else b"fine_labels"] for b in batches])
-    return _in_memory(cfg, images, labels, names)
+    label_key, name_key = (b"labels", b"label_names") if ten else (b"fine_labels", b"fine_label_names")
+    batches = [_cifar_batch(_found(cfg, f"{folder}/{part}", part), label_key) for part in parts]
+    meta = _found(cfg, *(f"{place}{'batches.meta' if ten else 'meta'}" for place in (f"{folder}/", "")))
+    try:
+        names = tuple(name.decode() for name in _unpickle(meta)[name_key])
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{meta} does not contain the names of the classes; download it again") from error
+    images = np.concatenate([images for images, _ in batches])
+    return _in_memory(cfg, images, np.concatenate([labels for _, labels in batches]), names)
 
 
 def stl10(cfg: SourceConfig, channels: int) -> ImageSource:
     def read(part: str) -> NDArray[np.uint8]:
         path = _found(cfg, f"stl10_binary/{part}_X.bin", f"{part}_X.bin")
-        if path.stat().st_size % (3 * 96 * 96):
-            _wrong_layout(cfg, f"{path} is truncated")
+        if path.stat().st_size == 0 or path.stat().st_size % (3 * 96 * 96):
+            raise ValueError(f"{path} is truncated; download it again")
         # Memory-mapped, because the unlabelled part has 2.8 GB. Images are stored column by column.
         return np.memmap(path, np.uint8, "r").reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2)
 
     if cfg.split == "train+unlabeled":
-        return _in_memory(cfg, np.concatenate([read("train"), read("unlabeled")]), None, ())
+        return _in_memory(cfg, JoinedImages(read("train"), read("unlabeled")), None, ())
     if cfg.split == "unlabeled":
         return _in_memory(cfg, read("unlabeled"), None, ())
     labels = np.fromfile(_found(cfg, f"stl10_binary/{cfg.split}_y.bin", f"{cfg.split}_y.bin"), np.uint8)
@@ -196,8 +248,13 @@ def tiny_imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
     table = folder / "val_annotations.txt"
     if not table.is_file():
         _wrong_layout(cfg, f"there is no {table}")
-    rows = [line.split("\t")[:2] for line in table.read_text().splitlines() if line]
-    rows = sorted((name, wnid) for name, wnid in rows if wnid in kept)
+    try:
+        lines = [line.split("\t") for line in table.read_text().splitlines() if line]
+        rows = sorted((name, wnid) for name, wnid, *_ in lines if wnid in kept)
+    except ValueError as error:  # a line without tab, or bytes that are no text
+        raise ValueError(
+            f"{table} is damaged: it must have lines of a file's name, a tab and its class; download it again"
+        ) from error
     if not rows:
         _wrong_layout(cfg, f"{table} names no image of the classes")
     labels = np.array([kept.index(wnid) for _, wnid in rows], dtype=np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,13 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
     Raises ``ValueError`` if the file is not an idx file of unsigned bytes, or is truncated.
     """
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is damaged ({error}); download it again") from error
+    if len(raw) < 4 or len(raw) < 4 + 4 * raw[3] or raw[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is not an idx file of unsigned bytes; download it again")
     start = 4 + 4 * raw[3]
     shape = tuple(np.frombuffer(raw[4:start], dtype=">u4").astype(int))

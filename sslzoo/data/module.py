@@ -269,6 +269,13 @@ class SSLDataModule(LightningDataModule):
                 f"splits {train.split!r} and {test.split!r} of {train.name} have different classes "
                 f"({train.num_classes} and {test.num_classes}); give both the same class folders"
             )
+        for source in (train, test):
+            require(
+                len(source) >= self.plan.world_size,
+                f"{source.name} split {source.split!r} has {len(source)} image(s) to evaluate, fewer than the "
+                f"{self.plan.world_size} processes; set trainer.devices={len(source)} or less",
+            )
+        check_knn(self.eval, len(train), train.name)
         return [
             EvalSet(
                 name=name,
@@ -365,6 +372,14 @@ class SSLDataModule(LightningDataModule):
         spread = (i * len(source) // n for i in range(n))
         chosen |= dict.fromkeys([*spread, *range(n)])
         return list(chosen)[:n]
+
+
+def check_knn(cfg: EvalConfig, samples: int, name: str) -> None:
+    """``ValueError`` if k-NN asks for more neighbours than the ``samples`` training images of a data set."""
+    require(
+        cfg.knn_k <= samples,
+        f"eval.knn_k={cfg.knn_k} exceeds the {samples} training images of {name}; lower eval.knn_k",
+    )
 
 
 def leave_signals_to_parent(worker: int) -> None:

@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,15 @@ from sslzoo.data.decoding import decode
 from sslzoo.data.disk import UnreadableImageError, legible, read_file
 from sslzoo.randomness import FAKE, hash64, key
 
-__all__ = ["ArraySource", "FakeSource", "FileSource", "ImageSource", "UnreadableImageError", "fake_source"]
+__all__ = [
+    "ArraySource",
+    "FakeSource",
+    "FileSource",
+    "ImageSource",
+    "JoinedImages",
+    "UnreadableImageError",
+    "fake_source",
+]
 
 
 class ImageSource(ABC):
@@ -68,6 +76,27 @@ class ImageSource(ABC):
         return f"{self.name}/{self.split}[{sample_id}]"
 
 
+class JoinedImages:
+    """Images (N, C, H, W) uint8 in two arrays of one size, which may be memory-mapped, as if they were one."""
+
+    def __init__(self, first: NDArray[np.uint8], second: NDArray[np.uint8]) -> None:
+        self._first, self._second = first, second
+        self.shape = (len(first) + len(second), *first.shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice | NDArray[Any]) -> NDArray[np.uint8]:
+        """Copies of the images at ``index``."""
+        chosen = np.arange(len(self))[index]
+        flat = chosen.reshape(-1)
+        images = np.empty((len(flat), *self.shape[1:]), dtype=np.uint8)
+        split = len(self._first)
+        images[flat < split] = self._first[flat[flat < split]]
+        images[flat >= split] = self._second[flat[flat >= split] - split]
+        return images.reshape(*chosen.shape, *self.shape[1:])
+
+
 class ArraySource(ImageSource):
     """Images (N, C, H, W) uint8 in memory or memory-mapped."""
 
@@ -77,12 +106,12 @@ class ArraySource(ImageSource):
         self,
         name: str,
         split: str,
-        images: NDArray[np.uint8],
+        images: NDArray[np.uint8] | JoinedImages,
         labels: NDArray[np.int64] | None,
         class_names: Sequence[str] = (),
     ) -> None:
         super().__init__(name, split, images.shape[1], labels, class_names)
-        self.images = images
+        self.images: Any = images  # indexed as an array
 
     def __len__(self) -> int:
         return len(self.images)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from sslzoo.checkpoints import latest
 from sslzoo.data.datasets import open_source
+from sslzoo.data.module import check_knn
 from sslzoo.data.sources import fake_source
 from sslzoo.evaluate.final import final_evaluation
 from sslzoo.exits import ExitCode
@@ -79,7 +80,7 @@ def build_rehearsal(recipe: Recipe, folder: Path, departure: Departure | None = 
 
 def known_of_data(recipe: Recipe) -> tuple[int, int]:
     """Number of images and of classes (0: no labels) in the training split: from the catalogue, otherwise from the
-    folder, and if that does not exist, a guess."""
+    folder, and if that does not exist, a guess. ``ValueError`` if the folder has too few for k-NN."""
     data, info = recipe.data, dataset_info(recipe.data.dataset)
     classes = (
         (len(data.class_names) or info.num_classes or UNKNOWN_CLASSES) if info.has_labels(data.split) else 0
@@ -91,6 +92,8 @@ def known_of_data(recipe: Recipe) -> tuple[int, int]:
         source = open_source(data)
     except ValueError:
         return info.sizes.get(data.split, data.global_batch_size), classes
+    if source.num_classes:
+        check_knn(recipe.eval, len(source), source.name)
     return len(source), source.num_classes
 
 

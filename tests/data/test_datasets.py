@@ -15,7 +15,7 @@ from PIL import Image
 
 from sslzoo.data.datasets import open_source
 from sslzoo.data.idx import read_idx
-from sslzoo.data.sources import ArraySource, FileSource, UnreadableImageError, fake_source
+from sslzoo.data.sources import ArraySource, FileSource, JoinedImages, UnreadableImageError, fake_source
 from sslzoo.recipe.catalog import DATASETS, dataset_info
 from sslzoo.recipe.class_lists import CLASS_LISTS
 from sslzoo.recipe.registry import plugin
@@ -134,7 +134,7 @@ def test_cifar10(tmp_path: Path) -> None:
     kept = opened("cifar10", tmp_path, classes=("c3", "c1"))
     assert isinstance(kept, ArraySource) and kept.labels is not None
     assert kept.labels.tolist() == [1, 1, 0, 0] and kept.class_names == ("c3", "c1")
-    assert np.array_equal(kept.images, train.images[[1, 2, 5, 6]])
+    assert np.array_equal(kept.images, train.images[np.array([1, 2, 5, 6])])
     with pytest.raises(ValueError, match="'dog'"):
         opened("cifar10", tmp_path, classes=("dog",))
 
@@ -146,6 +146,72 @@ def test_cifar100(tmp_path: Path) -> None:
     source = opened("cifar100", tmp_path)
     assert source.labels is not None
     assert source.labels.tolist() == [99, 0, 1, 2] and source.num_classes == 100
+
+
+def damaged(content: bytes) -> list[bytes]:
+    """Empty, truncated, a web page, and with one byte changed."""
+    return [b"", content[: len(content) // 2], b"<html>not found</html>", b"\x80\x7f" + content[2:]]
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "batches.meta"])
+def test_damaged_cifar_is_named(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    for i in range(5):
+        cifar_batch(folder / f"data_batch_{i + 1}", noise(2, 3072), [i, i + 1], b"labels")
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"c%d" % i for i in range(10)]}, 2))
+    whole = (folder / name).read_bytes()
+    others = [
+        pickle.dumps(x) for x in ([], {}, {b"data": noise(2, 30), b"labels": [1, 2]}, {b"label_names": 3})
+    ]
+    for content in (*damaged(whole), *others):
+        (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} .*download it again"):
+            opened("cifar10", tmp_path)
+    (folder / name).write_bytes(whole)
+    cifar_batch(folder / "data_batch_3", noise(2, 3072), [1], b"labels")
+    with pytest.raises(ValueError, match="data_batch_3 does not contain images of 32 px with a label each"):
+        opened("cifar10", tmp_path)
+    cifar_batch(folder / "data_batch_3", noise(2, 3072), [1, 10], b"labels")
+    with pytest.raises(ValueError, match="has the labels 0 to 10, but 10 classes"):
+        opened("cifar10", tmp_path)
+
+
+def test_damaged_idx_files_are_named(tmp_path: Path) -> None:
+    images, labels = tmp_path / "train-images-idx3-ubyte.gz", tmp_path / "train-labels-idx1-ubyte.gz"
+    write_idx(images, noise(6, 28, 28))
+    write_idx(labels, np.arange(6, dtype=np.uint8))
+    whole = labels.read_bytes()
+    for content in (*damaged(whole), gzip.compress(b"\0\0\x08\x03")):
+        labels.write_bytes(content)
+        with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte\.gz .*download it again"):
+            opened("fashion_mnist", tmp_path)
+    write_idx(labels, np.arange(5, dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"has 6 images but 5 labels; download it again"):
+        opened("fashion_mnist", tmp_path)
+
+
+def test_damaged_stl10_is_named(tmp_path: Path) -> None:
+    for content in (b"", noise(3, 96, 96).tobytes()[:-1]):
+        (tmp_path / "train_X.bin").write_bytes(content)
+        (tmp_path / "train_y.bin").write_bytes(b"\1")
+        with pytest.raises(ValueError, match=r"train_X\.bin is truncated; download it again"):
+            opened("stl10", tmp_path)
+    noise(2, 3, 96, 96).tofile(tmp_path / "train_X.bin")
+    with pytest.raises(ValueError, match="2 images but 1 labels"):
+        opened("stl10", tmp_path)
+
+
+def test_incomplete_data_get_a_warning_with_both_numbers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_idx(tmp_path / "train-images-idx3-ubyte", noise(6, 28, 28))
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.arange(6, dtype=np.uint8))
+    opened("fashion_mnist", tmp_path)
+    assert "is not complete: it has 6 of 60,000 images" in caplog.text
+    caplog.clear()
+    opened("fashion_mnist", tmp_path, classes=("Bag",))
+    opened("fashion_mnist_12k")
+    assert not caplog.text
 
 
 def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
@@ -178,7 +244,11 @@ def test_stl10(tmp_path: Path) -> None:
     assert opened("stl10", tmp_path, "unlabeled").labels is None
     both = opened("stl10", tmp_path, "train+unlabeled")
     assert len(both) == 7 and both.labels is None
+    assert isinstance(both, ArraySource) and isinstance(both.images, JoinedImages), "read into memory"
+    joined = np.concatenate([parts["train"], parts["unlabeled"]])
     assert np.array_equal(both.read(5).numpy(), parts["unlabeled"][2])
+    assert np.array_equal(both.batch(torch.tensor([6, 0, 3, 2, 0])).numpy(), joined[[6, 0, 3, 2, 0]])
+    assert both.fingerprint == ArraySource("stl10", "train+unlabeled", joined, None).fingerprint
     with pytest.raises(ValueError, match="no labels"):
         opened("stl10", tmp_path, "unlabeled", classes=("cat",))
     with pytest.raises(ValueError, match=r"splits unlabeled, train\+unlabeled, train, test"):
@@ -199,6 +269,10 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     assert train.class_names == test.class_names == ("n01", "n02")
     assert train.labels.tolist() == [0, 0, 1, 1] and test.labels.tolist() == [1, 0]
     assert abs(int(train.read(0)[0, 5, 5]) - 100) < 4 and int(test.read(0)[0, 5, 5]) < 4
+    for content in (b"val_0.JPEG n02\n", b"\xff\xfe\n"):
+        (root / "val/val_annotations.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"val_annotations\.txt is damaged.*download it again"):
+            opened("tiny_imagenet", root, "test")
     (root / "val/val_annotations.txt").unlink()
     with pytest.raises(ValueError, match="val_annotations"):
         opened("tiny_imagenet", tmp_path, "test")

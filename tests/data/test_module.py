@@ -572,6 +572,16 @@ def test_unreadable_test_images_are_left_out(photos: Path) -> None:
         evaluated(build(colour_data(root=photos), eval=config))
 
 
+def test_too_few_images_to_evaluate_are_refused(photos: Path) -> None:
+    with pytest.raises(ValueError, match=r"eval\.knn_k=41 exceeds the 40 training images of imagefolder"):
+        build(colour_data(root=photos), eval=replace(EVAL, knn_k=41)).eval_sets()
+    few = build(colour_data(root=photos, global_batch_size=11), world=11)
+    with pytest.raises(
+        ValueError, match=r"'test' has 10 image\(s\) to evaluate, fewer than the 11 processes"
+    ):
+        few.eval_sets()
+
+
 def rank_evaluation(rank: int, world: int, module: SSLDataModule) -> str:
     """What evaluation says at its end."""
     try:

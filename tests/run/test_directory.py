@@ -348,7 +348,7 @@ def test_an_empty_manifest_is_refused_in_one_line(content: str, folder: Path, tm
 
 
 def test_a_device_that_is_not_there_is_refused_in_one_line(folder: Path) -> None:
-    command = shell(folder, "fit", "--recipe", "tiny.yaml", "--out", "gpu", "trainer.accelerator=gpu")
+    command = fork(folder, "fit", "--recipe", "tiny.yaml", "--out", "gpu", "trainer.accelerator=gpu")
     _one_error(command, ExitCode.USAGE, "accelerator")
     assert not (folder / "gpu").exists()
 

@@ -64,3 +64,12 @@ def test_a_stopped_worker_ends_the_run(tmp_path: Path) -> None:
     assert "sslzoo fit: no images of imagefolder/" in command.err and "came for 1 s: " in command.err
     assert "Traceback" not in command.err and "--resume auto" in command.last
     assert manifest(run)["error"]["kind"] == "DataError"
+
+
+def test_more_neighbours_than_images_are_refused_before_the_run(tmp_path: Path) -> None:
+    images = write_pictures(tmp_path / "pictures")
+    recipe = write_recipe(tmp_path)
+    for more in ([], ["--dry-run"]):
+        command = fork(tmp_path, "fit", "--recipe", recipe, *more, *images, "eval.knn_k=49")
+        assert command.wait() == 2
+        assert "eval.knn_k=49 exceeds the 48 training images of imagefolder" in command.last, command.said
