@@ -169,9 +169,7 @@ class DataConfig(SourceConfig):
     std: tuple[float, ...]
     workers: int = 0  # processes per device that decode image files; images in memory need none
     max_bad_fraction: float = 0.01  # the run stops if a larger fraction of the images is unreadable
-    timeout: float = (
-        300  # seconds without a batch from the workers, in training or evaluation, that stop the run
-    )
+    timeout: float = 300.0  # seconds without a batch from the workers that stop the run, also in evaluation
 
     def __post_init__(self) -> None:
         super().__post_init__()
