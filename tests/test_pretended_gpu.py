@@ -57,13 +57,15 @@ def test_a_gpu_would_refuse_nothing(recipe, world, tmp_path):
     assert new.broken() == []
     assert len(_sums(tmp_path, UNFINISHED)) == world
     assert _sums(tmp_path, UNFINISHED)[0] != []
-    assert new.moments[Moment("save", UNFINISHED)].collectives == {"all_gather": 1}
+    # The ranks share their unreadable images, of the training and of the test files, when they save.
+    shared = {"all_reduce": 2} if recipe == "sce_in1k_multicrop" else {}
+    assert new.moments[Moment("save", UNFINISHED)].collectives == {"all_gather": 1} | shared
 
     train(resumed, job, tmp_path)
     assert resumed.broken() == []
     assert [at.step for at in resumed.moments if at.phase == "step"] == list(range(UNFINISHED, STEPS))
     for step, collectives in ((4, {}), (STEPS - 1, {"all_gather": 1}), (STEPS, {})):
-        assert resumed.moments[Moment("save", step)].collectives == collectives
+        assert resumed.moments[Moment("save", step)].collectives == collectives | shared
     assert _sums(tmp_path, STEPS) == [[]] * world
     for phase, step in (("step", 5), ("callbacks after", 5), ("validation", STEPS), ("evaluation", STEPS)):
         assert sum(resumed.moments[Moment(phase, step)].collective_bytes.values()) > 0

@@ -156,7 +156,7 @@ def test_the_log_says_on_what_and_for_how_long(caplog: pytest.LogCaptureFixture)
 def test_an_unknown_layer_names_those_there_are() -> None:
     method = Tiny(MethodConfig(name="tiny"), nn.Identity(), 6)
     method.publish(backbone=torch.zeros(1, 6))
-    with pytest.raises(ValueError, match="there are backbone"):
+    with pytest.raises(ValueError, match="publishes backbone"):
         published(method, "projector")
 
 
