@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -78,6 +78,12 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     by_lower = {other.lower(): other for other in known}
     match = get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
     return by_lower[match[0]] if match else ""
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first ``most`` of ``names`` as text, and how many more there are; ``none`` without any."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "none"
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -1,4 +1,4 @@
-"""An encoder so small that a run costs next to nothing."""
+"""An encoder so small that a run costs next to nothing, and which an export can load: it needs nothing of sslzoo."""
 
 from __future__ import annotations
 

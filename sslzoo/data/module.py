@@ -107,16 +107,16 @@ class SSLDataModule(LightningDataModule):
         self._bad: dict[int, BadImages] = {}
         self._readers: dict[int, ImageReader] = {}
 
-    # -- what others ask for ------------------------------------------------------------------
+    # -- properties of the data ---------------------------------------------------------------
 
     @property
     def num_classes(self) -> int:
-        """Of the training data; 0 without labels."""
+        """Number of classes of the training data; 0 without labels."""
         return self.train_source.num_classes
 
     @property
     def fingerprint(self) -> str:
-        """Of the training data: state kept per sample belongs to it."""
+        """Fingerprint of the training data, to which state per sample belongs."""
         return self.train_source.fingerprint
 
     @property
@@ -133,24 +133,29 @@ class SSLDataModule(LightningDataModule):
         return counts
 
     def share_unreadable(self) -> None:
-        """Each rank met its share; together they met all. Collective. ``DataError`` on all ranks where that is more
-        than ``data.max_bad_fraction`` of a source."""
+        """Combine the unreadable images of all ranks, each of which has seen only its share. Collective.
+
+        Raises ``DataError`` on all ranks if they are more than ``data.max_bad_fraction`` of a source.
+        """
         if world_size() == 1:
-            return  # checked when they were met
+            return  # checked as they were met
         evaluated = [s.source for s in self.eval_sets()]
         for source in {id(source): source for source in (self.train_source, *evaluated)}.values():
-            if not isinstance(source, ArraySource):
-                bad = self._bad_of(source)
-                seen = bad.seen.to(self._device, torch.uint8)
-                dist.all_reduce(seen, dist.ReduceOp.MAX)
-                bad.seen = seen.bool().cpu()
-                bad.check()
+            self._shared(source).check()
+
+    def _shared(self, source: ImageSource) -> BadImages:
+        """The unreadable images of ``source`` on any rank. Collective."""
+        bad = self._bad_of(source)
+        if world_size() > 1 and not isinstance(source, ArraySource):
+            seen = bad.seen.to(self._device, torch.uint8)
+            dist.all_reduce(seen, dist.ReduceOp.MAX)
+            bad.seen = seen.bool().cpu()
+        return bad
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, from which the order of samples and all random numbers follow, whose images they were, and
-        which of them were unreadable. Collective."""
-        self.share_unreadable()
-        bad = self._bad_of(self.train_source).seen.nonzero()[:, 0].tolist()
+        """The position, which determines the order of samples and all random numbers, the fingerprint of the images,
+        and which of them were unreadable. Collective. Too many of those do not stop a save: the epoch's end does."""
+        bad = self._shared(self.train_source).seen.nonzero()[:, 0].tolist()
         return {"position": self.position, "fingerprint": self.fingerprint, "unreadable": bad}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -231,8 +236,8 @@ class SSLDataModule(LightningDataModule):
     def eval_sets(self) -> list[EvalSet]:
         """Train and test set of the training data, if labelled, then of every entry of ``probe.data``.
 
-        Raises ``ValueError`` where evaluation has not what it needs: labels, the same classes, images that are large
-        enough, names that tell the sets apart.
+        Raises ``ValueError`` if labels are missing, the classes of train and test set differ, images are too small, or
+        two data sets have the same name.
         """
         if self._eval_sets is None:
             sets: list[EvalSet] = []
@@ -383,8 +388,8 @@ def check_knn(cfg: EvalConfig, samples: int, name: str) -> None:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """A scheduler signals the whole group of processes: a worker that died of it would take its run along before
-    the run could save. Workers end when their parent tells them to, or is gone."""
+    """Ignore the signals that a scheduler sends to the whole process group: the death of a worker would end the run
+    before it could save. Workers end when their parent tells them to or is gone."""
     for number in (*LEAVE_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

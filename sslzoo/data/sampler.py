@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from sslzoo.randomness import STAND_IN, epoch_order, hash64, key
 from sslzoo.recipe.plan import TrainingPlan
 
-Item = tuple[int, int]  # (epoch, sample_id): workers need no other word of the epoch
+Item = tuple[int, int]  # (epoch, sample_id): workers learn the epoch from it
 
 
 class GlobalBatchSampler(Sampler[list[Item]]):

@@ -36,8 +36,8 @@ def extract(
     """Run every batch of ``loader`` through every encoder. Modules among them must be in evaluation mode. Collective:
     the ranks add up their unreadable images, and ``DataError`` says so where these are too many.
 
-    ``loader`` is the DataModule's validation loader ``dataloader_idx``, and the batches take the DataModule's
-    own way to the device: they are what validation shows.
+    ``loader`` is the DataModule's validation loader ``dataloader_idx``, and batches are
+    transferred by the DataModule, so they equal those of validation.
     """
     features: dict[str, list[Tensor]] = {name: [] for name in encoders}
     labels: list[Tensor] = []

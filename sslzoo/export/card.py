@@ -36,9 +36,9 @@ def _lines(form: Format, verified: Verified | None) -> Iterator[str]:
     unverified = "not verified yet; `sslzoo export RUN --format safetensors` does that"
     sentence = unverified if verified is None else verified.sentence
     yield f"{sentence[0].upper()}{sentence[1:]}."
-    yield from ["", "## What it is", "", "| | |", "|---|---|"]
+    yield from ["", "## Details", "", "| | |", "|---|---|"]
     yield from (f"| {name} | {value} |" for name, value in _facts(form, recipe))
-    yield from ["", "## What its features are worth", ""]
+    yield from ["", "## Evaluation", ""]
     yield from _results(about.results)
     yield from ["", "## Recipe", "", "```yaml", about.recipe.rstrip(), "```"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sslzoo.checkpoints import checkpoints, load_checkpoint, newest_sound
-from sslzoo.checks import require
+from sslzoo.checks import listed, require
 from sslzoo.exits import ExitCode
 from sslzoo.export.about import KEY, About
 from sslzoo.nn.backbones import build_backbone
@@ -23,7 +23,6 @@ from sslzoo.recipe.sections import BackboneConfig
 
 SUFFIX = ".safetensors"
 EXPORTED = Path("exported") / "backbone.safetensors"  # in the directory of a finished run
-SHOWN = 3  # number of names of weights listed in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +49,24 @@ def read_encoder(path: Path, *, recipe: str | None = None, with_projector: bool 
     Raises ``ValueError`` with a one-line message if path, recipe or weights are invalid.
     """
     require(path.exists(), f"{path}: there is no such run directory, checkpoint or export")
-    file = _newest(path) if path.is_dir() else path
+    file = newest_weights(path) if path.is_dir() else path
     with torch.random.fork_rng(devices=[]):  # the random initial weights are overwritten
         if file.suffix == SUFFIX:
             return _from_export(file, recipe, with_projector=with_projector)
         return _from_checkpoint(file, recipe, with_projector=with_projector)
 
 
-def _newest(run: Path) -> Path:
+def newest_weights(run: Path) -> Path:
+    """The newest intact checkpoint of a run directory or its ``checkpoints`` folder, or else its exported encoder.
+
+    Raises ``ValueError`` if there is neither, and :class:`sslzoo.checkpoints.CheckpointError` if all are damaged.
+    """
     folder = run if run.name == "checkpoints" else run / "checkpoints"
-    found = newest_sound(folder)
-    if found is None and (run / EXPORTED).is_file():
+    newest = newest_sound(folder)
+    if newest is None and (run / EXPORTED).is_file():
         return run / EXPORTED
-    require(found is not None, f"{run}: there is no checkpoint in {folder}")
-    return cast(Path, found)
+    require(newest is not None, f"{run}: there is no checkpoint in {folder}")
+    return cast(Path, newest)
 
 
 # -- checkpoints --------------------------------------------------------------------------------
@@ -159,18 +162,13 @@ def _fit(part: nn.Module, state: Mapping[str, Tensor], *, what: str, cfg: Backbo
             if name in state and own[name].shape != state[name].shape
         ],
     }
-    listed = [f"{fault} {_listed(names)}" for fault, names in faults.items() if names]
+    found = [f"{fault} {listed(names)}" for fault, names in faults.items() if names]
     require(
-        not listed,
-        f"{what} is not that of {cfg.name} with stem {cfg.stem}: {'; '.join(listed)}; give the recipe of its run with "
+        not found,
+        f"{what} is not that of {cfg.name} with stem {cfg.stem}: {'; '.join(found)}; give the recipe of its run with "
         "--recipe",
     )
     part.load_state_dict(dict(state))
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 # -- exports ------------------------------------------------------------------------------------
@@ -188,7 +186,7 @@ def read_export(file: Path) -> tuple[About, dict[str, Tensor]]:
             carried = (opened.metadata() or {}).get(KEY)
             require(
                 carried is not None,
-                f"{file} is no export of sslzoo's in its own names; give backbone.safetensors of an exported folder",
+                f"{file} is not a safetensors export of sslzoo; give the backbone.safetensors that fit or export wrote",
             )
             about = About.from_json(cast(str, carried))
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

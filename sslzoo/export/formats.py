@@ -207,7 +207,7 @@ def format_of(name: str, encoder: Encoder) -> Format:
 def _refusal(encoder: Encoder, layout: Layout | None, library: str) -> str:
     cfg = encoder.about.backbone
     if encoder.projector is not None:
-        return f"{library}'s models have no place for a projector"
+        return f"{library}'s models cannot include a projector"
     if layout is not None:
         return ""
     stem = "" if cfg.stem == "imagenet" else f" with stem {cfg.stem}"
@@ -299,6 +299,6 @@ def _layer(layer: nn.Module) -> str:
     kind = type(layer)
     require(
         getattr(torch.nn, kind.__name__, None) is kind and not list(layer.children()),
-        f"{kind.__name__} is no layer of torch's own; leave out --with-projector",
+        f"{kind.__name__} is not one of torch's layers; leave out --with-projector",
     )
     return f"torch.nn.{layer!r}"

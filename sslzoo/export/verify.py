@@ -103,7 +103,7 @@ def verify(form: Format, folder: Path) -> Verified:
     difference = _difference(expected, found)
     if not difference <= form.tolerance:
         raise VerificationError(
-            f"{form.file} gives other features: they differ by {difference:.1e} of the largest feature, more than "
+            f"{form.file} gives different features: they differ by {difference:.1e} of the largest feature, more than "
             f"{form.tolerance:.0e}"
         )
     return Verified(

@@ -17,12 +17,11 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
-from sslzoo.checks import require
+from sslzoo.checks import listed, require
 from sslzoo.recipe.sections import PRETRAINED, BackboneConfig
 
 log = logging.getLogger(__name__)
 
-SHOWN = 3  # names that a message lists
 HEADS = ("fc.", "classifier.", "heads.", "head.")  # classifiers, which an encoder does not have
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DDP and torch.compile add to every name
 
@@ -70,7 +69,7 @@ def _of_timm(cfg: BackboneConfig) -> Path:
     if own is not None and isinstance(own.url, str) and own.url:
         return _in_torch_hub(own.url)
     having = timm.list_models(f"{name.split('.')[0]}.*", pretrained=True)
-    others = f"; there are weights for {', '.join(f'timm/{n}' for n in having[:SHOWN])}" if having else ""
+    others = f"; there are weights for {listed([f'timm/{n}' for n in having])}" if having else ""
     raise ValueError(f"backbone.weights: timm has no weights for {name}{others}; leave backbone.weights out")
 
 
@@ -158,8 +157,8 @@ def load_file(model: nn.Module, path: Path, cfg: BackboneConfig) -> None:
     missing = [name for name in own if name not in state and not name.endswith(count)]
     require(
         not missing,
-        f"backbone.weights: {path} lacks {len(missing)} of the {len(own)} tensors of {cfg.name}: {_listed(missing)} "
-        f"(it has {_listed(list(state))}); set backbone as it was when the file was made",
+        f"backbone.weights: {path} lacks {len(missing)} of the {len(own)} tensors of {cfg.name}: {listed(missing)} "
+        f"(it has {listed(list(state))}); set backbone as it was when the file was made",
     )
     taken = {name: _adapted(state[name], own[name], cfg) for name in own if name in state}
     wrong = [
@@ -170,7 +169,7 @@ def load_file(model: nn.Module, path: Path, cfg: BackboneConfig) -> None:
     require(
         not wrong,
         f"backbone.weights: {path} has different shapes from {cfg.name} with stem {cfg.stem} and in_channels "
-        f"{cfg.in_channels}: {_listed(wrong)}; set backbone as it was when the file was made",
+        f"{cfg.in_channels}: {listed(wrong)}; set backbone as it was when the file was made",
     )
     model.load_state_dict(own | taken)
     _say_left_out(path, [name for name in state if name not in own])
@@ -183,13 +182,8 @@ def _say_left_out(path: Path, names: list[str]) -> None:
             logging.INFO if heads else logging.WARNING,
             "backbone.weights: tensors in %s that the encoder does not have were ignored: %s",
             path,
-            _listed(names),
+            listed(names),
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more if names else "none"
 
 
 def _adapted(value: Tensor, own: Tensor, cfg: BackboneConfig) -> Tensor:

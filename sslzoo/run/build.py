@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -24,12 +24,12 @@ from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.callbacks.watch import Watch
-from sslzoo.checkpoints import load_checkpoint, newest_sound
+from sslzoo.checkpoints import load_checkpoint
 from sslzoo.checks import require
 from sslzoo.data.datasets import ImageSource, open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.evaluate.figures import Measured
-from sslzoo.export.encoder import EXPORTED, SUFFIX, read_export
+from sslzoo.export.encoder import SUFFIX, newest_weights, read_export
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.nn.per_sample import tables_of
 from sslzoo.recipe.load import to_yaml
@@ -276,12 +276,7 @@ def load_weights(method: SSLMethod[Any], path: Path) -> None:
     Raises ``ValueError`` if the backbone does not match.
     """
     if path.is_dir():
-        folder = path if path.name == "checkpoints" else path / "checkpoints"
-        newest = newest_sound(folder)
-        if newest is None and (path / EXPORTED).is_file():
-            newest = path / EXPORTED
-        require(newest is not None, f"--init-from {path}: there is no checkpoint in {folder}")
-        path = cast(Path, newest)
+        path = newest_weights(path)
     if path.suffix == SUFFIX:
         _load_backbone(method, read_export(path)[1], path)
         return

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslzoo.batch import Batch
 from sslzoo.checkpoints import latest, load_checkpoint
-from sslzoo.checks import ConfigError
+from sslzoo.checks import ConfigError, listed
 from sslzoo.method import SSLMethod
 from sslzoo.nn.per_sample import tables_of
 from sslzoo.nn.queue import FeatureQueue
@@ -81,11 +81,6 @@ def _built(recipe: Recipe) -> tuple[SSLMethod[Any], Batch]:
     return built.method, built.data.example_batch(N)
 
 
-def _listed(names: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _placed(recipe: Recipe, *, world: int = 1, **trainer: Any) -> Recipe:
     """``recipe`` on ``world`` processes, with further trainer settings."""
     return replace(recipe, trainer=recipe.trainer | {"devices": world} | trainer)
@@ -114,7 +109,7 @@ def publishes(recipe: Recipe, folder: Path) -> str:
     published = method.published
     _expect(
         "backbone" in published,
-        f"loss publishes {_listed(list(published)) or 'nothing'}",
+        f"loss publishes {listed(list(published)) if published else 'nothing'}",
         "call self.publish(backbone=h) once, where h is the backbone's output for one view",
     )
     wrong = [
@@ -123,7 +118,7 @@ def publishes(recipe: Recipe, folder: Path) -> str:
         if layer.ndim != 2 or len(layer) != N
     ]
     _expect(
-        not wrong, f"loss publishes {_listed(wrong)} for {N} images", "publish features (N, F) of one view"
+        not wrong, f"loss publishes {listed(wrong)} for {N} images", "publish features (N, F) of one view"
     )
     width = published["backbone"].shape[1]
     _expect(
@@ -133,7 +128,7 @@ def publishes(recipe: Recipe, folder: Path) -> str:
     )
     _check_layers(method, published)
     misnamed = [name for name in (*method.recorded, *method.settings) if not name.startswith("method/")]
-    _expect(not misnamed, f"recorded as {_listed(misnamed)}", "begin the names of measurements with method/")
+    _expect(not misnamed, f"recorded as {listed(misnamed)}", "begin the names of measurements with method/")
     return ""
 
 
@@ -141,7 +136,7 @@ def _check_layers(method: SSLMethod[Any], layers: dict[str, Tensor]) -> None:
     names, declared = sorted(layers), sorted(method.cfg.published_layers)
     _expect(
         names == declared,
-        f"the published layers are {_listed(names)}, but the config declares {_listed(declared)}",
+        f"the published layers are {listed(names)}, but the config declares {listed(declared)}",
         "list in the config's published_layers what loss publishes and features returns",
     )
 
@@ -159,11 +154,11 @@ def evaluates(recipe: Recipe, folder: Path) -> str:
         whole, part = method.features(view), method.features(view[:2])
     _check_layers(method, whole)
     changed = [name for name, value in method.state_dict().items() if not torch.equal(value, before[name])]
-    _expect(not changed, f"features changes {_listed(changed)}", "change state only in loss or after_step")
+    _expect(not changed, f"features changes {listed(changed)}", "change state only in loss or after_step")
     other = [name for name in whole if not torch.allclose(whole[name][:2], part[name], rtol=1e-3, atol=1e-5)]
     _expect(
         not other,
-        f"{_listed(other)} of two images differ when they are part of a batch of {N}",
+        f"{listed(other)} of two images differ when they are part of a batch of {N}",
         "compute the features of an image from that image only; module.eval() is called before",
     )
     return ""
@@ -212,7 +207,7 @@ def bears_bf16(recipe: Recipe, folder: Path) -> str:
     _expect(bool(loss.isfinite()), f"the loss is {loss.item()}, but {expected:.4g} in float32", advice)
     _expect(loss.dtype == torch.float32, f"the loss is {loss.dtype}", advice)
     spoilt = [n for n, p in half.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    _expect(not spoilt, f"the gradient of {_listed(spoilt)} is not finite", advice)
+    _expect(not spoilt, f"the gradient of {listed(spoilt)} is not finite", advice)
     # bf16 has 8 bits of precision: features have errors of about 1 %, which a sharp loss amplifies.
     close = torch.allclose(loss, expected, rtol=0.1, atol=0.1)
     _expect(close, f"the loss is {loss:.4g}, but {expected:.4g} in float32", advice)
@@ -233,7 +228,7 @@ def reaches_parameters(recipe: Recipe, folder: Path) -> str:
     missed = [name for name in names if name not in reached]
     _expect(
         not missed,
-        f"no gradient reaches {_listed(missed)}",
+        f"no gradient reaches {listed(missed)}",
         "use it in the loss, or call requires_grad_(False), because DDP waits for all gradients",
     )
     return ""
@@ -253,7 +248,7 @@ def is_seeded(recipe: Recipe, folder: Path) -> str:
     for state, other in zip(*(course.states for course in courses), strict=True):
         differ = [name for name in state if not _equal(state[name], other[name])]
         when = "two builds give" if state is courses[0].states[0] else "two trainings give"
-        _expect(not differ, f"{when} different values of {_listed(differ)}", advice)
+        _expect(not differ, f"{when} different values of {listed(differ)}", advice)
     losses, others = (torch.stack(course.losses) for course in courses)
     _expect(_equal(losses, others), "two trainings record different losses", advice)
     return ""
@@ -335,7 +330,7 @@ def _compare(says: str, one: Course, parts: Sequence[Course]) -> None:
             ]
             _expect(
                 not differ,
-                f"{says} after step {step + 1} rank {rank} has different values of {_listed(differ)}",
+                f"{says} after step {step + 1} rank {rank} has different values of {listed(differ)}",
                 "update state on every rank from the rows of all ranks: gather_detached from sslzoo.distributed",
             )
 
@@ -402,7 +397,7 @@ def accumulates(recipe: Recipe, folder: Path) -> str:
     ]
     _expect(
         not early,
-        f"{_listed(early)} changes in the middle of a step",
+        f"{listed(early)} changes in the middle of a step",
         "change it in after_step, from what loss has collected, or refuse trainer.accumulate_grad_batches",
     )
     trained = [name for name, p in method.named_parameters() if p.requires_grad]
@@ -458,13 +453,13 @@ def _check_skipped(course: Course, accumulate: int) -> None:
     changed = [name for name, value in before.items() if not _equal(value, after[name])]
     _expect(
         not changed,
-        f"in fp16 the skipped step changes {_listed(changed)}",
+        f"in fp16 the skipped step changes {listed(changed)}",
         "change it in after_step, which is not called for skipped steps",
     )
     spoilt = _spoilt(before, course.states[-1])
     _expect(
         not spoilt,
-        f"in fp16 {_listed(spoilt)} is not finite after later steps",
+        f"in fp16 {listed(spoilt)} is not finite after later steps",
         "drop in after_skipped_step what loss has collected for after_step",
     )
 
@@ -484,7 +479,7 @@ def _check_ended(method: SSLMethod[Any], course: Course, folder: Path) -> None:
     spoilt = [name for name in _spoilt(before, after) if queues and name.startswith(queues)]
     _expect(
         not (changed or spoilt),
-        f"in float32 {_listed([*changed, *spoilt])} stores non-finite values",
+        f"in float32 {listed([*changed, *spoilt])} stores non-finite values",
         "write rows with PerSampleTable.write or FeatureQueue.push, which skip those",
     )
     newest = latest(folder / "checkpoints")
@@ -493,7 +488,7 @@ def _check_ended(method: SSLMethod[Any], course: Course, folder: Path) -> None:
     lost = _spoilt(before, load_checkpoint(newest)["state_dict"])
     _expect(
         newest.name == f"step={_BAD:09d}.ckpt" and not lost,
-        f"the newest checkpoint, {newest.name}, has non-finite values of {_listed(lost)}",
+        f"the newest checkpoint, {newest.name}, has non-finite values of {listed(lost)}",
         "change state only in loss or after_step",
     )
 
@@ -527,7 +522,7 @@ def resumes(recipe: Recipe, folder: Path) -> str:
     differ += [] if killed.metrics == undisturbed.metrics else ["metrics.csv"]
     _expect(
         not differ,
-        f"the resumed run ends with different values of {_listed(differ)}",
+        f"the resumed run ends with different values of {listed(differ)}",
         "keep state that loss needs in buffers, parameters or on_save_checkpoint, and draw random numbers by "
         "self.step",
     )
@@ -551,14 +546,14 @@ def suits_a_gpu(recipe: Recipe, folder: Path) -> str:
             places = gpu.places(kind)
             _expect(
                 not places,
-                f"{what} gets a CPU tensor at {_listed(places, 2)}",
+                f"{what} gets a CPU tensor at {listed(places, 2)}",
                 "create tensors on the device of the other operands, with x.new_zeros(n) or torch.arange(n, "
                 "device=x.device), or keep them in buffers",
             )
     waits = list(gpu.notes_of("step", 4).places["sync"])
     _expect(
         not waits,
-        f"the host waits at {_listed(waits, 2)}",
+        f"the host waits at {listed(waits, 2)}",
         "keep values on the device: pass tensors to record(), use torch.where instead of if, keep constants in buffers",
     )
     return ""

@@ -152,7 +152,7 @@ def test_a_file_that_fails_its_verification_is_not_published(folder: Path) -> No
     (folder / "kept/backbone.safetensors").write_text("from before")
     failed = _export(folder, "run", "--out", "kept", before=damage)
     assert failed.wait() == 1 and failed.out == "", failed.said
-    assert "backbone.safetensors gives other features: they differ by" in failed.err
+    assert "backbone.safetensors gives different features: they differ by" in failed.err
     assert failed.err.endswith("nothing was published\n")
     assert [p.name for p in (folder / "kept").iterdir()] == ["backbone.safetensors"]
     assert (folder / "kept/backbone.safetensors").read_text() == "from before"
@@ -197,7 +197,7 @@ def test_onnx_from_a_checkpoint_that_left_its_folder(folder: Path, tmp_path: Pat
             "timm has no conv5 with 1 channel; it can be exported as safetensors, onnx",
         ),
         (("run", "--format", "torchvision"), "torchvision has no conv5"),
-        (("run", "--format", "hf", "--with-projector"), "have no place for a projector"),
+        (("run", "--format", "hf", "--with-projector"), "cannot include a projector"),
         (("run", "--format", "pickle"), "invalid choice: 'pickle'"),
         (("nowhere",), "nowhere: there is no such run directory, checkpoint or export"),
         (("images",), "images: there is no checkpoint in images/checkpoints"),
