@@ -216,8 +216,9 @@ def output(folder: Path) -> str:
 # -- digests ----------------------------------------------------------------------------------
 
 
-# In a checkpoint: Lightning's counts of its loops, and the run's times and commands.
-OF_THE_START = ("loops", "manifest")
+# In a checkpoint: Lightning's counts of its loops, and what describes the start: its recipe, which names machines and
+# devices, its times and commands.
+OF_THE_START = ("loops", "recipe", "manifest")
 
 
 def digest_of(folder: Path) -> dict[str, str]:

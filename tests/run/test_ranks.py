@@ -209,4 +209,4 @@ def test_two_machines_are_one_run_and_need_one_directory(folder: Path, tmp_path:
     assert all(code != 0 for code in ended), [n.said for n in nodes]
     said = [line for line in nodes[0].err.splitlines() if line.startswith("sslzoo fit:")]
     assert len(said) == 1 and "rank 1 on" in said[0] and "cannot read" in said[0], nodes[0].said
-    assert "must lie on a file system that all machines share" in said[0]
+    assert "must be on a file system that all machines share" in said[0]
