@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from sslzoo.batch import Batch
 from sslzoo.callbacks.evaluation import published
 from sslzoo.evaluate.metrics import standardizer
 from sslzoo.evaluate.sgd_probe import SGDProbe, choose
-from sslzoo.evaluate.task import Task, finite_rows
+from sslzoo.evaluate.task import Task
 from sslzoo.method import SSLMethod
 from sslzoo.randomness import is_holdout
 from sslzoo.recipe.sections import ProbeConfig
@@ -65,7 +64,7 @@ class OnlineProbe(Callback):
         factor = 0.5 * (1 + cos(pi * self._steps / pl_module.plan.total_steps))
         for layer in self.layers:
             x = published(pl_module, layer)
-            probe = self._probe(layer, x)
+            probe = self._probe(layer, x.shape[1], x.device)
             probe.accumulate(x, batch.label, held_out)
             if stepped and pl_module.step_skipped:
                 probe.drop()
@@ -83,9 +82,9 @@ class OnlineProbe(Callback):
         for probe in self.probes.values():
             probe.finish()
 
-    def _probe(self, layer: str, x: Tensor) -> SGDProbe:
+    def _probe(self, layer: str, width: int, device: torch.device) -> SGDProbe:
         if layer not in self.probes:
-            probe = SGDProbe(self.classes, x.shape[1], self.cfg, device=x.device)
+            probe = SGDProbe(self.classes, width, self.cfg, device=device)
             if layer in self._restored:
                 probe.load_state_dict(self._restored.pop(layer))
             self.probes[layer] = probe
@@ -97,10 +96,9 @@ class OnlineProbe(Callback):
         """Measure the current probe; empty before the first training step."""
         if layer not in self.probes and layer not in self._restored:
             return {}
-        x = task.train.x
         # Plain images have different statistics from augmented views.
-        standardize = standardizer(x, finite_rows(x).nonzero().squeeze(1))
-        result = choose(self._probe(layer, x), task, standardize)
+        standardize = standardizer(task.train, task.train.finite().nonzero().squeeze(1))
+        result = choose(self._probe(layer, task.train.x.shape[1], task.train.device), task, standardize)
         return {"online_top1": result.top1, "online_top5": result.top5, "online_lr": result.lr}
 
     # -- state --------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ Shapes: Q queries, M samples in the bank, F features, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,26 +14,28 @@ from torch import Tensor
 from sslzoo.checks import require
 from sslzoo.distributed import all_reduce_sum, gather_detached, rank, world_size
 from sslzoo.evaluate.progress import Report, unseen
-from sslzoo.evaluate.task import Task, finite_rows
+from sslzoo.evaluate.task import Features, Task
 from sslzoo.nn.numerics import normalize
 
-QUERIES = 512  # test samples compared at a time
-BANK = 65536  # bank samples compared at a time: 128 MiB of similarities
+QUERIES = 4096  # maximum number of test samples compared at a time, each with one chunk of the bank
+GATHERED = 2**26  # maximum number of neighbours gathered from all ranks at a time: 768 MiB
 
 
-@torch.no_grad()
-def nearest(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarities and labels of the ``k`` nearest samples in ``bank`` (M, F), each (Q, k), descending.
+def nearest(queries: Tensor, bank: Features, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosine similarities and labels of the ``k`` nearest samples among ``rows`` (indices) of ``bank``, each (Q, k),
+    descending.
 
-    ``queries`` (Q, F) and ``bank`` are L2-normalised. If the bank has fewer than ``k`` samples, the rest has
-    similarity -inf.
+    ``queries`` (Q, F) are L2-normalised. Non-finite samples are left out. If fewer than ``k`` samples remain, the rest
+    has similarity -inf.
     """
     similarity = queries.new_full((len(queries), k), float("-inf"))
-    neighbours = labels.new_zeros(len(queries), k)
-    for part, part_labels in zip(bank.split(BANK), labels.split(BANK), strict=True):
+    neighbours = rows.new_zeros(len(queries), k)
+    for x, labels in bank.chunks(rows):
+        finite = x.isfinite().all(1)
+        part = normalize(x[finite])
         value, index = (queries @ part.T).topk(min(k, len(part)), dim=1)
         similarity, order = torch.cat([similarity, value], dim=1).topk(k, dim=1)
-        neighbours = torch.cat([neighbours, part_labels[index]], dim=1).gather(1, order)
+        neighbours = torch.cat([neighbours, labels[finite][index]], dim=1).gather(1, order)
     return similarity, neighbours
 
 
@@ -45,52 +49,74 @@ def vote(similarity: Tensor, labels: Tensor, *, classes: int, temperature: float
 
 
 @torch.no_grad()
-def knn_accuracy(task: Task, *, k: int, temperature: float, report: Report = unseen) -> float:
-    """Top-1 accuracy, as a fraction, of classifying the test samples by their nearest neighbours in the bank.
+def knn_accuracies(
+    task: Task, ks: Sequence[int], temperatures: Sequence[float], report: Report = unseen
+) -> dict[tuple[int, float], float]:
+    """Top-1 accuracy, as a fraction, of classifying the test samples by their k nearest neighbours in the bank, for
+    every pair (k, temperature) of ``ks`` and ``temperatures``, with one search.
 
     Collective: every rank passes its own shards, which may differ in size or be empty. Each rank's queries are
     compared with the banks of all ranks, and only the k best of each are gathered, so no Q x M matrix is stored.
     Non-finite rows are never neighbours, and count as wrong when tested.
-    Raises ``ValueError`` if ``k`` exceeds the size of the whole bank.
+    Raises ``ValueError`` if a k exceeds the size of the whole bank.
     """
-    bank, bank_labels, _ = task.bank()
-    test, test_labels, _ = task.test
-    sizes = all_reduce_sum(torch.tensor([len(bank), len(test)], device=bank.device))
+    most, bank = max(ks), task.roles.bank.nonzero().squeeze(1)
+    sizes = all_reduce_sum(torch.tensor([len(bank), len(task.test.label)], device=bank.device))
     require(
-        k <= int(sizes[0]),
-        f"eval.knn_k={k} exceeds the {int(sizes[0])} training samples of the bank; lower eval.knn_k",
+        most <= int(sizes[0]),
+        f"k-NN with k={most} exceeds the {int(sizes[0])} training samples of the bank; lower k (eval.knn_k)",
     )
     require(int(sizes[1]) > 0, "the test set is empty")
-    finite = finite_rows(bank)
-    if not bool(finite.all()):
-        bank, bank_labels = bank[finite], bank_labels[finite]
-    bank, test = normalize(bank), normalize(test)
-    right = torch.zeros(1, dtype=torch.int64, device=bank.device)
+    right = torch.zeros(len(ks), len(temperatures), dtype=torch.int64, device=bank.device)
     for owner in range(world_size()):
-        chunks = _queries(test, test_labels, owner)
-        for done, (queries, labels) in enumerate(chunks, 1):
-            similarity, neighbours = nearest(queries, bank, bank_labels, k)
+        for queries, labels, done in _queries(task.test, owner, most):
+            similarity, neighbours = nearest(queries, task.train, bank, most)
             if world_size() > 1:
-                similarity, neighbours = _merge(similarity, neighbours, k)
+                similarity, neighbours = _merge(similarity, neighbours, most)
             if owner == rank():
-                scores = vote(similarity, neighbours, classes=task.classes, temperature=temperature)
-                # Scores are NaN for queries that are not finite or have no neighbour.
-                right += ((scores.argmax(1) == labels) & scores.isfinite().all(1)).sum()
-            report((owner + done / len(chunks)) / world_size())
-    return int(all_reduce_sum(right)) / int(sizes[1])
+                for i, k in enumerate(ks):
+                    for j, temperature in enumerate(temperatures):
+                        scores = vote(
+                            similarity[:, :k],
+                            neighbours[:, :k],
+                            classes=task.classes,
+                            temperature=temperature,
+                        )
+                        # Scores are NaN for queries that are not finite or have no neighbour.
+                        right[i, j] += ((scores.argmax(1) == labels) & scores.isfinite().all(1)).sum()
+            report((owner + done) / world_size())
+    counts = all_reduce_sum(right).tolist()
+    return {
+        (k, temperature): counts[i][j] / int(sizes[1])
+        for i, k in enumerate(ks)
+        for j, temperature in enumerate(temperatures)
+    }
 
 
-def _queries(test: Tensor, labels: Tensor, owner: int) -> list[tuple[Tensor, Tensor]]:
-    """The test samples of rank ``owner`` in chunks, on every rank; labels are only valid on the owner."""
+def knn_accuracy(task: Task, *, k: int, temperature: float, report: Report = unseen) -> float:
+    """:func:`knn_accuracies` for one k and one temperature."""
+    return knn_accuracies(task, [k], [temperature], report)[k, temperature]
+
+
+def _queries(test: Features, owner: int, k: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """The normalised test samples (Q, F) of rank ``owner`` in chunks, on every rank; their labels, which are only
+    valid on the owner; and the finished fraction after the chunk."""
+    rows = torch.tensor([len(test.label)], device=test.device)
     if world_size() > 1:
-        rows = torch.tensor([len(test)], device=test.device)
         dist.broadcast(rows, src=owner)
-        features = test.contiguous() if owner == rank() else test.new_empty(int(rows), test.shape[1])
-        if len(features):
-            dist.broadcast(features, src=owner)
-        labels = labels if owner == rank() else labels.new_zeros(int(rows))
-        test = features
-    return list(zip(test.split(QUERIES), labels.split(QUERIES), strict=True)) if len(test) else []
+    count, size = int(rows), max(1, min(QUERIES, GATHERED // (world_size() * k)))
+    chunks = test.chunks(sizes=size)
+    for start in range(0, count, size):
+        if owner == rank():
+            queries, labels = next(chunks)
+            queries = normalize(queries)
+        else:
+            n = min(size, count - start)
+            queries = torch.empty(n, test.x.shape[1], dtype=test.x.dtype, device=test.device)
+            labels = test.label.new_zeros(n)
+        if world_size() > 1:
+            dist.broadcast(queries, src=owner)
+        yield queries, labels, (start + len(labels)) / count
 
 
 def _merge(similarity: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:

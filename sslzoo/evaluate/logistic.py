@@ -63,9 +63,9 @@ def fit_linear(
     conditioning of the features. It is combined with Nesterov acceleration and restarts (arXiv:1204.3982), and
     needs neither random numbers nor a learning rate.
     """
-    standardize = standardizer(data.x, rows)
-    count = all_reduce_sum(data.x.new_tensor([len(rows)]))
-    covariance = data.x.new_zeros(data.x.shape[1], data.x.shape[1])
+    standardize = standardizer(data, rows)
+    count = all_reduce_sum(standardize.mean.new_tensor([len(rows)]))
+    covariance = count.new_zeros(data.x.shape[1], data.x.shape[1])
     for x, _ in data.chunks(rows):
         z = standardize(x)
         covariance.addmm_(z.T, z)
@@ -133,7 +133,7 @@ def linear_probe(
     rows, usable = rows_to_learn(task)
     if usable == 0:
         return ProbeResult(0.0, 0.0, max(strengths), 0.0)
-    with autocast_off(train.x):
+    with autocast_off(train.label):
         model = fit_linear(
             train,
             rows,
@@ -148,15 +148,15 @@ def linear_probe(
         )
         # argmax returns the first of equal values; flipped, it is the largest strength.
         best = len(strengths) - 1 - int(chosen[0].flip(0).argmax())
-        tested = _right(model, test, torch.arange(len(test.x), device=test.x.device))
+        tested = _right(model, test)
         require(bool(tested[2, 0] > 0), "the test set is empty")
     top1, top5, _ = (tested[:, best] / tested[2, best]).tolist()
     return ProbeResult(top1, top5, strengths[best], float(chosen[0, best] / chosen[2, best]))
 
 
-def _right(model: LinearClassifiers, data: Features, rows: Tensor) -> Tensor:
-    """Numbers (3, S) of ``rows`` correct at top-1, correct at top-5, and in total, over all ranks."""
-    counts = data.x.new_zeros(3, len(model.weight), dtype=torch.float64)
+def _right(model: LinearClassifiers, data: Features, rows: Tensor | None = None) -> Tensor:
+    """Numbers (3, S) of ``rows`` (default: all) correct at top-1, correct at top-5, and in total, over all ranks."""
+    counts = model.weight.new_zeros(3, len(model.weight), dtype=torch.float64)
     for x, y in data.chunks(rows):
         logits = model.logits(x)
         counts[0] += within_top(logits, y, 1).sum(1)

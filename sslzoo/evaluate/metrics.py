@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslzoo.distributed import all_reduce_sum
-from sslzoo.evaluate.task import CHUNK
+from sslzoo.evaluate.task import Features
 from sslzoo.recipe.sections import PCA_WIDTH
 
 # Kinds of features in the final evaluation, by the prefix of their keys in the summary.
@@ -34,23 +34,23 @@ class Standardizer(NamedTuple):
         return (x - self.mean) * self.scale
 
 
-def standardizer(x: Tensor, rows: Tensor | None = None) -> Standardizer:
-    """Fit a :class:`Standardizer` to ``x`` (N, F), or to its ``rows`` (indices), over all ranks, in chunks.
+def standardizer(data: Features, rows: Tensor) -> Standardizer:
+    """Fit a :class:`Standardizer` to ``rows`` (indices) of ``data`` over all ranks, in chunks.
 
     If there are no rows, its results are NaN.
     """
-    rows = torch.arange(len(x), device=x.device) if rows is None else rows
-    count = all_reduce_sum(x.new_tensor([len(rows)], dtype=torch.float64))
-    total = x.new_zeros(x.shape[1], dtype=torch.float64)
-    for part in rows.split(CHUNK):
-        total += x[part].sum(0, dtype=torch.float64)
+    count = all_reduce_sum(torch.tensor([len(rows)], dtype=torch.float64, device=data.device))
+    total = count.new_zeros(data.x.shape[1])
+    for x, _ in data.chunks(rows):
+        total += x.sum(0, dtype=torch.float64)
     mean = all_reduce_sum(total) / count
     total = torch.zeros_like(total)
-    for part in rows.split(CHUNK):
-        total += (x[part] - mean.to(x.dtype)).square().sum(0, dtype=torch.float64)
+    for x, _ in data.chunks(rows):
+        total += (x - mean.to(x.dtype)).square().sum(0, dtype=torch.float64)
     var = all_reduce_sum(total) / count
     constant = var <= 1e-12 * var.amax().clamp_min(1e-30)
-    return Standardizer(mean.to(x.dtype), torch.where(constant, 0.0, var.rsqrt()).to(x.dtype))
+    scale = torch.where(constant, 0.0, var.rsqrt())
+    return Standardizer(mean.to(data.x.dtype), scale.to(data.x.dtype))
 
 
 def within_top(logits: Tensor, label: Tensor, k: int) -> Tensor:

@@ -165,7 +165,7 @@ def choose(probe: SGDProbe, task: Task, standardize: Standardizer) -> SGDResult:
     """Test accuracy of the learning rate that is best on the held-out samples (ties: the smallest). Collective."""
     held_out = task.roles.held_out.nonzero().squeeze(1)
     chosen = _counts(probe, task.train, held_out, standardize)
-    tested = _counts(probe, task.test, torch.arange(len(task.test.x), device=held_out.device), standardize)
+    tested = _counts(probe, task.test, None, standardize)
     require(chosen[2][0] > 0, "no training sample is held out to choose the probe; raise probe.holdout")
     require(tested[2][0] > 0, "the test set is empty")
     lrs = probe.cfg.lrs
@@ -178,9 +178,12 @@ def choose(probe: SGDProbe, task: Task, standardize: Standardizer) -> SGDResult:
     )
 
 
-def _counts(probe: SGDProbe, data: Features, rows: Tensor, standardize: Standardizer) -> list[list[int]]:
-    """Numbers of ``rows`` correct at top-1, correct at top-5, and in total, by learning rate and over all ranks."""
-    counts = torch.zeros(3, len(probe.weight), dtype=torch.int64, device=rows.device)
+def _counts(
+    probe: SGDProbe, data: Features, rows: Tensor | None, standardize: Standardizer
+) -> list[list[int]]:
+    """Numbers of ``rows`` (default: all) correct at top-1, correct at top-5, and in total, by learning rate and over
+    all ranks."""
+    counts = torch.zeros(3, len(probe.weight), dtype=torch.int64, device=data.device)
     for x, label in data.chunks(rows):
         logits = probe.logits(standardize(x))
         for i, k in enumerate((1, 5)):
@@ -210,7 +213,7 @@ def sgd_evaluation(
     if total == 0:
         return SGDResult(0.0, 0.0, min(cfg.lrs), 0.0)
     all_ids = _of_all_ranks(train.sample_id[fit])
-    standardize = standardizer(train.x, fit)
+    standardize = standardizer(train, fit)
     epochs, steps = sgd_schedule(total, brief=brief)
     ends = torch.tensor([len(part) for part in torch.arange(total).tensor_split(steps)]).cumsum(0)
     ends = ends.to(fit.device)  # end of each step in the order of an epoch
@@ -222,9 +225,8 @@ def sgd_evaluation(
         )
         place, order = place.sort()  # positions of this rank's samples in the order of the epoch
         sizes = torch.bincount(torch.searchsorted(ends, place, right=True), minlength=steps).tolist()
-        for i, rows in enumerate(fit[order].split(sizes)):
+        for i, (x, y) in enumerate(train.chunks(fit[order], sizes)):
             # Standardised per batch, because a copy of all features would double their memory.
-            x, y = train.x[rows], train.label[rows]
             probe.accumulate(standardize(x), y, torch.zeros_like(y, dtype=torch.bool))
             probe.start(0.5 * (1 + cos(pi * (epoch * steps + i) / (epochs * steps))))
         report((epoch + 1) / epochs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,16 +17,51 @@ CHUNK = 8192  # rows processed at a time, so that no step copies all features
 
 
 class Features(NamedTuple):
-    """This rank's M samples of a split; ranks may have different numbers of samples, or none."""
+    """This rank's M samples of a split; ranks may have different numbers of samples, or none.
+
+    Computations run on the device of ``label``. If ``x`` is on the host instead, in memory or in a memory map, only
+    the chunk in use is copied to that device.
+    """
 
     x: Tensor  # (M, F) float32
     label: Tensor  # (M,) int64
-    sample_id: Tensor  # (M,) int64
+    sample_id: Tensor  # (M,) int64, on the device of label
 
-    def chunks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield features and labels of ``rows`` (indices) in chunks."""
-        for part in rows.split(CHUNK):
-            yield self.x[part], self.label[part]
+    @property
+    def device(self) -> torch.device:
+        """The device of computations."""
+        return self.label.device
+
+    def chunks(
+        self, rows: Tensor | None = None, sizes: int | Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield features (N, F) and labels (N,) of ``rows`` (indices; default: all) in chunks, on :attr:`device`.
+
+        ``sizes`` is the number of rows of each chunk (default: ``CHUNK``), or a list with the number of each.
+        """
+        sizes = CHUNK if sizes is None else sizes
+        if rows is None:
+            rows = torch.arange(len(self.label), device=self.device)
+        for part, where in zip(_split(rows, sizes), _split(rows.to(self.x.device), sizes), strict=True):
+            yield self._read(where), self.label[part]
+
+    def _read(self, rows: Tensor) -> Tensor:
+        if self.x.device == self.device:
+            return self.x[rows]
+        # A copy from pinned memory does not wait for the device.
+        pinned = torch.empty(
+            len(rows), self.x.shape[1], dtype=self.x.dtype, pin_memory=torch.cuda.is_available()
+        )
+        torch.index_select(self.x, 0, rows, out=pinned)
+        return pinned.to(self.device, non_blocking=True)
+
+    def finite(self) -> Tensor:
+        """Mask, bool (M,), of the rows of ``x`` that are finite."""
+        return torch.cat([x.isfinite().all(1) for x, _ in self.chunks()])
+
+
+def _split(rows: Tensor, sizes: int | Sequence[int]) -> Sequence[Tensor]:
+    return rows.split(sizes if isinstance(sizes, int) else list(sizes))
 
 
 class Roles(NamedTuple):
@@ -62,12 +97,6 @@ class Task(NamedTuple):
     roles: Roles
     classes: int
 
-    def bank(self) -> Features:
-        """The training features in the k-NN bank."""
-        if bool(self.roles.bank.all()):
-            return self.train
-        return Features(*(part[self.roles.bank] for part in self.train))
-
 
 def roles(sample_id: Tensor, size: int, probe: ProbeConfig, evaluation: EvalConfig, seed: int) -> Roles:
     """The roles of the samples ``sample_id`` (M,) of a training split with ``size`` samples."""
@@ -98,14 +127,9 @@ def rows_to_learn(task: Task) -> tuple[Tensor, int]:
     Raises ``ValueError`` if all samples are held out.
     """
     learned = task.roles.learned
-    rows = (learned & finite_rows(task.train.x)).nonzero().squeeze(1)
+    rows = (learned & task.train.finite()).nonzero().squeeze(1)
     counts = all_reduce_sum(torch.stack([learned.sum(), learned.new_tensor(len(rows), dtype=torch.int64)]))
     require(
         int(counts[0]) > 0, "a linear probe has no training samples: all are held out; lower probe.holdout"
     )
     return rows, int(counts[1])
-
-
-def finite_rows(x: Tensor) -> Tensor:
-    """Mask, bool (N,), of the rows of ``x`` (N, F) that are finite."""
-    return torch.cat([part.isfinite().all(1) for part in x.split(CHUNK)])

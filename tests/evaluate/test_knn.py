@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sslzoo.evaluate import knn
-from sslzoo.evaluate.knn import knn_accuracy
+from sslzoo.evaluate import task as task_module
+from sslzoo.evaluate.knn import knn_accuracies, knn_accuracy
 from sslzoo.evaluate.task import Features, Roles, Task
 from sslzoo.testing.ranks import run_ranks
 
@@ -60,8 +61,18 @@ def test_equals_the_definition_in_any_chunks(
     assert 0.2 < expected < 1
     assert knn_accuracy(task(*problem()), k=k, temperature=temperature) == expected
     monkeypatch.setattr(knn, "QUERIES", 10)
-    monkeypatch.setattr(knn, "BANK", 9)
+    monkeypatch.setattr(task_module, "CHUNK", 9)
     assert knn_accuracy(task(*problem()), k=k, temperature=temperature) == expected
+
+
+def test_one_search_serves_every_k_and_temperature() -> None:
+    found = knn_accuracies(task(*problem()), (7, 1, 20), (5.0, 0.01))
+    assert found == {
+        (k, temperature): by_definition(*problem(), k=k, temperature=temperature, classes=CLASSES)
+        for k in (7, 1, 20)
+        for temperature in (5.0, 0.01)
+    }
+    assert len(set(found.values())) > 2
 
 
 def test_a_tiny_temperature_stays_finite() -> None:
@@ -92,7 +103,7 @@ def test_rows_that_are_not_finite_are_no_neighbours_and_never_right(value: float
 
 
 def test_more_neighbours_than_samples_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"eval\.knn_k=1000 exceeds the 83"):
+    with pytest.raises(ValueError, match="k=1000 exceeds the 83"):
         knn_accuracy(task(*problem()), k=1000, temperature=0.2)
 
 

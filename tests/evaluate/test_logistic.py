@@ -193,8 +193,9 @@ def test_statistics_need_no_copy_of_the_features() -> None:
     x, y = torch.randn(20_000, 16), torch.randint(CLASSES, (20_000,))
     seen = Largest()
     with seen:
-        standardize = standardizer(x)
-        fit_linear(Features(x, y, y), torch.arange(len(x)), classes=CLASSES, strengths=(0.1,), brief=True)
+        data, rows = Features(x, y, y), torch.arange(len(x))
+        standardize = standardizer(data, rows)
+        fit_linear(data, rows, classes=CLASSES, strengths=(0.1,), brief=True)
     assert seen.elements <= x.numel() / 2
     torch.testing.assert_close(standardize(x).std(0, correction=0), torch.ones(16))
 
