@@ -25,6 +25,7 @@ from sslzoo.recipe.load import LoadedRecipe, leaves
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.run.ending import Ending
 from sslzoo.run.lock import LOCK, refuse_if_owned
+from sslzoo.run.placement import SPECIAL_STEPS
 from sslzoo.run.provenance import git_state, hardware, versions
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ CHANGEABLE = (
     "trainer.profiler",
     "trainer.detect_anomaly",
 )
+SLURM_FOLDER = "slurm"  # in a run directory: what `sslzoo submit` writes, before and beside the run
 SHOWN = 3  # maximum number of differences listed in an error
 PHASES = ("training", "evaluation")  # phases whose duration the manifest records
 
@@ -139,10 +141,18 @@ class Choice:
     finished: bool = False
 
 
-def new_run_id() -> str:
-    """A unique id that sorts by time; under SLURM the job id, so that a requeued job finds its run."""
-    if "SLURM_JOB_ID" in os.environ:
-        return f"slurm-{os.environ['SLURM_JOB_ID']}"
+def new_run_id(environ: Mapping[str, str] = os.environ) -> str:
+    """A unique id; under SLURM that of the job, so that a requeued job finds its run, and of the step after the first,
+    which may be another run."""
+    if "SLURM_JOB_ID" not in environ:
+        return unique_id()
+    step = environ.get("SLURM_STEP_ID", "")
+    later = f".{step}" if step.isdecimal() and 0 < int(step) < SPECIAL_STEPS else ""
+    return f"slurm-{environ['SLURM_JOB_ID']}{later}"
+
+
+def unique_id() -> str:
+    """A unique id that sorts by time."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return f"{stamp}-{hashlib.sha256(os.urandom(16)).hexdigest()[:6]}"
 
@@ -197,7 +207,7 @@ def choose(
         if source.path == run.path:
             run = Run(run.path, manifest["run_id"])
     if not run.manifest.exists() and _is_occupied(run.path):
-        raise RunError(f"{run.path} is not empty and contains no run; give --out a new directory")
+        raise _occupied(run.path)
     refuse_if_owned(run.path)
     if resume is None:
         return Choice(run)
@@ -223,10 +233,16 @@ def choose(
 
 
 def _is_occupied(path: Path) -> bool:
-    """Whether ``path`` contains anything but the leftovers of a start that was killed before it wrote a manifest."""
+    """Whether ``path`` contains anything but a job script and its output, and the leftovers of a start that was killed
+    before it wrote a manifest."""
     if not path.is_dir():
         return path.exists()
-    return any(p.name != LOCK and not p.name.endswith(".part") for p in path.iterdir())
+    ours = (LOCK, SLURM_FOLDER)
+    return any(p.name not in ours and not p.name.endswith(".part") for p in path.iterdir())
+
+
+def _occupied(path: Path) -> RunError:
+    return RunError(f"{path} is not empty and contains no run; give --out a new directory")
 
 
 def newest(folder: Path) -> Path | None:
@@ -268,6 +284,25 @@ def _check_same(
             "continued with the same number; change trainer.devices and trainer.num_nodes back, or start a new run "
             "with a different --out, initialised with --init-from"
         )
+    changed = _check_recipe(run, manifest, loaded)
+    _check_data(run.path, manifest.get("data_fingerprint", fingerprint), fingerprint)
+    return [
+        f"continuing with a changed {key}: was {old!r}, is {new!r}" for key, (old, new) in changed.items()
+    ]
+
+
+def check_recipe(path: Path, loaded: LoadedRecipe) -> None:
+    """Raise ``RunError`` if ``path`` contains a run that ``loaded`` cannot continue, or something else than a run.
+    Images and checkpoints are not looked at."""
+    run = Run(path.absolute(), "")
+    if run.manifest.exists():
+        _check_recipe(run, run.read_manifest(), loaded)
+    elif _is_occupied(run.path):
+        raise _occupied(run.path)
+
+
+def _check_recipe(run: Run, manifest: Mapping[str, Any], loaded: LoadedRecipe) -> dict[str, tuple[Any, Any]]:
+    """The changed keys, with their old and new values; ``RunError`` if one of them must not change."""
     changed = differences(manifest["recipe"], _flat(loaded))
     refused = {key: pair for key, pair in changed.items() if not key.startswith(CHANGEABLE)}
     if refused:
@@ -277,10 +312,7 @@ def _check_same(
             f"{run.path} was run with a different recipe: {', '.join(listing[:SHOWN])}{more}; change that back, or "
             "start a new run with a different --out"
         )
-    _check_data(run.path, manifest.get("data_fingerprint", fingerprint), fingerprint)
-    return [
-        f"continuing with a changed {key}: was {old!r}, is {new!r}" for key, (old, new) in changed.items()
-    ]
+    return changed
 
 
 def _check_data(what: Path, old: str, new: str) -> None:

@@ -7,13 +7,14 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 
 from sslzoo.recipe import registry
+from sslzoo.run.cluster import profile_path, read_profile
 
 FINE, NOTE, BROKEN = "fine", "note", "broken"
 SHARED_MEMORY_NEEDED = 1 << 30  # bytes; data workers pass batches through shared memory
@@ -41,6 +42,7 @@ def examine() -> list[Finding]:
         data(os.environ),
         *shared_memory(Path("/dev/shm")),
         *wandb(os.environ),
+        *cluster(os.environ),
     ]
 
 
@@ -200,6 +202,33 @@ def wandb(environ: Mapping[str, str]) -> Iterator[Finding]:
             detail="not logged in; runs are kept offline in their own folder",
             state=NOTE,
             fix="run wandb login; wandb sync RUN_DIR/wandb/offline-* uploads earlier runs",
+        )
+
+
+def cluster(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Show the profile that ``sslzoo submit`` uses, on machines that have one or have SLURM."""
+    path = profile_path(environ)
+    try:
+        profile = read_profile(environ)
+    except ValueError as error:
+        yield Finding(
+            subject="cluster", detail=str(error), state=BROKEN, fix="correct it, or unset SSLZOO_CLUSTER"
+        )
+        return
+    if path.exists():
+        values = {field.name: getattr(profile, field.name) for field in fields(profile)}
+        shown = [
+            f"{key} {', '.join(value) if isinstance(value, tuple) else value}"
+            for key, value in values.items()
+            if value
+        ]
+        yield Finding(subject="cluster", detail=f"{path}: {'; '.join(shown) or 'empty'}")
+    elif shutil.which("sbatch"):
+        yield Finding(
+            subject="cluster",
+            detail="SLURM, and no profile for sslzoo submit",
+            state=NOTE,
+            fix=f"write partition, account and time to {path} if jobs need them",
         )
 
 

@@ -44,6 +44,7 @@ class RunLock:
             "pid_started": _started(os.getpid()),
             "pid_namespace": _pid_namespace(),
             "job": os.environ.get("SLURM_JOB_ID", ""),
+            "restart": _restart(),
         }
         self.left_behind: dict[str, float] = {}  # seconds per phase of a killed run, from its last heartbeat
         self._ended = threading.Event()
@@ -129,8 +130,8 @@ def _content(path: Path) -> dict[str, Any] | None:
 def refuse_if_owned(folder: Path) -> None:
     """Raise ``RunError`` if a run that may be alive owns ``folder``.
 
-    An owner is dead if its process no longer exists on this machine, if it belongs to the same SLURM job (a
-    requeued job has no older processes), or if its last heartbeat is more than two minutes old.
+    An owner is dead if its process no longer exists on this machine, if it belongs to an earlier start of the same
+    SLURM job, or if its last heartbeat is more than two minutes old.
     """
     owner = read_lock(folder)
     if owner is None or _is_dead(Path(folder) / LOCK, owner):
@@ -149,7 +150,14 @@ def _is_dead(path: Path, owner: dict[str, Any]) -> bool:
             _started(int(owner.get("pid", 0))) != owner.get("pid_started") or owner.get("pid") == os.getpid()
         )
     job = os.environ.get("SLURM_JOB_ID", "")
-    return bool(job and owner.get("job") == job) or _age(path) > STALE
+    # A requeued job has no older processes; another step of the same start may be alive on another machine.
+    requeued = bool(job) and owner.get("job") == job and owner.get("restart", 0) < _restart()
+    return requeued or _age(path) > STALE
+
+
+def _restart() -> int:
+    """How often SLURM has requeued this job."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _age(path: Path) -> float:

@@ -15,7 +15,7 @@ from sslzoo.recipe.sections import Recipe
 
 LAUNCHER_FOLDER = "SSLZOO_LAUNCHER_FOLDER"  # set by sslzoo's own launcher for the ranks that it starts
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_SPECIAL_STEPS = 0xFFFFFFF0  # SLURM step ids from here on are batch scripts and interactive steps
+SPECIAL_STEPS = 0xFFFFFFF0  # SLURM step ids from here on are batch scripts and interactive steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def place(environ: Mapping[str, str] = os.environ) -> Placement:
 
 
 def _srun_tasks(environ: Mapping[str, str]) -> int:
-    if not 0 <= int(environ.get("SLURM_STEP_ID", "-1")) < _SPECIAL_STEPS:
+    if not 0 <= int(environ.get("SLURM_STEP_ID", "-1")) < SPECIAL_STEPS:
         return 1
     return int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1")
 

@@ -292,6 +292,7 @@ def test_an_interrupt_is_130_and_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyP
         ["validate", *registry.recipes()],
         ["validate", NAME, "method.no_such_key=3"],
         ["diff", NAME, "simclr_in1k"],
+        ["submit", "--recipe", NAME, "--gpus-per-node", "8", "--dry-run"],
     ],
     ids=" ".join,
 )

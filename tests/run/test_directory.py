@@ -176,7 +176,13 @@ def test_a_second_run_in_a_directory_is_refused_by_its_owners_name(folder: Path)
     [
         ({"host": "elsewhere"}, 0.0, {}, False),
         ({"host": "elsewhere"}, STALE + 5, {}, True),
-        ({"host": "elsewhere", "job": "4711"}, 0.0, {"SLURM_JOB_ID": "4711"}, True),
+        (
+            {"host": "elsewhere", "job": "4711", "restart": 1},
+            0.0,
+            {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "2"},
+            True,
+        ),
+        ({"host": "elsewhere", "job": "4711", "restart": 0}, 0.0, {"SLURM_JOB_ID": "4711"}, False),
         ({"host": "elsewhere", "job": "4711"}, 0.0, {"SLURM_JOB_ID": "4712"}, False),
         ({"pid_started": "1"}, 0.0, {}, True),  # the number is another process's now
         (
@@ -186,7 +192,7 @@ def test_a_second_run_in_a_directory_is_refused_by_its_owners_name(folder: Path)
             False,
         ),  # in another container, whose processes cannot be seen
     ],
-    ids=["other-host", "silent", "same-job", "other-job", "reused-pid", "container"],
+    ids=["other-host", "silent", "requeued", "another-step", "other-job", "reused-pid", "container"],
 )
 def test_whose_lock_is_taken_over(
     owner: dict[str, str], age: float, environment: dict[str, str], taken: bool, folder: Path, tmp_path: Path

@@ -99,3 +99,19 @@ def test_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert found().state == NOTE
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     assert not list(doctor.wandb(nobody))
+
+
+def test_the_profile_of_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    profile = tmp_path / "cluster.yaml"
+    environ = {"SSLZOO_CLUSTER": str(profile)}
+    (finding,) = doctor.cluster(environ)
+    assert finding.state == BROKEN and "does not exist" in finding.detail
+    profile.write_text("partition: gpu\nmodules: [gcc, cuda]\n")
+    (finding,) = doctor.cluster(environ)
+    assert (finding.state, finding.detail) == (FINE, f"{profile}: partition gpu; modules gcc, cuda")
+    nowhere = {"XDG_CONFIG_HOME": str(tmp_path)}
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not list(doctor.cluster(nowhere))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    (finding,) = doctor.cluster(nowhere)
+    assert finding.state == NOTE and f"{tmp_path}/sslzoo/cluster.yaml" in finding.fix
