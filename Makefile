@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# A process for each core; the tests of one file share one. Large machines gain nothing beyond eight.
-PYTEST := $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile
+# A process for each core and one more, because some tests wait; the tests of one file share one.
+WORKERS = $(shell $(BIN)/python -c "import os; print(min(8, 1 + (os.cpu_count() or 1)))")
+PYTEST = $(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-slow test-all check format bench wheel clean
 

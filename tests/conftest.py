@@ -15,10 +15,21 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
+# Files and folders that take long. They go first, so that no worker is left alone with one of them at the end.
+LONG = ("test_recipes", "test_exit_codes", "test_leaving", "test_methods", "run/", "contract/", "tests/test_")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden-dir", type=Path, default=GOLDEN, help="reference numbers, one folder a method")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests by file as ``LONG`` says."""
+
+    def place(item: pytest.Item) -> int:
+        return next((i for i, part in enumerate(LONG) if part in item.nodeid), len(LONG))
+
+    items.sort(key=place)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -9,8 +9,8 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import pytest
 from sslzoo.exits import ExitCode
 from tests.command import Command, children, manifest, saved, shell, until, write_recipe
 
-AT_ONCE = 2  # runs that go on at the same time, one for each core
 LIMIT = 180.0  # seconds; most of a run is its imports
 
 
@@ -60,16 +59,19 @@ CASES = {
     ),
     "killed": Case(ExitCode.FAILURE, "rank 1 was killed by SIGKILL", SLOW, TWO, _rank(1, signal.SIGKILL)),
 }
+# Forks show the same in ``test_leaving.py``, in a third of the time.
+LONG = {"group", "killed"}
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory):
-    """``ended(name)``: the run directory, the exit code and the process of that case. All run side by side."""
+    """``ended(name)``: the run directory, the exit code and the process of that case, which goes through it once."""
     folder = tmp_path_factory.mktemp("runs")
     write_recipe(folder)
 
-    def go_through(name: str, case: Case) -> tuple[Path, int, Command]:
-        run = folder / name
+    @cache
+    def go_through(name: str) -> tuple[Path, int, Command]:
+        case, run = CASES[name], folder / name
         command = shell(
             folder,
             "fit",
@@ -86,14 +88,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory):
             case.then(command)
         return run, command.wait(LIMIT), command
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        runs: dict[str, Future[tuple[Path, int, Command]]] = {
-            name: pool.submit(go_through, name, case) for name, case in CASES.items()
-        }
-        yield lambda name: runs[name].result()
+    return go_through
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in CASES]
+)
 def test_exit_code_manifest_and_last_words(name: str, ended) -> None:
     case = CASES[name]
     run, code, command = ended(name)
@@ -135,6 +135,7 @@ def test_the_rank_that_failed_first_is_named_and_alone_on_the_terminal(ended) ->
     assert "Traceback" in (run / "logs" / "rank-0.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_the_kernel_kills_is_the_cause_and_not_its_neighbours_connection(ended) -> None:
     run, _, command = ended("killed")
     assert manifest(run)["error"]["kind"] == "SIGKILL"

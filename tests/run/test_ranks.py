@@ -63,6 +63,7 @@ def test_srun_is_one_run(folder: Path) -> None:
     _is_one_run(folder, "srun")
 
 
+@pytest.mark.slow
 def test_plain_fit_in_a_batch_script_starts_its_own_ranks(folder: Path) -> None:
     batch = INSIDE_A_JOB | {"SLURM_NTASKS": "2"}
     del batch["SLURM_STEP_ID"], batch["SLURM_STEP_NUM_TASKS"]
