@@ -18,7 +18,7 @@ FLOORS = (
     ("method",),
     ("analysis", "data"),
     ("evaluate",),
-    ("export",),
+    ("export", "protocols"),
     ("callbacks",),
     ("run",),
     ("testing",),

@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
+
+from sslzoo.checks import require
+from sslzoo.recipe.sections import PlainView
 
 ATTEMPTS = 10
 CROP_DRAWS = 2 * ATTEMPTS + 2
@@ -46,8 +50,25 @@ def sample_boxes(
     return torch.stack(box, dim=1).long()
 
 
+def padded_boxes(u: Tensor, height: Tensor, width: Tensor, size: int, padding: int) -> Tensor:
+    """Boxes (N, 4) int64 of ``size`` pixels at a random place of images padded on all sides, as in torchvision's
+    RandomCrop, from uniforms ``u`` (N, CROP_DRAWS). Coordinates are those of the image without its padding.
+
+    Raises ``ValueError`` if the padded image is smaller than ``size``.
+    """
+    smallest = int(torch.minimum(height, width).min()) if len(height) else size
+    require(
+        smallest + 2 * padding >= size,
+        f"a crop of {size} px does not fit into an image of {smallest} px with {padding} px of padding",
+    )
+    top = ((height + 2 * padding - size + 1) * u[:, -2]).floor() - padding
+    left = ((width + 2 * padding - size + 1) * u[:, -1]).floor() - padding
+    side = torch.full_like(top, size)
+    return torch.stack([top, left, side, side], dim=1).long()
+
+
 def crop_image(image: Tensor, box: list[int], size: int, interpolation: str) -> Tensor:
-    """An antialiased crop (C, S, S) uint8 of a uint8 image (C, H, W).
+    """An antialiased crop (C, S, S) uint8 of a uint8 image (C, H, W); black where the box leaves the image.
 
     Fast if ``image`` is channels-last in memory: see :func:`channels_last`.
     """
@@ -109,11 +130,14 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return (tall @ rows.mT).view(n, c, t, s).transpose(2, 3).contiguous()
 
 
-def crop_batch(images: Tensor, boxes: Tensor, size: int, interpolation: str) -> Tensor:
+def crop_batch(images: Tensor, boxes: Tensor, size: int, interpolation: str, padding: int = 0) -> Tensor:
     """Crops (N, C, S, S), float32 in [0, 1] and not rounded to integer levels, of uint8 images (N, C, H, W).
 
-    Computes the whole batch at once, with separate filter weights per sample.
+    Computes the whole batch at once, with separate filter weights per sample. ``padding``: black pixels that are added
+    on all sides first, for boxes that leave the image by up to so much.
     """
+    if padding:
+        images, boxes = F.pad(images, [padding] * 4), boxes + boxes.new_tensor([padding, padding, 0, 0])
     top, left, height, width = boxes.unbind(dim=1)
     rows = interpolation_matrix(top, height, images.shape[2], size, interpolation)
     columns = interpolation_matrix(left, width, images.shape[3], size, interpolation)
@@ -121,14 +145,23 @@ def crop_batch(images: Tensor, boxes: Tensor, size: int, interpolation: str) -> 
     return out.clamp_(0, 1) if interpolation == "bicubic" else out  # the cubic kernel overshoots
 
 
-def evaluation_crop(images: Tensor, resize: int | None, size: int) -> Tensor:
-    """Resize the shorter side to ``resize`` pixels (None: no resizing) and crop the central square of ``size`` pixels;
-    (..., C, H, W) uint8 to uint8.
+def evaluation_crop(images: Tensor, view: PlainView) -> Tensor:
+    """Images (..., C, H, W) uint8 as ``view`` shows them: (..., C, S, S) uint8.
 
-    Raises ``ValueError`` if the image is smaller than ``size``.
+    Raises ``ValueError`` if the image is smaller than ``view.size`` and not resized.
     """
-    if resize is not None and min(images.shape[-2:]) != resize:
-        images = TF.resize_image(images, [resize], interpolation=InterpolationMode.BILINEAR, antialias=True)
+    mode, size, resize = InterpolationMode(view.interpolation), view.size, view.resize
+    h, w = images.shape[-2:]
+    if view.proportion is not None:
+        sides = (
+            [round(view.proportion * min(h, w))] * 2
+            if view.square
+            else [int(view.proportion * x) for x in (h, w)]
+        )
+        centre = TF.center_crop_image(images, sides)
+        return TF.resize_image(centre, [size, size], interpolation=mode, antialias=True)
+    if resize is not None and min(h, w) != resize:
+        images = TF.resize_image(images, [resize], interpolation=mode, antialias=True)
     h, w = images.shape[-2:]
     if min(h, w) < size:
         raise ValueError(

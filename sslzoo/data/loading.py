@@ -18,7 +18,7 @@ from sslzoo.data.disk import DataError
 from sslzoo.data.sampler import Item, stand_ins
 from sslzoo.data.sources import ArraySource, ImageSource, UnreadableImageError
 from sslzoo.data.views import draw_boxes, draw_uniforms
-from sslzoo.recipe.sections import EvalConfig, ViewConfig
+from sslzoo.recipe.sections import PlainView, ViewConfig
 
 log = logging.getLogger("sslzoo")
 
@@ -177,8 +177,10 @@ class ViewDataset(Dataset[RawBatch]):
         seed: int,
         global_batch_size: int,
         reader: ImageReader | None = None,
+        among: Tensor | None = None,
     ) -> None:
-        self.source, self.views, self.seed = source, tuple(views), seed
+        """``among``: a mask (N,) of the samples that may stand in for unreadable ones; None: all."""
+        self.source, self.views, self.seed, self.among = source, tuple(views), seed, among
         self.global_batch_size = global_batch_size
         self.reader = ImageReader(source) if reader is None else reader
 
@@ -221,6 +223,7 @@ class ViewDataset(Dataset[RawBatch]):
 
     def _read(self, epoch: int, sample_id: int, bad: list[Bad]) -> tuple[int, Tensor]:
         others = stand_ins(self.seed, epoch, sample_id, len(self.source), self.global_batch_size)
+        others = (i for i in others if self.among is None or self.among[i])
         tried = 0
         for position in chain((sample_id,), others):
             try:
@@ -243,13 +246,14 @@ class ViewDataset(Dataset[RawBatch]):
 class EvalDataset(Dataset[RawEvalBatch]):
     """Labelled samples under the evaluation transform. Indexed by a batch of sample_ids at a time."""
 
-    def __init__(self, source: ImageSource, cfg: EvalConfig, reader: ImageReader | None = None) -> None:
-        if isinstance(source, ArraySource) and cfg.resize is None and min(source.size) < cfg.size:
+    def __init__(self, source: ImageSource, view: PlainView, reader: ImageReader | None = None) -> None:
+        as_it_is = view.resize is None and view.proportion is None
+        if isinstance(source, ArraySource) and as_it_is and min(source.size) < view.size:
             raise ValueError(
-                f"eval.size={cfg.size} is larger than the {source.size[0]} px of {source.name}; "
-                f"set eval.resize={cfg.size} or lower eval.size"
+                f"eval.size={view.size} is larger than the {source.size[0]} px of {source.name}; "
+                f"set eval.resize={view.size} or lower eval.size"
             )
-        self.source, self.cfg = source, cfg
+        self.source, self.view = source, view
         self.reader = ImageReader(source) if reader is None else reader
 
     def __len__(self) -> int:
@@ -260,14 +264,14 @@ class EvalDataset(Dataset[RawEvalBatch]):
         bad: list[Bad] = []
         if isinstance(self.source, ArraySource):
             kept = torch.tensor(items)
-            image = evaluation_crop(self.source.batch(kept), self.cfg.resize, self.cfg.size)
+            image = evaluation_crop(self.source.batch(kept), self.view)
         else:
             try:
                 read = dict(self._read(items, bad))
             except DataError as error:
                 return error
             kept = torch.tensor(list(read), dtype=torch.int64)
-            empty = torch.empty((0, self.source.channels, self.cfg.size, self.cfg.size), dtype=torch.uint8)
+            empty = torch.empty((0, self.source.channels, self.view.size, self.view.size), dtype=torch.uint8)
             image = torch.stack(list(read.values())) if read else empty
         label = _labels(self.source, kept)
         assert label is not None, "evaluation needs labels"
@@ -280,7 +284,7 @@ class EvalDataset(Dataset[RawEvalBatch]):
             except UnreadableImageError as error:
                 bad.append((position, str(error)))
                 continue
-            yield position, evaluation_crop(image, self.cfg.resize, self.cfg.size)
+            yield position, evaluation_crop(image, self.view)
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from sslzoo.data.loading import (
     to_unit,
 )
 from sslzoo.data.photometric import normalize
-from sslzoo.data.sampler import GlobalBatchSampler
+from sslzoo.data.sampler import GlobalBatchSampler, Item
 from sslzoo.data.sources import ArraySource, FakeSource, ImageSource
 from sslzoo.data.views import ViewDraws, apply_view, draw_boxes, draw_uniforms, draw_view, expand_views
 from sslzoo.distributed import rank, world_size
@@ -39,7 +39,7 @@ from sslzoo.exits import LEAVE_SIGNALS
 from sslzoo.randomness import is_holdout, subset
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.sections import DataConfig, EvalConfig, ProbeConfig, SourceConfig, ViewConfig
+from sslzoo.recipe.sections import DataConfig, EvalConfig, PlainView, ProbeConfig, SourceConfig, ViewConfig
 
 __all__ = ["EvalSet", "SSLDataModule", "is_holdout"]
 
@@ -87,10 +87,13 @@ class SSLDataModule(LightningDataModule):
         plan: TrainingPlan,
         seed: int,
         source: ImageSource | None = None,
+        plain: PlainView | None = None,
     ) -> None:
+        """``plain`` replaces how ``eval`` shows images in evaluation."""
         super().__init__()
         self.data, self.views, self.eval, self.probe = data, expand_views(views), eval, probe
         self.plan, self.seed = plan, seed
+        self.plain = eval.view if plain is None else plain
         self.train_source = source if source is not None else open_source(data)
         if len(self.train_source) != plan.dataset_size:
             raise ValueError(
@@ -102,6 +105,7 @@ class SSLDataModule(LightningDataModule):
                 f"data.mean and data.std have {len(data.mean)}"
             )
         self.position = 0
+        self.device = torch.device("cpu")  # of collectives without a trainer
         self._eval_sets: list[EvalSet] | None = None
         # By id of the source: the training data may also be evaluated.
         self._bad: dict[int, BadImages] = {}
@@ -132,15 +136,17 @@ class SSLDataModule(LightningDataModule):
             counts[name] = counts.get(name, 0) + bad.count
         return counts
 
-    def share_unreadable(self) -> None:
-        """Combine the unreadable images of all ranks, each of which has seen only its share. Collective.
+    def share_unreadable(self, sources: Iterable[ImageSource] | None = None) -> None:
+        """Combine the unreadable images of all ranks, each of which has seen only its share, of all sources or of
+        those given. Collective.
 
         Raises ``DataError`` on all ranks if they are more than ``data.max_bad_fraction`` of a source.
         """
         if world_size() == 1:
             return  # checked as they were met
-        evaluated = [s.source for s in self.eval_sets()]
-        for source in {id(source): source for source in (self.train_source, *evaluated)}.values():
+        if sources is None:
+            sources = (self.train_source, *(s.source for s in self.eval_sets()))
+        for source in {id(source): source for source in sources}.values():
             self._shared(source).check()
 
     def _shared(self, source: ImageSource) -> BadImages:
@@ -184,35 +190,39 @@ class SSLDataModule(LightningDataModule):
 
     @property
     def _device(self) -> torch.device:
-        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        return self.device if self.trainer is None else self.trainer.strategy.root_device
 
     # -- loaders ------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[RawBatch]:
         """This rank's micro-batches from ``position`` to the end of the epoch, as raw batches."""
-        return self._loader(
-            self._view_dataset(),
-            GlobalBatchSampler(self.plan, self.seed, rank(), lambda: self.position),
-            persistent=True,
-        )
+        return self.view_loader(GlobalBatchSampler(self.plan, self.seed, rank(), lambda: self.position))
+
+    def view_loader(
+        self, batches: Iterable[list[Item]], *, among: Tensor | None = None
+    ) -> DataLoader[RawBatch]:
+        """The views of training samples in the given batches. Unreadable ones are replaced by others, ``among`` those
+        of this mask (N,)."""
+        return self._loader(self._view_dataset(among), batches, persistent=True)
 
     def val_dataloader(self) -> list[DataLoader[RawEvalBatch]]:
         """One loader for each of :meth:`eval_sets`, with this rank's contiguous share of its samples.
 
         No sample is padded or seen twice, hence ranks may have different numbers of batches.
         """
-        return [
-            self._loader(
-                EvalDataset(s.source, self.eval, self._reader_of(s.source)),
-                shard(s.sample_id, rank(), world_size(), self.eval.batch_size),
-                persistent=False,
-            )
-            for s in self.eval_sets()
-        ]
+        return [self.eval_loader(s) for s in self.eval_sets()]
 
-    def _view_dataset(self) -> ViewDataset:
+    def eval_loader(self, eval_set: EvalSet) -> DataLoader[RawEvalBatch]:
+        """This rank's contiguous share of the plain images of ``eval_set``, without padding."""
+        return self._loader(
+            EvalDataset(eval_set.source, self.plain, self._reader_of(eval_set.source)),
+            shard(eval_set.sample_id, rank(), world_size(), self.eval.batch_size),
+            persistent=False,
+        )
+
+    def _view_dataset(self, among: Tensor | None = None) -> ViewDataset:
         size, source = self.plan.global_batch_size, self.train_source
-        return ViewDataset(source, self.views, self.seed, size, self._reader_of(source))
+        return ViewDataset(source, self.views, self.seed, size, self._reader_of(source), among)
 
     def _loader(
         self, dataset: ViewDataset | EvalDataset, batches: Any, *, persistent: bool
@@ -249,7 +259,7 @@ class SSLDataModule(LightningDataModule):
             twice = sorted({name for name in names if names.count(name) > 1})
             require(not twice, f"probe.data names {', '.join(twice)} twice; results are reported by data set")
             for s in sets:
-                EvalDataset(s.source, self.eval)  # refuses images that are too small
+                EvalDataset(s.source, self.plain)  # refuses images that are too small
             self._eval_sets = sets
         return self._eval_sets
 
@@ -341,7 +351,9 @@ class SSLDataModule(LightningDataModule):
         local_views: list[Tensor] = []
         for k, (view, draws) in enumerate(zip(self.views, batch.draws, strict=True)):
             if isinstance(self.train_source, ArraySource):
-                crops = crop_batch(batch.images[0], draws.boxes, view.size, view.interpolation)
+                crops = crop_batch(
+                    batch.images[0], draws.boxes, view.size, view.interpolation, view.padding or 0
+                )
             else:
                 crops = to_unit(batch.images[k])
             views = global_views if view.role == "global" else local_views
@@ -353,6 +365,16 @@ class SSLDataModule(LightningDataModule):
         """A raw batch as the method gets it, outside the training loop: any rank may call it alone."""
         drawn = self.on_before_batch_transfer(raw, 0)
         return self._finish(self.transfer_batch_to_device(drawn, torch.device(device), 0))
+
+    @torch.no_grad()
+    def finish_eval(
+        self, raw: RawEvalBatch, source: ImageSource, device: torch.device | str = "cpu"
+    ) -> EvalBatch:
+        """A raw batch of :meth:`eval_loader`, from ``source``, on ``device``: any rank may call it alone."""
+        self._bad_of(source).add(raw.bad)
+        batch = EvalBatch(raw.image, raw.sample_id, raw.label)
+        batch = self.transfer_batch_to_device(batch, torch.device(device), 0)
+        return batch._replace(image=self._normalized(to_unit(batch.image)))
 
     def example_batch(self, n: int) -> Batch:
         """The first ``n`` samples of the training data as epoch 0 shows them."""

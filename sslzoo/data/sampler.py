@@ -40,6 +40,49 @@ class GlobalBatchSampler(Sampler[list[Item]]):
             yield [(epoch, sample_id) for sample_id in order[first : first + size].tolist()]
 
 
+class ProbeSampler:
+    """The batches from which a probe learns, as lists of (epoch, sample_id), for any number of ranks.
+
+    An epoch's order of the samples in the mask ``learned`` (N,) is cut into the batches of steps, the last of which may
+    be smaller, each batch into contiguous shares of the ranks, which differ by at most one sample, and each share into
+    parts of at most ``part_size``. ``steps`` counts through all epochs.
+    """
+
+    def __init__(
+        self,
+        learned: Tensor,
+        *,
+        batch_size: int,
+        part_size: int,
+        steps_per_epoch: int,
+        steps: range,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.learned, self.batch_size, self.part_size = learned, batch_size, part_size
+        self.steps_per_epoch, self.steps, self.seed = steps_per_epoch, steps, seed
+        self.rank, self.world_size = rank, world_size
+        self._size = int(learned.sum())  # samples in an epoch
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        epoch, order = -1, self.learned
+        for step in self.steps:
+            if epoch != step // self.steps_per_epoch:
+                epoch = step // self.steps_per_epoch
+                order = epoch_order(self.seed, epoch, len(self.learned))
+                order = order[self.learned[order]]
+            for part in self.parts(step):
+                yield [(epoch, sample_id) for sample_id in order[part].tolist()]
+
+    def parts(self, step: int) -> list[slice]:
+        """The places of this rank's parts of a step in the order of the epoch; none if there are too few samples."""
+        first = step % self.steps_per_epoch * self.batch_size
+        size = min(self.batch_size, self._size - first)
+        start, end = (first + r * size // self.world_size for r in (self.rank, self.rank + 1))
+        return [slice(i, min(i + self.part_size, end)) for i in range(start, end, self.part_size)]
+
+
 def stand_ins(seed: int, epoch: int, sample_id: int, size: int, global_batch_size: int) -> Iterator[int]:
     """The sample_ids that may stand in for an unreadable one in ``epoch``, of ``size`` samples, in the order of trying.
 

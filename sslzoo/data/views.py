@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sslzoo.data import photometric as ph
-from sslzoo.data.crops import CROP_DRAWS, sample_boxes
+from sslzoo.data.crops import CROP_DRAWS, padded_boxes, sample_boxes
 from sslzoo.randomness import view_uniforms
 from sslzoo.recipe.sections import ViewConfig
 
@@ -66,7 +66,11 @@ def draw_uniforms(seed: int, epoch: int, view: int, sample_id: Tensor) -> Tensor
 
 def draw_boxes(cfg: ViewConfig, u: Tensor, height: Tensor, width: Tensor) -> Tensor:
     """Crop boxes (N, 4) in pixels, from the view's uniforms ``u`` (N, DRAWS) and the image sizes (N,)."""
-    return sample_boxes(u[:, :CROP_DRAWS], height, width, cfg.scale, cfg.ratio)
+    u = u[:, :CROP_DRAWS]
+    if cfg.padding is not None:
+        return padded_boxes(u, height, width, cfg.size, cfg.padding)
+    assert cfg.scale is not None
+    return sample_boxes(u, height, width, cfg.scale, cfg.ratio)
 
 
 def jitter_factor(cfg: ViewConfig, name: str, u: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from sslzoo.data.crops import evaluation_crop
 from sslzoo.data.loading import to_unit
 from sslzoo.data.photometric import normalize
 from sslzoo.recipe.load import to_yaml
-from sslzoo.recipe.sections import BackboneConfig, Recipe
+from sslzoo.recipe.sections import BackboneConfig, PlainView, Recipe
 
 KEY = "sslzoo"  # of the metadata in a safetensors or ONNX file
 
@@ -46,7 +46,8 @@ class Preprocessing:
             image.dtype == torch.uint8 and image.ndim >= 3 and image.shape[-3] == self.channels,
             f"expected uint8 images (..., {self.channels}, H, W), got {image.dtype} {tuple(image.shape)}",
         )
-        return normalize(to_unit(evaluation_crop(image, self.resize, self.size)), self.mean, self.std)
+        view = PlainView(size=self.size, resize=self.resize)
+        return normalize(to_unit(evaluation_crop(image, view)), self.mean, self.std)
 
     @staticmethod
     def of(recipe: Recipe) -> Preprocessing:

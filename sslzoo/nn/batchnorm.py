@@ -27,8 +27,13 @@ class SyncBatchNorm(_BatchNorm):
     """Batch norm over the rows of all ranks, followed by the layers inside it, if any.
 
     Equal to single-process batch norm on the concatenated batch, with derivatives of any order; torch's
-    SyncBatchNorm fails on CPU and has no second derivative. Input (N, C, ...), with N equal on all ranks.
+    SyncBatchNorm fails on CPU and has no second derivative. Input (N, C, ...), with N equal on all ranks unless
+    ``uneven``.
     """
+
+    def __init__(self, num_features: int, *, uneven: bool = False, **kwargs: Any) -> None:
+        super().__init__(num_features, **kwargs)
+        self.uneven = uneven
 
     def _check_input_dim(self, input: Tensor) -> None:
         require(input.ndim >= 2, f"batch norm expects (N, C, ...), got shape {tuple(input.shape)}")
@@ -42,6 +47,8 @@ class SyncBatchNorm(_BatchNorm):
         shape = [1, -1] + [1] * (input.ndim - 2)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         count = x.numel() // x.shape[1] * world_size()
+        if self.uneven:
+            count = int(all_reduce_sum(torch.tensor(x.numel() // x.shape[1], device=x.device)))
         require(
             count > 1, f"batch norm needs more than one value per channel, got shape {tuple(input.shape)}"
         )
@@ -146,9 +153,9 @@ def _options(m: _BatchNorm) -> dict[str, Any]:
     }
 
 
-def to_sync(module: nn.Module) -> nn.Module:
+def to_sync(module: nn.Module, *, uneven: bool = False) -> nn.Module:
     """Replace every batch norm in ``module`` by :class:`SyncBatchNorm`."""
-    return _replace(module, _BatchNorm, lambda m: SyncBatchNorm(m.num_features, **_options(m)))
+    return _replace(module, _BatchNorm, lambda m: SyncBatchNorm(m.num_features, uneven=uneven, **_options(m)))
 
 
 def to_split(module: nn.Module, splits: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Look up methods and analyses (entry points) and recipes (files). Listing them does not import torch."""
+"""Look up methods, analyses and protocols (entry points) and recipes (files). Listing them does not import torch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sslzoo.recipe.sections import AnalysisConfig, MethodConfig
 GROUP = "sslzoo.methods"
 CONFIGS = "sslzoo.configs"
 ANALYSES = "sslzoo.analyses"
+PROTOCOLS = "sslzoo.protocols"
 
 
 @cache
@@ -34,6 +35,12 @@ def configs() -> dict[str, EntryPoint]:
 def analyses() -> dict[str, EntryPoint]:
     """Registered analyses by name."""
     return {point.name: point for point in sorted(entry_points(group=ANALYSES), key=lambda p: p.name)}
+
+
+@cache
+def protocols() -> dict[str, EntryPoint]:
+    """Registered protocols of linear evaluation by name."""
+    return {point.name: point for point in sorted(entry_points(group=PROTOCOLS), key=lambda p: p.name)}
 
 
 @cache
@@ -69,7 +76,12 @@ def analysis_config(name: str) -> type[AnalysisConfig]:
     return analysis_class(name).Config
 
 
-def _loaded(name: str, known: dict[str, EntryPoint], kind: str, key: str) -> type[Any]:
+def protocol(name: str) -> Any:
+    """The protocol of linear evaluation, by registered name or ``module:attribute``."""
+    return _loaded(name, protocols(), "protocol", "protocol")
+
+
+def _loaded(name: str, known: dict[str, EntryPoint], kind: str, key: str) -> Any:
     if is_plugin(name):
         return plugin(name, key)
     point = _registered(known, name, kind)

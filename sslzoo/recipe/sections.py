@@ -205,11 +205,13 @@ _COLOURS = ("saturation", "hue", "grayscale_p")  # meaningless for single-channe
 class ViewConfig:
     """``count`` crops drawn from one augmentation policy. An operation that is not set is not applied.
 
-    Order: random resized crop, colour jitter, grayscale, blur, solarise, flip, normalise.
+    Order: random crop, colour jitter, grayscale, blur, solarise, flip, normalise. The crop has a random area within
+    ``scale`` and is resized to ``size``; with ``padding`` instead, it is cut from the padded image without resizing.
     """
 
     size: int  # pixels, square
-    scale: tuple[float, float]  # range of the crop's area, as a fraction of the image
+    scale: tuple[float, float] | None = None  # range of the crop's area, as a fraction of the image
+    padding: int | None = None  # black pixels added to each side of the image before a crop without resizing
     role: Literal["global", "local"] = "global"  # local: only the online branch sees it
     count: int = 1
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -229,11 +231,8 @@ class ViewConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "size", "count", "scale", "ratio", "blur_sigma")
-        check_field(
-            self.scale[0] <= self.scale[1] <= 1,
-            "scale",
-            f"must satisfy 0 < low <= high <= 1, got {self.scale}",
-        )
+        check_not_negative(self, "padding")
+        self._check_crop()
         for name in ("ratio", "blur_sigma"):
             low, high = getattr(self, name)
             check_field(low <= high, name, f"must satisfy 0 < low <= high, got {(low, high)}")
@@ -255,6 +254,19 @@ class ViewConfig:
             self.jitter_p == 0 or bool(self._changed(*_OPERATIONS["jitter_p"][0])),
             "jitter_p",
             f"must be 0 without brightness, contrast, saturation or hue, got {self.jitter_p}",
+        )
+
+    def _check_crop(self) -> None:
+        if self.padding is not None:
+            for name in self._changed("scale", "ratio", "interpolation"):
+                raise ConfigError(name, "must be left out with padding, which cuts a crop without resizing")
+            return
+        if self.scale is None:
+            raise ConfigError("scale", "missing key; a view needs it, such as [0.2, 1.0], or padding")
+        check_field(
+            self.scale[0] <= self.scale[1] <= 1,
+            "scale",
+            f"must satisfy 0 < low <= high <= 1, got {self.scale}",
         )
 
     def _changed(self, *names: str) -> list[str]:
@@ -448,6 +460,21 @@ PCA_WIDTH = 64  # principal components of the pixels kept by the final evaluatio
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlainView:
+    """How evaluation shows an image to an encoder: the centre of the resized image, or, with ``proportion``, the
+    centre of the image, resized."""
+
+    size: int  # side of the square that the encoder sees, in pixels
+    resize: int | None = None  # shorter side before the centre crop, in pixels; None: no resizing
+    proportion: float | None = (
+        None  # side of the centre crop, as a fraction of the image's, before resizing to size
+    )
+    # The crop of proportion is square, a fraction of the shorter side, or a fraction of either side.
+    square: bool = True
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # both antialiased
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """When and how frozen features are evaluated, during training and at its end."""
 
@@ -461,6 +488,11 @@ class EvalConfig:
     test_split: str = "test"
     # Add raw pixels, their PCA, random initialisation and linear evaluation by SGD to the final table.
     baselines: bool = False
+
+    @property
+    def view(self) -> PlainView:
+        """How images are shown."""
+        return PlainView(size=self.size, resize=self.resize)
 
     def __post_init__(self) -> None:
         check_positive(self, "every_epochs", "size", "knn_k", "knn_temperature", "batch_size")

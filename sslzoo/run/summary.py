@@ -45,7 +45,8 @@ def state_memory(method: nn.Module) -> list[tuple[str, int]]:
 
 def describe_view(view: ViewConfig) -> str:
     """Describe a view: ``2 x 224 px global, area 0.2-1.0``."""
-    return f"{view.count} x {view.size} px {view.role}, area {view.scale[0]:g}-{view.scale[1]:g}"
+    crop = f"padding {view.padding} px" if view.scale is None else f"area {view.scale[0]:g}-{view.scale[1]:g}"
+    return f"{view.count} x {view.size} px {view.role}, {crop}"
 
 
 def _rows(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any]) -> Iterator[tuple[str, str]]:

@@ -51,7 +51,7 @@ def shrunk(recipe: Recipe, *, keep: Collection[str] = ()) -> Recipe:
     views = tuple(
         ViewConfig(
             size=max(view.size * PIXELS // largest, 4),
-            scale=view.scale,
+            scale=view.scale or (1.0, 1.0),
             role=view.role,
             count=view.count,
             flip_p=0.5,

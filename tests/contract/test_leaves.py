@@ -129,6 +129,11 @@ CASES = {
         (TINY, "backbone.stem=imagenet", "trainer.precision=32-true", "views.0.blur_p=0.5"),
         "views",
     ),
+    "views, padded": Case(
+        "simclr_fashion_mnist",
+        (TINY, "views=[{size: 12, count: 2, padding: 2, flip_p: 0.5, blur_p: 0.5}]"),
+        "views",
+    ),
     "lars, cosine": Case(
         "simclr_fashion_mnist",
         (

@@ -9,9 +9,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from sslzoo.data import photometric as ph
-from sslzoo.data.crops import CROP_DRAWS, channels_last, crop_batch, crop_image, sample_boxes
+from sslzoo.data.crops import CROP_DRAWS, channels_last, crop_batch, crop_image, evaluation_crop, sample_boxes
 from sslzoo.data.views import apply_view, draw_boxes, draw_uniforms, draw_view, expand_views
-from sslzoo.recipe.sections import ViewConfig
+from sslzoo.recipe.sections import PlainView, ViewConfig
 
 STRONG = ViewConfig(
     size=24,
@@ -221,3 +221,43 @@ def test_probabilities_and_ranges_of_the_draws() -> None:
 def test_expand_views_counts_crops() -> None:
     locals_ = ViewConfig(size=12, scale=(0.05, 0.2), role="local", count=3)
     assert [v.size for v in expand_views([STRONG, locals_])] == [24, 12, 12, 12]
+
+
+def test_padded_crops_equal_torchvision() -> None:
+    """At every place, of images in memory and of files; the draws are uniform over all places."""
+    x = images(200, 3, 9, 12)
+    cfg = ViewConfig(size=8, padding=2)
+    u = draw_uniforms(1, 0, 0, torch.arange(len(x)))
+    boxes = draw_boxes(cfg, u, torch.full((len(x),), 9), torch.full((len(x),), 12))
+    assert set(boxes[:, 0].tolist()) == set(range(-2, 4)) and set(boxes[:, 1].tolist()) == set(range(-2, 7))
+    assert set(boxes[:, 2:].flatten().tolist()) == {8}
+    padded = TF.pad(x, [2])
+    want = torch.stack(
+        [image[:, t + 2 : t + 10, l + 2 : l + 10] for image, (t, l, *_) in zip(padded, boxes, strict=True)]
+    )
+    close(crop_batch(x, boxes, 8, "bilinear", 2), want.float() / 255, 0.0)
+    got = [
+        crop_image(channels_last(image), box, 8, "bilinear")
+        for image, box in zip(x, boxes.tolist(), strict=True)
+    ]
+    assert torch.equal(torch.stack(got), want)
+    with pytest.raises(
+        ValueError, match="a crop of 14 px does not fit into an image of 9 px with 2 px of padding"
+    ):
+        draw_boxes(ViewConfig(size=14, padding=2), u, torch.full((len(x),), 9), torch.full((len(x),), 12))
+
+
+def test_plain_views_equal_torchvision() -> None:
+    x = images(2, 3, 40, 62)
+    bicubic = InterpolationMode.BICUBIC
+    want = TF.center_crop(TF.resize(x, [20], bicubic, antialias=True), [16, 16])
+    assert torch.equal(evaluation_crop(x, PlainView(size=16, resize=20, interpolation="bicubic")), want)
+    # SimCLR's TensorFlow code: a square, 0.875 of the shorter side.
+    want = TF.resize(TF.center_crop(x, [35, 35]), [16, 16], bicubic, antialias=True)
+    assert torch.equal(
+        evaluation_crop(x, PlainView(size=16, proportion=0.875, interpolation="bicubic")), want
+    )
+    # MMCL's: 0.875 of both sides, which are then squeezed.
+    want = TF.resize(TF.center_crop(x, [35, 54]), [16, 16], bicubic, antialias=True)
+    squeezed = PlainView(size=16, proportion=0.875, square=False, interpolation="bicubic")
+    assert torch.equal(evaluation_crop(x, squeezed), want)

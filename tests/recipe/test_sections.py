@@ -193,6 +193,11 @@ def test_a_setting_without_effect(overrides: tuple[str, ...], said: str) -> None
         ("eval.size=0", "eval.size: must be positive, got 0"),
         ("views.0.size=-20", "views.0.size: must be positive, got -20"),
         ("views.0.scale=[-1,1]", "views.0.scale: must be positive, got [-1.0, 1.0]"),
+        ("views.0.scale=null", "views.0.scale: missing key; a view needs it, such as [0.2, 1.0], or padding"),
+        (
+            "views.0.padding=4",
+            "views.0.scale: must be left out with padding, which cuts a crop without resizing",
+        ),
         ("method.projector={widths: [-1]}", "method.projector.widths: must be positive, got [-1]"),
         ("data.workers=-1", "data.workers: must not be negative, got -1"),
         ("data.max_bad_fraction=2", "data.max_bad_fraction: must lie in [0, 1], got 2.0"),

@@ -1,0 +1,1 @@
+"""Linear evaluation by named protocols."""
