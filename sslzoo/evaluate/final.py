@@ -18,7 +18,7 @@ from sslzoo.evaluate.knn import knn_accuracy
 from sslzoo.evaluate.logistic import linear_probe, principal_components
 from sslzoo.evaluate.metrics import FEATURES, interval
 from sslzoo.evaluate.progress import EvaluationProgress, Report, reported
-from sslzoo.evaluate.sgd_probe import BATCH, sgd_evaluation, sgd_schedule
+from sslzoo.evaluate.sgd_probe import sgd_evaluation, sgd_schedule
 from sslzoo.evaluate.task import Features, Samples, Task, count_samples, roles
 from sslzoo.files import write_json
 from sslzoo.recipe.sections import PCA_WIDTH, Recipe
@@ -204,11 +204,11 @@ def _protocol(keys: Iterable[str], samples: Samples, recipe: Recipe, *, brief: b
             f"{held_out}."
         )
     if "sgd_top1" in plain:
-        epochs, _ = sgd_schedule(samples.n_train, brief=brief)
+        epochs, _, batch = sgd_schedule(samples.n_train, brief=brief)
         decay = f"weight decay {probe.weight_decay:g}" if probe.weight_decay else "no regularisation"
         rates = ", ".join(f"{rate:g}" for rate in probe.lrs)
         sentences.append(
-            f"SGD: on the same features, momentum {probe.momentum:g}, {decay}, batches of {BATCH}, {epochs} "
+            f"SGD: on the same features, momentum {probe.momentum:g}, {decay}, batches of {batch}, {epochs} "
             f"epoch{'s' * (epochs > 1)}, rate of {rates} {held_out}."
         )
     if "knn_top1" in plain:

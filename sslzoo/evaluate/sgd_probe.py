@@ -23,7 +23,8 @@ from sslzoo.recipe.sections import ProbeConfig
 
 EPOCHS = 50  # epochs of linear evaluation on extracted features,
 STEPS = 1000  # or more, to reach this many steps
-BATCH = 256  # samples per step of linear evaluation, over all ranks
+BATCH = 256  # samples per step of linear evaluation, over all ranks: so many, or a multiple of it,
+MOST_STEPS = 15_000  # to reach the epochs in at most so many steps
 STATISTICS_RATE = 0.1  # update rate of the running feature statistics, which average about ten steps
 EPS = 1e-5  # added to the variance, as in batch norm
 
@@ -192,10 +193,21 @@ def _counts(
     return all_reduce_sum(counts).tolist()
 
 
-def sgd_schedule(samples: int, *, brief: bool = False) -> tuple[int, int]:
-    """Number of epochs, and of steps per epoch, for linear evaluation on ``samples`` samples; ``brief``: one epoch."""
-    steps = -(-samples // BATCH)
-    return (1 if brief else max(EPOCHS, -(-STEPS // steps))), steps
+class SGDSchedule(NamedTuple):
+    """Length of linear evaluation."""
+
+    epochs: int
+    steps: int  # per epoch
+    batch: (
+        int  # samples per step, over all ranks; the learning rates are for ``BATCH`` and grow in proportion
+    )
+
+
+def sgd_schedule(samples: int, *, brief: bool = False) -> SGDSchedule:
+    """Length of linear evaluation on ``samples`` samples; ``brief``: one epoch."""
+    batch = BATCH * max(1, -(-EPOCHS * samples // (BATCH * MOST_STEPS)))
+    steps = -(-samples // batch)
+    return SGDSchedule(1 if brief else max(EPOCHS, -(-STEPS // steps)), steps, batch)
 
 
 @torch.no_grad()
@@ -206,7 +218,8 @@ def sgd_evaluation(
 
     The order is a function of (seed, epoch, sample_id), so each step has the same samples for any number of ranks.
     Non-finite training samples are skipped; non-finite held-out and test samples count as wrong. If no training
-    samples remain, the accuracy is 0. ``brief`` trains for one epoch, for dry runs. Collective.
+    samples remain, the accuracy is 0. The rate in the result is that of ``cfg``, before it grows with the batch (see
+    :func:`sgd_schedule`). ``brief`` trains for one epoch, for dry runs. Collective.
     """
     train = task.train
     fit, total = rows_to_learn(task)
@@ -214,7 +227,7 @@ def sgd_evaluation(
         return SGDResult(0.0, 0.0, min(cfg.lrs), 0.0)
     all_ids = _of_all_ranks(train.sample_id[fit])
     standardize = standardizer(train, fit)
-    epochs, steps = sgd_schedule(total, brief=brief)
+    epochs, steps, batch = sgd_schedule(total, brief=brief)
     ends = torch.tensor([len(part) for part in torch.arange(total).tensor_split(steps)]).cumsum(0)
     ends = ends.to(fit.device)  # end of each step in the order of an epoch
     probe = SGDProbe(task.classes, train.x.shape[1], cfg, device=fit.device, running=False)
@@ -228,7 +241,7 @@ def sgd_evaluation(
         for i, (x, y) in enumerate(train.chunks(fit[order], sizes)):
             # Standardised per batch, because a copy of all features would double their memory.
             probe.accumulate(standardize(x), y, torch.zeros_like(y, dtype=torch.bool))
-            probe.start(0.5 * (1 + cos(pi * (epoch * steps + i) / (epochs * steps))))
+            probe.start(batch / BATCH * 0.5 * (1 + cos(pi * (epoch * steps + i) / (epochs * steps))))
         report((epoch + 1) / epochs)
     probe.finish()
     return choose(probe, task, standardize)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sslzoo.evaluate import sgd_probe
-from sslzoo.evaluate.sgd_probe import SGDResult, sgd_evaluation
+from sslzoo.evaluate.sgd_probe import SGDResult, sgd_evaluation, sgd_schedule
 from sslzoo.evaluate.task import Features, Roles, Task
 from sslzoo.recipe.sections import ProbeConfig
 from sslzoo.testing.ranks import run_ranks
@@ -62,6 +62,24 @@ def test_comes_close_to_the_best_possible():
     assert found.top1 > _nearest_mean(_data(900), _data(500, seed=1)) - 0.02
     assert found.top5 == 1.0
     assert found.lr in CFG.lrs[1:]  # 1e-4 is too slow to be right
+
+
+def test_many_samples_are_learned_in_larger_batches_at_larger_rates(monkeypatch):
+    """In at most 15,000 steps at ImageNet's size; as before up to CIFAR's."""
+    monkeypatch.undo()
+    assert sgd_schedule(45_000) == (50, 176, 256)
+    assert sgd_schedule(76_800) == (50, 300, 256)
+    for samples in (76_801, 115_305, 1_153_050, 1_281_167):
+        epochs, steps, batch = sgd_schedule(samples)
+        assert 14_000 / 2 < epochs * steps <= 15_000
+        assert steps * batch >= samples
+    assert sgd_schedule(1_153_050) == (50, 282, 4096)
+    monkeypatch.setattr(sgd_probe, "EPOCHS", 20)
+    monkeypatch.setattr(sgd_probe, "STEPS", 1)
+    small = _evaluate(0, 1)
+    monkeypatch.setattr(sgd_probe, "MOST_STEPS", 40)
+    assert sgd_schedule(810) == (20, 2, 512)
+    assert abs(_evaluate(0, 1).top1 - small.top1) < 0.02
 
 
 def test_held_out_labels_never_train():
