@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
@@ -71,6 +73,23 @@ def test_sync_on_one_process_is_batch_norm(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(sync(x), plain(x))
     torch.testing.assert_close(sync.state_dict(), plain.state_dict())
     torch.testing.assert_close(sync.eval()(x), plain.eval()(x))
+
+
+def _far_from_zero(rank: int, world: int) -> tuple[Tensor, Tensor, int]:
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1)) * 0.1 + 1000
+    mine = slice(rank * 4, (rank + 1) * 4)
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as collective:
+        y = to_sync(nn.BatchNorm1d(3))(x[mine].requires_grad_())
+        y.square().sum().backward()
+    return y.detach(), nn.BatchNorm1d(3).double()(x.double())[mine].float().detach(), collective.call_count
+
+
+def test_sync_sends_both_moments_at_once_and_keeps_the_digits_of_a_large_mean() -> None:
+    for got, expected, collectives in run_ranks(2, _far_from_zero, timeout=120):
+        torch.testing.assert_close(
+            got, expected, rtol=1e-3, atol=1e-3
+        )  # the mean has seven digits in float32
+        assert collectives == 2  # one forward, one backward
 
 
 def test_sync_computes_half_precision_in_float32() -> None:
