@@ -20,10 +20,10 @@ each phase of the last steps; the exit code is 1 if a GPU would have refused som
 Not pretended: DDP and its reduction of gradients, autocast, torch's synchronised batch norm (with
 ``trainer.sync_batchnorm=true`` the framework's is used instead), pinned memory, streams, and all ranks but the first.
 The other ranks are assumed to have the same values: a sum is ``world`` times this rank's value, and a broadcast from
-another rank gives zeros, or this rank's integers. Collectives other than all-reduce, all-gather of tensors and
-broadcast raise, as without a process group. Copies between host and device do not propagate gradients, and a parameter
-shared by two modules is duplicated when they move. A ``stack`` in a backward pass may contain CPU zeros from autograd,
-which are not noted. An aten operation counts as one kernel; on a GPU it may be several.
+another rank gives zeros, or this rank's integers. Collectives other than all-reduce, broadcast, and all-gather and
+reduce-scatter of tensors raise, as without a process group. Copies between host and device do not propagate gradients,
+and a parameter shared by two modules is duplicated when they move. A ``stack`` in a backward pass may contain CPU zeros
+from autograd, which are not noted. An aten operation counts as one kernel; on a GPU it may be several.
 """
 
 from __future__ import annotations
@@ -486,6 +486,11 @@ class PretendedGPU:
             _values(out).detach().view(gathered.shape).copy_(gathered)
             return _Work()
 
+        def reduce_scatter(out: Tensor, x: Tensor, group: Any = None, async_op: bool = False) -> Any:
+            self._check("reduce_scatter", group, x, out)
+            _values(out).detach().copy_(_values(x).detach()[: len(out)] * world)
+            return _Work()
+
         def broadcast(x: Tensor, src: int = 0, group: Any = None, async_op: bool = False) -> Any:
             self._check("broadcast", group, x)
             if src != 0 and x.is_floating_point():
@@ -501,6 +506,8 @@ class PretendedGPU:
             "all_reduce": all_reduce,
             "all_gather_single": all_gather,
             "all_gather_into_tensor": all_gather,
+            "reduce_scatter_single": reduce_scatter,
+            "reduce_scatter_tensor": reduce_scatter,
             "broadcast": broadcast,
         }
 

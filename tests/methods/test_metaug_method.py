@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -405,20 +407,24 @@ def test_weights_alone_start_with_their_own_banks(tmp_path: Path) -> None:
         assert torch.equal(taken[name], trained.state_dict()[name]), name
 
 
-def test_the_share_through_the_virtual_step_is_of_all_ranks() -> None:
+def test_the_generators_gradients_are_averaged_in_one_collective() -> None:
     single = make(BASE)
     train(single, range(1))
-    for share, norm in run_ranks(2, _meta_scalars):
-        assert share == pytest.approx(float(single.recorded["method/second_order_share"]), rel=1e-8)
+    width = sum(p.numel() for p in single.generators.parameters())
+    for norm, share, sent in run_ranks(2, _meta_scalars):
         assert norm == pytest.approx(float(single.recorded["method/generator_gradient"]), rel=1e-8)
+        assert 0 < share < 10
+        assert sent.count(width) == 1
 
 
-def _meta_scalars(rank: int, world: int) -> tuple[float, float]:
+def _meta_scalars(rank: int, world: int) -> tuple[float, float, list[int]]:
     method = to_sync(make(BASE, world=world))
     assert isinstance(method, MetAug)
-    train(method, range(1), rank, world)
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as collective:
+        train(method, range(1), rank, world)
+    sent = [call.args[0].numel() for call in collective.call_args_list]
     seen = method.recorded
-    return float(seen["method/second_order_share"]), float(seen["method/generator_gradient"])
+    return float(seen["method/generator_gradient"]), float(seen["method/second_order_share"]), sent
 
 
 @pytest.mark.parametrize(("every", "due"), [(None, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sslzoo_methods.metaug.loss import Objective
+from sslzoo_methods.metaug.meta import MetaGradient
 
 
 @torch.no_grad()
@@ -32,7 +33,12 @@ def health(out: Objective, z: Sequence[Tensor], generated: Sequence[Tensor]) -> 
 
 
 @torch.no_grad()
-def meta_health(gradient: Sequence[Tensor], indirect: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Norm of the generators' gradient, and relative to it that of ``indirect``, the part through the virtual step."""
-    total, through = (torch.stack(torch._foreach_norm(list(part))).norm() for part in (gradient, indirect))
-    return {"generator_gradient": total, "second_order_share": through / total.clamp_min(1e-30)}
+def meta_health(gradient: Sequence[Tensor], own: MetaGradient) -> dict[str, Tensor]:
+    """Norm of the generators' ``gradient``, a mean over ranks, and in this rank's ``own`` the norm of the part through
+    the virtual step, relative to the whole: the mean of that part would need another collective."""
+    total, through = _norm(own.total), _norm(own.indirect)
+    return {"generator_gradient": _norm(gradient), "second_order_share": through / total.clamp_min(1e-30)}
+
+
+def _norm(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(list(parts))).norm()

@@ -97,10 +97,8 @@ class MetAug(SSLMethod[MetAugConfig]):
         evaluate = partial(self._objective, batch)
         views, count = self._views(batch), self.cfg.views.count
         result = bilevel(self.network(), self.generators, views, count, evaluate, cfg)
-        gradient, indirect = mean_over_ranks(result.total), result.indirect
-        if cfg.order == 2:
-            indirect = mean_over_ranks(indirect)
-        values = meta_health(gradient, indirect)
+        gradient = mean_over_ranks(result.total)
+        values = meta_health(gradient, result)
         finite = values["generator_gradient"].isfinite()
         for p, g in zip(self.generators.parameters(), gradient, strict=True):
             p.grad = torch.where(finite, g, 0)
