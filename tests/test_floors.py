@@ -19,6 +19,7 @@ FLOORS = (
     ("analysis", "data"),
     ("evaluate",),
     ("export", "protocols"),
+    ("posthoc",),
     ("callbacks",),
     ("run",),
     ("testing",),

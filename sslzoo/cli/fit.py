@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from sslzoo.recipe.load import load_recipe
     from sslzoo.run.departure import leave_while_importing
     from sslzoo.run.launcher import end_with_parent, launch
-    from sslzoo.run.placement import place, world_size_of
+    from sslzoo.run.placement import devices_per_node, place, world_size_of
 
     loaded = load_recipe(
         args.recipe, args.overrides
@@ -69,7 +69,12 @@ def run(args: argparse.Namespace) -> int:
             return dry_run(loaded.recipe)
         if place().starter == "alone" and world_size_of(loaded.recipe) > 1:
             outlive_readers()
-            return launch(args.arguments, loaded)
+            return launch(
+                args.arguments,
+                loaded,
+                processes=devices_per_node(loaded.recipe),
+                nodes=loaded.recipe.nodes,
+            )
     except ValueError as error:
         print(f"sslzoo fit: {error}", file=sys.stderr)
         return 2

@@ -212,11 +212,16 @@ class SSLDataModule(LightningDataModule):
         """
         return [self.eval_loader(s) for s in self.eval_sets()]
 
-    def eval_loader(self, eval_set: EvalSet) -> DataLoader[RawEvalBatch]:
-        """This rank's contiguous share of the plain images of ``eval_set``, without padding."""
+    def eval_loader(
+        self, eval_set: EvalSet, batches: Sequence[Sequence[int]] | None = None
+    ) -> DataLoader[RawEvalBatch]:
+        """Plain images of ``eval_set`` in ``batches``, each a list of sample ids; by default this rank's contiguous
+        share, without padding."""
+        if batches is None:
+            batches = shard(eval_set.sample_id, rank(), world_size(), self.eval.batch_size)
         return self._loader(
             EvalDataset(eval_set.source, self.plain, self._reader_of(eval_set.source)),
-            shard(eval_set.sample_id, rank(), world_size(), self.eval.batch_size),
+            batches,
             persistent=False,
         )
 
@@ -285,6 +290,11 @@ class SSLDataModule(LightningDataModule):
                 f"({train.num_classes} and {test.num_classes}); give both the same class folders"
             )
         for source in (train, test):
+            require(
+                len(source) > 0,
+                f"{source.name} split {source.split!r} has no images to evaluate; see data.root, probe.data and "
+                "eval.test_split",
+            )
             require(
                 len(source) >= self.plan.world_size,
                 f"{source.name} split {source.split!r} has {len(source)} image(s) to evaluate, fewer than the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,6 +25,16 @@ class Extracted(NamedTuple):
     sample_id: Tensor  # (M,)
 
 
+def on_device(
+    loader: Iterable[Any], datamodule: SSLDataModule, device: torch.device, dataloader_idx: int
+) -> Iterator[EvalBatch]:
+    """The batches of a validation loader on ``device``, as the encoder sees them."""
+    for raw in loader:
+        batch = datamodule.on_before_batch_transfer(raw, dataloader_idx)
+        batch = datamodule.transfer_batch_to_device(batch, device, dataloader_idx)
+        yield datamodule.on_after_batch_transfer(batch, dataloader_idx)
+
+
 @torch.inference_mode()
 def extract(
     encoders: Mapping[str, Encoder],
@@ -42,10 +52,7 @@ def extract(
     features: dict[str, list[Tensor]] = {name: [] for name in encoders}
     labels: list[Tensor] = []
     ids: list[Tensor] = []
-    for raw in loader:
-        batch = datamodule.on_before_batch_transfer(raw, dataloader_idx)
-        batch = datamodule.transfer_batch_to_device(batch, device, dataloader_idx)
-        batch: EvalBatch = datamodule.on_after_batch_transfer(batch, dataloader_idx)
+    for batch in on_device(loader, datamodule, device, dataloader_idx):
         for name, encode in encoders.items():
             features[name].append(encode(batch.image).float())
         labels.append(batch.label)

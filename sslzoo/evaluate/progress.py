@@ -1,4 +1,4 @@
-"""Progress of the final evaluation: a bar in a terminal, otherwise a line at the start and at the end."""
+"""Progress of an evaluation: a bar in a terminal, otherwise a line at the start and at the end."""
 
 from __future__ import annotations
 
@@ -28,13 +28,20 @@ def reported(loader: DataLoader[Any], report: Report) -> Iterator[Any]:
 
 
 class EvaluationProgress:
-    """Shows stages of equal weight if ``shown``; silent by default.
+    """Shows stages of equal weight if ``shown``, under a ``title``; silent by default.
 
     Use it as a context manager. It does not synchronise with the device: on a GPU, the bar shows submitted work.
     """
 
-    def __init__(self, *, shown: bool = False, out: Console = OUT, err: Console = ERR) -> None:
-        self._out, self._err = out, err
+    def __init__(
+        self,
+        *,
+        shown: bool = False,
+        title: str = "final evaluation",
+        out: Console = OUT,
+        err: Console = ERR,
+    ) -> None:
+        self._out, self._err, self._title = out, err, title
         self._lines = shown and not redraws(out)
         self._bars: Bars | None = None
         if shown and redraws(err):
@@ -47,9 +54,9 @@ class EvaluationProgress:
         """Open the bar."""
         self._started = time.perf_counter()
         if self._lines:
-            self._out.print("final evaluation …")
+            self._out.print(f"{self._title} …")
         if self._bars is not None:
-            self._row = self._bars.add_task("final evaluation", total=None, text="")
+            self._row = self._bars.add_task(self._title, total=None, text="")
             self._bars.start()
         return self
 
@@ -86,4 +93,4 @@ class EvaluationProgress:
                 self._bars.show(self._row, completed=self._stage + 1, total=self._stage + 1, text=took)
             self._bars.stop()
         if self._lines and kind is None:
-            self._out.print(f"final evaluation {took}")
+            self._out.print(f"{self._title} {took}")

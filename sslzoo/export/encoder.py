@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -72,25 +72,27 @@ def newest_weights(run: Path) -> Path:
 # -- checkpoints --------------------------------------------------------------------------------
 
 
-def _recipe_of(file: Path, content: Mapping[str, Any], named: str | None) -> LoadedRecipe:
+def recipe_of(
+    file: Path, content: Mapping[str, Any], named: str | None, overrides: Sequence[str] = ()
+) -> LoadedRecipe:
     """Load the recipe of the checkpoint ``file`` with this ``content``: ``named``, or the recipe of its run directory,
-    or the one in the checkpoint.
+    or the one in the checkpoint; with ``overrides``.
 
     Raises ``ValueError`` if there is none, and ``RecipeError`` if it is invalid.
     """
-    run = _run_of(file)
+    run = run_of(file)
     if named is not None:
-        return load_recipe(named)
+        return load_recipe(named, overrides)
     if run is not None:
-        return load_recipe(str(run / "recipe.yaml"))
+        return load_recipe(str(run / "recipe.yaml"), overrides)
     require(
         isinstance(content.get("recipe"), str),
         f"{file} contains no recipe; give the recipe of its run with --recipe",
     )
-    return load_carried(content["recipe"], file)
+    return load_carried(content["recipe"], file, overrides)
 
 
-def _run_of(file: Path) -> Path | None:
+def run_of(file: Path) -> Path | None:
     """The run directory that contains the checkpoint ``file``; None if it was moved out."""
     folder = file.absolute().parent
     return (
@@ -100,7 +102,7 @@ def _run_of(file: Path) -> Path | None:
 
 def _from_checkpoint(file: Path, named: str | None, *, with_projector: bool) -> Encoder:
     content = load_checkpoint(file)
-    recipe = _recipe_of(file, content, named).recipe
+    recipe = recipe_of(file, content, named).recipe
     backbone, features = build_backbone(recipe.backbone, start=False)
     projector = None
     if with_projector:
@@ -114,7 +116,7 @@ def _from_checkpoint(file: Path, named: str | None, *, with_projector: bool) -> 
     parts = {"backbone": backbone, "projector": projector}
     for name, part in parts.items():
         if part is not None:
-            _fit(part, _part(stored, name), what=f"the {name} in {file}", cfg=recipe.backbone)
+            fit_weights(part, part_of(stored, name), what=f"the {name} in {file}", cfg=recipe.backbone)
     about = About.of(
         recipe,
         features=features,
@@ -126,7 +128,8 @@ def _from_checkpoint(file: Path, named: str | None, *, with_projector: bool) -> 
     return Encoder(about=about, backbone=backbone, projector=projector)
 
 
-def _part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def part_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The weights of the submodule ``name``, by their names in it."""
     prefix = f"{name}."
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
@@ -137,7 +140,7 @@ def _widths(projector: nn.Sequential) -> tuple[int, ...]:
 
 def _results(file: Path) -> dict[str, Any]:
     """The results of the run's evaluation if ``file`` is the last checkpoint of a finished run; otherwise empty."""
-    run = _run_of(file)
+    run = run_of(file)
     if run is None:
         return {}
     newest = checkpoints(file.absolute().parent)[-1:]
@@ -150,7 +153,7 @@ def _results(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _fit(part: nn.Module, state: Mapping[str, Tensor], *, what: str, cfg: BackboneConfig) -> None:
+def fit_weights(part: nn.Module, state: Mapping[str, Tensor], *, what: str, cfg: BackboneConfig) -> None:
     """Load ``state`` into ``part``; ``ValueError`` names the weights that do not match."""
     own = part.state_dict()
     faults = {
@@ -172,6 +175,17 @@ def _fit(part: nn.Module, state: Mapping[str, Tensor], *, what: str, cfg: Backbo
 
 
 # -- exports ------------------------------------------------------------------------------------
+
+
+def is_export(file: Path) -> bool:
+    """Whether the safetensors ``file`` is an export of sslzoo; a damaged file counts as one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return KEY in (opened.metadata() or {})
+    except SafetensorError:
+        return True
 
 
 def read_export(file: Path) -> tuple[About, dict[str, Tensor]]:
@@ -212,5 +226,5 @@ def _from_export(file: Path, named: str | None, *, with_projector: bool) -> Enco
         f"{file}: {cfg.name} is code that this file names; if you trust it, give its recipe by --recipe",
     )
     backbone, _ = build_backbone(cfg, start=False)
-    _fit(backbone, _part(weights, "backbone"), what=f"the backbone in {file}", cfg=cfg)
+    fit_weights(backbone, part_of(weights, "backbone"), what=f"the backbone in {file}", cfg=cfg)
     return Encoder(about=replace(about, backbone=cfg, projector=()), backbone=backbone)

@@ -10,13 +10,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sslzoo.checks import ConfigError, check_plugin_name, did_you_mean
+from sslzoo.checks import ConfigError, check_plugin_name, did_you_mean, require
 from sslzoo.recipe.sections import AnalysisConfig, MethodConfig
 
 GROUP = "sslzoo.methods"
 CONFIGS = "sslzoo.configs"
 ANALYSES = "sslzoo.analyses"
 PROTOCOLS = "sslzoo.protocols"
+
+HONEST = "honest"  # the protocol of linear evaluation that is always shown first
+ON_FEATURES = ("knn", "logistic")  # evaluations of stored features that are no protocols
 
 
 @cache
@@ -41,6 +44,20 @@ def analyses() -> dict[str, EntryPoint]:
 def protocols() -> dict[str, EntryPoint]:
     """Registered protocols of linear evaluation by name."""
     return {point.name: point for point in sorted(entry_points(group=PROTOCOLS), key=lambda p: p.name)}
+
+
+def check_protocol(name: str) -> None:
+    """``ValueError`` unless ``name`` is a protocol, with the closest name."""
+    _known(name, tuple(dict.fromkeys((HONEST, *protocols()))), "protocol")
+
+
+def check_evaluation(name: str) -> None:
+    """``ValueError`` unless ``name`` is what ``eval.after`` may list: a protocol, or an evaluation of features."""
+    _known(name, tuple(dict.fromkeys((HONEST, *ON_FEATURES, *protocols()))), "evaluation")
+
+
+def _known(name: str, names: tuple[str, ...], kind: str) -> None:
+    require(name in names, f"unknown {kind} {name!r}{did_you_mean(name, names)} (known: {', '.join(names)})")
 
 
 @cache

@@ -48,7 +48,7 @@ def leave_while_importing() -> None:
 
 def _leave_importing(number: int, frame: FrameType | None) -> None:
     if place().is_leader:
-        sys.stderr.write(f"sslzoo fit: {signal.Signals(number).name} while starting; nothing was written\n")
+        sys.stderr.write(f"sslzoo: {signal.Signals(number).name} while starting; nothing was written\n")
         sys.stderr.flush()
     os._exit(ExitCode.PREEMPTED)
 

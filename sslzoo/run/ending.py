@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from sslzoo.exits import ExitCode
-from sslzoo.files import write_text
 from sslzoo.run.placement import LAUNCHER_FOLDER
 
 
@@ -70,7 +69,9 @@ def tell_launcher(name: str, text: str) -> bool:
         if LAUNCHER_FOLDER in os.environ:  # the launcher was killed and could not clean up
             shutil.rmtree(folder, ignore_errors=True)
         return False
-    write_text(folder / name, text)
+    part = folder / f"{name}.{os.getpid()}.part"  # several ranks may report the same end
+    part.write_text(text)
+    part.replace(folder / name)
     return True
 
 

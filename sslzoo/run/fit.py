@@ -9,8 +9,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,12 @@ from sslzoo.run.build import BuiltRun, Experiment, build_experiment, equip, load
 from sslzoo.run.departure import Departure
 from sslzoo.run.directory import Choice, Run, begin, choose
 from sslzoo.run.ending import Ending, tell_launcher
-from sslzoo.run.explain import REFUSED, explain, one_line, out_of_memory
+from sslzoo.run.explain import explain, one_line, out_of_memory
 from sslzoo.run.lock import RunLock
 from sslzoo.run.loggers import build_loggers, require_packages
 from sslzoo.run.messages import Messages
 from sslzoo.run.placement import Placement, check_world_size, place
-from sslzoo.run.rendezvous import Rendezvous
+from sslzoo.run.rendezvous import Rendezvous, together
 from sslzoo.run.report import plot_curves, plot_views, results_tables
 from sslzoo.run.stopwatch import Stopwatch
 from sslzoo.run.summary import run_summary
@@ -118,7 +117,7 @@ class _Life:
         check_world_size(self.placement, recipe)
         meeting = Rendezvous(self.placement)
         self.departure.join(meeting.store)
-        with _together(meeting, "built"):
+        with together(meeting, "built"):
             if self.placement.is_leader:
                 require_packages(recipe.logging)
             require(
@@ -148,7 +147,7 @@ class _Life:
         chosen = meeting.lead("choice", decide)
         checkpoint = Path(chosen["checkpoint"]) if chosen["checkpoint"] else None
         choice = Choice(Run(Path(chosen["path"]), chosen["run_id"]), checkpoint, chosen["finished"])
-        with _together(meeting, "readable"):
+        with together(meeting, "readable"):
             if missing is not None and checkpoint is None:
                 raise missing
             if checkpoint is not None and not os.access(checkpoint, os.R_OK):
@@ -159,7 +158,7 @@ class _Life:
             built = equip(experiment, choice.run, placement=self.placement, departure=self.departure)
         self.session = session = Session(built=built, choice=choice)
         if not choice.finished:
-            with _together(meeting, "owned"):
+            with together(meeting, "owned"):
                 if self.placement.is_leader:
                     self._own(session)
             self.begun = True
@@ -315,16 +314,7 @@ class _Life:
             return
         run = self.session.run if self.session is not None and self.begun else None
         text = last_words(ending, self.placement, run, self.loaded, trouble)
-        if ending.is_failure and tell_launcher("ending", ending.to_json()):
-            if self.placement.is_leader or ending.rank == self.placement.rank:
-                tell_launcher("words", text)
-        elif self.placement.is_leader or (
-            ending.rank == self.placement.rank
-            and (self.placement.node_rank > 0 or self.departure.leader_gone)
-        ):
-            # Rank 0 reports the failure of any rank; the failed rank itself also does on another machine, or
-            # if rank 0 is gone.
-            self.messages.print_error(text)
+        self.messages.print_last(text, ending, leader_gone=self.departure.leader_gone)
 
     def _abandon(self, ending: Ending) -> None:
         """Conclude from another thread because the main thread waits for a rank that is gone."""
@@ -374,18 +364,3 @@ def _end_workers() -> None:
     for worker in workers:
         worker.kill()
         worker.join()
-
-
-@contextmanager
-def _together(meeting: Rendezvous, stage: str) -> Iterator[None]:
-    """Raise an error that occurs inside on one rank on all ranks."""
-    try:
-        yield
-    except Exception as error:
-        try:
-            meeting.agree(stage, one_line(error))
-        except RunError as refusal:
-            if isinstance(error, REFUSED):  # a plain message on all ranks; bugs keep their own traceback
-                raise refusal from error
-        raise
-    meeting.agree(stage, None)

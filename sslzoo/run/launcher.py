@@ -25,7 +25,7 @@ from sslzoo.recipe.load import LoadedRecipe
 from sslzoo.run.directory import PHASES, Run
 from sslzoo.run.ending import Ending, read_message
 from sslzoo.run.lock import read_lock
-from sslzoo.run.placement import ALONE, LAUNCHER_FOLDER, devices_per_node
+from sslzoo.run.placement import ALONE, LAUNCHER_FOLDER
 from sslzoo.run.words import last_words
 
 PATIENCE = 20.0  # seconds that the other ranks get to exit by themselves after one has failed
@@ -33,12 +33,12 @@ POLL = 0.05  # seconds
 _INTERRUPT_AFTER = 3.0  # seconds until SIGINT is forwarded, if the ranks did not receive it themselves
 
 
-def launch(arguments: Sequence[str], loaded: LoadedRecipe) -> int:
-    """Run ``sslzoo`` with ``arguments`` as each rank of this machine, and return the run's exit code.
+def launch(arguments: Sequence[str], loaded: LoadedRecipe, *, processes: int, nodes: int) -> int:
+    """Run ``sslzoo`` with ``arguments``, which begin with the verb, as each of the ``processes`` ranks of this machine,
+    one of ``nodes``; returns the exit code.
 
     Raises ``ValueError`` for a run on several machines without an address for their rendezvous.
     """
-    processes, nodes = devices_per_node(loaded.recipe), loaded.recipe.nodes
     require(
         nodes == 1 or all(name in os.environ for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")),
         f"trainer.num_nodes={nodes}, but this process does not know the other machines: start one task per device "
@@ -50,7 +50,7 @@ def launch(arguments: Sequence[str], loaded: LoadedRecipe) -> int:
     try:
         ranks = _Ranks(arguments, processes, nodes, folder)
         ranks.wait()
-        return _conclude(ranks, folder, loaded)
+        return _conclude(ranks, folder, loaded, arguments[0])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -165,7 +165,7 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _conclude(ranks: _Ranks, folder: Path, loaded: LoadedRecipe) -> int:
+def _conclude(ranks: _Ranks, folder: Path, loaded: LoadedRecipe, verb: str) -> int:
     """Print the last message of a failed run and return the exit code. A rank that was killed is reported as the
     cause, unless another rank had failed before."""
     codes = ranks.codes
@@ -179,7 +179,7 @@ def _conclude(ranks: _Ranks, folder: Path, loaded: LoadedRecipe) -> int:
         dead = Ending(code=ExitCode.FAILURE, kind=number.name, rank=rank, message=message)
         path = read_message(folder, "run")
         run = Run(Path(path), "") if path is not None else None
-        words = last_words(dead, ALONE, run, loaded)
+        words = last_words(dead, ALONE, run, loaded, verb=verb)
         if run is not None:
             _record(run, dead)
     if words is not None:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from sslzoo.recipe import registry
 from sslzoo.run.directory import Run
+from sslzoo.run.ending import Ending, tell_launcher
 from sslzoo.run.placement import Placement
 from sslzoo.terminal import ERR
 
@@ -114,6 +115,19 @@ class Messages:
                 os.write(self._terminal, f"{text.rstrip()}\n".encode())
         else:
             ERR.print(Text(text.rstrip()), soft_wrap=True)
+
+    def print_last(self, text: str, ending: Ending, *, leader_gone: bool) -> None:
+        """Write ``text``, the last words about ``ending``, or leave them to the launcher.
+
+        Rank 0 reports the failure of any rank; the failed rank itself also does on another machine, or if rank 0 is
+        gone.
+        """
+        place = self.placement
+        if ending.is_failure and tell_launcher("ending", ending.to_json()):
+            if place.is_leader or ending.rank == place.rank:
+                tell_launcher("words", text)
+        elif place.is_leader or (ending.rank == place.rank and (place.node_rank > 0 or leader_gone)):
+            self.print_error(text)
 
     def close(self) -> None:
         """Remove the handlers and close the files."""

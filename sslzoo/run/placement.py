@@ -105,6 +105,17 @@ def world_size_of(recipe: Recipe) -> int:
     return devices_per_node(recipe) * recipe.nodes
 
 
+def processes_here(recipe: Recipe) -> int:
+    """Number of processes on this machine for what may use any number: one per device that the recipe asks for, but
+    not more than there are GPUs."""
+    processes = devices_per_node(recipe)
+    if processes == 1 or recipe.trainer.get("accelerator") == "cpu":
+        return processes
+    import torch
+
+    return min(processes, max(torch.cuda.device_count(), 1))
+
+
 def check_world_size(placement: Placement, recipe: Recipe) -> None:
     """Raise ``ValueError`` if the number of processes differs from the recipe's.
 

@@ -11,11 +11,13 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from sslzoo.exits import RunError
+from sslzoo.run.explain import REFUSED, one_line
 from sslzoo.run.placement import Placement
 
 log = logging.getLogger(__name__)
@@ -90,6 +92,21 @@ class Rendezvous:
                 log.warning("waiting %s%s for %.0f s", for_whom, who, now - start)
             if now - start > JOIN:
                 raise RunError(f"waited {JOIN / 60:.0f} minutes {for_whom}; see their output for the reason")
+
+
+@contextmanager
+def together(meeting: Rendezvous, stage: str) -> Iterator[None]:
+    """Raise an error that occurs inside on one rank on all ranks."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            meeting.agree(stage, one_line(error))
+        except RunError as refusal:
+            if isinstance(error, REFUSED):  # a plain message on all ranks; bugs keep their own traceback
+                raise refusal from error
+        raise
+    meeting.agree(stage, None)
 
 
 def _connect(placement: Placement) -> Any:

@@ -13,14 +13,20 @@ from sslzoo.run.placement import Placement
 
 
 def last_words(
-    ending: Ending, placement: Placement, run: Run | None, loaded: LoadedRecipe, trouble: str = ""
+    ending: Ending,
+    placement: Placement,
+    run: Run | None,
+    loaded: LoadedRecipe,
+    trouble: str = "",
+    *,
+    verb: str = "fit",
 ) -> str:
     """The last lines on the terminal for a run that did not finish: what happened and what to do next.
 
-    ``run`` is None if no directory was created; ``trouble`` describes a second error, if any.
+    ``run`` is None if no directory was created; ``trouble`` describes a second error, if any; ``verb`` is the command.
     """
     lines = [] if ending.expected else [ending.traceback.rstrip()]
-    lines.append(f"sslzoo fit: {ending.described(placement.world_size)}")
+    lines.append(f"sslzoo {verb}: {ending.described(placement.world_size)}")
     lines += [trouble] if trouble else []
     return "\n".join([*lines, *(_what_next(ending, placement, run, loaded) if run is not None else [])])
 

@@ -215,7 +215,7 @@ def test_a_signal_while_python_imports_is_heeded(tmp_path: Path) -> None:
     )
     run.signal(signal.SIGTERM)
     assert run.wait() == ExitCode.PREEMPTED, run.said
-    assert run.err == "sslzoo fit: SIGTERM while starting; nothing was written\n", run.said
+    assert run.err == "sslzoo: SIGTERM while starting; nothing was written\n", run.said
     assert not (tmp_path / "run").exists()
 
 

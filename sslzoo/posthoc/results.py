@@ -1,0 +1,150 @@
+"""Results of an evaluation: their files, and their table on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sslzoo.evaluate.figures import LAYER, OWN
+from sslzoo.evaluate.metrics import interval
+from sslzoo.evaluate.task import Samples
+from sslzoo.files import write_json, write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The accuracies (fractions) of one classifier on the test set of one data set."""
+
+    key: str  # of its figures in summaries: honest for honest_top1
+    title: str = ""  # what tells it from the other rows, such as "k=20, T=0.07"
+    data: str = OWN  # the data set, as named by sslzoo.evaluate.figures.figure_name
+    layer: str = LAYER
+    top1: float
+    top5: float | None = None
+    n: int  # test images
+    chosen: Mapping[str, float] = field(default_factory=dict)  # such as the rate, on held-out training images
+    holdout_top1: float | None = None  # on these
+    published: float | None = None  # per cent, where recipe and protocol are those of a published figure
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """By name, those that were measured."""
+        known = {"top1": self.top1, "top5": self.top5}
+        return {name: value for name, value in known.items() if value is not None}
+
+    @property
+    def gap(self) -> float | None:
+        """Percentage points above the published figure."""
+        return None if self.published is None else 100 * self.top1 - self.published
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values, with the 95 % interval of each accuracy."""
+        values: dict[str, Any] = {
+            "key": self.key,
+            "title": self.title,
+            "data": self.data,
+            "layer": self.layer,
+        }
+        for name, value in self.accuracies.items():
+            low, high = interval(value, self.n)
+            values |= {name: value, f"{name}_low": round(low, 4), f"{name}_high": round(high, 4)}
+        values |= {"n_test": self.n, **self.chosen}
+        values |= {} if self.holdout_top1 is None else {"holdout_top1": self.holdout_top1}
+        if self.published is not None:
+            values |= {"published": self.published, "gap": round(self.gap or 0.0, 2)}
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What one evaluation found, on all data sets and layers."""
+
+    name: str  # of the evaluation and of its files
+    how: str  # how it was measured, in sentences
+    rows: Sequence[Row]
+    samples: Mapping[str, Samples]  # by data set
+    datasets: Mapping[str, str]  # names of the data sets by how rows name them
+    identity: Mapping[str, Any]  # what the result depends on, to recognise it when a run continues
+    about: Mapping[str, Any] = field(default_factory=dict)  # encoder, recipe, seconds
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values, as in the JSON file."""
+        return {
+            "name": self.name,
+            "how": self.how,
+            **self.about,
+            "data_sets": {
+                name: {"dataset": self.datasets[name]} | samples._asdict()
+                for name, samples in self.samples.items()
+            },
+            "results": [row.plain() for row in self.rows],
+            "identity": dict(self.identity),
+        }
+
+    def write(self, folder: Path) -> Path:
+        """Write ``<name>.csv`` and then ``<name>.json``, each atomically; returns the latter."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"evaluation": self.name} | row.plain() for row in self.rows]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(folder / f"{self.name}.csv", text.getvalue())
+        path = folder / f"{self.name}.json"
+        write_json(path, self.plain())
+        return path
+
+    def figures(self) -> dict[str, float]:
+        """The accuracies by key, as in ``summary.json``: ``honest_top1``, on other data or layers
+        ``honest_top1/<data>/<layer>``."""
+        first = next(iter(self.samples))
+        found = {}
+        for row in self.rows:
+            of = "" if (row.data, row.layer) == (first, LAYER) else f"/{row.data}/{row.layer}"
+            found |= {f"{row.key}_{name}{of}": value for name, value in row.accuracies.items()}
+        return found
+
+    def tables(self) -> list[Table]:
+        """A table for each data set, in per cent."""
+        return [self._table(name) for name in self.samples]
+
+    def _table(self, name: str) -> Table:
+        rows = [row for row in self.rows if row.data == name]
+        caption = (
+            f"{self.samples[name].in_words()}. {self.how} ±: half of the 95 % confidence interval (Wilson)."
+        )
+        table = Table(title=f"{self.name} on {self.datasets[name]} (%)", caption=caption)
+        columns = {
+            "features": lambda row: row.layer,
+            "": lambda row: row.title,
+            "top-1": lambda row: _percent(row.top1, row.n),
+            "top-5": lambda row: _percent(row.top5, row.n),
+            "chosen": _chosen,
+            "published": lambda row: "" if row.published is None else f"{row.published:g} ({row.gap:+.1f})",
+        }
+        cells = {title: [cell(row) for row in rows] for title, cell in columns.items()}
+        shown = [title for title, column in cells.items() if any(column)]
+        for title in shown:
+            table.add_column(title, justify="right" if title.startswith(("top", "published")) else "left")
+        for row in zip(*(cells[title] for title in shown), strict=True):
+            table.add_row(*row)
+        return table
+
+
+def _chosen(row: Row) -> str:
+    held_out = "" if row.holdout_top1 is None else f" (held-out {100 * row.holdout_top1:.1f})"
+    return ", ".join(f"{key} {value:g}" for key, value in row.chosen.items()) + held_out
+
+
+def _percent(value: float | None, n: int) -> str:
+    if value is None:
+        return ""
+    low, high = interval(value, n)
+    return f"{100 * value:.1f} ±{50 * (high - low):.1f}"

@@ -1,0 +1,207 @@
+"""Evaluate a trained encoder: read it, extract its features, run the evaluations, write and show the results."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore
+
+from sslzoo.checks import require
+from sslzoo.data.datasets import open_source
+from sslzoo.data.module import SSLDataModule
+from sslzoo.evaluate.progress import EvaluationProgress
+from sslzoo.exits import ExitCode
+from sslzoo.posthoc.evaluations import Bench
+from sslzoo.posthoc.files import check_format, write_features
+from sslzoo.posthoc.request import Request
+from sslzoo.posthoc.store import FeatureStore, read_stored
+from sslzoo.posthoc.target import read_target
+from sslzoo.recipe.load import LoadedRecipe
+from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.sections import Recipe
+from sslzoo.run.departure import Departure
+from sslzoo.run.ending import Ending
+from sslzoo.run.explain import explain
+from sslzoo.run.messages import Messages
+from sslzoo.run.placement import Placement, place
+from sslzoo.run.rendezvous import Rendezvous, together
+from sslzoo.run.summary import human_bytes
+from sslzoo.run.trainer import TIMEOUT
+from sslzoo.run.words import last_words
+from sslzoo.terminal import OUT, redraws
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(request: Request, loaded: LoadedRecipe) -> int:
+    """Evaluate as one process of possibly several; returns the exit code."""
+    return _Evaluation(request, loaded, place()).live()
+
+
+def evaluation_data(recipe: Recipe) -> SSLDataModule:
+    """The data of ``recipe`` for evaluation alone, on any number of processes."""
+    source = open_source(recipe.data)
+    return SSLDataModule(
+        data=recipe.data,
+        views=recipe.views,
+        eval=recipe.eval,
+        probe=recipe.probe,
+        plan=TrainingPlan(dataset_size=len(source), global_batch_size=1, max_epochs=1),
+        seed=recipe.seed,
+        source=source,
+    )
+
+
+class _Evaluation:
+    """One evaluation in one process, from the first check to the last message."""
+
+    def __init__(self, request: Request, loaded: LoadedRecipe, placement: Placement) -> None:
+        self.request, self.loaded, self.placement = request, loaded, placement
+        self.messages = Messages(placement)
+        self.departure = Departure(placement, describe=self._ending_of, abandon=self._say)
+
+    def live(self) -> int:
+        """Evaluate, and end in an orderly way whatever happens; returns the exit code."""
+        self.messages.start()
+        self.messages.silence_lightning()
+        try:
+            self.departure.install()
+            bench, folder = self._prepare()
+            self._evaluate(bench, folder)
+            ending = Ending(code=ExitCode.DONE, message="")
+        except BaseException as error:
+            self.departure.raised(error)
+            ending = self._ending_of(error)
+        first = self.departure.close(ending)
+        if dist.is_initialized() and first.code == ExitCode.DONE:
+            dist.destroy_process_group()
+        self._say(first)
+        self.messages.close()
+        self.departure.restore()
+        return int(first.code)
+
+    def _prepare(self) -> tuple[Bench, Path]:
+        """Read the encoder, open the data, check all that can be checked, and join the other ranks; returns also the
+        folder for results.
+
+        Raises ``ValueError`` on all ranks if anything is invalid on any.
+        """
+        request, recipe = self.request, self.loaded.recipe
+        meeting = Rendezvous(self.placement)
+        self.departure.join(meeting.store)
+        with together(meeting, "built"):
+            if request.kind == "features":
+                check_format(request.format)
+            target = read_target(request.target, recipe)
+            require(
+                request.out is not None or target.folder is not None,
+                f"{target.name} belongs to no run directory: name a folder for the results with --out",
+            )
+            folder = request.out or target.folder
+            assert folder is not None
+            device = device_of(recipe, self.placement)
+            target.module.to(device)
+            bench = Bench(
+                target=target,
+                data=evaluation_data(recipe),
+                store=FeatureStore(folder / "features", keep=request.keep * 2**30),
+                device=device,
+                progress=EvaluationProgress(
+                    shown=self.placement.is_leader and redraws(OUT), title=f"evaluating {target.name}"
+                ),
+                ks=request.ks,
+                temperatures=request.temperatures,
+            )
+            bench.check()
+        if meeting.store is not None:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=PrefixStore("evaluation", meeting.store),
+                rank=self.placement.rank,
+                world_size=self.placement.world_size,
+                timeout=TIMEOUT,
+            )
+        return bench, folder
+
+    def _evaluate(self, bench: Bench, folder: Path) -> None:
+        self.departure.enter("evaluating")
+        leader = self.placement.is_leader
+        with bench.progress:
+            if self.request.kind == "features":
+                bench.store.fill(bench.target, bench.data, bench.device, bench.progress.stage)
+                found = []
+            else:
+                found = [bench.run(name) for name in self.request.names]
+        if not leader:
+            bench.store.trim()
+            return
+        for results in found:
+            OUT.print(*results.tables(), sep="\n")
+            OUT.print(f"{results.write(folder)}", soft_wrap=True)
+        if self.request.kind == "features":
+            for path in _write_files(bench, folder, self.request.format):
+                OUT.print(f"{path} ({human_bytes(path.stat().st_size)})", soft_wrap=True)
+        bench.store.trim()
+        kept = bench.store.size()
+        where = f"features in {bench.store.folder}: {human_bytes(kept)}, kept for the next evaluation"
+        OUT.print(where if kept else "features were not kept (--keep)", soft_wrap=True)
+
+    def _ending_of(self, error: BaseException) -> Ending:
+        recipe = self.loaded.recipe
+        return explain(
+            error,
+            rank=self.placement.rank,
+            phase=self.departure.phase,
+            begun=False,
+            out_of_memory=f"out of memory while evaluating; set eval.batch_size below {recipe.eval.batch_size}",
+        )
+
+    def _say(self, ending: Ending) -> None:
+        """Print what happened, if it is not the results."""
+        if ending.code == ExitCode.DONE:
+            return
+        if ending.code == ExitCode.PREEMPTED:
+            kept = "; what was extracted so far is kept, and the same command continues from there"
+            ending = replace(ending, message=ending.message + kept)
+        text = last_words(ending, self.placement, None, self.loaded, verb="eval")
+        self.messages.print_last(text, ending, leader_gone=self.departure.leader_gone)
+
+
+def device_of(recipe: Recipe, placement: Placement) -> torch.device:
+    """The device of this process, as ``trainer.accelerator`` says; ``ValueError`` if this machine has none."""
+    wanted = recipe.trainer.get("accelerator", "auto")
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    require(
+        wanted in ("auto", "gpu", "cuda") and torch.cuda.is_available(),
+        f"trainer.accelerator={wanted} is not available for an evaluation here; set trainer.accelerator=cpu",
+    )
+    require(
+        placement.local_rank < torch.cuda.device_count(),
+        f"process {placement.local_rank} has no GPU: this machine has {torch.cuda.device_count()}; start fewer",
+    )
+    device = torch.device("cuda", placement.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _write_files(bench: Bench, folder: Path, form: str) -> list[Path]:
+    """Write the features of every labelled data set, split and layer to files; rank 0 only."""
+    written: list[Path] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, eval_set in enumerate(bench.data.eval_sets()):
+        for layer, path in bench.store.paths(bench.target, bench.data, index).items():
+            name = eval_set.name.rpartition(":")[2] or "data"
+            about = bench.about() | {
+                "layer": layer,
+                "dataset": eval_set.source.name,
+                "split": eval_set.split,
+                "class_names": list(eval_set.source.class_names),
+            }
+            stem = folder / f"features-{layer}-{name}-{eval_set.split}"
+            written += write_features(read_stored(path), stem, form, about)
+    return written

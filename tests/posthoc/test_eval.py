@@ -1,0 +1,208 @@
+"""``sslzoo eval`` as a user types it: its screen and files, several processes, kills, damage, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sslzoo.posthoc import store
+from tests.command import Command, codes, fork, group, short_evaluation, write_images, write_recipe
+
+METHOD = "method={name: simclr, temperature: 0.2, projector: {widths: [16, 8]}}"
+LAYERS = "probe.layers=[backbone, projector]"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny.yaml``, a finished ``run`` of it with two layers, and its images."""
+    folder = tmp_path_factory.mktemp("eval")
+    write_recipe(folder)
+    options = ("--recipe", "tiny.yaml", "--out", "run", METHOD, LAYERS, "trainer.max_epochs=1")
+    run = fork(folder, "fit", *options, before=short_evaluation)
+    assert run.wait() == 0, run.said
+    return folder
+
+
+def _eval(folder: Path, *arguments: str, before: Callable[[], None] = short_evaluation) -> Command:
+    done = fork(folder, "eval", *arguments, before=before)
+    done.wait()
+    return done
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_what_is_shown_is_what_is_written(folder: Path) -> None:
+    done = _eval(folder, "knn", "run", "--k", "5,20", "--temperature", "0.07,0.5")
+    assert done.wait() == 0, done.said
+    rows = _rows(folder / "run/eval/knn.csv")
+    settings = [f"k={k}, T={t}" for k in (5, 20) for t in (0.07, 0.5)]
+    assert [(row["layer"], row["title"]) for row in rows] == [
+        (layer, title) for layer in ("backbone", "projector") for title in settings
+    ]
+    written = json.loads((folder / "run/eval/knn.json").read_text())
+    assert [row["top1"] for row in written["results"]] == [float(row["top1"]) for row in rows]
+    assert written["data_sets"]["data"]["n_test"] == 40 and written["step"] == 6
+    for row in rows:
+        assert float(row["top1_low"]) < float(row["top1"]) + 1e-4 < float(row["top1_high"])
+        half = 50 * (float(row["top1_high"]) - float(row["top1_low"]))
+        shown = re.search(rf"│ {row['layer']} +│ {row['title']} +│ +([\d.]+) ±([\d.]+) │", done.out)
+        assert shown is not None, done.said
+        assert float(shown[1]) == round(100 * float(row["top1"]), 1)
+        assert abs(float(shown[2]) - half) < 0.06
+    kept = sum(path.stat().st_size for path in (folder / "run/eval/features").glob("*.safetensors"))
+    assert f"features in {folder}/run/eval/features: {kept / 1024:.1f} KiB" in done.out
+
+
+def test_any_number_of_processes_gives_the_same_bytes(folder: Path) -> None:
+    """Features too: 96 images in shards of 16, of which three ranks get two each."""
+
+    def small_shards() -> None:
+        short_evaluation()
+        store.SHARD = 16
+
+    def arguments(world: int) -> tuple[str, ...]:
+        return "eval", "linear", "run", "--out", f"of{world}"
+
+    alone = fork(folder, *arguments(1), before=small_shards)
+    assert alone.wait() == 0, alone.said
+    ranks = group(folder, *arguments(3), world=3, before=small_shards)
+    assert codes(ranks) == [0] * 3, [r.said for r in ranks]
+    assert ranks[1].out == ranks[2].out == "" and "honest on fashion_mnist" in ranks[0].out
+    assert (folder / "of1/honest.csv").read_bytes() == (folder / "of3/honest.csv").read_bytes()
+    assert _files(folder / "of1/features") == _files(folder / "of3/features")
+    assert len(_files(folder / "of1/features")) == 4
+
+
+def test_features_are_extracted_once(folder: Path) -> None:
+    """By whatever they are named, and whatever they are used for."""
+
+    def refuse() -> None:
+        short_evaluation()
+        store._extract = None  # type: ignore[assignment]
+
+    first = _eval(folder, "features", "run/exported/backbone.safetensors")
+    assert first.wait() == 0, first.said
+    assert "is an encoder without heads: projector is not evaluated" in first.err
+    again = _eval(folder, "logistic", "run", "probe.layers=[backbone]", before=refuse)
+    assert again.wait() == 0, again.said
+    other = _eval(folder, "logistic", "run", "probe.layers=[backbone]", "eval.size=10", before=refuse)
+    assert other.wait() == 1 and "TypeError" in other.err
+
+
+def test_a_killed_extraction_continues(folder: Path) -> None:
+    def limited(most: int) -> Callable[[], None]:
+        """Kill the process after ``most`` shards of its own, and note each."""
+
+        def before() -> None:
+            short_evaluation()
+            store.SHARD = 16
+            right = store._extract_shards
+
+            def counted(*arguments: object) -> object:
+                for done, shard in enumerate(right(*arguments), 1):  # type: ignore[arg-type]
+                    with (folder / "noted").open("a") as file:
+                        file.write(f"{shard} ")
+                    if done == most:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    yield shard
+
+            store._extract_shards = counted  # type: ignore[assignment]
+
+        return before
+
+    out = ("knn", "run", "--out", "killed", "probe.layers=[backbone]")
+    assert _eval(folder, *out, before=limited(4)).wait() == -signal.SIGKILL
+    done = _eval(folder, *out, before=limited(100))
+    assert done.wait() == 0, done.said
+    assert (folder / "noted").read_text().split() == [
+        *"012345",
+        *"012",
+    ]  # train, then test; none of them twice
+    whole = _eval(folder, "knn", "run", "--out", "whole", "probe.layers=[backbone]")
+    assert whole.wait() == 0, whole.said
+    for name, expected in _files(folder / "whole/features").items():
+        found = load_file(folder / "killed/features" / name)
+        for key, value in load_file(folder / "whole/features" / name).items():
+            assert torch.equal(found[key], value), (name, key, len(expected))
+    assert not [path for path in (folder / "killed/features").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damaged_features_are_extracted_again(folder: Path, damage: str) -> None:
+    out = folder / damage
+    arguments = ("knn", "run", "--out", damage, "probe.layers=[backbone]")
+    assert _eval(folder, *arguments).wait() == 0
+    before, csv_before = _files(out / "features"), (out / "knn.csv").read_bytes()
+    (path,) = (out / "features").glob("backbone-data-train-*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content[:-4] if damage == "truncated" else content)
+    done = _eval(folder, *arguments)
+    assert done.wait() == 0, done.said
+    assert done.err.count("is damaged; its features are extracted again") == 1, done.said
+    assert _files(out / "features") == before and (out / "knn.csv").read_bytes() == csv_before
+
+
+def test_features_for_other_programs(folder: Path) -> None:
+    for form in ("safetensors", "npy"):
+        done = _eval(folder, "features", "run", "--out", f"as-{form}", "--format", form, "--keep", "0")
+        assert done.wait() == 0, done.said
+        assert "features were not kept (--keep)" in done.out
+        assert list((folder / f"as-{form}/features").glob("*.safetensors")) == []
+    found = load_file(folder / "as-safetensors/features-projector-data-test.safetensors")
+    assert found["x"].shape == (40, 8) and found["sample_id"].tolist() == list(range(40))
+    assert found["label"].tolist() == [i % 10 for i in range(40)]
+    for name, ending in (("x", ""), ("label", ".label"), ("sample_id", ".sample_id")):
+        array = np.load(folder / f"as-npy/features-projector-data-test{ending}.npy")
+        assert torch.equal(torch.from_numpy(array), found[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("knn", "nowhere"), "nowhere is neither a run directory, a checkpoint nor an export; for an encoder of"),
+        (("knn", "x/step=1.ckpt"), "x/step=1.ckpt: there is no such run directory, checkpoint or export"),
+        (("knn", "resnet19", "--recipe", "tiny.yaml", "--out", "o"), "did you mean resnet18?"),
+        (("knn", "tiny.yaml"), "tiny.yaml is not an sslzoo checkpoint"),
+        (("knn", "run", "backbone.name=resnet18"), "it lacks conv1.weight, bn1.weight, bn1.bias and 117 more"),
+        (("knn", "run", "method.projector.widths=[16, 4]"), "lacks projector.3.weight, projector.3.bias of simclr"),
+        (("knn", "run", "--k", "5,97"), "--k 97 exceeds the 96 training images of fashion_mnist"),
+        (("knn", "run", "--k", "five"), "--k takes numbers separated by commas, got 'five'"),
+        (("linear", "run", "--k", "5"), "--k is an option of knn, not of linear"),
+        (("linear", "run", "--protocol", "honets"), "unknown protocol 'honets'; did you mean honest?"),
+        (("knn", "run", "data.root=empty"), "there is no train-images-idx3-ubyte"),
+        (("knn", "run", "data.root=none"), "fashion_mnist split 'test' has no images to evaluate"),
+        (("knn", "moved.ckpt"), "moved.ckpt belongs to no run directory: name a folder for the results with --out"),
+        (("knn", "weights.pth"), "weights.pth has only weights; give architecture, data, size, mean and std by"),
+        (
+            ("knn", "weights.pth", "--recipe", "tiny.yaml", "--out", "o"),
+            "weights.pth lacks 25 of the 30 tensors of conv5: 0.weight, 1.weight, 1.bias and 22 more",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(folder: Path, arguments: tuple[str, ...], said: str) -> None:
+    (folder / "empty").mkdir(exist_ok=True)
+    write_images(folder / "none", train=96, test=0)
+    shutil.copy(folder / "run/checkpoints/step=000000006.ckpt", folder / "moved.ckpt")
+    torch.save({"conv.weight": torch.zeros(1)}, folder / "weights.pth")
+    done = _eval(folder, *arguments)
+    lines = [line for line in done.err.splitlines() if not line.startswith("warning: ")]
+    assert (done.wait(), done.out, len(lines)) == (2, "", 1), done.said
+    assert said in lines[0], done.said
