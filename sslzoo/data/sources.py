@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 
+from sslzoo.data.crops import channels_last
 from sslzoo.data.decoding import decode
 from sslzoo.data.disk import UnreadableImageError, legible, read_file
 from sslzoo.randomness import FAKE, hash64, key
@@ -130,6 +133,29 @@ class ArraySource(ImageSource):
     def batch(self, sample_id: Tensor) -> Tensor:
         """Copies of the images (n, C, H, W) uint8 with the ids ``sample_id`` (n,)."""
         return torch.from_numpy(self.images[sample_id.numpy()])
+
+
+class ResizedImages(ImageSource):
+    """The images of another source, with the shorter side resized to ``side`` pixels."""
+
+    is_array = False
+
+    def __init__(self, source: ImageSource, side: int) -> None:
+        super().__init__(source.name, source.split, source.channels, source.labels, source.class_names)
+        self.source, self.side = source, side
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _identity(self) -> bytes:
+        return self.source._identity() + str(self.side).encode()
+
+    def where(self, sample_id: int) -> str:
+        return self.source.where(sample_id)
+
+    def read(self, sample_id: int) -> Tensor:
+        image = channels_last(self.source.read(sample_id))
+        return TF.resize_image(image, [self.side], interpolation=InterpolationMode.BILINEAR, antialias=True)
 
 
 class FileSource(ImageSource):

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sslzoo.checks import require
 from sslzoo.data.module import EvalSet, SSLDataModule
 from sslzoo.data.sampler import ProbeSampler
+from sslzoo.data.sources import ImageSource, ResizedImages
 from sslzoo.distributed import all_reduce_sum, rank, world_size
 from sslzoo.evaluate.figures import figure_name
 from sslzoo.evaluate.progress import Report, unseen
@@ -111,6 +112,9 @@ class _Evaluation:
         require(n > 0, "no training image is left to learn from: all are held out; lower probe.holdout")
         dataset = train.name or recipe.data.dataset
         self.protocol, self.adapted = adapted(protocol, recipe, train.source, n)
+        shown: ImageSource = train.source
+        if self.protocol.view.padding is not None and recipe.eval.resize is not None:
+            shown = ResizedImages(shown, recipe.eval.resize)
         self.train, self.test, self.device = train, test, device
         self.data = SSLDataModule(
             recipe.data,
@@ -119,7 +123,7 @@ class _Evaluation:
             recipe.probe,
             TrainingPlan(dataset_size=size, global_batch_size=self.protocol.batch_size, max_epochs=1),
             recipe.seed,
-            source=train.source,
+            source=shown,
             plain=self.protocol.plain,
         )
         self.data.device = device
@@ -182,7 +186,7 @@ class _Evaluation:
             epoch, left = divmod(step + 1, self.length.per_epoch)
             ended, last = left == 0, step + 1 == self.length.total
             if ended:
-                self.data.share_unreadable([self.train.source])
+                self.data.share_unreadable([self.data.train_source])
                 if after_epoch is not None:
                     after_epoch(epoch, self.classifiers)
             if last or (ended and self.protocol.test_epochs and epoch % self.protocol.test_epochs == 0):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FIGURES = re.compile(r"(\d+(?:\.\d+)?(?:, \d+(?:\.\d+)?)*) % linear top-1")
+PROTOCOL = re.compile(rf"published: {FIGURES.pattern}, protocol (\w+) \((.*?)\)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Header:
     published: tuple[
         str, ...
     ]  # linear top-1 in per cent, with as many digits as the source gives; empty: not available
+    protocol: str  # of linear evaluation, by which it was measured; empty: not known, or not offered
+    source: str  # of the published figure, if its protocol is known
     ours: tuple[str, ...]  # the same from our own runs, one per seed
 
 
@@ -44,10 +47,13 @@ def read_header(recipe: Path) -> Header:
     def entries(key: str) -> list[str]:
         return [line.removeprefix(f"{key}:").strip() for line in lines if line.startswith(f"{key}:")]
 
+    by = PROTOCOL.search("\n".join(lines))
     return Header(
         title=lines[0] if lines else "",
         also=tuple(map(_variant, entries("also"))),
         published=_figures(entries("published")),
+        protocol=by[2] if by else "",
+        source=" ".join(by[3].split()) if by else "",
         ours=_figures(entries("ours")),
     )
 

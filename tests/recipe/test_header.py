@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sslzoo.recipe import registry
 from sslzoo.recipe.header import Header, Variant, read_header
 from sslzoo.recipe.load import RecipeError, leaves, load_recipe
 from sslzoo.recipe.registry import recipes
@@ -104,13 +105,18 @@ def test_figures_are_given_or_said_to_be_missing(name: str) -> None:
         assert len(re.findall(rf"^# {key}: ", text, re.M)) == 1
         assert bool(figures) != bool(re.search(rf"^# {key}: {missing}", text, re.M))
     assert not read.published or re.search(r"^# published: .*\(", text, re.M), "a figure needs its source"
+    if read.published:
+        said = re.search(r"^# published: .* protocol not (offered here|stated) \(", text, re.M)
+        assert bool(read.protocol) != bool(said), "a figure needs its protocol"
+        assert not read.protocol or (read.protocol in registry.protocols() and read.source)
 
 
 def test_a_header_is_read_to_its_end(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "# Mine, on mice. arXiv:1\n#   sslzoo fit --recipe mine\n"
         "# also: optim.lr=2 'probe.data=[{dataset: cifar10}]'   faster\n"
-        "# published: 71.0 % linear top-1, 90 % top-5 (README)\n# ours: 70.5, 70 % linear top-1, seeds 1, 2\n"
+        "# published: 71.0 % linear top-1, protocol fast (README\n# of the code; or so)\n"
+        "# ours: 70.5, 70 % linear top-1, seeds 1, 2\n"
         "seed: 1\n# also: seed=3   another seed\n"
     )
     read = read_header(tmp_path / "mine.yaml")
@@ -118,6 +124,8 @@ def test_a_header_is_read_to_its_end(tmp_path: Path) -> None:
         title="Mine, on mice. arXiv:1",
         also=(Variant(overrides="optim.lr=2 'probe.data=[{dataset: cifar10}]'", description="faster"),),
         published=("71.0",),
+        protocol="fast",
+        source="README of the code; or so",
         ours=("70.5", "70"),
     )
     assert read.also[0].split() == ["optim.lr=2", "probe.data=[{dataset: cifar10}]"]
