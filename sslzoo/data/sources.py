@@ -28,6 +28,7 @@ __all__ = [
     "JoinedImages",
     "UnreadableImageError",
     "fake_source",
+    "resized",
 ]
 
 
@@ -156,6 +157,12 @@ class ResizedImages(ImageSource):
     def read(self, sample_id: int) -> Tensor:
         image = channels_last(self.source.read(sample_id))
         return TF.resize_image(image, [self.side], interpolation=InterpolationMode.BILINEAR, antialias=True)
+
+
+def resized(source: ImageSource, side: int) -> ImageSource:
+    """The images of ``source`` with the shorter side resized to ``side`` pixels."""
+    same = isinstance(source, ArraySource) and min(source.size) == side
+    return source if same else ResizedImages(source, side)
 
 
 class FileSource(ImageSource):

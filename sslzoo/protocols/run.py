@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sslzoo.checks import require
 from sslzoo.data.module import EvalSet, SSLDataModule
 from sslzoo.data.sampler import ProbeSampler
-from sslzoo.data.sources import ImageSource, ResizedImages
+from sslzoo.data.sources import resized
 from sslzoo.distributed import all_reduce_sum, rank, world_size
 from sslzoo.evaluate.figures import figure_name
 from sslzoo.evaluate.progress import Report, unseen
@@ -112,9 +112,9 @@ class _Evaluation:
         require(n > 0, "no training image is left to learn from: all are held out; lower probe.holdout")
         dataset = train.name or recipe.data.dataset
         self.protocol, self.adapted = adapted(protocol, recipe, train.source, n)
-        shown: ImageSource = train.source
+        shown = train.source
         if self.protocol.view.padding is not None and recipe.eval.resize is not None:
-            shown = ResizedImages(shown, recipe.eval.resize)
+            shown = resized(shown, recipe.eval.resize)
         self.train, self.test, self.device = train, test, device
         self.data = SSLDataModule(
             recipe.data,
