@@ -27,9 +27,13 @@ class SyncBatchNorm(_BatchNorm):
     """Batch norm over the rows of all ranks, followed by the layers inside it, if any.
 
     Equal to single-process batch norm on the concatenated batch, with derivatives of any order; torch's
-    SyncBatchNorm fails on CPU and has no second derivative. Input (N, C, ...), where N may
-    differ between ranks.
+    SyncBatchNorm fails on CPU and has no second derivative. Input (N, C, ...), with N equal on all ranks unless
+    ``uneven``.
     """
+
+    def __init__(self, num_features: int, *, uneven: bool = False, **kwargs: Any) -> None:
+        super().__init__(num_features, **kwargs)
+        self.uneven = uneven
 
     def _check_input_dim(self, input: Tensor) -> None:
         require(input.ndim >= 2, f"batch norm expects (N, C, ...), got shape {tuple(input.shape)}")
@@ -43,28 +47,30 @@ class SyncBatchNorm(_BatchNorm):
         shape = [1, -1] + [1] * (input.ndim - 2)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         share = x.numel() // x.shape[1]
+        count = share * world_size()
+        if self.uneven:
+            count = int(all_reduce_sum(torch.tensor(share, device=x.device)))
         require(
-            share > 1 or world_size() > 1,
-            f"batch norm needs more than one value per channel, got shape {tuple(input.shape)}",
+            count > 1, f"batch norm needs more than one value per channel, got shape {tuple(input.shape)}"
         )
         mean = x.sum(dims) / max(share, 1)
         centred = x - mean.view(shape)
-        squares = (centred * centred).sum(dims)
-        count, shift = x.new_full((), share), torch.zeros_like(mean)
+        var = (centred * centred).sum(dims) / max(share, 1)
+        shift = None  # from the mean of all ranks to this rank's
         if world_size() > 1:
-            # All sums in one collective; float64, because their difference would lose digits in float32.
-            own, sizes = mean.double(), count.double().expand_as(mean)
-            sums = torch.stack([sizes, own * share, squares.double() + own * own * share])
-            total, first, second = all_reduce_sum(sums).unbind()
-            overall = first / total
-            squares = (second - first * overall).clamp(min=0).to(x.dtype)
-            mean, shift, count = overall.to(x.dtype), (own - overall).to(x.dtype), total[0].to(x.dtype)
-        var = squares / count
+            # Both moments in one collective; float64, because their difference would lose digits in float32.
+            own, spread = torch.stack([mean, var]).double().unbind()
+            moments = torch.stack([own, torch.addcmul(spread, own, own)])
+            overall, second = (all_reduce_sum(moments * (share / count))).unbind()
+            var = torch.addcmul(second, overall, overall, value=-1).clamp(min=0)
+            mean, var, shift = torch.stack([overall, var, own - overall]).to(x.dtype).unbind()
         scale = torch.rsqrt(var + self.eps)
+        offset = torch.zeros_like(scale)
         if self.affine:
-            scale = scale * self.weight
-        offset = shift * scale + self.bias if self.affine else shift * scale
-        y = centred * scale.view(shape) + offset.view(shape)
+            scale, offset = scale * self.weight, self.bias
+        if shift is not None:
+            offset = torch.addcmul(offset, shift, scale)
+        y = torch.addcmul(offset.view(shape), centred, scale.view(shape))
         if self.track_running_stats:
             self._update_running(mean.detach(), var.detach() * (count / (count - 1)))
         return _then(self, y.to(input.dtype))
@@ -160,9 +166,9 @@ def _options(m: _BatchNorm) -> dict[str, Any]:
     }
 
 
-def to_sync(module: nn.Module) -> nn.Module:
+def to_sync(module: nn.Module, *, uneven: bool = False) -> nn.Module:
     """Replace every batch norm in ``module`` by :class:`SyncBatchNorm`."""
-    return _replace(module, _BatchNorm, lambda m: SyncBatchNorm(m.num_features, **_options(m)))
+    return _replace(module, _BatchNorm, lambda m: SyncBatchNorm(m.num_features, uneven=uneven, **_options(m)))
 
 
 def to_split(module: nn.Module, splits: int) -> nn.Module:

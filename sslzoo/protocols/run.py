@@ -141,7 +141,7 @@ class _Evaluation:
         self.training = self.protocol.batch_norm == "train"
         if self.training:
             encoder = copy.deepcopy(encoder)  # its running statistics change
-            encoder = to_sync(encoder) if world_size() > 1 else encoder
+            encoder = to_sync(encoder, uneven=True) if world_size() > 1 else encoder
         self.encoder = encoder.eval()
         layers = self.protocol.layers
         self._features = (lambda image: {"": encoder(image)}) if layers is None else layers(encoder)
