@@ -34,8 +34,10 @@ from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.data.loading import RawBatch, ViewDataset
 from sslzoo.data.module import EvalSet, SSLDataModule
+from sslzoo.data.packing import pack
 from sslzoo.data.sampler import GlobalBatchSampler
 from sslzoo.data.sources import FileSource, ImageSource
+from sslzoo.data.views import draw_uniforms, draw_view
 from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import Recipe
@@ -97,7 +99,10 @@ class Crops(SSLDataModule):
                 for view in self.views
             )
             ids = torch.randperm(IMAGES, generator=draw)[:n]
-            batches.append(RawBatch(images, ids, ids % CLASSES, 0, ()))
+            drawn = [
+                draw_view(view, draw_uniforms(self.seed, 0, k, ids), 3) for k, view in enumerate(self.views)
+            ]
+            batches.append(RawBatch(images, *pack(tuple(drawn)), ids, ids % CLASSES, ()))
         schedule: list[RawBatch] = [batches[k % len(batches)] for k in range(self.steps)]
         return DataLoader(schedule, batch_size=None, pin_memory=True)  # type: ignore[arg-type]
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from sslzoo.callbacks.meter import Meter
 from sslzoo.checkpoints import load_checkpoint
 from sslzoo.distributed import gather_detached
+from sslzoo.recipe.load import load_recipe
 from sslzoo.testing.pretend import CUDA, STEPS, UNFINISHED, Job, Moment, PretendedGPU, main, train
 
 SMALL = {
@@ -73,6 +74,11 @@ def test_a_gpu_would_refuse_nothing(recipe, world, tmp_path):
     # From the transfer of a batch to the end of its step the host waits for nothing, but for rows and epoch ends.
     for phase in ("transfer", "step", "callbacks after"):
         assert not resumed.moments[Moment(phase, STEPS - 2)].places["sync"]
+    # A batch reaches the device in one copy for each view of files, or for the images in memory, and three more: the
+    # parameters of all views, sample_ids and labels.
+    images = 1 if recipe == "sce_fashion_mnist" else sum(v.count for v in load_recipe(recipe).recipe.views)
+    copies = resumed.moments[Moment("transfer", STEPS - 2)].places["h2d"]
+    assert sum(copies.values()) == images + 3
     header, *_, last = csv.reader((tmp_path / "metrics.csv").read_text().splitlines())
     assert {"val/linear_top1", "val/knn_top1"} <= set(header)
     assert last[0] == str(STEPS)

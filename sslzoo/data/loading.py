@@ -1,4 +1,5 @@
-"""What data-loader workers run: from positions to uint8 pixels. Everything else happens on the device."""
+"""What data-loader workers run: from positions to uint8 pixels and the drawn parameters of the views, which are applied
+on the device."""
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ from torchvision.transforms.v2 import functional as TF
 
 from sslzoo.data.crops import channels_last, crop_image, evaluation_crop
 from sslzoo.data.disk import DataError
+from sslzoo.data.packing import Layout, pack
 from sslzoo.data.sampler import Item, stand_ins
 from sslzoo.data.sources import ArraySource, ImageSource, UnreadableImageError
-from sslzoo.data.views import draw_boxes, draw_uniforms
+from sslzoo.data.views import ViewDraws, draw_boxes, draw_uniforms, draw_view
 from sslzoo.recipe.sections import PlainView, ViewConfig
 
 log = logging.getLogger("sslzoo")
@@ -35,9 +37,10 @@ class RawBatch(NamedTuple):
     """A training batch as workers hand it over."""
 
     images: tuple[Tensor, ...]  # uint8: whole images once (array source), or the crops of every view
+    draws: Tensor  # the parameters of every view, ViewDraws, packed according to
+    layout: Layout
     sample_id: Tensor  # (N,)
     label: Tensor | None
-    epoch: int
     bad: tuple[Bad, ...]  # met on the way
 
 
@@ -197,9 +200,14 @@ class ViewDataset(Dataset[RawBatch]):
         epoch = items[0][0]
         sample_id = torch.tensor([i for _, i in items])
         if isinstance(self.source, ArraySource):
-            images = (self.source.batch(sample_id),)
-            return RawBatch(images, sample_id, _labels(self.source, sample_id), epoch, ())
+            height, width = (torch.full((len(sample_id),), side) for side in self.source.size)
+            drawn = []
+            for k, view in enumerate(self.views):
+                u = draw_uniforms(self.seed, epoch, k, sample_id)
+                drawn.append(draw_view(view, u, self.source.channels, draw_boxes(view, u, height, width)))
+            return self._batch((self.source.batch(sample_id),), drawn, sample_id)
         crops: list[list[Tensor]] = [[] for _ in self.views]
+        uniforms: list[list[Tensor]] = [[] for _ in self.views]
         kept: list[int] = []
         bad: list[Bad] = []
         for start in range(0, len(sample_id), _CHUNK):
@@ -215,11 +223,20 @@ class ViewDataset(Dataset[RawBatch]):
             kept += ids.tolist()
             for k, view in enumerate(self.views):
                 u = draw_uniforms(self.seed, epoch, k, ids)
+                uniforms[k].append(u)
                 for (_, image), box in zip(read, draw_boxes(view, u, height, width).tolist(), strict=True):
                     crops[k].append(crop_image(image, box, view.size, view.interpolation))
-        sample_id = torch.tensor(kept)
-        stacked = tuple(torch.stack(crop) for crop in crops)
-        return RawBatch(stacked, sample_id, _labels(self.source, sample_id), epoch, tuple(bad))
+        drawn = [
+            draw_view(view, torch.cat(u), self.source.channels)
+            for view, u in zip(self.views, uniforms, strict=True)
+        ]
+        return self._batch(tuple(torch.stack(crop) for crop in crops), drawn, torch.tensor(kept), bad)
+
+    def _batch(
+        self, images: tuple[Tensor, ...], drawn: list[ViewDraws], sample_id: Tensor, bad: Sequence[Bad] = ()
+    ) -> RawBatch:
+        draws, layout = pack(tuple(drawn))
+        return RawBatch(images, draws, layout, sample_id, _labels(self.source, sample_id), tuple(bad))
 
     def _read(self, epoch: int, sample_id: int, bad: list[Bad]) -> tuple[int, Tensor]:
         others = stand_ins(self.seed, epoch, sample_id, len(self.source), self.global_batch_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from sslzoo.data.loading import (
 from sslzoo.data.photometric import normalize
 from sslzoo.data.sampler import GlobalBatchSampler, Item
 from sslzoo.data.sources import ArraySource, FakeSource, ImageSource
-from sslzoo.data.views import ViewDraws, apply_view, draw_boxes, draw_uniforms, draw_view, expand_views
+from sslzoo.data.views import ViewDraws, apply_view, expand_views
 from sslzoo.distributed import rank, world_size
 from sslzoo.exits import LEAVE_SIGNALS
 from sslzoo.randomness import is_holdout, subset
@@ -60,20 +60,11 @@ class EvalSet:
         return len(self.sample_id)
 
 
-class DrawnBatch(NamedTuple):
-    """A raw batch with the parameters of its views, ready for the device."""
-
-    images: tuple[Tensor, ...]
-    draws: tuple[ViewDraws, ...]
-    sample_id: Tensor
-    label: Tensor | None
-
-
 class SSLDataModule(LightningDataModule):
     """Training batches from ``views`` and evaluation batches from a plain view.
 
-    Workers decode and crop to uint8. What is left of the views happens on the device, for the batch at
-    once; so does the crop of images that are in memory, which need no workers. ``position`` counts the
+    Workers decode, crop to uint8, and draw the parameters of the views, which are applied on the device to the
+    whole batch. Images in memory need no workers and are cropped on the device too. ``position`` counts the
     micro-batches finished in the whole run: a run's callback adds one after each, and the order of samples
     continues from there after a resume.
     """
@@ -321,30 +312,19 @@ class SSLDataModule(LightningDataModule):
     # -- from workers to the device -----------------------------------------------------------
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Draw the parameters of the views, on the CPU; take note of unreadable images."""
+        """Take note of unreadable images."""
         if isinstance(batch, RawEvalBatch):
             self._bad_of(self.eval_sets()[dataloader_idx].source).add(batch.bad)
             return EvalBatch(batch.image, batch.sample_id, batch.label)
         if isinstance(batch, RawBatch):
             self._bad_of(self.train_source).add(batch.bad)
-            return self._draw(batch)
+            return batch._replace(bad=())
         return batch
-
-    def _draw(self, batch: RawBatch) -> DrawnBatch:
-        draws = []
-        for k, view in enumerate(self.views):
-            u = draw_uniforms(self.seed, batch.epoch, k, batch.sample_id)
-            boxes = None
-            if isinstance(self.train_source, ArraySource):
-                height, width = (torch.full((len(u),), side) for side in self.train_source.size)
-                boxes = draw_boxes(view, u, height, width)
-            draws.append(draw_view(view, u, self.train_source.channels, boxes))
-        return DrawnBatch(batch.images, tuple(draws), batch.sample_id, batch.label)
 
     @torch.no_grad()
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Crop (images in memory), colour, blur, solarise, flip and normalise, in float32."""
-        if isinstance(batch, DrawnBatch):
+        if isinstance(batch, RawBatch):
             if (self.position + 1) % self.plan.micro_batches_per_epoch == 0:
                 self.share_unreadable()
             batch = self._finish(batch)
@@ -356,10 +336,11 @@ class SSLDataModule(LightningDataModule):
     def _normalized(self, images: Tensor) -> Tensor:
         return normalize(images, self.data.mean, self.data.std)
 
-    def _finish(self, batch: DrawnBatch) -> Batch:
+    def _finish(self, batch: RawBatch) -> Batch:
         global_views: list[Tensor] = []
         local_views: list[Tensor] = []
-        for k, (view, draws) in enumerate(zip(self.views, batch.draws, strict=True)):
+        drawn: tuple[ViewDraws, ...] = batch.layout.unpack(batch.draws)
+        for k, (view, draws) in enumerate(zip(self.views, drawn, strict=True)):
             if isinstance(self.train_source, ArraySource):
                 crops = crop_batch(
                     batch.images[0], draws.boxes, view.size, view.interpolation, view.padding or 0
@@ -373,8 +354,8 @@ class SSLDataModule(LightningDataModule):
     @torch.no_grad()
     def finish(self, raw: RawBatch, device: torch.device | str = "cpu") -> Batch:
         """A raw batch as the method gets it, outside the training loop: any rank may call it alone."""
-        drawn = self.on_before_batch_transfer(raw, 0)
-        return self._finish(self.transfer_batch_to_device(drawn, torch.device(device), 0))
+        noted = self.on_before_batch_transfer(raw, 0)
+        return self._finish(self.transfer_batch_to_device(noted, torch.device(device), 0))
 
     @torch.no_grad()
     def finish_eval(

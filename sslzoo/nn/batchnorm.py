@@ -23,6 +23,52 @@ def _then(norm: nn.Module, y: Tensor) -> Tensor:
     return y
 
 
+class _Standardise(torch.autograd.Function):
+    """Standardised ``x`` (N, C, ...) and the reciprocal deviation (C,), over the ``count`` rows of all ranks; mean and
+    variance (C,) without gradients. One collective forward and one backward, with derivatives of any order, because
+    the gradient is a function of the outputs."""
+
+    @staticmethod
+    def forward(x: Tensor, count: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dims, shape = _layout(x)
+        rows = max(x.numel() // x.shape[1], 1)
+        mean = x.sum(dims) / rows
+        centred = x - mean.view(shape)
+        var = centred.square().sum(dims) / rows
+        if world_size() > 1:
+            # Both moments at once; in float64, because their difference would lose digits in float32.
+            own, spread = torch.stack([mean, var]).double().unbind()
+            moments = torch.stack([own, torch.addcmul(spread, own, own)])
+            overall, second = all_reduce_sum(moments * (x.numel() // x.shape[1] / count)).unbind()
+            var = torch.addcmul(second, overall, overall, value=-1).clamp(min=0).to(x.dtype)
+            mean = overall.to(x.dtype)
+            centred += (own - overall).to(x.dtype).view(shape)
+        scale = torch.rsqrt(var + eps)
+        return centred.mul_(scale.view(shape)), scale, mean, var
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        standardised, scale, mean, var = output
+        ctx.count = inputs[1]
+        ctx.save_for_backward(standardised, scale)
+        ctx.mark_non_differentiable(mean, var)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, scale_grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+        z, scale = ctx.saved_tensors
+        dims, shape = _layout(z)
+        sums = torch.stack([grad.sum(dims), (grad * z).sum(dims), scale_grad])
+        mean, along, through_scale = (all_reduce_sum(sums) / ctx.count).unbind()
+        along = torch.addcmul(along, scale, through_scale)
+        rest = torch.addcmul(grad - mean.view(shape), z, along.view(shape), value=-1)
+        return rest * scale.view(shape), None, None
+
+
+def _layout(x: Tensor) -> tuple[list[int], list[int]]:
+    """The dimensions of ``x`` (N, C, ...) that batch norm averages over, and the shape of its averages."""
+    return [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)
+
+
 class SyncBatchNorm(_BatchNorm):
     """Batch norm over the rows of all ranks, followed by the layers inside it, if any.
 
@@ -43,36 +89,19 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if not self.training:
             return _then(self, super().forward(input))
-        dims = [d for d in range(input.ndim) if d != 1]
-        shape = [1, -1] + [1] * (input.ndim - 2)
+        _, shape = _layout(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        share = x.numel() // x.shape[1]
-        count = share * world_size()
+        count = x.numel() // x.shape[1] * world_size()
         if self.uneven:
-            count = int(all_reduce_sum(torch.tensor(share, device=x.device)))
+            count = int(all_reduce_sum(torch.tensor(x.numel() // x.shape[1], device=x.device)))
         require(
             count > 1, f"batch norm needs more than one value per channel, got shape {tuple(input.shape)}"
         )
-        mean = x.sum(dims) / max(share, 1)
-        centred = x - mean.view(shape)
-        var = (centred * centred).sum(dims) / max(share, 1)
-        shift = None  # from the mean of all ranks to this rank's
-        if world_size() > 1:
-            # Both moments in one collective; float64, because their difference would lose digits in float32.
-            own, spread = torch.stack([mean, var]).double().unbind()
-            moments = torch.stack([own, torch.addcmul(spread, own, own)])
-            overall, second = (all_reduce_sum(moments * (share / count))).unbind()
-            var = torch.addcmul(second, overall, overall, value=-1).clamp(min=0)
-            mean, var, shift = torch.stack([overall, var, own - overall]).to(x.dtype).unbind()
-        scale = torch.rsqrt(var + self.eps)
-        offset = torch.zeros_like(scale)
+        y, _, mean, var = _Standardise.apply(x, count, self.eps)  # type: ignore[misc]
         if self.affine:
-            scale, offset = scale * self.weight, self.bias
-        if shift is not None:
-            offset = torch.addcmul(offset, shift, scale)
-        y = torch.addcmul(offset.view(shape), centred, scale.view(shape))
+            y = torch.addcmul(self.bias.view(shape), y, self.weight.view(shape))
         if self.track_running_stats:
-            self._update_running(mean.detach(), var.detach() * (count / (count - 1)))
+            self._update_running(mean, var * (count / (count - 1)))
         return _then(self, y.to(input.dtype))
 
     @torch.no_grad()
