@@ -83,8 +83,9 @@ class Faulty(SSLMethod[MethodConfig]):
     The faults that ``FAULTS`` (JSON) names happen to it:
 
     ``pause`` and ``evaluation_pause``, seconds a forward pass; ``nan_at``, ``memory_at``, a step; ``raise_at``, a
-    rank and a step; ``raise_in_evaluation``, ``hang_in_evaluation``, a rank;
-    ``memory_in_evaluation``; ``publishes``, another name than its config's; ``saves_code``, in its checkpoints.
+    rank and a step; ``raise_once_at``, the same until torchrun restarts the ranks; ``raise_in_evaluation``,
+    ``hang_in_evaluation``, a rank; ``memory_in_evaluation``; ``publishes``, another name than its config's;
+    ``saves_code``, in its checkpoints.
     """
 
     Config = MethodConfig
@@ -113,7 +114,11 @@ class Faulty(SSLMethod[MethodConfig]):
     def loss(self, batch: Batch) -> Tensor:
         """Cosine distance of the two views, and the faults."""
         time.sleep(self.faults.get("pause", 0.0))
-        if self.faults.get("raise_at") == [rank(), self.step]:
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if [rank(), self.step] in (
+            self.faults.get("raise_at"),
+            None if restarted else self.faults.get("raise_once_at"),
+        ):
             raise RuntimeError("this rank cannot train")
         if self.faults.get("memory_at") == self.step:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -221,10 +226,11 @@ def shell(
     environment: dict[str, str] | None = None,
     name: str = "shell",
     prefix: Sequence[str] = (),
+    module: str = "sslzoo",
     **options: Any,
 ) -> Command:
-    """``sslzoo ARGUMENTS`` typed in ``folder``: a process of its own, in a group of its own."""
-    command = [*prefix, sys.executable, "-m", "sslzoo", *map(str, arguments)]
+    """``sslzoo ARGUMENTS``, or another ``module``, typed in ``folder``: a process of its own, in a group of its own."""
+    command = [*prefix, sys.executable, "-m", module, *map(str, arguments)]
     with (folder / f"{name}.out").open("w") as out, (folder / f"{name}.err").open("w") as err:
         process = subprocess.Popen(
             command,

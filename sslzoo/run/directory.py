@@ -24,7 +24,7 @@ from sslzoo.files import write_json, write_text
 from sslzoo.recipe.load import LoadedRecipe, leaves
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.run.ending import Ending
-from sslzoo.run.lock import LOCK, refuse_if_owned
+from sslzoo.run.lock import LOCK, process_start, refuse_if_owned
 from sslzoo.run.placement import SPECIAL_STEPS
 from sslzoo.run.provenance import git_state, hardware, versions
 
@@ -139,11 +139,16 @@ class Choice:
     run: Run
     checkpoint: Path | None = None
     finished: bool = False
+    launch: str = ""  # id of the start: that of the job, or of torchrun's agent, if there is one
 
 
 def new_run_id(environ: Mapping[str, str] = os.environ) -> str:
-    """A unique id; under SLURM that of the job, so that a requeued job finds its run, and of the step after the first,
-    which may be another run."""
+    """A unique id, but the same after a restart: under SLURM that of the job, and of each step after the first, which
+    may be another run; under torchrun that of its agent."""
+    if "SLURM_JOB_ID" not in environ and "TORCHELASTIC_RUN_ID" in environ:
+        # The agent that started this process, which starts it anew when it restarts the ranks.
+        agent = (platform.node(), str(os.getppid()), process_start(os.getppid()))
+        return f"torchrun-{hashlib.sha256(' '.join(agent).encode()).hexdigest()[:12]}"
     if "SLURM_JOB_ID" not in environ:
         return unique_id()
     step = environ.get("SLURM_STEP_ID", "")
@@ -165,12 +170,14 @@ def choose(
     out: Path | None,
     resume: str | None,
     root: Path = Path("runs"),
+    attempt: int = 0,
 ) -> Choice:
     """Decide which run to start or continue: ``out``, the run that ``resume`` names, or ``root/<recipe>/<run id>``.
     Nothing is written.
 
     ``resume`` is ``auto`` (without ``out``, the recipe's newest run with a checkpoint; if there is none, a new
-    run), a run directory or a checkpoint file. If the newest checkpoint is damaged, the one before it is used,
+    run), a run directory or a checkpoint file. With ``attempt`` > 0, torchrun has restarted the processes, and the run
+    that they have begun before continues. If the newest checkpoint is damaged, the one before it is used,
     unless the damaged one was named.
 
     Raises:
@@ -181,6 +188,7 @@ def choose(
     from sslzoo.checkpoints import load_checkpoint, newest_sound
 
     run_id = os.environ.get("SSLZOO_RUN_ID") or new_run_id()
+    out, resume = _restarted(loaded, out, resume, root, run_id) if attempt > 0 else (out, resume)
     named = Path(resume).absolute() if resume is not None and resume != "auto" else None
     if named is not None and not named.exists():
         raise RunError(f"--resume {resume}: there is no such checkpoint or run directory")
@@ -210,7 +218,7 @@ def choose(
         raise _occupied(run.path)
     refuse_if_owned(run.path)
     if resume is None:
-        return Choice(run)
+        return Choice(run, launch=run_id)
     checkpoint = named if named is not None and named.is_file() else newest_sound(source.checkpoints)
     done = manifest is not None and manifest["exit_code"] == ExitCode.DONE and source.path == run.path
     if checkpoint is None:
@@ -220,7 +228,7 @@ def choose(
             raise RunError(
                 f"{run.path} is a finished run whose checkpoints are gone; to train again, give another --out"
             )
-        return Choice(run)
+        return Choice(run, launch=run_id)
     content = load_checkpoint(checkpoint)
     _check_data(checkpoint, content.get("SSLDataModule", {}).get("fingerprint", fingerprint), fingerprint)
     step = content["optimizer_steps"]
@@ -229,7 +237,22 @@ def choose(
         return Choice(run, checkpoint, finished=True)
     for remark in remarks:
         log.warning("%s", remark)
-    return Choice(run, checkpoint.absolute())
+    return Choice(run, checkpoint.absolute(), launch=run_id)
+
+
+def _restarted(
+    loaded: LoadedRecipe, out: Path | None, resume: str | None, root: Path, run_id: str
+) -> tuple[Path | None, str | None]:
+    """``out`` and ``resume`` for processes that torchrun has restarted."""
+    if resume is None:  # they may have begun a run, in a new directory
+        return out or root / loaded.recipe.name / run_id, "auto"
+    if resume == "auto":
+        return out, resume
+    named = Path(resume).absolute()
+    path = out or (named if named.is_dir() else named.resolve().parent.parent)
+    run = Run(path, "")
+    begun = run.manifest.exists() and run.read_manifest()["sessions"][-1].get("launch") == run_id
+    return (path, "auto") if begun else (out, resume)
 
 
 def _is_occupied(path: Path) -> bool:
@@ -366,6 +389,7 @@ def begin(
                 "started": _now(),
                 "command": sys.argv,
                 "host": platform.node(),
+                "launch": choice.launch,
                 "checkpoint": str(choice.checkpoint) if choice.checkpoint else None,
                 "world_size": plan.world_size,
                 "data_fingerprint": fingerprint,

@@ -136,17 +136,20 @@ class _Life:
                 fingerprint=experiment.data.fingerprint,
                 out=out,
                 resume=resume,
+                attempt=self.placement.attempt,
             )
             return {
                 "path": str(choice.run.path),
                 "run_id": choice.run.run_id,
+                "launch": choice.launch,
                 "checkpoint": str(choice.checkpoint) if choice.checkpoint else None,
                 "finished": choice.finished,
             }
 
         chosen = meeting.lead("choice", decide)
         checkpoint = Path(chosen["checkpoint"]) if chosen["checkpoint"] else None
-        choice = Choice(Run(Path(chosen["path"]), chosen["run_id"]), checkpoint, chosen["finished"])
+        run = Run(Path(chosen["path"]), chosen["run_id"])
+        choice = Choice(run, checkpoint, chosen["finished"], chosen["launch"])
         with together(meeting, "readable"):
             if missing is not None and checkpoint is None:
                 raise missing
@@ -171,7 +174,7 @@ class _Life:
         try:
             return build_experiment(recipe, world_size=world_size), None
         except MissingWeights as error:
-            if resume is None:
+            if resume is None and self.placement.attempt == 0:
                 raise
             return build_experiment(recipe, world_size=world_size, start=False), error
 

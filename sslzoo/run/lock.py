@@ -41,10 +41,10 @@ class RunLock:
             "id": uuid.uuid4().hex,
             "host": platform.node(),
             "pid": os.getpid(),
-            "pid_started": _started(os.getpid()),
+            "pid_started": process_start(os.getpid()),
             "pid_namespace": _pid_namespace(),
-            "job": os.environ.get("SLURM_JOB_ID", ""),
-            "restart": _restart(),
+            "job": _job(),
+            "restart": _restarts(),
         }
         self.left_behind: dict[str, float] = {}  # seconds per phase of a killed run, from its last heartbeat
         self._ended = threading.Event()
@@ -147,17 +147,23 @@ def _is_dead(path: Path, owner: dict[str, Any]) -> bool:
     here = (platform.node(), _pid_namespace())  # processes in other containers are invisible
     if (owner.get("host"), owner.get("pid_namespace")) == here:
         return (
-            _started(int(owner.get("pid", 0))) != owner.get("pid_started") or owner.get("pid") == os.getpid()
+            process_start(int(owner.get("pid", 0))) != owner.get("pid_started")
+            or owner.get("pid") == os.getpid()
         )
-    job = os.environ.get("SLURM_JOB_ID", "")
-    # A requeued job has no older processes; another step of the same start may be alive on another machine.
-    requeued = bool(job) and owner.get("job") == job and owner.get("restart", 0) < _restart()
-    return requeued or _age(path) > STALE
+    # A restarted job has no older processes; another step of the same start may be alive on another machine.
+    same_job = bool(_job()) and owner.get("job") == _job()
+    return (same_job and owner.get("restart", [0, 0]) < _restarts()) or _age(path) > STALE
 
 
-def _restart() -> int:
-    """How often SLURM has requeued this job."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+def _job() -> str:
+    """Id of this process's job: SLURM's, or torchrun's ``--rdzv-id``; empty without."""
+    torchrun = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return os.environ.get("SLURM_JOB_ID") or ("" if torchrun == "none" else f"torchrun {torchrun}")
+
+
+def _restarts() -> list[int]:
+    """How often SLURM has requeued this job, and torchrun has restarted its processes since."""
+    return [int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")]
 
 
 def _age(path: Path) -> float:
@@ -172,7 +178,7 @@ def _age(path: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _started(pid: int) -> str:
+def process_start(pid: int) -> str:
     """Start time of process ``pid`` on this machine, which distinguishes it from a later process with the same id;
     ``''`` if there is no such process."""
     try:

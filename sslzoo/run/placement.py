@@ -121,11 +121,12 @@ def check_world_size(placement: Placement, recipe: Recipe) -> None:
 
     Otherwise the shares of the processes would not add up to the global batch.
     """
-    planned = world_size_of(recipe)
+    devices, planned = devices_per_node(recipe), world_size_of(recipe)
     nodes = max(placement.world_size // max(placement.per_node, 1), 1)
+    per_node = "" if nodes == recipe.nodes == 1 else f", {placement.per_node} on each of {nodes} machine(s)"
     require(
-        planned == placement.world_size,
-        f"{placement.starter} started {placement.world_size} process(es), but trainer.devices x trainer.num_nodes "
-        f"in the recipe is {planned}; set trainer.devices={placement.per_node} trainer.num_nodes={nodes}, or "
-        f"start {planned}",
+        (placement.per_node, placement.world_size) == (devices, planned),
+        f"{placement.starter} started {placement.world_size} process(es){per_node}, but trainer.devices={devices} x "
+        f"trainer.num_nodes={recipe.nodes} in the recipe is {planned}; set trainer.devices={placement.per_node} "
+        f"trainer.num_nodes={nodes}, or start {planned}",
     )

@@ -23,7 +23,7 @@ from sslzoo.run.placement import Placement
 log = logging.getLogger(__name__)
 
 JOIN = 1800.0  # seconds that ranks wait for each other at the start
-SPEAK = 30.0  # seconds between messages about waiting
+SPEAK = 10.0  # seconds until the first message about waiting; each further one comes after twice the time
 POLL = 0.05  # seconds between polls of the store
 
 
@@ -32,7 +32,7 @@ class Rendezvous:
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
-        self.store: Any = _connect(placement) if placement.world_size > 1 else None
+        self.store: Any = connect(placement, "sslzoo") if placement.world_size > 1 else None
 
     def agree(self, stage: str, problem: str | None) -> None:
         """Return if no rank has a ``problem``; otherwise raise ``RunError`` with the lowest rank's problem on all
@@ -81,16 +81,17 @@ class Rendezvous:
         return self.store.get(key)
 
     def _wait(self, keys: list[str], for_whom: str) -> None:
-        start = spoken = time.monotonic()
+        start = time.monotonic()
+        speak = SPEAK
         while not self.store.check(keys):
             time.sleep(POLL)
-            now = time.monotonic()
-            if now - spoken > SPEAK:
-                spoken = now
-                missing = [key.rpartition("/")[2] for key in keys if not self.store.check([key])]
-                who = f" (ranks {', '.join(missing[:8])})" if len(keys) > 1 else ""
-                log.warning("waiting %s%s for %.0f s", for_whom, who, now - start)
-            if now - start > JOIN:
+            waited = time.monotonic() - start
+            if waited > speak:
+                speak *= 2
+                missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+                who = f" ({missing_ranks(self.placement, missing)})" if len(keys) > 1 else ""
+                log.warning("waiting %s%s for %.0f s", for_whom, who, waited)
+            if waited > JOIN:
                 raise RunError(f"waited {JOIN / 60:.0f} minutes {for_whom}; see their output for the reason")
 
 
@@ -109,8 +110,24 @@ def together(meeting: Rendezvous, stage: str) -> Iterator[None]:
     meeting.agree(stage, None)
 
 
-def _connect(placement: Placement) -> Any:
-    """Connect to a TCPStore at the process group's address; keys are prefixed by torchrun's restart count."""
+def missing_ranks(placement: Placement, ranks: list[int]) -> str:
+    """Name missing ``ranks``; if whole machines are missing that sslzoo's own launcher does not start, say how to."""
+    named = f"ranks {', '.join(map(str, ranks[:8]))}{', ...' * (len(ranks) > 8)}"
+    nodes = sorted({rank // placement.per_node for rank in ranks})
+    whole = [n for n in nodes if {*range(n * placement.per_node, (n + 1) * placement.per_node)} <= {*ranks}]
+    if placement.starter != "sslzoo" or not whole:
+        return named
+    where = f"MASTER_ADDR={placement.address} MASTER_PORT={placement.port}"
+    others = ", ".join(f"NODE_RANK={node}" for node in whole[:3]) + ", ..." * (len(whole) > 3)
+    return f"{named}: start the same command with {where} and {others} on the other machines"
+
+
+def connect(placement: Placement, purpose: str) -> Any:
+    """Connect to a TCPStore at the process group's address.
+
+    Keys are prefixed by the ``purpose`` and torchrun's restart count, because the store of torchrun's agent outlives a
+    restart of the ranks.
+    """
     from torch.distributed import DistError, PrefixStore, TCPStore
 
     serves = placement.is_leader and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -130,25 +147,28 @@ def _connect(placement: Placement) -> Any:
         raise RunError(
             f"rank {placement.rank} cannot connect to the other ranks at {where}; set another MASTER_PORT"
         ) from error
-    return PrefixStore(f"sslzoo/{placement.attempt}", store)
+    return PrefixStore(f"{purpose}/{placement.attempt}", store)
 
 
 def _wait_for_port(address: str, port: int) -> None:
     """Wait until the port accepts connections. TCPStore would wait silently and then print a C++ stack trace."""
-    start = spoken = time.monotonic()
+    start = time.monotonic()
+    speak = SPEAK
     while True:
         try:
             socket.create_connection((address, port), timeout=5).close()
         except OSError as error:
-            now = time.monotonic()
-            if now - start > JOIN:
+            waited = time.monotonic() - start
+            if waited > JOIN:
                 raise RunError(
                     f"no connection to rank 0 at {address}:{port} after {JOIN / 60:.0f} minutes ({error}); check "
                     "MASTER_ADDR, MASTER_PORT and the firewall between the nodes"
                 ) from error
-            if now - spoken > SPEAK:
-                spoken = now
-                log.warning("waiting for rank 0 at %s:%d for %.0f s", address, port, now - start)
+            if waited > speak:
+                speak *= 2
+                log.warning(
+                    "waiting for rank 0 at %s:%d for %.0f s; is it started there?", address, port, waited
+                )
             time.sleep(0.2)
         else:
             return

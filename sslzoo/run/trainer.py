@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
@@ -21,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sslzoo.checkpoints import AtomicCheckpointIO
 from sslzoo.nn.batchnorm import LayerSync
 from sslzoo.run.placement import ALONE, Placement
+from sslzoo.run.rendezvous import connect
 
 # Timeout of collectives, after which a hanging rank ends the run (torch's default is 30 minutes). Long enough for
 # one rank to evaluate or write a checkpoint while the others wait.
@@ -100,19 +103,49 @@ class PlacedEnvironment(ClusterEnvironment):
         return self._placement.node_rank
 
 
-def build_strategy(trainer: Mapping[str, Any], world_size: int) -> DDPStrategy | str:
+class PlacedDDP(DDPStrategy):
+    """DDP that also starts after torchrun has restarted the ranks.
+
+    The ranks of all attempts share the store of torchrun's agent. Torch 2.14 uses the same keys in each of them, and
+    hangs on those of the attempt before; here, keys carry the attempt.
+    """
+
+    def __init__(self, placement: Placement, **options: Any) -> None:
+        super().__init__(**options)
+        self._placement = placement
+
+    def setup_distributed(self) -> None:
+        """Create the process group, which Lightning then finds."""
+        place = self._placement
+        if place.attempt > 0:
+            backend = self._get_process_group_backend()
+            dist.init_process_group(
+                backend,
+                store=connect(place, "group"),
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=TIMEOUT,
+                device_id=None if self.root_device.type == "cpu" else self.root_device,
+            )
+            if backend == "nccl":  # as Lightning does: torch warns about groups that are left
+                atexit.register(dist.destroy_process_group)
+        super().setup_distributed()
+
+
+def build_strategy(trainer: Mapping[str, Any], placement: Placement) -> DDPStrategy | str:
     """``auto`` for one process, DDP (gloo on CPUs, NCCL on GPUs) for several.
 
     Buffers are not broadcast at every step: queues are equal on all ranks anyway, and
     ``BroadcastBatchNormStats`` broadcasts batch-norm statistics before validation.
     """
     name = trainer.get("strategy", "auto")
-    if world_size == 1:
+    if placement.world_size == 1:
         return "auto"
     # Renamed in torch 2.14, where the old name raises a warning.
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return DDPStrategy(
+    return PlacedDDP(
+        placement,
         **options,
         gradient_as_bucket_view=True,
         find_unused_parameters=name.endswith("_true"),
@@ -141,7 +174,7 @@ def build_trainer(
     options = {
         "profiler": NoProfiler(),
         **trainer,
-        "strategy": build_strategy(trainer, placement.world_size),
+        "strategy": build_strategy(trainer, placement),
         "plugins": plugins,
         "callbacks": list(callbacks),
         "logger": False,  # set once the run directory exists

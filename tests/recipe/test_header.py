@@ -131,3 +131,16 @@ def test_a_header_is_read_to_its_end(tmp_path: Path) -> None:
     assert read.also[0].split() == ["optim.lr=2", "probe.data=[{dataset: cifar10}]"]
     (tmp_path / "mine.yaml").write_text("# published: not available; without a margin 90 % linear top-1\n")
     assert read_header(tmp_path / "mine.yaml").published == ()
+
+
+def test_recipes_for_several_machines_say_how_to_start_them() -> None:
+    several = {name: path for name in recipes() if (path := load_recipe(name)).recipe.nodes > 1}
+    assert several
+    for name, loaded in several.items():
+        header = " ".join(
+            line.lstrip("# ") for line in loaded.source.read_text().splitlines() if line[:1] == "#"
+        )
+        assert f" sslzoo submit --recipe {name} " in header
+        recipe = loaded.recipe
+        assert f" torchrun --nnodes {recipe.nodes} --nproc-per-node {recipe.devices} --rdzv-" in header
+        assert f" -m sslzoo fit --recipe {name} --out DIR --resume auto " in header

@@ -58,7 +58,15 @@ def _open(
     root: Path, *overrides: str, resume: str | None = None, plan: TrainingPlan = PLAN, **options: Any
 ) -> Run:
     loaded = load_recipe(RECIPE, overrides)
-    choice = choose(loaded, plan, fingerprint="mine", out=options.get("out"), resume=resume, root=root)
+    choice = choose(
+        loaded,
+        plan,
+        fingerprint="mine",
+        out=options.get("out"),
+        resume=resume,
+        root=root,
+        attempt=options.get("attempt", 0),
+    )
     begin(choice, loaded, plan, fingerprint="mine", left_behind={})
     return choice.run
 
@@ -98,6 +106,23 @@ def test_a_directory_with_another_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(RunError, match="contains no run"):
         _open(tmp_path, out=tmp_path / "full")
+
+
+def test_processes_that_torchrun_restarts_continue_their_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = _open(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    begun = _open(tmp_path)
+    assert begun.path.name.startswith("torchrun-")
+    assert _open(tmp_path, attempt=1).path == begun.path
+    assert _open(tmp_path, attempt=2, resume=str(begun.path)).path == begun.path
+    assert len(begun.read_manifest()["sessions"]) == 3
+    named = tmp_path / "named"
+    _open(tmp_path, out=named)
+    assert _open(tmp_path, out=named, attempt=1).path == named
+    with pytest.raises(RunError, match="no checkpoint in"):  # they had not begun to continue that one
+        _open(tmp_path, attempt=1, resume=str(older.path))
 
 
 def test_resuming_checks_recipe_and_world_size(tmp_path: Path) -> None:
@@ -177,12 +202,12 @@ def test_a_second_run_in_a_directory_is_refused_by_its_owners_name(folder: Path)
         ({"host": "elsewhere"}, 0.0, {}, False),
         ({"host": "elsewhere"}, STALE + 5, {}, True),
         (
-            {"host": "elsewhere", "job": "4711", "restart": 1},
+            {"host": "elsewhere", "job": "4711", "restart": [1, 0]},
             0.0,
             {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "2"},
             True,
         ),
-        ({"host": "elsewhere", "job": "4711", "restart": 0}, 0.0, {"SLURM_JOB_ID": "4711"}, False),
+        ({"host": "elsewhere", "job": "4711", "restart": [0, 0]}, 0.0, {"SLURM_JOB_ID": "4711"}, False),
         ({"host": "elsewhere", "job": "4711"}, 0.0, {"SLURM_JOB_ID": "4712"}, False),
         ({"pid_started": "1"}, 0.0, {}, True),  # the number is another process's now
         (

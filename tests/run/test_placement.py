@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.placement import ALONE, Placement, check_world_size, first_node, place, world_size_of
+from sslzoo.run.rendezvous import missing_ranks
 from tests.command import srun_variables, torchrun_variables
 
 TORCHRUN = torchrun_variables(3, 8, "29500") | {"LOCAL_RANK": "1", "GROUP_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -72,3 +75,18 @@ def test_the_number_of_processes_must_be_the_planned_one() -> None:
         ValueError, match=r"torchrun started 8 process.* is 1; set trainer\.devices=2 trainer\.num_nodes=4"
     ):
         check_world_size(place(TORCHRUN), _on("devices=1"))
+    with pytest.raises(
+        ValueError, match=r"8 process\(es\), 2 on each of 4 machine\(s\), but trainer.devices=4 x"
+    ):
+        check_world_size(place(TORCHRUN), _on("devices=4", "num_nodes=2"))
+
+
+def test_missing_machines_are_told_how_to_join() -> None:
+    own = Placement(starter="sslzoo", world_size=6, per_node=2, address="gpu1", port=29500)
+    said = missing_ranks(own, [3, 4, 5])
+    assert said == (
+        "ranks 3, 4, 5: start the same command with MASTER_ADDR=gpu1 MASTER_PORT=29500 and NODE_RANK=2 on the "
+        "other machines"
+    )
+    assert missing_ranks(own, [1]) == "ranks 1"
+    assert missing_ranks(replace(own, starter="srun"), [2, 3, 4, 5]) == "ranks 2, 3, 4, 5"

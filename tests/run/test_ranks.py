@@ -22,6 +22,7 @@ from tests.command import (
     manifest,
     shell,
     srun_variables,
+    until,
     write_recipe,
 )
 
@@ -211,3 +212,29 @@ def test_two_machines_are_one_run_and_need_one_directory(folder: Path, tmp_path:
     said = [line for line in nodes[0].err.splitlines() if line.startswith("sslzoo fit:")]
     assert len(said) == 1 and "rank 1 on" in said[0] and "cannot read" in said[0], nodes[0].said
     assert "must be on a file system that all machines share" in said[0]
+
+
+@pytest.mark.slow  # four starts of Python with torch
+@pytest.mark.parametrize("out", [[], ["--out", "restarted"]], ids=["new directory", "named"])
+def test_torchrun_restarts_failed_ranks_and_the_run_continues(out: list[str], folder: Path) -> None:
+    agent = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "sslzoo")
+    arguments = (*agent, "fit", "--recipe", "tiny.yaml", *out, TWO)
+    faults = {"raise_once_at": [1, 8]}
+    command = shell(folder, *arguments, faults=faults, module="torch.distributed.run", name="restart")
+    assert command.wait(180) == 0, command.said
+    assert "continuing from" in command.out and "step=000000008.ckpt" in command.out
+    (run,) = [folder / "restarted"] if out else (folder / "runs" / "tiny").glob("torchrun-*")
+    _is_one_run(folder, str(run.relative_to(folder)))
+    assert [start["exit_code"] for start in manifest(run)["sessions"]] == [1, 0]
+
+
+@pytest.mark.slow  # ten seconds of waiting
+def test_one_of_two_machines_says_how_to_start_the_other(folder: Path) -> None:
+    port = str(free_port())
+    here = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = shell(folder, "fit", "--recipe", "tiny.yaml", "trainer.num_nodes=2", environment=here)
+    assert until(lambda: "waiting" in command.err or command.ended, 120)
+    command.signal(15)
+    command.wait(60)
+    said = f"start the same command with MASTER_ADDR=127.0.0.1 MASTER_PORT={port} and NODE_RANK=1"
+    assert "waiting for the other processes (ranks 1: " in command.err and said in command.err
