@@ -1,25 +1,28 @@
-"""The evaluations of stored features by name: k-NN, logistic regression, and the protocol that is shown first."""
+"""The evaluations by name: k-NN and logistic regression on stored features, and protocols of linear evaluation."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from sslzoo.checks import require
 from sslzoo.evaluate import logistic
-from sslzoo.evaluate.figures import figure_name
+from sslzoo.evaluate.figures import LAYER, figure_name
 from sslzoo.evaluate.knn import knn_accuracies
 from sslzoo.evaluate.logistic import linear_probe
 from sslzoo.evaluate.progress import EvaluationProgress
-from sslzoo.evaluate.sgd_probe import sgd_evaluation, sgd_schedule
 from sslzoo.evaluate.task import Samples, Task, count_samples, roles
 from sslzoo.posthoc.results import Results, Row
 from sslzoo.posthoc.store import FeatureStore
-from sslzoo.recipe.registry import HONEST
+from sslzoo.protocols.protocol import FeatureProtocol, LinearResult, Protocol, ViewProtocol, protocol_named
+from sslzoo.protocols.run import evaluate_linear
+from sslzoo.recipe.load import plain
+from sslzoo.recipe.registry import ON_FEATURES
 
 if TYPE_CHECKING:
     from sslzoo.data.module import SSLDataModule
@@ -35,6 +38,7 @@ class Bench:
     store: FeatureStore
     device: torch.device
     progress: EvaluationProgress
+    state: Path  # folder for the state of unfinished evaluations
     ks: tuple[int, ...] = ()  # empty: eval.knn_k
     temperatures: tuple[float, ...] = ()  # empty: eval.knn_temperature
 
@@ -56,10 +60,13 @@ class Bench:
 
     def run(self, name: str) -> Results:
         """The results of the evaluation ``name``. Collective."""
+        protocol = None if name in ON_FEATURES else protocol_named(name)
         start = time.perf_counter()
-        self.store.fill(self.target, self.data, self.device, self.progress.stage)
+        if not isinstance(protocol, ViewProtocol):
+            self.store.fill(self.target, self.data, self.device, self.progress.stage)
         extracted = time.perf_counter()
-        found = {"knn": _knn, "logistic": _logistic, HONEST: _honest}[name](self)
+        on_features = {"knn": _knn, "logistic": _logistic}
+        found = on_features[name](self) if protocol is None else _linear(self, protocol)
         seconds = {
             "features": round(extracted - start, 2),
             "evaluation": round(time.perf_counter() - extracted, 2),
@@ -91,7 +98,12 @@ class Bench:
                 yield Measurable(figure_name(train.name), layer, task, samples)
 
     def results(
-        self, name: str, how: str, rows: Sequence[Row], samples: dict[str, Samples], settings: dict[str, Any]
+        self,
+        name: str,
+        how: str,
+        rows: Sequence[Row],
+        counts: dict[str, dict[str, int]],
+        settings: dict[str, Any],
     ) -> Results:
         """Results with what they depend on: weights, images, and ``settings``."""
         sets = self.data.eval_sets()
@@ -103,7 +115,7 @@ class Bench:
             "settings": settings,
         }
         datasets = {figure_name(s.name): s.name or target.recipe.data.dataset for s in sets}
-        return Results(name=name, how=how, rows=rows, samples=samples, datasets=datasets, identity=identity)
+        return Results(name=name, how=how, rows=rows, counts=counts, datasets=datasets, identity=identity)
 
 
 class Measurable(NamedTuple):
@@ -118,9 +130,9 @@ class Measurable(NamedTuple):
 def _knn(bench: Bench) -> Results:
     cfg = bench.target.recipe.eval
     ks, temperatures = bench.ks or (cfg.knn_k,), bench.temperatures or (cfg.knn_temperature,)
-    rows, samples = [], {}
-    for data, layer, task, counted in bench.tasks():
-        samples[data] = counted
+    rows, counts = [], {}
+    for data, layer, task, samples in bench.tasks():
+        counts[data] = _counts(samples, "n_bank", "n_test", "n_unreadable")
         report = bench.progress.stage(f"{data}, {layer}: k-NN")
         for (k, temperature), top1 in knn_accuracies(task, ks, temperatures, report).items():
             rows.append(
@@ -130,17 +142,20 @@ def _knn(bench: Bench) -> Results:
                     data=data,
                     layer=layer,
                     top1=top1,
-                    n=counted.n_test,
+                    n=samples.n_test,
                 )
             )
-    how = "Plain images, encoder frozen; vote of the k nearest training images by cosine, weighted by exp(cosine / T)."
-    return bench.results("knn", how, rows, samples, {"k": list(ks), "temperature": list(temperatures)})
+    how = (
+        "Features of plain images, encoder frozen; vote of the k nearest training images by cosine, weighted by "
+        "exp(cosine / T)."
+    )
+    return bench.results("knn", how, rows, counts, {"k": list(ks), "temperature": list(temperatures)})
 
 
 def _logistic(bench: Bench) -> Results:
-    rows, samples = [], {}
-    for data, layer, task, counted in bench.tasks():
-        samples[data] = counted
+    rows, counts = [], {}
+    for data, layer, task, samples in bench.tasks():
+        counts[data] = _counts(samples, "n_train", "n_held_out", "n_test", "n_unreadable")
         found = linear_probe(task, report=bench.progress.stage(f"{data}, {layer}: logistic regression"))
         rows.append(
             Row(
@@ -149,44 +164,89 @@ def _logistic(bench: Bench) -> Results:
                 layer=layer,
                 top1=found.top1,
                 top5=found.top5,
-                n=counted.n_test,
-                chosen={"l2": found.l2},
+                n=samples.n_test,
+                chosen=f"L2 {found.l2:g}",
                 holdout_top1=found.holdout_top1,
             )
         )
     strengths = ", ".join(f"{strength:g}" for strength in logistic.STRENGTHS)
     how = (
-        f"Plain images, encoder frozen; logistic regression on standardised features, "
-        f"{logistic.ITERATIONS} iterations, L2 strength of {strengths} chosen on held-out training images."
+        "Features of plain images, encoder frozen; logistic regression on standardised features, "
+        f"L2 strength of {strengths} chosen on held-out training images; tested once."
     )
-    return bench.results("logistic", how, rows, samples, {"strengths": list(logistic.STRENGTHS)})
+    return bench.results("logistic", how, rows, counts, {"strengths": list(logistic.STRENGTHS)})
 
 
-def _honest(bench: Bench) -> Results:
-    recipe = bench.target.recipe
-    probe = recipe.probe
-    rows, samples = [], {}
-    for data, layer, task, counted in bench.tasks():
-        samples[data] = counted
-        report = bench.progress.stage(f"{data}, {layer}: linear evaluation")
-        found = sgd_evaluation(task, probe, seed=recipe.seed, report=report)
-        rows.append(
-            Row(
-                key=HONEST,
-                data=data,
-                layer=layer,
-                top1=found.top1,
-                top5=found.top5,
-                n=counted.n_test,
-                chosen={"rate": found.lr},
-                holdout_top1=found.holdout_top1,
-            )
+def _linear(bench: Bench, protocol: Protocol) -> Results:
+    """Linear evaluation by ``protocol``, on stored features or, with its own views, on images."""
+    recipe, target = bench.target.recipe, bench.target
+    found: list[tuple[str, str, LinearResult]] = []  # data set, layer, result
+    settings: dict[str, Any] = {"protocol": protocol.name}
+    unreadable = {}
+    if isinstance(protocol, FeatureProtocol):
+        for data, layer, task, samples in bench.tasks():
+            report = bench.progress.stage(f"{data}, {layer}: linear evaluation by {protocol.name}")
+            unreadable[data] = samples.n_unreadable
+            found.append((data, layer, protocol.evaluate(task, recipe.probe, recipe.seed, report)))
+        settings["probe"] = plain(recipe.probe)
+    else:
+        assert isinstance(protocol, ViewProtocol)
+        results = evaluate_linear(
+            protocol,
+            target.backbone,
+            recipe,
+            bench.data,
+            device=bench.device,
+            method=target.method,
+            folder=bench.state,
+            report=bench.progress.stage(f"linear evaluation by {protocol.name}"),
         )
-    schedule = sgd_schedule(next(iter(samples.values())).n_train)
-    rates = ", ".join(f"{rate:g}" for rate in probe.lrs)
-    how = (
-        f"Plain images, encoder frozen; SGD on standardised features, momentum {probe.momentum:g}, batches of "
-        f"{schedule.batch}, {schedule.epochs} epochs, rate of {rates} chosen on held-out training images; tested once."
+        found = [(data, LAYER, result) for data, result in results.items()]
+    rows, counts, adapted = [], {}, {}
+    for data, layer, result in found:
+        counts[data] = {
+            "n_train": result.n_train,
+            "n_held_out": result.n_held_out,
+            "n_test": result.n_test,
+            "n_unreadable": unreadable.get(data, result.n_unreadable),
+        }
+        adapted |= dict.fromkeys(result.adapted)
+        rows += _rows(protocol, data, layer, result)
+    how = f"{protocol.source}: {protocol.summary}."
+    how += f" {protocol.remarks}" if protocol.remarks else ""
+    how += f" Adapted: {'; '.join(adapted)}." if adapted else ""
+    return bench.results(protocol.name, how, rows, counts, settings)
+
+
+def _rows(protocol: Protocol, data: str, layer: str, result: LinearResult) -> list[Row]:
+    """The figure after the last step and, where the test set was read more than once, the best one."""
+    best = result.best
+    last = Row(
+        key=protocol.name,
+        title="" if best is None else "last epoch",
+        data=data,
+        layer=layer,
+        top1=result.top1,
+        top5=result.top5,
+        n=result.n_test,
+        chosen=result.classifier,
+        holdout_top1=result.held_out_top1,
     )
-    settings = {"rates": list(probe.lrs), "momentum": probe.momentum, "weight_decay": probe.weight_decay}
-    return bench.results(HONEST, how, rows, samples, settings)
+    if best is None:
+        return [last]
+    optimistic = Row(
+        key=f"{protocol.name}_best",
+        title=f"best on test images, epoch {best.epoch}",
+        data=data,
+        layer=layer,
+        top1=best.top1,
+        top5=best.top5,
+        n=result.n_test,
+        chosen=best.classifier or result.classifier,
+    )
+    return [last, optimistic]
+
+
+def _counts(samples: Samples, *names: str) -> dict[str, int]:
+    """The numbers of samples that the figures of an evaluation depend on."""
+    return {name: getattr(samples, name) for name in names}

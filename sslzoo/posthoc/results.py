@@ -13,7 +13,6 @@ from rich.table import Table
 
 from sslzoo.evaluate.figures import LAYER, OWN
 from sslzoo.evaluate.metrics import interval
-from sslzoo.evaluate.task import Samples
 from sslzoo.files import write_json, write_text
 
 
@@ -28,7 +27,7 @@ class Row:
     top1: float
     top5: float | None = None
     n: int  # test images
-    chosen: Mapping[str, float] = field(default_factory=dict)  # such as the rate, on held-out training images
+    chosen: str = ""  # what was chosen on held-out training images, such as the rate
     holdout_top1: float | None = None  # on these
     published: float | None = None  # per cent, where recipe and protocol are those of a published figure
 
@@ -54,7 +53,7 @@ class Row:
         for name, value in self.accuracies.items():
             low, high = interval(value, self.n)
             values |= {name: value, f"{name}_low": round(low, 4), f"{name}_high": round(high, 4)}
-        values |= {"n_test": self.n, **self.chosen}
+        values |= {"n_test": self.n} | ({"chosen": self.chosen} if self.chosen else {})
         values |= {} if self.holdout_top1 is None else {"holdout_top1": self.holdout_top1}
         if self.published is not None:
             values |= {"published": self.published, "gap": round(self.gap or 0.0, 2)}
@@ -68,7 +67,7 @@ class Results:
     name: str  # of the evaluation and of its files
     how: str  # how it was measured, in sentences
     rows: Sequence[Row]
-    samples: Mapping[str, Samples]  # by data set
+    counts: Mapping[str, Mapping[str, int]]  # numbers of images by data set: n_train, n_test, ...
     datasets: Mapping[str, str]  # names of the data sets by how rows name them
     identity: Mapping[str, Any]  # what the result depends on, to recognise it when a run continues
     about: Mapping[str, Any] = field(default_factory=dict)  # encoder, recipe, seconds
@@ -80,8 +79,7 @@ class Results:
             "how": self.how,
             **self.about,
             "data_sets": {
-                name: {"dataset": self.datasets[name]} | samples._asdict()
-                for name, samples in self.samples.items()
+                name: {"dataset": self.datasets[name], **counts} for name, counts in self.counts.items()
             },
             "results": [row.plain() for row in self.rows],
             "identity": dict(self.identity),
@@ -104,7 +102,7 @@ class Results:
     def figures(self) -> dict[str, float]:
         """The accuracies by key, as in ``summary.json``: ``honest_top1``, on other data or layers
         ``honest_top1/<data>/<layer>``."""
-        first = next(iter(self.samples))
+        first = next(iter(self.counts))
         found = {}
         for row in self.rows:
             of = "" if (row.data, row.layer) == (first, LAYER) else f"/{row.data}/{row.layer}"
@@ -113,12 +111,12 @@ class Results:
 
     def tables(self) -> list[Table]:
         """A table for each data set, in per cent."""
-        return [self._table(name) for name in self.samples]
+        return [self._table(name) for name in self.counts]
 
     def _table(self, name: str) -> Table:
         rows = [row for row in self.rows if row.data == name]
         caption = (
-            f"{self.samples[name].in_words()}. {self.how} ±: half of the 95 % confidence interval (Wilson)."
+            f"{in_words(self.counts[name])} {self.how} ±: half of the 95 % confidence interval (Wilson)."
         )
         table = Table(title=f"{self.name} on {self.datasets[name]} (%)", caption=caption)
         columns = {
@@ -126,7 +124,7 @@ class Results:
             "": lambda row: row.title,
             "top-1": lambda row: _percent(row.top1, row.n),
             "top-5": lambda row: _percent(row.top5, row.n),
-            "chosen": _chosen,
+            "classifier": _chosen,
             "published": lambda row: "" if row.published is None else f"{row.published:g} ({row.gap:+.1f})",
         }
         cells = {title: [cell(row) for row in rows] for title, cell in columns.items()}
@@ -140,7 +138,20 @@ class Results:
 
 def _chosen(row: Row) -> str:
     held_out = "" if row.holdout_top1 is None else f" (held-out {100 * row.holdout_top1:.1f})"
-    return ", ".join(f"{key} {value:g}" for key, value in row.chosen.items()) + held_out
+    return row.chosen + held_out
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """The numbers of images as text."""
+    uses = {
+        "n_train": "for training",
+        "n_held_out": "for selection",
+        "n_bank": "to search for neighbours",
+        "n_test": "for testing",
+        "n_unreadable": "unreadable",
+    }
+    parts = [f"{counts[name]:,} {use}" for name, use in uses.items() if name in counts]
+    return f"Images: {', '.join(parts)}."
 
 
 def _percent(value: float | None, n: int) -> str:

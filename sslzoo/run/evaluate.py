@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from sslzoo.run.rendezvous import Rendezvous, together
 from sslzoo.run.summary import human_bytes
 from sslzoo.run.trainer import TIMEOUT
 from sslzoo.run.words import last_words
-from sslzoo.terminal import OUT, redraws
+from sslzoo.terminal import OUT
 
 log = logging.getLogger(__name__)
 
@@ -111,11 +112,13 @@ class _Evaluation:
                 store=FeatureStore(folder / "features", keep=request.keep * 2**30),
                 device=device,
                 progress=EvaluationProgress(
-                    shown=self.placement.is_leader and redraws(OUT), title=f"evaluating {target.name}"
+                    shown=self.placement.is_leader, title=f"features of {target.name}"
                 ),
+                state=folder / "state",
                 ks=request.ks,
                 temperatures=request.temperatures,
             )
+            bench.data.device = device
             bench.check()
         if meeting.store is not None:
             dist.init_process_group(
@@ -128,27 +131,31 @@ class _Evaluation:
         return bench, folder
 
     def _evaluate(self, bench: Bench, folder: Path) -> None:
+        """Run the evaluations, write and show each as soon as it is there. Collective."""
         self.departure.enter("evaluating")
         leader = self.placement.is_leader
-        with bench.progress:
-            if self.request.kind == "features":
-                bench.store.fill(bench.target, bench.data, bench.device, bench.progress.stage)
-                found = []
-            else:
-                found = [bench.run(name) for name in self.request.names]
-        if not leader:
-            bench.store.trim()
-            return
-        for results in found:
-            OUT.print(*results.tables(), sep="\n")
-            OUT.print(f"{results.write(folder)}", soft_wrap=True)
         if self.request.kind == "features":
-            for path in _write_files(bench, folder, self.request.format):
-                OUT.print(f"{path} ({human_bytes(path.stat().st_size)})", soft_wrap=True)
+            with bench.progress:
+                bench.store.fill(bench.target, bench.data, bench.device, bench.progress.stage)
+            if leader:
+                for path in _write_files(bench, folder, self.request.format):
+                    OUT.print(f"{path} ({human_bytes(path.stat().st_size)})", soft_wrap=True)
+        for name in self.request.names:
+            title = f"{name}: evaluating {bench.target.name}"
+            with EvaluationProgress(shown=leader, title=title) as progress:
+                results = replace(bench, progress=progress).run(name)
+            if leader:
+                path = results.write(folder)
+                OUT.print(*results.tables(), sep="\n")
+                OUT.print(f"{path}", soft_wrap=True)
+        if leader:
+            shutil.rmtree(bench.state, ignore_errors=True)
         bench.store.trim()
-        kept = bench.store.size()
-        where = f"features in {bench.store.folder}: {human_bytes(kept)}, kept for the next evaluation"
-        OUT.print(where if kept else "features were not kept (--keep)", soft_wrap=True)
+        if leader and (kept := bench.store.size()):
+            OUT.print(
+                f"{human_bytes(kept)} of features are kept in {bench.store.folder}; the next evaluation reads them",
+                soft_wrap=True,
+            )
 
     def _ending_of(self, error: BaseException) -> Ending:
         recipe = self.loaded.recipe

@@ -67,7 +67,7 @@ def test_what_is_shown_is_what_is_written(folder: Path) -> None:
         assert float(shown[1]) == round(100 * float(row["top1"]), 1)
         assert abs(float(shown[2]) - half) < 0.06
     kept = sum(path.stat().st_size for path in (folder / "run/eval/features").glob("*.safetensors"))
-    assert f"features in {folder}/run/eval/features: {kept / 1024:.1f} KiB" in done.out
+    assert f"{kept / 1024:.1f} KiB of features are kept in {folder}/run/eval/features; the next" in done.out
 
 
 def test_any_number_of_processes_gives_the_same_bytes(folder: Path) -> None:
@@ -164,7 +164,6 @@ def test_features_for_other_programs(folder: Path) -> None:
     for form in ("safetensors", "npy"):
         done = _eval(folder, "features", "run", "--out", f"as-{form}", "--format", form, "--keep", "0")
         assert done.wait() == 0, done.said
-        assert "features were not kept (--keep)" in done.out
         assert list((folder / f"as-{form}/features").glob("*.safetensors")) == []
     found = load_file(folder / "as-safetensors/features-projector-data-test.safetensors")
     assert found["x"].shape == (40, 8) and found["sample_id"].tolist() == list(range(40))
