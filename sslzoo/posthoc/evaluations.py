@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from sslzoo.checks import require
 from sslzoo.evaluate import logistic
@@ -20,12 +21,13 @@ from sslzoo.evaluate.task import Samples, Task, count_samples, roles
 from sslzoo.posthoc.results import Results, Row
 from sslzoo.posthoc.store import FeatureStore
 from sslzoo.protocols.protocol import FeatureProtocol, LinearResult, Protocol, ViewProtocol, protocol_named
-from sslzoo.protocols.run import evaluate_linear
+from sslzoo.protocols.run import encoder_of, evaluate_linear
 from sslzoo.recipe.load import plain
-from sslzoo.recipe.registry import ON_FEATURES
+from sslzoo.recipe.registry import ON_FEATURES, is_plugin
 
 if TYPE_CHECKING:
     from sslzoo.data.module import SSLDataModule
+    from sslzoo.method import SSLMethod
     from sslzoo.posthoc.target import Target
 
 
@@ -41,22 +43,55 @@ class Bench:
     state: Path  # folder for the state of unfinished evaluations
     ks: tuple[int, ...] = ()  # empty: eval.knn_k
     temperatures: tuple[float, ...] = ()  # empty: eval.knn_temperature
+    brief: bool = False  # train for one epoch only, for dry runs
 
-    def check(self) -> None:
-        """``ValueError`` if there are no labelled data, or too few training samples."""
-        recipe = self.target.recipe
-        sets = self.data.eval_sets()
+    def check(self, names: Sequence[str]) -> None:
+        """``ValueError`` if nothing is labelled, there are too few training samples, or one of the evaluations
+        ``names`` is not made for the encoder."""
+        target, sets = self.target, self.data.eval_sets()
         require(
             len(sets) > 0,
-            f"{recipe.data.dataset} has no labels: name labelled data by probe.data=[...] or data.dataset=...",
+            f"{target.recipe.data.dataset} has no labels to evaluate by: name labelled data in probe.data",
         )
         for train in sets[::2]:
-            bank = min(recipe.eval.bank_size or train.size, train.size)
+            bank = min(target.recipe.eval.bank_size or train.size, train.size)
             most = max(self.ks, default=0)
             require(
                 most <= bank,
                 f"--k {most} exceeds the {bank} training images of {train.source.name}; lower it",
             )
+        check_suits(names, target.backbone, target.method)
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """What the results of the evaluation ``name`` depend on, as plain values."""
+        target, recipe = self.target, self.target.recipe
+        settings = {
+            "knn": {
+                "k": self.neighbours,
+                "temperature": self.all_temperatures,
+                "bank_size": recipe.eval.bank_size,
+            },
+            "logistic": {"l2": logistic.STRENGTHS},
+        }
+        return plain(
+            {
+                "weights": {layer: target.weights(layer) for layer in target.layers},
+                "images": [s.source.fingerprint for s in self.data.eval_sets()],
+                "view": repr(self.data.plain),
+                "probe": {"holdout": recipe.probe.holdout, "train_size": recipe.probe.train_size},
+                "seed": recipe.seed,
+                "settings": settings.get(name)
+                or {"lrs": recipe.probe.lrs, "momentum": recipe.probe.momentum},
+            }
+        )
+
+    @property
+    def neighbours(self) -> tuple[int, ...]:
+        return self.ks or (self.target.recipe.eval.knn_k,)
+
+    @property
+    def all_temperatures(self) -> tuple[float, ...]:
+        return self.temperatures or (self.target.recipe.eval.knn_temperature,)
 
     def run(self, name: str) -> Results:
         """The results of the evaluation ``name``. Collective."""
@@ -71,7 +106,16 @@ class Bench:
             "features": round(extracted - start, 2),
             "evaluation": round(time.perf_counter() - extracted, 2),
         }
-        return replace(found, about=self.about() | {"seconds": seconds})
+        sets = self.data.eval_sets()
+        return Results(
+            name=file_stem(name),
+            how=found.how,
+            rows=found.rows,
+            counts=found.counts,
+            datasets={figure_name(s.name): s.name or self.target.recipe.data.dataset for s in sets},
+            about=self.about() | {"seconds": seconds},
+            identity=self.identity(name),
+        )
 
     def about(self) -> dict[str, Any]:
         """The encoder and the recipe, for the results' files."""
@@ -97,25 +141,27 @@ class Bench:
                 samples = count_samples(roles_of, len(features[1].label), listed=train.size + test.size)
                 yield Measurable(figure_name(train.name), layer, task, samples)
 
-    def results(
-        self,
-        name: str,
-        how: str,
-        rows: Sequence[Row],
-        counts: dict[str, dict[str, int]],
-        settings: dict[str, Any],
-    ) -> Results:
-        """Results with what they depend on: weights, images, and ``settings``."""
-        sets = self.data.eval_sets()
-        target = self.target
-        identity = {
-            "weights": {layer: target.weights(layer) for layer in target.layers},
-            "images": [s.source.fingerprint for s in sets],
-            "seed": target.recipe.seed,
-            "settings": settings,
-        }
-        datasets = {figure_name(s.name): s.name or target.recipe.data.dataset for s in sets}
-        return Results(name=name, how=how, rows=rows, counts=counts, datasets=datasets, identity=identity)
+
+def file_stem(name: str) -> str:
+    """Name of the files of the evaluation ``name``, which may be a protocol's ``module:attribute``."""
+    return protocol_named(name).name if is_plugin(name) else name
+
+
+def check_suits(names: Sequence[str], backbone: nn.Module, method: SSLMethod[Any] | None) -> None:
+    """``ValueError`` if one of the evaluations ``names`` does not exist, or is not made for this encoder."""
+    for name in names:
+        if name not in ON_FEATURES:
+            protocol = protocol_named(name)
+            if isinstance(protocol, ViewProtocol):
+                encoder_of(protocol, backbone, method)
+
+
+class Found(NamedTuple):
+    """Figures of one evaluation, and how and on how many images they were measured."""
+
+    how: str
+    rows: list[Row]
+    counts: dict[str, dict[str, int]]
 
 
 class Measurable(NamedTuple):
@@ -127,9 +173,8 @@ class Measurable(NamedTuple):
     samples: Samples
 
 
-def _knn(bench: Bench) -> Results:
-    cfg = bench.target.recipe.eval
-    ks, temperatures = bench.ks or (cfg.knn_k,), bench.temperatures or (cfg.knn_temperature,)
+def _knn(bench: Bench) -> Found:
+    ks, temperatures = bench.neighbours, bench.all_temperatures
     rows, counts = [], {}
     for data, layer, task, samples in bench.tasks():
         counts[data] = _counts(samples, "n_bank", "n_test", "n_unreadable")
@@ -149,10 +194,10 @@ def _knn(bench: Bench) -> Results:
         "Features of plain images, encoder frozen; vote of the k nearest training images by cosine, weighted by "
         "exp(cosine / T)."
     )
-    return bench.results("knn", how, rows, counts, {"k": list(ks), "temperature": list(temperatures)})
+    return Found(how, rows, counts)
 
 
-def _logistic(bench: Bench) -> Results:
+def _logistic(bench: Bench) -> Found:
     rows, counts = [], {}
     for data, layer, task, samples in bench.tasks():
         counts[data] = _counts(samples, "n_train", "n_held_out", "n_test", "n_unreadable")
@@ -174,23 +219,23 @@ def _logistic(bench: Bench) -> Results:
         "Features of plain images, encoder frozen; logistic regression on standardised features, "
         f"L2 strength of {strengths} chosen on held-out training images; tested once."
     )
-    return bench.results("logistic", how, rows, counts, {"strengths": list(logistic.STRENGTHS)})
+    return Found(how, rows, counts)
 
 
-def _linear(bench: Bench, protocol: Protocol) -> Results:
+def _linear(bench: Bench, protocol: Protocol) -> Found:
     """Linear evaluation by ``protocol``, on stored features or, with its own views, on images."""
     recipe, target = bench.target.recipe, bench.target
     found: list[tuple[str, str, LinearResult]] = []  # data set, layer, result
-    settings: dict[str, Any] = {"protocol": protocol.name}
     unreadable = {}
     if isinstance(protocol, FeatureProtocol):
         for data, layer, task, samples in bench.tasks():
             report = bench.progress.stage(f"{data}, {layer}: linear evaluation by {protocol.name}")
             unreadable[data] = samples.n_unreadable
             found.append((data, layer, protocol.evaluate(task, recipe.probe, recipe.seed, report)))
-        settings["probe"] = plain(recipe.probe)
     else:
         assert isinstance(protocol, ViewProtocol)
+        if bench.brief:
+            protocol = replace(protocol, epochs=1, iterations={}, test_epochs=protocol.test_epochs and 1)
         results = evaluate_linear(
             protocol,
             target.backbone,
@@ -215,7 +260,7 @@ def _linear(bench: Bench, protocol: Protocol) -> Results:
     how = f"{protocol.source}: {protocol.summary}."
     how += f" {protocol.remarks}" if protocol.remarks else ""
     how += f" Adapted: {'; '.join(adapted)}." if adapted else ""
-    return bench.results(protocol.name, how, rows, counts, settings)
+    return Found(how, rows, counts)
 
 
 def _rows(protocol: Protocol, data: str, layer: str, result: LinearResult) -> list[Row]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from sslzoo.evaluate.figures import LAYER, OWN
+from sslzoo.evaluate.figures import LAYER, OWN, data_of
 from sslzoo.evaluate.metrics import interval
 from sslzoo.files import write_json, write_text
 
@@ -85,6 +86,36 @@ class Results:
             "identity": dict(self.identity),
         }
 
+    @staticmethod
+    def read(path: Path) -> Results:
+        """What :meth:`write` wrote; ``ValueError`` if it is something else."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            names = {f.name for f in fields(Row)}
+            rows = [
+                Row(**{name: row[name] for name in names & row.keys()}, n=row["n_test"])
+                for row in values["results"]
+            ]
+            sets = values["data_sets"]
+            return Results(
+                name=values["name"],
+                how=values["how"],
+                rows=rows,
+                counts={
+                    name: {key: count for key, count in of.items() if key != "dataset"}
+                    for name, of in sets.items()
+                },
+                datasets={name: of["dataset"] for name, of in sets.items()},
+                identity=values["identity"],
+                about={
+                    key: value
+                    for key, value in values.items()
+                    if key not in ("name", "how", "data_sets", "results", "identity")
+                },
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no result of an evaluation ({error})") from error
+
     def write(self, folder: Path) -> Path:
         """Write ``<name>.csv`` and then ``<name>.json``, each atomically; returns the latter."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,6 +139,15 @@ class Results:
             of = "" if (row.data, row.layer) == (first, LAYER) else f"/{row.data}/{row.layer}"
             found |= {f"{row.key}_{name}{of}": value for name, value in row.accuracies.items()}
         return found
+
+    def intervals(self) -> dict[str, list[float]]:
+        """The 95 % interval of each of :meth:`figures`."""
+        first = next(iter(self.counts))
+        n = {name: of["n_test"] for name, of in self.counts.items()}
+        return {
+            key: [round(end, 4) for end in interval(value, n[data_of(key, first)])]
+            for key, value in self.figures().items()
+        }
 
     def tables(self) -> list[Table]:
         """A table for each data set, in per cent."""

@@ -57,14 +57,7 @@ def evaluate_linear(
 
     Raises ``ValueError`` if nothing is labelled, or the protocol needs another encoder.
     """
-    if protocol.encoder is not None:
-        require(
-            method is not None,
-            f"protocol {protocol.name} evaluates all backbones of a method; give a run directory or a checkpoint "
-            "instead of an export or a backbone",
-        )
-        assert method is not None
-        encoder = protocol.encoder(method)
+    encoder = encoder_of(protocol, encoder, method)
     sets = data.eval_sets()
     require(
         len(sets) > 0,
@@ -81,6 +74,21 @@ def evaluate_linear(
             after_epoch,
         )
     return results
+
+
+def encoder_of(protocol: ViewProtocol, encoder: nn.Module, method: SSLMethod[Any] | None) -> nn.Module:
+    """What ``protocol`` evaluates: ``encoder``, or what it makes of ``method``; ``ValueError`` if it cannot."""
+    if protocol.encoder is not None:
+        require(
+            method is not None,
+            f"protocol {protocol.name} evaluates all backbones of a method; give a run directory or a checkpoint "
+            "instead of an export or a backbone",
+        )
+        assert method is not None
+        encoder = protocol.encoder(method)
+    if protocol.layers is not None:
+        protocol.layers(encoder)
+    return encoder
 
 
 @dataclass

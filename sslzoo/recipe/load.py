@@ -335,6 +335,11 @@ def _check_data(recipe: Recipe) -> None:
         )
     if not recipe.views:
         raise ConfigError("views", "a recipe needs at least one view")
+    for i, name in enumerate(recipe.eval.after):
+        try:
+            registry.check_evaluation(name)
+        except ValueError as error:
+            raise ConfigError(f"eval.after.{i}", str(error)) from None
     published = recipe.method.published_layers
     unknown = [layer for layer in recipe.probe.layers if layer not in published]
     if unknown:

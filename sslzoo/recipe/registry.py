@@ -47,17 +47,20 @@ def protocols() -> dict[str, EntryPoint]:
 
 
 def check_protocol(name: str) -> None:
-    """``ValueError`` unless ``name`` is a protocol, with the closest name."""
-    _known(name, tuple(dict.fromkeys((HONEST, *protocols()))), "protocol")
+    """``ValueError``, with the closest name, unless ``name`` is a registered protocol or ``module:attribute``."""
+    _known(name, tuple(protocols()), "protocol")
 
 
 def check_evaluation(name: str) -> None:
-    """``ValueError`` unless ``name`` is what ``eval.after`` may list: a protocol, or an evaluation of features."""
-    _known(name, tuple(dict.fromkeys((HONEST, *ON_FEATURES, *protocols()))), "evaluation")
+    """The same for what ``eval.after`` may list: a protocol, or an evaluation of stored features."""
+    _known(name, (*ON_FEATURES, *protocols()), "evaluation")
 
 
 def _known(name: str, names: tuple[str, ...], kind: str) -> None:
-    require(name in names, f"unknown {kind} {name!r}{did_you_mean(name, names)} (known: {', '.join(names)})")
+    require(
+        is_plugin(name) or name in names,
+        f"unknown {kind} {name!r}{did_you_mean(name, names)} (known: {', '.join(names)})",
+    )
 
 
 @cache

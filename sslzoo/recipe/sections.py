@@ -445,14 +445,15 @@ class ProbeConfig:
             )
 
     def check_sgd(self, *, final: bool) -> None:
-        """Refuse numbers of SGD where nothing learns by it: neither the online probe nor the ``final`` table."""
+        """Refuse numbers of SGD where nothing learns by it: neither the online probe nor the ``final`` evaluation."""
         for name in ("lrs", "momentum", "weight_decay"):
             value, default = getattr(self, name), getattr(ProbeConfig, name)
             if value != default and not (self.online or final):
                 stay = list(default) if isinstance(default, tuple) else default
                 raise ConfigError(
                     f"probe.{name}",
-                    f"must stay {stay} with probe.online=false and eval.baselines=false: nothing learns by SGD",
+                    f"must stay {stay}: nothing learns by SGD without probe.online=true, eval.baselines=true or "
+                    "eval.after=[honest]",
                 )
 
 
@@ -488,6 +489,8 @@ class EvalConfig:
     test_split: str = "test"
     # Add raw pixels, their PCA, random initialisation and linear evaluation by SGD to the final table.
     baselines: bool = False
+    # More evaluations after the final table: knn, logistic, or protocols of linear evaluation, as in `sslzoo eval`.
+    after: tuple[str, ...] = ()
 
     @property
     def view(self) -> PlainView:
@@ -496,6 +499,11 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "every_epochs", "size", "knn_k", "knn_temperature", "batch_size")
+        check_field(
+            len(set(self.after)) == len(self.after),
+            "after",
+            f"must list each evaluation once, got {list(self.after)}",
+        )
         check_field(
             self.resize is None or self.resize >= self.size,
             "resize",
@@ -587,7 +595,7 @@ class Recipe:
         names = [analysis.name for analysis in self.analyses]  # keys of what they log and save
         for i, name in enumerate(names):
             check_field(name not in names[:i], f"analyses.{i}.name", f"{name} is listed twice; keep one")
-        self.probe.check_sgd(final=self.eval.baselines)
+        self.probe.check_sgd(final=self.eval.baselines or "honest" in self.eval.after)
         self.method.check(self)
 
     @property

@@ -32,6 +32,7 @@ from sslzoo.evaluate.figures import Measured
 from sslzoo.export.encoder import SUFFIX, newest_weights, read_export
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.nn.per_sample import tables_of
+from sslzoo.posthoc.evaluations import check_suits
 from sslzoo.recipe.load import to_yaml
 from sslzoo.recipe.plan import TrainingPlan, plan_of
 from sslzoo.recipe.registry import analysis_class, method_class
@@ -208,6 +209,7 @@ def equip(
     Raises ``ValueError`` if evaluation data are missing, or this machine lacks what ``trainer`` asks for.
     """
     recipe, data = experiment.recipe, experiment.data
+    check_suits(recipe.eval.after, experiment.method.backbone, experiment.method)
     callbacks = _build_callbacks(recipe, run, data, departure or Departure(), brief=brief)
     trainer = build_trainer(recipe.trainer, run_dir=run.path, callbacks=list(callbacks), placement=placement)
     return BuiltRun(
@@ -261,6 +263,11 @@ def _evaluation(
     recipe: Recipe, data: SSLDataModule, online: OnlineProbe | None, *, brief: bool
 ) -> FeatureEvaluation | None:
     if not data.eval_sets():
+        require(
+            not recipe.eval.after,
+            f"eval.after needs labels, and {recipe.data.dataset} has none: name labelled data in probe.data, or leave "
+            "it out",
+        )
         return None
     judges: list[Judge] = [LinearProbe(recipe.probe, brief=brief), KNN(recipe.eval)]
     judges += [online] if online is not None else []

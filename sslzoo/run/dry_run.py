@@ -25,6 +25,7 @@ from sslzoo.recipe.sections import Recipe
 from sslzoo.run.build import BuiltRun, build_run
 from sslzoo.run.departure import Departure
 from sslzoo.run.directory import Run
+from sslzoo.run.evaluate import evaluate_at_end
 from sslzoo.run.explain import REFUSED, explain, one_line
 from sslzoo.run.loggers import require_packages
 from sslzoo.run.placement import world_size_of
@@ -158,6 +159,15 @@ def evaluate(built: BuiltRun) -> None:
         seconds=0.0,
         brief=True,
     )
+    results = evaluate_at_end(
+        built.method,
+        built.data,
+        built.recipe,
+        built.run.evaluation,
+        device=torch.device("cpu"),
+        summary=results,
+        brief=True,
+    )
     write_at_end(built.method, built.recipe, built.run.path, manifest={}, results=results)
 
 
@@ -181,7 +191,8 @@ def _done(built: BuiltRun) -> str:
     if built.callbacks.evaluation is None:
         return f"{done} without labels, so no evaluation"
     baselines = ", the final table" if built.recipe.eval.baselines else ""
-    return f"{done}, one validation batch, probe and k-NN{baselines}"
+    after = "".join(f", {name}" for name in built.recipe.eval.after)
+    return f"{done}, one validation batch, probe and k-NN{baselines}{after}"
 
 
 def _details(recipe: Recipe, built: BuiltRun) -> Table:

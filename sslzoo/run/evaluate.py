@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,13 +16,16 @@ from torch.distributed import PrefixStore
 from sslzoo.checks import require
 from sslzoo.data.datasets import open_source
 from sslzoo.data.module import SSLDataModule
+from sslzoo.distributed import rank, world_size
 from sslzoo.evaluate.progress import EvaluationProgress
 from sslzoo.exits import ExitCode
-from sslzoo.posthoc.evaluations import Bench
+from sslzoo.files import write_json
+from sslzoo.posthoc.evaluations import Bench, file_stem
 from sslzoo.posthoc.files import check_format, write_features
-from sslzoo.posthoc.request import Request
+from sslzoo.posthoc.request import KEEP, Request
+from sslzoo.posthoc.results import Results
 from sslzoo.posthoc.store import FeatureStore, read_stored
-from sslzoo.posthoc.target import read_target
+from sslzoo.posthoc.target import Target, read_target
 from sslzoo.recipe.load import LoadedRecipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import Recipe
@@ -34,6 +39,9 @@ from sslzoo.run.summary import human_bytes
 from sslzoo.run.trainer import TIMEOUT
 from sslzoo.run.words import last_words
 from sslzoo.terminal import OUT
+
+if TYPE_CHECKING:
+    from sslzoo.method import SSLMethod
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +127,7 @@ class _Evaluation:
                 temperatures=request.temperatures,
             )
             bench.data.device = device
-            bench.check()
+            bench.check(request.names)
         if meeting.store is not None:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
@@ -141,13 +149,9 @@ class _Evaluation:
                 for path in _write_files(bench, folder, self.request.format):
                     OUT.print(f"{path} ({human_bytes(path.stat().st_size)})", soft_wrap=True)
         for name in self.request.names:
-            title = f"{name}: evaluating {bench.target.name}"
-            with EvaluationProgress(shown=leader, title=title) as progress:
-                results = replace(bench, progress=progress).run(name)
+            results = run_and_show(bench, name, shown=leader)
             if leader:
-                path = results.write(folder)
-                OUT.print(*results.tables(), sep="\n")
-                OUT.print(f"{path}", soft_wrap=True)
+                OUT.print(f"{results.write(folder)}", soft_wrap=True)
         if leader:
             shutil.rmtree(bench.state, ignore_errors=True)
         bench.store.trim()
@@ -212,3 +216,74 @@ def _write_files(bench: Bench, folder: Path, form: str) -> list[Path]:
             stem = folder / f"features-{layer}-{name}-{eval_set.split}"
             written += write_features(read_stored(path), stem, form, about)
     return written
+
+
+def run_and_show(bench: Bench, name: str, *, shown: bool) -> Results:
+    """Run the evaluation ``name``, and show progress and results if ``shown``. Collective."""
+    title = f"{name}: evaluating {bench.target.name}"
+    with EvaluationProgress(shown=shown, title=title) as progress:
+        results = replace(bench, progress=progress).run(name)
+    if shown:
+        OUT.print(*results.tables(), sep="\n")
+    return results
+
+
+def evaluate_at_end(
+    method: SSLMethod[Any],
+    data: SSLDataModule,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: torch.device,
+    summary: dict[str, Any],
+    brief: bool = False,
+) -> dict[str, Any]:
+    """Run the evaluations in ``eval.after``, write them to ``folder`` as :func:`evaluate` does, and add their figures
+    to ``summary`` and ``folder/summary.json``; returns the new summary. Collective.
+
+    Evaluations that an earlier start of the run has finished are read from their files. With ``brief``, for dry runs,
+    protocols train for one epoch and nothing is shown.
+    """
+    if not recipe.eval.after:
+        return summary
+    shown = rank() == 0 and not brief
+    target = Target(
+        name=recipe.name, recipe=recipe, backbone=method.backbone, method=method, step=method.optimizer_steps
+    )
+    bench = Bench(
+        target=target,
+        data=data,
+        store=FeatureStore(folder / "features", keep=KEEP * 2**30),
+        device=device,
+        progress=EvaluationProgress(),
+        state=folder / "state",
+        brief=brief,
+    )
+    was_training = method.training
+    method.eval()
+    for name in recipe.eval.after:
+        results = _finished(bench, name, folder)
+        if results is None:
+            results = run_and_show(bench, name, shown=shown)
+            if rank() == 0:
+                results.write(folder)
+        summary = summary | results.figures()
+        summary["interval_95"] = summary["interval_95"] | results.intervals()
+    method.train(was_training)
+    if rank() == 0:
+        write_json(folder / "summary.json", summary)
+        shutil.rmtree(bench.state, ignore_errors=True)
+    bench.store.trim()
+    return summary
+
+
+def _finished(bench: Bench, name: str, folder: Path) -> Results | None:
+    """The results of ``name`` that an earlier start has written for the same weights and data, equal on all ranks."""
+    found: list[Results | None] = [None]
+    if rank() == 0:
+        with suppress(OSError, ValueError):
+            results = Results.read(folder / f"{file_stem(name)}.json")
+            found = [results if results.identity == bench.identity(name) else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(found, src=0, device=bench.device)
+    return found[0]

@@ -32,6 +32,7 @@ from sslzoo.run.build import BuiltRun, Experiment, build_experiment, equip, load
 from sslzoo.run.departure import Departure
 from sslzoo.run.directory import Choice, Run, begin, choose
 from sslzoo.run.ending import Ending, tell_launcher
+from sslzoo.run.evaluate import evaluate_at_end
 from sslzoo.run.explain import explain, one_line, out_of_memory
 from sslzoo.run.lock import RunLock
 from sslzoo.run.loggers import build_loggers, require_packages
@@ -233,7 +234,8 @@ class _Life:
             self._report(session)
 
     def _report(self, session: Session) -> None:
-        """Run the final evaluation, export the encoder, show table and plots. Collective; rank 0 writes and prints."""
+        """Run the final evaluation and those in ``eval.after``, show tables and plots, export the encoder. Collective;
+        rank 0 writes and prints."""
         run, built = session.run, session.built
         built.method.to(built.trainer.strategy.root_device)  # Lightning moves it to the CPU after training
         leader = self.placement.is_leader
@@ -250,12 +252,21 @@ class _Life:
             progress=EvaluationProgress(shown=leader),
         )
         if leader:
+            OUT.print(*results_tables(summary), sep="\n")
+        summary = evaluate_at_end(
+            built.method,
+            built.data,
+            built.recipe,
+            run.evaluation,
+            device=built.trainer.strategy.root_device,
+            summary=summary,
+        )
+        if leader:
             file = write_at_end(
                 built.method, built.recipe, run.path, manifest=run.read_manifest(), results=summary
             )
             log.info("encoder exported to %s", file)
             plot_curves(run.metrics, run.path / "curves.png", summary)
-            OUT.print(*results_tables(summary), sep="\n")
             figures = [f"{key} {value:.4f}" for key, value in summary.items() if is_accuracy(key)]
             log.info("finished: %s", ", ".join(figures) or f"not measured: {summary['not_measured']}")
 

@@ -29,6 +29,7 @@ from sslzoo.recipe.load import RecipeError, leaves, load_recipe
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.build import BuiltRun, build_run
 from sslzoo.run.directory import Run
+from sslzoo.run.evaluate import evaluate_at_end
 
 SMALL = (
     "views.0.size=12", "views.0.blur_kernel=5", "data.global_batch_size=8", "eval.size=12", "eval.knn_k=8",
@@ -67,6 +68,7 @@ IDLE = {
 VALUES = {
     "backbone.weights": ["none.pt"],
     "eval.knn_temperature": ["10.0", "0.001"],
+    "eval.after": ["[logistic]"],
     "logging.keep_epochs": ["[1]"],
     "method.C": ["0.01"],
     "method.solver.max_iter": ["1"],
@@ -283,6 +285,15 @@ def whole_run(recipe: Recipe, folder: Path) -> Any:
         run.method, run.data, recipe, last=run.last_measured, initial=run.initial_backbone,
         folder=run.run.evaluation, seconds=0.0,
     )  # fmt: skip
+    found = evaluate_at_end(
+        run.method,
+        run.data,
+        recipe,
+        run.run.evaluation,
+        device=torch.device("cpu"),
+        summary=found,
+        brief=True,
+    )
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     probe = run.callbacks.online_probe.state_dict() if run.callbacks.online_probe is not None else {}
     return (folder / "metrics.csv").read_bytes(), files, repr(found), repr(probe)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sslzoo.posthoc import store
+from sslzoo.posthoc import evaluations, store
 from tests.command import Command, codes, fork, group, short_evaluation, write_images, write_recipe
 
 METHOD = "method={name: simclr, temperature: 0.2, projector: {widths: [16, 8]}}"
@@ -205,3 +205,39 @@ def test_bad_input_is_one_line_and_exit_code_2(folder: Path, arguments: tuple[st
     lines = [line for line in done.err.splitlines() if not line.startswith("warning: ")]
     assert (done.wait(), done.out, len(lines)) == (2, "", 1), done.said
     assert said in lines[0], done.said
+
+
+def test_fit_ends_with_the_evaluations_of_its_recipe(folder: Path) -> None:
+    """Killed between two of them, it repeats none when it continues."""
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed_in(name: str) -> Callable[[], None]:
+        def before() -> None:
+            short_evaluation()
+            setattr(evaluations, name, lambda bench: die())
+
+        return before
+
+    options = ("--recipe", "tiny.yaml", METHOD, "trainer.max_epochs=1", "eval.after=[logistic, knn]")
+    first = fork(folder, "fit", *options, "--out", "after", before=killed_in("_knn"))
+    assert first.wait() == -signal.SIGKILL and "logistic on fashion_mnist" in first.out, first.said
+    done = fork(folder, "fit", *options, "--out", "after", "--resume", "auto", before=killed_in("_logistic"))
+    assert done.wait() == 0, done.said
+    assert "knn on fashion_mnist" in done.out and "logistic on fashion_mnist" not in done.out
+    summary = json.loads((folder / "after/eval/summary.json").read_text())
+    for name, key in (("logistic", "logistic_top1"), ("knn", "knn_k5_t0.1_top1")):
+        (row,) = json.loads((folder / f"after/eval/{name}.json").read_text())["results"]
+        assert summary[key] == row["top1"] and summary["interval_95"][key] == [
+            row["top1_low"],
+            row["top1_high"],
+        ]
+    assert summary["knn_top1"] == summary["knn_k5_t0.1_top1"]
+    card = (folder / "after/exported/backbone.safetensors.md").read_text()
+    assert "| logistic_top1 |" in card
+    refused = fork(folder, "fit", *options[:-1], "eval.after=[metaug]", "--out", "no")
+    assert refused.wait() == 2 and not (folder / "no").exists(), refused.said
+    assert refused.last.endswith("protocol metaug evaluates the backbones of MetAug, not of simclr"), (
+        refused.said
+    )

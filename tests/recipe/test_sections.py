@@ -153,7 +153,7 @@ def test_what_earlier_recipes_said(override: str, said: str) -> None:
         ),
         (
             ("eval.baselines=false", "probe.momentum=0.5"),
-            "probe.momentum: must stay 0.9 with probe.online=false and eval.baselines=false: nothing learns by SGD",
+            "probe.momentum: must stay 0.9: nothing learns by SGD without probe.online=true, eval.baselines=true or",
         ),
         (
             ("probe.lrs=[0.1,0.1]",),
