@@ -1,4 +1,4 @@
-"""List methods, analyses, recipes and data sets.
+"""List methods, analyses, protocols of linear evaluation, recipes and data sets.
 
 Recipes are listed with method, training data, encoder, epochs, and two figures for linear top-1 accuracy in
 per cent: the published one and the mean of our own runs; the recipe's header gives source and seeds. Below
@@ -20,11 +20,12 @@ from functools import cache
 from statistics import fmean
 
 from sslzoo.checks import did_you_mean
+from sslzoo.protocols.protocol import protocol_named
 from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import DATASETS
 from sslzoo.recipe.header import Variant, read_header
 
-KINDS = ("methods", "analyses", "recipes", "datasets")
+KINDS = ("methods", "analyses", "protocols", "recipes", "datasets")
 FILTERS = ("method", "data", "backbone")
 WIDTH = 100
 KEYS = {"data": "data.dataset", "backbone": "backbone.name", "epochs": "trainer.max_epochs"}
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         listings = {
             "methods": _methods,
             "analyses": _analyses,
+            "protocols": _protocols,
             "recipes": lambda: _recipes(wanted),
             "datasets": _datasets,
         }
@@ -89,6 +91,17 @@ def _methods() -> list[str]:
 def _analyses() -> list[str]:
     rows = [(name, point.value) for name, point in registry.analyses().items()]
     return _table([("analysis", "code"), *rows])
+
+
+def _protocols() -> list[str]:
+    rows = []
+    for name in registry.protocols():
+        try:
+            known = protocol_named(name)
+            rows.append((name, known.reported, known.summary))
+        except ValueError as error:  # of another package
+            rows.append((name, "", str(error)))
+    return _table([("protocol", "reports", ""), *rows])
 
 
 def _datasets() -> list[str]:

@@ -22,7 +22,7 @@ def _layers(encoder: nn.Module) -> Layers:
 DINOV2_GRID = ViewProtocol(
     name="dinov2_grid",
     source="DINOv2 (arXiv:2304.07193), official code, dinov2/eval/linear.py",
-    summary="13 rates for each choice of layers and pooling, SGD, 10 epochs; chosen on held-out training images",
+    summary="13 rates x layers x pooling, SGD, 10 epochs, chosen on held-out images",
     remarks=(
         "The authors train on all training images and report the classifier that is best on the test images: that is "
         "'best' here. Their epoch is 1,250 steps on any data set; here it is one pass. Their encoder runs in half "

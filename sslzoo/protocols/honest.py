@@ -39,6 +39,6 @@ def evaluate(task: Task, probe: ProbeConfig, seed: int, report: Report) -> Linea
 HONEST = FeatureProtocol(
     name="honest",
     source="sslzoo",
-    summary="SGD on standardised features of plain images; rate chosen on held-out training images; tested once",
+    summary="SGD on standardised features of plain images, chosen on held-out images",
     evaluate=evaluate,
 )

@@ -88,6 +88,7 @@ def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
     listed = {
         "methods": registry.methods(),
         "analyses": registry.analyses(),
+        "protocols": registry.protocols(),
         "recipes": registry.recipes(),
         "datasets": DATASETS,
     }

@@ -8,7 +8,7 @@ from sslzoo.recipe.sections import PlainView, ViewConfig
 MARGIN = ViewProtocol(
     name="margin",
     source="ours, after solo-learn: the paper's own protocol (arXiv:2306.11526) was not available to us",
-    summary="SGD, rates 0.1 to 3, times 0.1 at epochs 60 and 80 of 100; rate chosen on held-out training images",
+    summary="SGD, 4 rates, times 0.1 at epochs 60, 80 of 100, chosen on held-out images",
     view=ViewConfig(size=224, scale=(0.08, 1.0), flip_p=0.5),
     plain=PlainView(size=224, resize=256),
     initial="default",

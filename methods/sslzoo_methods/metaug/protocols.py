@@ -26,7 +26,7 @@ def backbones(method: SSLMethod[Any]) -> nn.Module:
 METAUG = ViewProtocol(
     name="metaug",
     source="MetAug (arXiv:2203.05119), official code, LinearProbing_MetAug.py",
-    summary="SGD, rate 0.1, times 0.2 at epochs 30, 40 and 50 of 60, on the concatenated features of all backbones",
+    summary="SGD, rate 0.1, times 0.2 at epochs 30, 40, 50 of 60, all backbones",
     remarks=(
         "The code concatenates a second half, features of the generators, which is noise: it passes through a random "
         "linear layer that is made anew in each forward pass. It is left out. The authors keep the best test epoch."

@@ -8,7 +8,7 @@ from sslzoo.recipe.sections import PlainView, ViewConfig
 MMCL = ViewProtocol(
     name="mmcl",
     source="MMCL (arXiv:2112.11450), official code, SSLEval with configs/imagenet100_eval.yaml",
-    summary="SGD, rate 1.6, linear decay, 28,080 steps on ImageNet, zero initialisation, batch 4,096",
+    summary="SGD, rate 1.6, linear decay over 28,080 steps on ImageNet, batch 4,096",
     remarks="The authors' images have values in [0, 1] without mean and std; here they are the recipe's.",
     view=ViewConfig(size=224, scale=(0.08, 1.0), interpolation="bicubic", flip_p=0.5),
     plain=PlainView(size=224, proportion=0.875, square=False, interpolation="bicubic"),
@@ -25,7 +25,7 @@ MMCL = ViewProtocol(
 MMCL_CIFAR = ViewProtocol(
     name="mmcl_cifar",
     source="MMCL (arXiv:2112.11450), official code, CIFAR100/linear.py",
-    summary="Adam, rate 0.001, 100 epochs of the method's own views, batch norm of the encoder in training mode",
+    summary="Adam, rate 0.001, 100 epochs, batch norm of the encoder in training mode",
     remarks=(
         "The encoder's running statistics move while the classifier is trained, in the code as here. The authors "
         "report the best of 20 tests."

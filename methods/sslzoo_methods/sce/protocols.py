@@ -26,7 +26,7 @@ SCE = ViewProtocol(
 SCE_CIFAR = ViewProtocol(
     name="sce_cifar",
     source="SCE (arXiv:2111.14585), official code, configuration moco/resnet18 of its linear classifier",
-    summary="SGD, rate 30, times 0.1 at epochs 60 and 80 of 100, random crops of padded images",
+    summary="SGD, rate 30, times 0.1 at epochs 60, 80 of 100, crops of padded images",
     remarks="The authors keep the classifier that is best on the test images.",
     reported="best",
     view=ViewConfig(size=32, padding=4, flip_p=0.5),

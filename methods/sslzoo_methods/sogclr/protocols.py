@@ -29,7 +29,7 @@ SOGCLR_CIFAR = replace(
     SOGCLR,
     name="sogclr_cifar",
     source="SogCLR (arXiv:2202.12387), official PyTorch code, branch cifar, lincls.py",
-    summary="SGD, rate 0.4, cosine by epoch, 90 epochs of random resized crops of 32 px; no test crop",
+    summary="SGD, rate 0.4, cosine by epoch, 90 epochs of random crops of 32 px",
     view=replace(SOGCLR.view, size=32),
     plain=PlainView(size=32),
 )
@@ -37,7 +37,7 @@ SOGCLR_CIFAR = replace(
 SOGCLR_TF = ViewProtocol(
     name="sogclr_tf",
     source="SogCLR (arXiv:2202.12387), official TensorFlow code, evaluation after training (SimCLR's code)",
-    summary="SGD with Nesterov momentum, rate 1.6, cosine, 90 epochs of random resized crops, batch 4,096",
+    summary="SGD, Nesterov, rate 1.6, cosine, 90 epochs of random resized crops",
     remarks=(
         "The code also has a classifier trained during pre-training, and does not say which of the two gave the "
         "figures of its tables. Its batches run over the ends of epochs; here the last partial batch of an epoch is "
