@@ -13,7 +13,7 @@ from torch import nn
 
 from sslzoo.checks import require
 from sslzoo.evaluate import logistic
-from sslzoo.evaluate.figures import LAYER, figure_name
+from sslzoo.evaluate.figures import LAYER, OWN, figure_name
 from sslzoo.evaluate.knn import knn_accuracies
 from sslzoo.evaluate.logistic import linear_probe
 from sslzoo.evaluate.progress import EvaluationProgress
@@ -21,8 +21,10 @@ from sslzoo.evaluate.task import Samples, Task, count_samples, roles
 from sslzoo.posthoc.results import Results, Row
 from sslzoo.posthoc.store import FeatureStore
 from sslzoo.protocols.protocol import FeatureProtocol, LinearResult, Protocol, ViewProtocol, protocol_named
+from sslzoo.protocols.published import published
 from sslzoo.protocols.run import encoder_of, evaluate_linear
 from sslzoo.recipe.load import plain
+from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.registry import ON_FEATURES, is_plugin
 
 if TYPE_CHECKING:
@@ -257,8 +259,10 @@ def _linear(bench: Bench, protocol: Protocol) -> Found:
         }
         adapted |= dict.fromkeys(result.adapted)
         rows += _rows(protocol, data, layer, result)
+    rows, remark = _compared(bench, protocol, rows)
     how = f"{protocol.source}: {protocol.summary}."
     how += f" {protocol.remarks}" if protocol.remarks else ""
+    how += remark
     how += f" Adapted: {'; '.join(adapted)}." if adapted else ""
     return Found(how, rows, counts)
 
@@ -290,6 +294,29 @@ def _rows(protocol: Protocol, data: str, layer: str, result: LinearResult) -> li
         chosen=best.classifier or result.classifier,
     )
     return [last, optimistic]
+
+
+def _compared(bench: Bench, protocol: Protocol, rows: list[Row]) -> tuple[list[Row], str]:
+    """``rows`` with the published figure of the recipe beside the one in the form that its authors report, and a
+    sentence about it. The gap is only given if recipe, protocol and length of the training are those of the figure."""
+    recipe, target = bench.target.recipe, bench.target
+    known = published(recipe)
+    if known is None:
+        return rows, ""
+    different = known.without_gap(protocol)
+    if not different:
+        steps = plan_of(recipe, len(bench.data.train_source), 1).total_steps
+        if target.step != steps:
+            different = f"the encoder is from step {target.step} of {steps:,}"
+    compared = []
+    for row in rows:
+        reported = row.key == (f"{protocol.name}_best" if protocol.reported == "best" else protocol.name)
+        if (row.data, row.layer) == (OWN, LAYER) and reported:
+            gap = None if different else 100 * row.top1 - float(known.figure)
+            row = replace(row, published=known.figure, gap=gap)  # noqa: PLW2901
+        compared.append(row)
+    source = f" ({known.source})" if known.source else ""
+    return compared, f" Published: {known.figure}{source}" + (f", {different}." if different else ".")
 
 
 def _counts(samples: Samples, *names: str) -> dict[str, int]:

@@ -30,18 +30,14 @@ class Row:
     n: int  # test images
     chosen: str = ""  # what was chosen on held-out training images, such as the rate
     holdout_top1: float | None = None  # on these
-    published: float | None = None  # per cent, where recipe and protocol are those of a published figure
+    published: str = ""  # top-1 in per cent as the source gives it; empty: no figure
+    gap: float | None = None  # percentage points above it; None: it was measured under other conditions
 
     @property
     def accuracies(self) -> dict[str, float]:
         """By name, those that were measured."""
         known = {"top1": self.top1, "top5": self.top5}
         return {name: value for name, value in known.items() if value is not None}
-
-    @property
-    def gap(self) -> float | None:
-        """Percentage points above the published figure."""
-        return None if self.published is None else 100 * self.top1 - self.published
 
     def plain(self) -> dict[str, Any]:
         """Plain values, with the 95 % interval of each accuracy."""
@@ -56,8 +52,8 @@ class Row:
             values |= {name: value, f"{name}_low": round(low, 4), f"{name}_high": round(high, 4)}
         values |= {"n_test": self.n} | ({"chosen": self.chosen} if self.chosen else {})
         values |= {} if self.holdout_top1 is None else {"holdout_top1": self.holdout_top1}
-        if self.published is not None:
-            values |= {"published": self.published, "gap": round(self.gap or 0.0, 2)}
+        values |= {"published": self.published} if self.published else {}
+        values |= {} if self.gap is None else {"gap": round(self.gap, 2)}
         return values
 
 
@@ -165,7 +161,7 @@ class Results:
             "top-1": lambda row: _percent(row.top1, row.n),
             "top-5": lambda row: _percent(row.top5, row.n),
             "classifier": _chosen,
-            "published": lambda row: "" if row.published is None else f"{row.published:g} ({row.gap:+.1f})",
+            "published": lambda row: row.published + ("" if row.gap is None else f" ({row.gap:+.1f})"),
         }
         cells = {title: [cell(row) for row in rows] for title, cell in columns.items()}
         shown = [title for title, column in cells.items() if any(column)]

@@ -120,7 +120,9 @@ def load_carried(text: str, carrier: Path, overrides: Sequence[str] = ()) -> Loa
     return _load(source, carrier, overrides)
 
 
-_NAMES_CODE = re.compile(r"(backbone|method|analyses\.\d+)(\.name)?|(data|probe\.data\.\d+)\.dataset")
+_NAMES_CODE = re.compile(
+    r"(backbone|method|analyses\.\d+)(\.name)?|(data|probe\.data\.\d+)\.dataset|eval\.after\.\d+"
+)
 
 
 def _strings(values: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -140,6 +140,7 @@ def test_what_is_written_loads_again(write, tmp_path: Path, origins: bool) -> No
         ("resnet18}", 'resnet18, options: {a: "x:y"}}', ""),  # an argument is no code
         ("dataset: cifar10", "dataset: mine:scans", "data.dataset"),
         ("seed: 1", "seed: 1\nanalyses: [{name: mine:Spread}]", "analyses.0.name"),
+        ("temperature: 0.07}", "temperature: 0.07, after: ['mine:PROTOCOL']}", "eval.after.0"),
         (
             "name: alpha\n  temperature: 0.5",
             "name: mine${method.temperature}\n  temperature: ':Method'",
