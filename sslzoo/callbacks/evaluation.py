@@ -16,6 +16,7 @@ from sslzoo.batch import EvalBatch
 from sslzoo.callbacks.meter import log_metrics
 from sslzoo.checks import require
 from sslzoo.distributed import world_size
+from sslzoo.evaluate import logistic
 from sslzoo.evaluate.figures import Measured, figure_key, figure_name
 from sslzoo.evaluate.knn import knn_accuracy
 from sslzoo.evaluate.logistic import linear_probe
@@ -52,7 +53,7 @@ class LinearProbe:
 
     def judge(self, task: Task, layer: str) -> dict[str, float]:
         """See :func:`sslzoo.evaluate.logistic.linear_probe`."""
-        result = linear_probe(task, brief=self.brief)
+        result = linear_probe(task, effort=logistic.QUICK, brief=self.brief)
         return {"linear_top1": result.top1, "linear_top5": result.top5, "linear_l2": result.l2}
 
 

@@ -133,7 +133,12 @@ def _measure(
     progress.expect(_EXTRACTIONS + _JUDGEMENTS * len(tasks))
     figures: dict[str, float] = {}
     for name, task in tasks.items():
-        linear = linear_probe(task, report=progress.stage(f"{FEATURES[name]}: linear probe"), brief=brief)
+        linear = linear_probe(
+            task,
+            effort=logistic.QUICK,
+            report=progress.stage(f"{FEATURES[name]}: linear probe"),
+            brief=brief,
+        )
         sgd = sgd_evaluation(
             task,
             recipe.probe,
@@ -197,11 +202,12 @@ def _protocol(keys: Iterable[str], samples: Samples, recipe: Recipe, *, brief: b
     held_out = f"chosen on {samples.n_held_out:,} held-out training images"
     sentences = ["Features of plain images, encoder frozen."]
     if "linear_top1" in plain:
-        strengths = ", ".join(f"{strength:g}" for strength in logistic.STRENGTHS)
-        steps = 1 if brief else logistic.ITERATIONS
+        effort = logistic.QUICK
+        strengths = ", ".join(f"{strength:g}" for strength in effort.strengths)
+        steps = 1 if brief else effort.iterations
         sentences.append(
-            f"Linear: logistic regression on standardised features, {steps} iterations, L2 strength of {strengths} "
-            f"{held_out}."
+            f"Linear: logistic regression on standardised features, at most {steps} iteration{'s' * (steps > 1)} of "
+            f"L-BFGS, L2 strength of {strengths} {held_out}."
         )
     if "sgd_top1" in plain:
         epochs, _, batch = sgd_schedule(samples.n_train, brief=brief)

@@ -17,7 +17,10 @@ from sslzoo.evaluate.progress import Report, unseen
 from sslzoo.evaluate.task import Features, Task
 from sslzoo.nn.numerics import normalize
 
-QUERIES = 4096  # maximum number of test samples compared at a time, each with one chunk of the bank
+QUERIES = 4096  # maximum number of test samples for which the bank is read once
+COMPARED = 512  # maximum number of test samples compared with a chunk of the bank at a time
+BANK = 65536  # maximum number of samples in a chunk of the bank,
+BANK_VALUES = 2**25  # and of their features: 128 MiB, like the similarities
 GATHERED = 2**26  # maximum number of neighbours gathered from all ranks at a time: 768 MiB
 
 
@@ -30,12 +33,18 @@ def nearest(queries: Tensor, bank: Features, rows: Tensor, k: int) -> tuple[Tens
     """
     similarity = queries.new_full((len(queries), k), float("-inf"))
     neighbours = rows.new_zeros(len(queries), k)
-    for x, labels in bank.chunks(rows):
-        finite = x.isfinite().all(1)
-        part = normalize(x[finite])
-        value, index = (queries @ part.T).topk(min(k, len(part)), dim=1)
-        similarity, order = torch.cat([similarity, value], dim=1).topk(k, dim=1)
-        neighbours = torch.cat([neighbours, labels[finite][index]], dim=1).gather(1, order)
+    size = max(1, min(BANK, BANK_VALUES // max(1, queries.shape[1])))
+    for x, y in bank.chunks(rows, size):
+        part = normalize(x)
+        finite = part.sum(1).isfinite()
+        if not bool(finite.all()):
+            part, y = part[finite], y[finite]  # noqa: PLW2901
+        for start in range(0, len(queries), COMPARED):
+            some = slice(start, start + COMPARED)
+            value, index = (queries[some] @ part.T).topk(min(k, len(part)), dim=1)
+            best, order = torch.cat([similarity[some], value], dim=1).topk(k, dim=1)
+            neighbours[some] = torch.cat([neighbours[some], y[index]], dim=1).gather(1, order)
+            similarity[some] = best
     return similarity, neighbours
 
 

@@ -386,7 +386,7 @@ def base(case: Case) -> Any:
 def test_every_leaf_acts_or_is_refused(name, monkeypatch):
     monkeypatch.setattr(sgd_probe, "EPOCHS", 2)
     monkeypatch.setattr(sgd_probe, "STEPS", 10)
-    monkeypatch.setattr(logistic, "ITERATIONS", 3)
+    monkeypatch.setattr(logistic, "QUICK", logistic.QUICK._replace(iterations=3))
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     case = CASES[name]
     without_effect, untried = [], []

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sslzoo.evaluate import knn
-from sslzoo.evaluate import task as task_module
 from sslzoo.evaluate.knn import knn_accuracies, knn_accuracy
 from sslzoo.evaluate.task import Features, Roles, Task
 from sslzoo.testing.ranks import run_ranks
@@ -60,8 +59,8 @@ def test_equals_the_definition_in_any_chunks(
     expected = by_definition(*problem(), k=k, temperature=temperature, classes=CLASSES)
     assert 0.2 < expected < 1
     assert knn_accuracy(task(*problem()), k=k, temperature=temperature) == expected
-    monkeypatch.setattr(knn, "QUERIES", 10)
-    monkeypatch.setattr(task_module, "CHUNK", 9)
+    for name, value in {"QUERIES": 10, "COMPARED": 4, "BANK": 9}.items():
+        monkeypatch.setattr(knn, name, value)
     assert knn_accuracy(task(*problem()), k=k, temperature=temperature) == expected
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from sslzoo.evaluate import knn, sgd_probe
+from sslzoo.evaluate import knn, logistic, sgd_probe
 from sslzoo.evaluate import task as task_module
 from sslzoo.evaluate.knn import knn_accuracies
-from sslzoo.evaluate.logistic import linear_probe
+from sslzoo.evaluate.logistic import QUICK, linear_probe
 from sslzoo.evaluate.metrics import standardizer
 from sslzoo.evaluate.sgd_probe import sgd_evaluation
 from sslzoo.evaluate.task import Features, Roles, Task
@@ -40,7 +40,7 @@ def _figures(device: torch.device, folder: Path) -> list[object]:
     task = Task(train, test, Roles(~held_out, held_out, bank), CLASSES)
     scale = standardizer(train, train.finite().nonzero().squeeze(1)).scale
     return [
-        linear_probe(task),
+        linear_probe(task, effort=QUICK),
         sgd_evaluation(task, ProbeConfig(lrs=(0.01, 0.1)), seed=0, brief=True),
         knn_accuracies(task, (1, 5), (0.1, 1.0)),
         scale.cpu().tolist(),
@@ -48,9 +48,12 @@ def _figures(device: torch.device, folder: Path) -> list[object]:
 
 
 def test_mapped_features_go_to_the_device_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_module, "CHUNK", CHUNK)
+    for module in (task_module, logistic):
+        monkeypatch.setattr(module, "CHUNK", CHUNK)
+    monkeypatch.setattr(logistic, "KEPT", 0)
     monkeypatch.setattr(sgd_probe, "BATCH", CHUNK)
-    monkeypatch.setattr(knn, "QUERIES", CHUNK)
+    for name in ("QUERIES", "BANK"):
+        monkeypatch.setattr(knn, name, CHUNK)
     expected = _figures(torch.device("cpu"), tmp_path)
     with PretendedGPU() as gpu:
         assert _figures(CUDA, tmp_path) == expected
