@@ -6,7 +6,7 @@ N samples, F features, C classes, S strengths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import log
 from typing import NamedTuple
 
@@ -48,6 +48,13 @@ class Fit(NamedTuple):
     iterations: int
     gradient: float  # norm of the gradient as a fraction of that at zero weights
     converged: bool
+
+
+def converged(fits: Sequence[Fit]) -> str:
+    """Which of ``fits`` have converged, and after how many iterations, as text."""
+    most = f"{max((fit.iterations for fit in fits), default=0):,} iterations"
+    left = ", ".join(f"L2 {fit.l2:g}" for fit in fits if not fit.converged)
+    return f"all but {left} ({most})" if left else f"all {len(fits)} in {most}"
 
 
 class ProbeResult(NamedTuple):

@@ -73,7 +73,7 @@ class Bench:
                 "temperature": self.all_temperatures,
                 "bank_size": recipe.eval.bank_size,
             },
-            "logistic": {"l2": logistic.STRENGTHS},
+            "logistic": logistic.THOROUGH._asdict(),
         }
         return plain(
             {
@@ -203,7 +203,12 @@ def _logistic(bench: Bench) -> Found:
     rows, counts = [], {}
     for data, layer, task, samples in bench.tasks():
         counts[data] = _counts(samples, "n_train", "n_held_out", "n_test", "n_unreadable")
-        found = linear_probe(task, report=bench.progress.stage(f"{data}, {layer}: logistic regression"))
+        found = linear_probe(
+            task,
+            effort=logistic.THOROUGH,
+            report=bench.progress.stage(f"{data}, {layer}: logistic regression"),
+            brief=bench.brief,
+        )
         rows.append(
             Row(
                 key="logistic",
@@ -214,12 +219,15 @@ def _logistic(bench: Bench) -> Found:
                 n=samples.n_test,
                 chosen=f"L2 {found.l2:g}",
                 holdout_top1=found.holdout_top1,
+                converged=logistic.converged(found.fits),
             )
         )
-    strengths = ", ".join(f"{strength:g}" for strength in logistic.STRENGTHS)
+    effort = logistic.THOROUGH
+    strengths = ", ".join(f"{strength:g}" for strength in effort.strengths)
     how = (
         "Features of plain images, encoder frozen; logistic regression on standardised features, "
-        f"L2 strength of {strengths} chosen on held-out training images; tested once."
+        f"L2 strength of {strengths} chosen on held-out training images; tested once. Converged: the norm of the "
+        f"gradient is at most {effort.tolerance:g} of that at zero weights, within {effort.iterations:,} iterations."
     )
     return Found(how, rows, counts)
 

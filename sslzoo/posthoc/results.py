@@ -30,6 +30,7 @@ class Row:
     n: int  # test images
     chosen: str = ""  # what was chosen on held-out training images, such as the rate
     holdout_top1: float | None = None  # on these
+    converged: str = ""  # which of the fits that were compared converged
     published: str = ""  # top-1 in per cent as the source gives it; empty: no figure
     gap: float | None = None  # percentage points above it; None: it was measured under other conditions
 
@@ -52,6 +53,7 @@ class Row:
             values |= {name: value, f"{name}_low": round(low, 4), f"{name}_high": round(high, 4)}
         values |= {"n_test": self.n} | ({"chosen": self.chosen} if self.chosen else {})
         values |= {} if self.holdout_top1 is None else {"holdout_top1": self.holdout_top1}
+        values |= {"converged": self.converged} if self.converged else {}
         values |= {"published": self.published} if self.published else {}
         values |= {} if self.gap is None else {"gap": round(self.gap, 2)}
         return values
@@ -161,6 +163,7 @@ class Results:
             "top-1": lambda row: _percent(row.top1, row.n),
             "top-5": lambda row: _percent(row.top5, row.n),
             "classifier": _chosen,
+            "converged": lambda row: row.converged,
             "published": lambda row: row.published + ("" if row.gap is None else f" ({row.gap:+.1f})"),
         }
         cells = {title: [cell(row) for row in rows] for title, cell in columns.items()}

@@ -104,6 +104,8 @@ def test_converged_is_said_of_what_converged_alone() -> None:
             assert fit.converged == (fit.gradient <= 2e-3)
             assert fit.iterations == iterations or fit.converged
         assert [fit.converged for fit in model.fits] == expected
+        said = logistic.converged(model.fits)
+        assert said.startswith("all 2 in") if all(expected) else "all but L2 0.0001" in said
 
 
 def test_steps_that_are_too_long_are_shortened() -> None:
