@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from sslzoo.posthoc import evaluations, store
+from sslzoo.protocols.classifiers import Classifiers
+from sslzoo_methods.sce import protocols
 from tests.command import Command, codes, fork, group, short_evaluation, write_images, write_recipe
 
 METHOD = "method={name: simclr, temperature: 0.2, projector: {widths: [16, 8]}}"
@@ -240,4 +243,49 @@ def test_fit_ends_with_the_evaluations_of_its_recipe(folder: Path) -> None:
     assert refused.wait() == 2 and not (folder / "no").exists(), refused.said
     assert refused.last.endswith("protocol metaug evaluates the backbones of MetAug, not of simclr"), (
         refused.said
+    )
+
+
+def test_a_killed_protocol_continues_on_another_number_of_processes(folder: Path) -> None:
+    """With augmented views: it ends with the figures of an evaluation that nobody disturbed."""
+
+    def short(kill_at: int = -1) -> Callable[[], None]:
+        def before() -> None:
+            short_evaluation()
+            few = {"epochs": 3, "milestones": (1, 2), "batch_size": 20}
+            protocols.SCE_CIFAR = replace(protocols.SCE_CIFAR, **few)
+            right = Classifiers.step
+
+            def step(self: Classifiers, number: int) -> None:
+                with (folder / f"steps{os.environ.get('RANK', '0')}").open("a") as file:
+                    file.write(f"{number} ")
+                if number == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                right(self, number)
+
+            Classifiers.step = step  # type: ignore[method-assign]
+
+        return before
+
+    arguments = (
+        "linear",
+        "run",
+        "--protocol",
+        "sslzoo_methods.sce.protocols:SCE_CIFAR",
+        "probe.layers=[backbone]",
+    )
+    torn = _eval(folder, *arguments, "--out", "torn", before=short(7))
+    assert torn.wait() == -signal.SIGKILL, torn.said
+    ranks = group(folder, "eval", *arguments, "--out", "torn", world=2, before=short())
+    assert codes(ranks) == [0] * 2, [rank.said for rank in ranks]
+    whole = _eval(folder, *arguments, "--out", "untorn", before=short())
+    assert whole.wait() == 0, whole.said
+    for name in ("honest", "sce_cifar"):
+        assert (folder / f"torn/{name}.csv").read_bytes() == (folder / f"untorn/{name}.csv").read_bytes()
+    steps = (folder / "steps1").read_text().split()
+    assert steps == [str(step) for step in range(6, 12)], "from the last save, two steps an epoch of four"
+    best, last = (row["title"] for row in reversed(_rows(folder / "untorn/sce_cifar.csv")))
+    assert last == "last epoch" and best.startswith("best on test images, epoch ")
+    assert "images of 12 px instead of 32, all lengths in proportion" in " ".join(
+        whole.out.replace("│", " ").split()
     )
