@@ -117,7 +117,7 @@ class SSLDataModule(LightningDataModule):
     @property
     def unreadable(self) -> int:
         """Unreadable training images met so far: by this rank, and by the others up to :meth:`share_unreadable`."""
-        return self._bad_of(self.train_source).count
+        return self.bad_images(self.train_source).count
 
     def unreadable_by_source(self) -> dict[str, int]:
         """The same of every source that was looked at, by name and split."""
@@ -142,7 +142,7 @@ class SSLDataModule(LightningDataModule):
 
     def _shared(self, source: ImageSource) -> BadImages:
         """The unreadable images of ``source`` on any rank. Collective."""
-        bad = self._bad_of(source)
+        bad = self.bad_images(source)
         if world_size() > 1 and not isinstance(source, ArraySource):
             seen = bad.seen.to(self._device, torch.uint8)
             dist.all_reduce(seen, dist.ReduceOp.MAX)
@@ -164,9 +164,10 @@ class SSLDataModule(LightningDataModule):
             "set data.dataset, data.root and data.split back, or take its weights alone",
         )
         self.position = int(state_dict["position"])
-        self._bad_of(self.train_source).seen[state_dict.get("unreadable", [])] = True
+        self.bad_images(self.train_source).seen[state_dict.get("unreadable", [])] = True
 
-    def _bad_of(self, source: ImageSource) -> BadImages:
+    def bad_images(self, source: ImageSource) -> BadImages:
+        """The unreadable images of ``source`` that were met so far."""
         if id(source) not in self._bad:
             self._bad[id(source)] = BadImages(source, self.data.max_bad_fraction)
         return self._bad[id(source)]
@@ -314,10 +315,10 @@ class SSLDataModule(LightningDataModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Take note of unreadable images."""
         if isinstance(batch, RawEvalBatch):
-            self._bad_of(self.eval_sets()[dataloader_idx].source).add(batch.bad)
+            self.bad_images(self.eval_sets()[dataloader_idx].source).add(batch.bad)
             return EvalBatch(batch.image, batch.sample_id, batch.label)
         if isinstance(batch, RawBatch):
-            self._bad_of(self.train_source).add(batch.bad)
+            self.bad_images(self.train_source).add(batch.bad)
             return batch._replace(bad=())
         return batch
 
@@ -362,7 +363,7 @@ class SSLDataModule(LightningDataModule):
         self, raw: RawEvalBatch, source: ImageSource, device: torch.device | str = "cpu"
     ) -> EvalBatch:
         """A raw batch of :meth:`eval_loader`, from ``source``, on ``device``: any rank may call it alone."""
-        self._bad_of(source).add(raw.bad)
+        self.bad_images(source).add(raw.bad)
         batch = EvalBatch(raw.image, raw.sample_id, raw.label)
         batch = self.transfer_batch_to_device(batch, torch.device(device), 0)
         return batch._replace(image=self._normalized(to_unit(batch.image)))

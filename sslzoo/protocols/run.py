@@ -18,7 +18,7 @@ from sslzoo.checks import require
 from sslzoo.data.module import EvalSet, SSLDataModule
 from sslzoo.data.sampler import ProbeSampler
 from sslzoo.data.sources import resized
-from sslzoo.distributed import all_reduce_sum, rank, world_size
+from sslzoo.distributed import all_reduce_sum, gather_detached, rank, world_size
 from sslzoo.evaluate.figures import figure_name
 from sslzoo.evaluate.progress import Report, unseen
 from sslzoo.evaluate.task import roles
@@ -177,15 +177,17 @@ class _Evaluation:
     ) -> LinearResult:
         """Train, from ``state`` if it has the beginning, and test."""
         start = self._load(state)
+        starts = gather_detached(torch.tensor([start], device=self.device)).tolist()
+        require(
+            len(set(starts)) == 1, f"the processes do not all see {state}; its folder must be a shared one"
+        )
         self._set_norms(training=self.training)
         sampler = self._sampler(start)
         parts = iter(self.data.view_loader(sampler, among=self.learned))
         for step in sampler.steps:
             places = sampler.parts(step)
-            if (
-                self.training and not places
-            ):  # the other ranks wait for this one's part of the batch statistics
-                self.features(self._no_images())
+            if self.training and not places:
+                self.features(self._no_images())  # the other ranks wait for this one's part of the statistics
             for _ in places:
                 batch = self.data.finish(next(parts), self.device)
                 assert batch.label is not None
@@ -257,7 +259,6 @@ class _Evaluation:
             correct, n = self._tested(replace(self.train, sample_id=positions))
             chosen = max(range(len(names)), key=lambda i: (int(correct[0, i]), -lrs[i]))
             held_out_top1 = int(correct[0, chosen]) / n
-        bad = self.data.unreadable_by_source()
         return LinearResult(
             top1=last.correct[0][chosen] / last.n,
             top5=last.correct[1][chosen] / last.n,
@@ -267,7 +268,7 @@ class _Evaluation:
             n_train=int(self.learned.sum()),
             n_held_out=int(self.held_out.sum()),
             n_test=last.n,
-            n_unreadable=sum(bad.values()),
+            n_unreadable=int(self._unreadable.sum()) + self.test.size - last.n,
             adapted=self.adapted,
         )
 
@@ -287,6 +288,11 @@ class _Evaluation:
 
     # -- state --------------------------------------------------------------------------------
 
+    @property
+    def _unreadable(self) -> Tensor:
+        """Mask (N,) of the training images that are known to be unreadable."""
+        return self.data.bad_images(self.data.train_source).seen
+
     def _save(self, path: Path | None, step: int) -> None:
         if path is None or rank() > 0:
             return
@@ -296,6 +302,7 @@ class _Evaluation:
             "looks": [(look.epoch, look.correct, look.n) for look in self.looks],
             "classifiers": self.classifiers.state_dict(),
             "norms": dict(self.encoder.named_buffers()) if self.training else {},
+            "unreadable": self._unreadable.nonzero().squeeze(1),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomically(path) as part:
@@ -314,6 +321,7 @@ class _Evaluation:
         for name, buffer in self.encoder.named_buffers():
             if name in content["norms"]:
                 buffer.copy_(content["norms"][name])
+        self._unreadable[content["unreadable"]] = True
         return content["step"]
 
 

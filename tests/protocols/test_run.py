@@ -17,7 +17,7 @@ import sslzoo
 from sslzoo.checks import ConfigError
 from sslzoo.data.crops import evaluation_crop
 from sslzoo.data.loading import ViewDataset
-from sslzoo.data.module import SSLDataModule
+from sslzoo.data.module import EvalSet, SSLDataModule
 from sslzoo.data.sources import ArraySource, FakeSource, UnreadableImageError, fake_source, resized
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.protocols.adapt import adapted
@@ -119,6 +119,48 @@ def test_continued_after_a_kill_it_ends_with_the_same_bits(protocol: ViewProtoco
     assert found == expected and none == [], "a finished evaluation takes no step"
 
 
+def test_unreadable_images_are_counted_over_a_kill_too(tmp_path: Path) -> None:
+    """Other images stand in for them while it learns; they are left out of the test."""
+
+    class Torn(FakeSource):
+        is_array = False
+
+        def read(self, sample_id: int) -> Tensor:
+            if sample_id % 16 == 3:
+                raise UnreadableImageError("torn")
+            return super().read(sample_id)
+
+    recipe = recipe_of("data.max_bad_fraction=0.5")
+    source = cast(Any, resized(Torn(33, 1, 14, 3), 12))
+    sets = [
+        EvalSet(name="", split=s, num_classes=3, source=source, sample_id=torch.arange(33))
+        for s in ("a", "b")
+    ]
+
+    def run(folder: Path | None, after_epoch: Any = None) -> LinearResult:
+        plan = TrainingPlan(dataset_size=33, global_batch_size=1, max_epochs=1)
+        data = SSLDataModule(
+            recipe.data, recipe.views, recipe.eval, recipe.probe, plan, recipe.seed, source=source
+        )
+        data.eval_sets = lambda: sets  # type: ignore[method-assign]
+        torch.manual_seed(0)
+        encoder = TinyEncoder(1).eval()
+        return evaluate_linear(
+            SEVERAL[0], encoder, recipe, data, device=CPU, folder=folder, after_epoch=after_epoch
+        )["data"]
+
+    whole = run(None)
+    assert (whole.n_test, whole.n_unreadable) == (31, 4)
+
+    def kill(epoch: int, classifiers: Classifiers) -> None:
+        _kill(epoch)
+
+    with pytest.raises(Killed):
+        run(tmp_path, kill)
+    assert run(tmp_path) == whole
+    assert run(tmp_path) == whole
+
+
 def test_a_state_of_something_else_is_not_continued(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     protocol = SEVERAL[0]
     evaluated(protocol, folder=tmp_path)
@@ -218,8 +260,6 @@ def test_padded_crops_are_of_images_as_evaluation_resizes_them() -> None:
 
 
 def _train_and_test(source: ArraySource) -> list[Any]:
-    from sslzoo.data.module import EvalSet
-
     return [
         EvalSet(name="", split=split, num_classes=3, source=source, sample_id=torch.arange(33))
         for split in ("train", "test")
