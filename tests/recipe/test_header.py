@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,11 @@ from sslzoo.recipe import registry
 from sslzoo.recipe.header import Header, Variant, read_header
 from sslzoo.recipe.load import RecipeError, leaves, load_recipe
 from sslzoo.recipe.registry import recipes
+
+_spec = importlib.util.spec_from_file_location("update", Path(__file__).parents[2] / "docs/results/update.py")
+assert _spec is not None and _spec.loader is not None
+update: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(update)
 
 ALSO = [(name, variant) for name, path in recipes().items() for variant in read_header(path).also]
 
@@ -109,6 +117,45 @@ def test_figures_are_given_or_said_to_be_missing(name: str) -> None:
         said = re.search(r"^# published: .* protocol not (offered here|stated) \(", text, re.M)
         assert bool(read.protocol) != bool(said), "a figure needs its protocol"
         assert not read.protocol or (read.protocol in registry.protocols() and read.source)
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_figures_of_ours_are_those_of_committed_results(name: str) -> None:
+    text = recipes()[name].read_text()
+    assert update.with_ours(text, update.ours(name)) == text, "run python docs/results/update.py"
+
+
+def test_results_are_taken_from_finished_runs_of_bundled_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update, "FOLDER", tmp_path)
+    flat = json.loads(json.dumps(dict(leaves(load_recipe("quickstart", ["seed=7"]).recipe))))
+    run = tmp_path / "run"
+    (run / "eval").mkdir(parents=True)
+
+    def write(changes: dict[str, object], **figures: float) -> None:
+        manifest = {
+            "recipe": flat | changes,
+            "exit_code": 0,
+            "started": "today",
+            "hardware": {"host": "mine"},
+        }
+        (run / "manifest.json").write_text(json.dumps(manifest))
+        (run / "eval/summary.json").write_text(json.dumps(figures))
+
+    write({"optim.lr": 3.0, "data.root": "/else"}, honest_top1=0.5)
+    with pytest.raises(ValueError, match=r"differs from the bundled recipe in optim\.lr$"):
+        update.take(run)
+    assert update.ours("quickstart") == "# ours: not run\n"
+    write({}, honest_top1=0.5, raw_pixels_honest_top1=0.25)
+    taken = json.loads(update.take(run).read_text())
+    assert taken["run"] == {"started": "today"}  # no machine
+    write({"seed": 42}, honest_top1=0.75, raw_pixels_honest_top1=0.25)
+    update.take(run)
+    expected = "# ours: 75.0, 50.0 % linear top-1, protocol honest, seeds 42, 7 (raw pixels 25.0, 25.0)\n"
+    assert update.ours("quickstart") == expected
+    text = "# title\n# ours: not run\n# still ours\n# published: not available\nseed: 1\n"
+    assert update.with_ours(text, expected) == f"# title\n{expected}# published: not available\nseed: 1\n"
 
 
 def test_a_header_is_read_to_its_end(tmp_path: Path) -> None:
