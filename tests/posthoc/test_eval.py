@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file
 
 from sslzoo.posthoc import evaluations, store
@@ -164,7 +165,7 @@ def test_damaged_features_are_extracted_again(folder: Path, damage: str) -> None
 
 
 def test_features_for_other_programs(folder: Path) -> None:
-    for form in ("safetensors", "npy"):
+    for form in ("safetensors", "npy", "parquet"):
         done = _eval(folder, "features", "run", "--out", f"as-{form}", "--format", form, "--keep", "0")
         assert done.wait() == 0, done.said
         assert list((folder / f"as-{form}/features").glob("*.safetensors")) == []
@@ -174,6 +175,10 @@ def test_features_for_other_programs(folder: Path) -> None:
     for name, ending in (("x", ""), ("label", ".label"), ("sample_id", ".sample_id")):
         array = np.load(folder / f"as-npy/features-projector-data-test{ending}.npy")
         assert torch.equal(torch.from_numpy(array), found[name])
+    table = parquet.read_table(folder / "as-parquet/features-projector-data-test.parquet").to_pydict()
+    assert {name: torch.tensor(values).tolist() for name, values in table.items()} == {
+        name: value.tolist() for name, value in found.items()
+    }
 
 
 @pytest.mark.parametrize(
