@@ -62,7 +62,7 @@ class Classifiers:
     def names(self) -> list[str]:
         """A description of each classifier."""
         return [
-            ", ".join(part for part in (f"rate {lr:g}", layer) if part)
+            ", ".join(part for part in (f"rate {lr:.3g}", layer) if part)
             for lr, layer in zip(self.lrs, self.layers, strict=True)
         ]
 
