@@ -156,8 +156,9 @@ def _from_checkpoint(file: Path, path: Path, recipe: Recipe) -> Target:
     content = load_checkpoint(file)
     backbone, features = build_backbone(recipe.backbone, start=False)
     stored: dict[str, Tensor] = content["state_dict"]
-    fit_weights(backbone, part_of(stored, "backbone"), what=f"the backbone in {file}", cfg=recipe.backbone)
     method = method_class(recipe.method.name)(recipe.method, backbone, features)
+    backbone = method.backbone  # which may be several
+    fit_weights(backbone, part_of(stored, "backbone"), what=f"the backbone in {file}", cfg=recipe.backbone)
     own = method.state_dict()
     wrong = [name for name, value in own.items() if name not in stored or stored[name].shape != value.shape]
     require(

@@ -20,6 +20,7 @@ from sslzoo.data.loading import ViewDataset
 from sslzoo.data.module import EvalSet, SSLDataModule
 from sslzoo.data.sources import ArraySource, FakeSource, UnreadableImageError, fake_source, resized
 from sslzoo.nn.backbones import build_backbone
+from sslzoo.posthoc.target import read_target
 from sslzoo.protocols.adapt import adapted
 from sslzoo.protocols.classifiers import Classifiers, Length
 from sslzoo.protocols.dinov2 import DINOV2_GRID
@@ -31,6 +32,8 @@ from sslzoo.protocols.run import evaluate_linear
 from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import BackboneConfig, PlainView, Recipe, ViewConfig
+from sslzoo.run.build import build_run
+from sslzoo.run.directory import Run
 from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.margin.protocols import MARGIN
 from sslzoo_methods.metaug.protocols import METAUG
@@ -275,6 +278,31 @@ def test_all_backbones_of_a_method_need_the_method() -> None:
     stranger = cast(Any, type("Method", (), {"cfg": recipe_of().method}))
     with pytest.raises(ValueError, match="backbones of MetAug, not of simclr"):
         evaluated(METAUG, method=stranger)
+
+
+def test_the_backbones_of_a_checkpoint_are_evaluated_together(tmp_path: Path) -> None:
+    """Three of MetAug's, on L, ab and Lab; the features of the generators are left out."""
+    small = (
+        "backbone.name=tests.tiny:TinyEncoder", "views.0.size=12", "eval.size=12", "eval.resize=null", "eval.knn_k=1",
+        "method.projector.widths=[8, 4]", "method.generator.hidden=[8, 8]", "method.keys.negatives=4",
+        "data.global_batch_size=8", "data.workers=0", "trainer.max_epochs=1", "trainer.accelerator=cpu",
+        "logging.wandb=null",
+    )  # fmt: skip
+    recipe = load_recipe("metaug_official_cifar10", small).recipe
+    source = fake_source(16, 3, 12, 3)
+    run = build_run(recipe, Run(tmp_path, "colours"), source=source)
+    run.trainer.fit(run.method, datamodule=run.data)
+    target = read_target(str(tmp_path / "checkpoints" / "last.ckpt"), recipe)
+    trained = run.method.backbone.eval()
+    x = torch.rand(2, 3, 12, 12)
+    torch.testing.assert_close(target.backbone(x), trained(x))
+    seen: list[int] = []
+    found = evaluate_linear(
+        replace(METAUG, epochs=1, milestones=(1,)), target.backbone, recipe, run.data, device=CPU, method=target.method,
+        after_epoch=lambda epoch, classifiers: seen.append(cast(Any, classifiers.linear[0]).in_features),
+    )  # fmt: skip
+    assert seen == [3 * TinyEncoder.num_features]
+    assert found["data"].n_test == 16
 
 
 def test_layers_of_a_vision_transformer() -> None:
