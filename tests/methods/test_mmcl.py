@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, product
 from typing import Any, get_args
 
@@ -15,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslzoo.batch import Batch
-from sslzoo.distributed import gather, rank
+from sslzoo.distributed import gather, gather_detached, rank
 from sslzoo.nn.batchnorm import to_sync
 from sslzoo.nn.numerics import normalize
 from sslzoo.recipe.load import RecipeError, load_recipe
@@ -32,12 +33,15 @@ from sslzoo_methods.mmcl.config import (
     KernelName,
     MMCLConfig,
     StepSigma,
+    Stop,
 )
 from sslzoo_methods.mmcl.kernels import Kernel, bandwidth, kernel_shift, shifted_gram, shifted_kernel
-from sslzoo_methods.mmcl.loss import dual_health, dual_problem, kernel_means, mmcl_loss
+from sslzoo_methods.mmcl.loss import dual_health, dual_problem, kernel_means, mmcl_loss, normalized
 from sslzoo_methods.mmcl.method import MMCL
 from sslzoo_methods.mmcl.solvers import (
     DualProblem,
+    Solution,
+    alone,
     inverse_duals,
     solve_adaptive,
     solve_exact,
@@ -79,6 +83,7 @@ def _problem(pool: Tensor, hyper: dict[str, Any], **changes: Any) -> tuple[DualP
         self_term="kernel" if hyper["self_kernel"] == "true" else "one",
         C=None if hyper["C"] == -1 else hyper["C"],
         reg=hyper["reg"],
+        rows=changes.get("rows", slice(None)),
     )
     return problem, {"kernel": kernel}
 
@@ -86,7 +91,7 @@ def _problem(pool: Tensor, hyper: dict[str, Any], **changes: Any) -> tuple[DualP
 def _loss_and_grad(z: Tensor, duals: Tensor, kernel: dict[str, Any]) -> tuple[Tensor, Tensor]:
     z = z.detach().requires_grad_()
     view1, view2 = z.chunk(2)
-    loss = mmcl_loss(view2, view1, duals, first=0, alpha_normalize="none", **kernel)
+    loss = mmcl_loss(view2, view1, duals, first=0, **kernel)
     return loss.detach(), torch.autograd.grad(loss, z)[0]
 
 
@@ -182,10 +187,10 @@ def _ddp_rank(r: int, world: int, h: Tensor, weight: Tensor, hyper: dict[str, An
     local = h[r] @ weight
     local.retain_grad()
     view1, view2 = local.chunk(2)
-    pool = gather(view1)
-    problem, kernel = _problem(pool, hyper)
+    pool, first = gather(view1), rank() * len(view1)
+    problem, kernel = _problem(pool, hyper, rows=slice(first, first + len(view1)))
     duals = solve_inv(problem).duals
-    loss = mmcl_loss(view2, pool, duals, first=rank() * len(view1), alpha_normalize="none", **kernel)
+    loss = mmcl_loss(view2, pool, duals, first=first, **kernel)
     loss.backward()
     assert local.grad is not None and weight.grad is not None
     # The backward of a gather sums over ranks: W copies of the global loss, as the mean of DDP expects.
@@ -195,10 +200,9 @@ def _ddp_rank(r: int, world: int, h: Tensor, weight: Tensor, hyper: dict[str, An
 def _golden_ddp(case: GoldenCase, precision: str) -> dict[str, Any]:
     arrays = case.tensors(precision)
     parts = run_ranks(len(arrays["h"]), _ddp_rank, arrays["h"], arrays["weight"], case.hyper)
-    assert all(torch.equal(part["alpha"], parts[0]["alpha"]) for part in parts)
     return {
         "loss": torch.stack([part["loss"] for part in parts]).mean(),
-        "alpha": parts[0]["alpha"],
+        "alpha": torch.cat([part["alpha"] for part in parts]),
         "grad_local_z": torch.stack([part["z"] for part in parts]),
         "grad_weight": torch.stack([part["weight"] for part in parts]).mean(dim=0),
     }
@@ -218,7 +222,7 @@ def _golden_multistep(case: GoldenCase, precision: str) -> dict[str, Any]:
         view1, view2 = z.chunk(2)
         problem, kernel = _problem(view1, hyper, sigma=sigma)
         duals = solve_inv(problem).duals
-        loss = mmcl_loss(view2, view1, duals, first=0, alpha_normalize="none", **kernel)
+        loss = mmcl_loss(view2, view1, duals, first=0, **kernel)
         with torch.no_grad():
             x, query = normalize(view1), normalize(view2)
             scores = shifted_kernel(query, x, centre=x.mean(dim=0), **kernel) + kernel_shift(**kernel)
@@ -335,13 +339,13 @@ def test_the_step_is_bounded_for_tanh_too(sigma, cosine, twins):
         assert bound[j] >= torch.linalg.eigvalsh(delta).max() - 1e-12
 
 
-@pytest.mark.parametrize("normalized", ["none", "mean"])
-def test_no_support_vector_gives_no_loss_and_a_finite_residual(normalized):
+@pytest.mark.parametrize("divided", [lambda duals: duals, normalized], ids=["none", "mean"])
+def test_no_support_vector_gives_no_loss_and_a_finite_residual(divided):
     """All duals 0: nothing to normalise by."""
     z = _rows(12, dtype=torch.float32)
     problem, kernel = _problem(z[:6], {"kernel": "rbf", "sigma": 0.5, "C": -1, "reg": 0.1})
     duals, query = torch.zeros(6, 6), z[6:].requires_grad_()
-    loss = mmcl_loss(query, z[:6], duals, first=0, alpha_normalize=normalized, **kernel)
+    loss = mmcl_loss(query, z[:6], divided(duals), first=0, **kernel)
     assert loss == 0 and (torch.autograd.grad(loss, query)[0] == 0).all()
     health = dual_health(problem, duals)
     assert health["kkt"] == 1 and all(value.isfinite() for value in health.values())
@@ -357,7 +361,7 @@ def test_the_optimum_is_reached_three_ways(sigma, C, twins):
     assert (exact >= 0).all() and exact.max() <= problem.upper
     adaptive = solve_adaptive(problem, max_iter=5000, tol=1e-11)
     torch.testing.assert_close(adaptive.duals, exact, rtol=1e-6, atol=1e-8)
-    start, theta = start_point(problem, "gaussian", torch.Generator().manual_seed(0))
+    start, theta = start_point(problem, "gaussian", 0)
     fixed: dict[str, Any] = {
         "variant": "vanilla",
         "step": "lipschitz",
@@ -369,14 +373,82 @@ def test_the_optimum_is_reached_three_ways(sigma, C, twins):
     assert descended.iterations < 20_000 and adaptive.iterations < 5000
 
 
+def _by_pgd(problem: DualProblem, of_ranks: Any, stop: Stop) -> Solution:
+    start, theta = start_point(problem, "gaussian", 0)
+    options: dict[str, Any] = {"variant": "nesterov", "step": "frobenius", "max_iter": 400, "tol": 1e-3}
+    return solve_pgd(problem, start, theta=theta, stop=stop, of_ranks=of_ranks, **options)
+
+
+SOLVERS: dict[str, Any] = {
+    "inv": lambda problem, of_ranks: solve_inv(problem),
+    "adaptive": lambda problem, of_ranks: solve_adaptive(problem, max_iter=400, tol=1e-4, of_ranks=of_ranks),
+    "exact": lambda problem, of_ranks: solve_exact(problem, of_ranks=of_ranks),
+    "pgd": partial(_by_pgd, stop="relative_change"),
+    "pgd, kkt": partial(_by_pgd, stop="kkt"),
+}
+PARTS = {"rbf": {}, "tanh, twins": {"kernel": "tanh", "sigma": 0.7, "self_kernel": "true", "anchors": 12}}
+
+
+def _solved(changes: dict[str, Any], rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """Duals, iterations and health of every solver, for this rank's part of 12 anchors."""
+    hyper = {"kernel": "rbf", "sigma": 0.5, "C": 0.7, "reg": 0.1}
+    share, of_ranks = 12 // world, (lambda x: gather_detached(x[None])) if world > 1 else alone
+    rows = slice(rank * share, (rank + 1) * share)
+    problem, _ = _problem(_rows(24 if "anchors" in changes else 12), hyper, **changes, rows=rows)
+    got = {}
+    for name, solver in SOLVERS.items():
+        solution = solver(problem, of_ranks)
+        health = dual_health(problem, solution.duals, of_ranks)
+        got[name] = (solution.duals, solution.iterations, health, normalized(solution.duals, of_ranks))
+    return got
+
+
+def _solved_by_ranks(rank: int, world: int) -> dict[str, Any]:
+    return {case: _solved(changes, rank, world) for case, changes in PARTS.items()}
+
+
+def test_ranks_that_solve_for_their_own_anchors_find_the_same():
+    parts = run_ranks(3, _solved_by_ranks)
+    for case, changes in PARTS.items():
+        for name, (duals, iterations, health, divided) in _solved(changes).items():
+            got = [part[case][name] for part in parts]
+            torch.testing.assert_close(torch.cat([g[0] for g in got]), duals, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(torch.cat([g[3] for g in got]), divided, rtol=1e-9, atol=1e-11)
+            assert [g[1] for g in got] == [iterations] * 3, (case, name)
+            for g in got:
+                torch.testing.assert_close(g[2], health, rtol=1e-7, atol=1e-12)
+
+
+def test_the_host_looks_at_every_tenth_update_and_the_first_small_change_counts():
+    problem, _ = _problem(_rows(12), {"kernel": "rbf", "sigma": 0.5, "C": 0.7, "reg": 0.1})
+    start, theta = start_point(problem, "gaussian", 0)
+    options: dict[str, Any] = {"variant": "nesterov", "step": "frobenius", "stop": "relative_change"}
+    looked = []
+
+    def of_ranks(x: Tensor) -> Tensor:
+        looked.append(x.numel())
+        return x[None]
+
+    whole = solve_pgd(problem, start, theta=theta, max_iter=400, tol=1e-2, of_ranks=of_ranks, **options)
+    assert whole.iterations < 400 and whole.iterations % 10 != 0
+    assert looked == [1] + [10] * -(-whole.iterations // 10)
+    step_by_step = [
+        solve_pgd(problem, start, theta=theta, max_iter=k, tol=0.0, **options)
+        for k in (whole.iterations - 1, whole.iterations)
+    ]
+    assert torch.equal(whole.duals, step_by_step[1].duals)
+    before, after = (float(solution.change or 0) for solution in step_by_step)
+    assert whole.change == after < 1e-2 <= before
+
+
 def test_starts():
     problem, _ = _problem(_rows(40), {"kernel": "rbf", "sigma": 0.5, "C": 0.7, "reg": 0.1})
-    gaussian, theta = start_point(problem, "gaussian", torch.Generator().manual_seed(0))
-    again, _ = start_point(problem, "gaussian", torch.Generator().manual_seed(0))
+    gaussian, theta = start_point(problem, "gaussian", 0)
+    again, _ = start_point(problem, "gaussian", 0)
     assert torch.equal(gaussian, again) and gaussian.max() == 0.7 and 1e-8 <= theta < 1
     assert 0.4 < (gaussian == 0).double().mean() < 0.6
-    assert (start_point(problem, "zero", torch.Generator())[0] == 0).all()
-    assert torch.equal(start_point(problem, "inv", torch.Generator())[0], solve_inv(problem).duals)
+    assert (start_point(problem, "zero", 0)[0] == 0).all()
+    assert torch.equal(start_point(problem, "inv", 0)[0], solve_inv(problem).duals)
 
 
 def test_a_fixed_number_of_iterations():
@@ -443,10 +515,10 @@ def test_inv_compiles_without_a_break():
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("sigma", [0.05, 0.7])
 def test_gradient_by_finite_differences(kernel, sigma):
-    query, pool, duals = _rows(4, 5), _rows(9, 5), torch.rand(6, 9, dtype=torch.float64)
+    query, pool, duals = _rows(4, 5), _rows(9, 5), torch.rand(4, 9, dtype=torch.float64)
 
     def loss(q: Tensor, p: Tensor) -> Tensor:
-        return mmcl_loss(q, p, duals, first=1, kernel=Kernel(kernel, sigma), alpha_normalize="mean")
+        return mmcl_loss(q, p, duals, first=1, kernel=Kernel(kernel, sigma))
 
     assert torch.autograd.gradcheck(loss, (query.requires_grad_(), pool.requires_grad_()))
 
@@ -458,9 +530,9 @@ def test_loss_by_definition(kernel):
     values = _plain_kernel(normalize(x), normalize(z), kernel, 0.3)  # k(x_i, z_j)
     terms = [duals[j] @ values[:, j] - duals[j].sum() * values[j, j] for j in range(6)]
     options: dict[str, Any] = {"first": 0, "kernel": Kernel(kernel, 0.3)}
-    got = mmcl_loss(z, x, duals, alpha_normalize="none", **options)
+    got = mmcl_loss(z, x, duals, **options)
     torch.testing.assert_close(got, torch.stack(terms).mean(), rtol=1e-12, atol=1e-14)
-    scaled = mmcl_loss(z, x, duals, alpha_normalize="mean", **options)
+    scaled = mmcl_loss(z, x, normalized(duals), **options)
     torch.testing.assert_close(scaled, got / duals.sum(dim=1).mean(), rtol=1e-12, atol=0)
 
 
@@ -472,8 +544,7 @@ def test_small_kernel_values_keep_their_gradient_in_float32():
     grads = []
     for dtype in (torch.float64, torch.float32):
         query = z.to(dtype, copy=True).requires_grad_()
-        options: dict[str, Any] = {"kernel": Kernel("rbf", 0.05), "alpha_normalize": "none"}
-        loss = mmcl_loss(query, x.to(dtype), duals.to(dtype), first=0, **options)
+        loss = mmcl_loss(query, x.to(dtype), duals.to(dtype), first=0, kernel=Kernel("rbf", 0.05))
         grads.append(torch.autograd.grad(loss, query)[0].double())
     torch.testing.assert_close(grads[1], grads[0], rtol=2e-4, atol=1e-12)
 
@@ -535,7 +606,7 @@ def _step(z: Tensor, kernel: str, solver: str) -> None:
     n = len(z) // 2
     problem, arguments = _problem(z[:n], {"kernel": kernel, "sigma": 5.0, "C": 100.0, "reg": 0.1})
     if solver == "pgd":
-        start, theta = start_point(problem, "gaussian", torch.Generator().manual_seed(0))
+        start, theta = start_point(problem, "gaussian", 0)
         plain: dict[str, Any] = {
             "variant": "nesterov",
             "step": "frobenius",
@@ -663,8 +734,8 @@ def _starts(method: MMCL, monkeypatch: pytest.MonkeyPatch, losses: int, steps: i
     """The random starts of ``losses`` micro-batches in each of ``steps`` steps."""
     starts: list[Tensor] = []
 
-    def seen(problem: DualProblem, init: Any, generator: torch.Generator) -> tuple[Tensor, float]:
-        starts.append(start_point(problem, init, generator)[0])
+    def seen(problem: DualProblem, init: Any, seed: int) -> tuple[Tensor, float]:
+        starts.append(start_point(problem, init, seed)[0])
         return starts[-1], 0.5
 
     monkeypatch.setattr("sslzoo_methods.mmcl.method.start_point", seen)

@@ -15,7 +15,7 @@ from sslzoo_methods.margin.factors import NO_MARGIN
 from sslzoo_methods.margin.loss import contrast, contrast_queue, margin_loss, view_alignment
 from sslzoo_methods.metaug.loss import Contrast, bank_objective, batch_objective
 from sslzoo_methods.mmcl.kernels import Kernel, bandwidth
-from sslzoo_methods.mmcl.loss import dual_health, dual_problem, kernel_means, mmcl_loss
+from sslzoo_methods.mmcl.loss import dual_health, dual_problem, kernel_means, mmcl_loss, normalized
 from sslzoo_methods.mmcl.solvers import solve_adaptive
 from sslzoo_methods.sce.loss import TermWeights, crop_pairs, sce_loss, sce_multicrop_loss
 from sslzoo_methods.simclr.loss import nt_xent
@@ -100,7 +100,7 @@ def _mmcl(z: Tensor) -> Tensor:
     duals = solve_adaptive(problem, max_iter=10, tol=1e-3).duals
     dual_health(problem, duals)
     kernel_means(z[1], z[0], first=0, kernel=Kernel("rbf", sigma))
-    return mmcl_loss(z[1], z[0], duals, first=0, kernel=Kernel("rbf", sigma), alpha_normalize="mean")
+    return mmcl_loss(z[1], z[0], normalized(duals), first=0, kernel=Kernel("rbf", sigma))
 
 
 GCL: dict[str, Any] = {

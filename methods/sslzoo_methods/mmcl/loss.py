@@ -1,7 +1,7 @@
 """The MMCL loss (arXiv:2112.11450), as pure functions without modules, state or process groups.
 
-Shapes: N anchors in the global batch, M points in the pool of negatives (N, or 2N with the other view),
-n queries on this rank, D embedding width.
+Shapes: N anchors in the global batch, of which n are this rank's, M points in the pool of negatives (N, or 2N with the
+other view), D embedding width.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sslzoo.checks import require
 from sslzoo.nn.numerics import autocast_off, normalize
-from sslzoo_methods.mmcl.config import AlphaNormalize, SelfTerm
+from sslzoo_methods.mmcl.config import SelfTerm
 from sslzoo_methods.mmcl.kernels import Kernel, kernel_shift, shifted_gram, shifted_kernel
-from sslzoo_methods.mmcl.solvers import DualProblem
+from sslzoo_methods.mmcl.solvers import DualProblem, OfRanks, alone
 
 
 @torch.no_grad()
@@ -27,8 +27,9 @@ def dual_problem(
     self_term: SelfTerm,
     C: float | None,
     reg: float,
+    rows: slice = slice(None),
 ) -> DualProblem:
-    """The dual problems of a batch's SVMs (equation 2.2), without gradients.
+    """The dual problems of the SVMs of the anchors ``rows``, those of this rank (equation 2.2), without gradients.
 
     ``pool`` (M, D): projections, of any norm, of the anchors, followed by their other views in the same order
     for the 2N - 2 variant. ``self_term``: s_j = 1 for ``one`` (official code), k(x_j, x_j) for ``kernel`` (exact
@@ -43,15 +44,18 @@ def dual_problem(
     x = normalize(pool)
     with autocast_off(x):
         gram = shifted_gram(x, kernel=kernel)
-        self_values = gram.diagonal()[:anchors]
-        if self_term == "one":
-            self_values = torch.zeros_like(self_values) + (1 - kernel_shift(kernel))
+        own = gram.diagonal()[:anchors][rows]
+        one = torch.zeros_like(own) + (1 - kernel_shift(kernel))
+        self_values = one if self_term == "one" else own.clone()
     return DualProblem(
         gram=gram,
-        self_term=self_values.clone(),
+        self_term=self_values,
+        self_gap=self_values - own,
         upper=math.inf if C is None else C,
         reg=reg,
         definite=kernel.name != "tanh",
+        anchors=anchors,
+        first=rows.start or 0,
     )
 
 
@@ -62,28 +66,19 @@ def mmcl_loss(
     *,
     first: int,
     kernel: Kernel,
-    alpha_normalize: AlphaNormalize,
 ) -> Tensor:
     """Negative mean SVM score of the queries, equation 2.4: mean_j sum_i alpha_ji (k(x_i, z_j) - k(x_j, z_j)).
 
-    ``queries`` (n, D): another view of anchors ``first`` .. ``first + n - 1``. ``pool`` (M, D) and ``duals`` (N, M)
-    as in :func:`dual_problem`. Rows are normalised here. The duals are constants; gradients reach the queries and
-    the pool, as positives and as negatives. ``alpha_normalize="mean"`` divides the duals by the mean of
-    alpha_x,j = sum_i alpha_ji; if all duals are 0, they and the loss stay 0.
+    ``queries`` (n, D): another view of anchors ``first`` .. ``first + n - 1``, whose duals are ``duals`` (n, M).
+    ``pool`` (M, D) as in :func:`dual_problem`. Rows are normalised here. The duals are constants; gradients reach the
+    queries and the pool, as positives and as negatives.
     There is no temperature; the scale is unbounded and the value usually negative.
     """
     z, x = normalize(queries), normalize(pool)
     with autocast_off(x):
-        rows, duals = slice(first, first + len(z)), duals.detach()
-        total = duals.sum(dim=1)
-        if alpha_normalize == "mean":
-            mean = total.mean()
-            mean = torch.where(mean == 0, 1.0, mean)
-            duals, total = duals / mean, total / mean
-        signed = duals[
-            rows
-        ].clone()  # factors of the negatives' scores and, in the anchor's own column, the positive's
-        signed.diagonal(first).copy_(-total[rows])
+        signed = duals.detach().clone()
+        # Factors of the negatives' scores and, in the anchor's own column, the positive's.
+        signed.diagonal(first).copy_(-signed.sum(dim=1))
         scores = shifted_kernel(z, x, kernel=kernel, centre=x.detach().mean(dim=0))  # (n, M)
         return (signed * scores).sum() / len(z)
 
@@ -100,8 +95,15 @@ def kernel_means(queries: Tensor, pool: Tensor, *, first: int, kernel: Kernel) -
 
 
 @torch.no_grad()
-def dual_health(problem: DualProblem, duals: Tensor) -> dict[str, Tensor]:
-    """Statistics of the duals, as scalars in their precision.
+def normalized(duals: Tensor, of_ranks: OfRanks = alone) -> Tensor:
+    """``duals`` (n, M) divided by the mean over all ranks of alpha_x,j = sum_i alpha_ji; unchanged if that is 0."""
+    mean = of_ranks(duals.sum(dim=1).mean()).mean()
+    return duals / torch.where(mean == 0, 1.0, mean)
+
+
+@torch.no_grad()
+def dual_health(problem: DualProblem, duals: Tensor, of_ranks: OfRanks = alone) -> dict[str, Tensor]:
+    """Statistics of the duals of all ranks, as scalars in their precision.
 
     ``frac_zero``: fraction of variables that are exactly 0; ``frac_at_C``: fraction of the positive ones that
     are at the bound; ``alpha_x``: mean of sum_i alpha_ji; ``support``: mean effective number of support vectors,
@@ -110,12 +112,18 @@ def dual_health(problem: DualProblem, duals: Tensor) -> dict[str, Tensor]:
     with autocast_off(duals):
         residual = problem.residual(duals, problem.lipschitz()).max()
     total, squares = duals.sum(dim=1), duals.square().sum(dim=1)
-    positive = (duals > 0).sum().to(duals.dtype)
-    at_bound = (duals == problem.upper).sum().to(duals.dtype)
+    support = (total.square() / squares.clamp(min=torch.finfo(duals.dtype).tiny)).mean()
+    positive, at_bound = (mask.sum().to(duals.dtype) for mask in (duals > 0, duals == problem.upper))
+    # One collective for all of them.
+    own = torch.stack(
+        [positive / problem.variables, at_bound / problem.variables, total.mean(), support, residual]
+    )
+    ranks = of_ranks(own)
+    positive, at_bound, alpha_x, support = ranks[:, :4].mean(dim=0).unbind()
     return {
-        "frac_zero": 1 - positive / problem.variables,
-        "frac_at_C": at_bound / (positive + 1e-10),
-        "alpha_x": total.mean(),
-        "support": (total.square() / squares.clamp(min=torch.finfo(duals.dtype).tiny)).mean(),
-        "kkt": residual,
+        "frac_zero": 1 - positive,
+        "frac_at_C": at_bound / (positive + 1e-10 / problem.variables),
+        "alpha_x": alpha_x,
+        "support": support,
+        "kkt": ranks[:, 4].max(),
     }

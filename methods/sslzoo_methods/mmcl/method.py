@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import random
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sslzoo.batch import Batch, Contrast
-from sslzoo.distributed import gather, rank, world_size
+from sslzoo.distributed import gather, gather_detached, rank, world_size
 from sslzoo.method import SSLMethod
 from sslzoo.nn.heads import build_head
 from sslzoo.nn.passes import forward_crops
 from sslzoo_methods.mmcl.config import INV, AdaptivePGD, Bandwidth, Exact, MMCLConfig
 from sslzoo_methods.mmcl.kernels import Kernel, bandwidth
-from sslzoo_methods.mmcl.loss import dual_health, dual_problem, kernel_means, mmcl_loss
+from sslzoo_methods.mmcl.loss import dual_health, dual_problem, kernel_means, mmcl_loss, normalized
 from sslzoo_methods.mmcl.solvers import (
     DualProblem,
+    OfRanks,
     Solution,
+    alone,
     solve_adaptive,
     solve_exact,
     solve_inv,
@@ -72,8 +73,10 @@ class MMCL(SSLMethod[MMCLConfig]):
         return {"backbone": h, "projector": self.projector(h)}
 
     def _term(self, z: tuple[Tensor, ...], anchor: int) -> Tensor:
-        """The loss of view ``anchor`` with all other crops as queries; only the pool of the SVMs is gathered."""
+        """The loss of view ``anchor`` with all other crops as queries. The pool of the SVMs is gathered, and each rank
+        solves for its own anchors."""
         cfg, n = self.cfg, len(z[0])
+        first = rank() * n if cfg.gather else 0
         views = [z[anchor]] if cfg.negatives == "view1" else [z[anchor], z[1 - anchor]]
         pool = torch.cat([gather(view) for view in views] if cfg.gather else views)
         kernel = Kernel(cfg.kernel.name, self._sigma(pool))
@@ -84,14 +87,15 @@ class MMCL(SSLMethod[MMCLConfig]):
             self_term=cfg.kernel.self_term,
             C=cfg.C,
             reg=cfg.reg,
+            rows=slice(first, first + n),
         )
-        solution = self._solve(problem, anchor)
-        first = rank() * n if cfg.gather else 0
+        of_ranks = _of_ranks if cfg.gather else alone
+        solution = self._solve(problem, anchor, of_ranks)
         queries = z[:anchor] + z[anchor + 1 :]
         if anchor == 0:
             anchors = pool[: problem.anchors]
             positive, negative = kernel_means(queries[0], anchors, first=first, kernel=kernel)
-            health = dual_health(problem, solution.duals)
+            health = dual_health(problem, solution.duals, of_ranks)
             health |= {"pos_kernel_mean": positive, "neg_kernel_mean": negative}
             for name, value in health.items():
                 self.record(f"method/{name}", value)
@@ -101,8 +105,9 @@ class MMCL(SSLMethod[MMCLConfig]):
                 self.record("method/bandwidth", kernel.sigma)
             elif kernel.sigma is not None:
                 self.setting("method/sigma", kernel.sigma)
-        options: dict[str, Any] = {"first": first, "kernel": kernel, "alpha_normalize": cfg.alpha_normalize}
-        return torch.stack([mmcl_loss(query, pool, solution.duals, **options) for query in queries]).mean()
+        duals = solution.duals if cfg.alpha_normalize == "none" else normalized(solution.duals, of_ranks)
+        losses = [mmcl_loss(query, pool, duals, first=first, kernel=kernel) for query in queries]
+        return torch.stack(losses).mean()
 
     def _sigma(self, pool: Tensor) -> float | Tensor | None:
         """The bandwidth in this epoch; None if the kernel has none."""
@@ -111,22 +116,21 @@ class MMCL(SSLMethod[MMCLConfig]):
             return None
         return bandwidth(pool, sigma=kernel.sigma_at(self.epoch), rule=kernel.sigma_rule)
 
-    def _solve(self, problem: DualProblem, anchor: int) -> Solution:
+    def _solve(self, problem: DualProblem, anchor: int, of_ranks: OfRanks) -> Solution:
         """Solve for the duals. ``inv``, and ``pgd_adaptive`` without ``tol``, need no host-device synchronisation; the
-        other solvers do for their stopping criterion."""
+        other solvers need one in ten updates, for their stopping criterion."""
         solver = self.cfg.solver
         if isinstance(solver, INV):
             return solve_inv(problem)
         if isinstance(solver, Exact):
-            return solve_exact(problem)
+            return solve_exact(problem, of_ranks=of_ranks)
         if isinstance(solver, AdaptivePGD):
-            return solve_adaptive(problem, max_iter=solver.max_iter, tol=solver.tol)
+            return solve_adaptive(problem, max_iter=solver.max_iter, tol=solver.tol, of_ranks=of_ranks)
         position = self.step * self.plan.accumulate + self.micro_batch
         if not self.cfg.gather:  # each rank solves its own problem
             position = position * world_size() + rank()
-        generator = torch.Generator(problem.gram.device)
-        generator.manual_seed(random.Random(f"mmcl {self.seed} {position} {anchor}").getrandbits(63))
-        start, theta = start_point(problem, solver.init, generator)
+        seed = random.Random(f"mmcl {self.seed} {position} {anchor}").getrandbits(63)
+        start, theta = start_point(problem, solver.init, seed)
         solution = solve_pgd(
             problem,
             start,
@@ -136,6 +140,7 @@ class MMCL(SSLMethod[MMCLConfig]):
             max_iter=solver.max_iter,
             stop=solver.stop,
             tol=solver.tol,
+            of_ranks=of_ranks,
         )
         if not isinstance(solver.step, str) and solution.curvature is not None:
             limit = (1 if solver.variant == "nesterov" else 2) / solver.step
@@ -147,3 +152,8 @@ class MMCL(SSLMethod[MMCLConfig]):
                     stacklevel=2,
                 )
         return solution
+
+
+def _of_ranks(x: Tensor) -> Tensor:
+    """``x`` of every rank, stacked (W, ...)."""
+    return gather_detached(x[None])

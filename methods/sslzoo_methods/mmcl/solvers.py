@@ -6,8 +6,10 @@ Delta_j[a, b] = s_j + k(a, b) - k(j, a) - k(j, b) + reg [a = b]. The matrices De
 one at a time in :func:`solve_exact`, so the memory is O(M^2).
 
 Shapes: M points in the pool, of which the first N are the anchors. M = N, or M = 2N if row N + j is the
-other view of anchor j, its twin, which is not one of its negatives. E is the shifted Gram matrix of the
-pool; A (N, M) are the duals: row = anchor, column = negative, 0 where the column is not a negative of the row.
+other view of anchor j, its twin, which is not one of its negatives. The problems of n contiguous anchors are solved
+here, those of this rank, or all N. E is the shifted Gram matrix of the pool; A (n, M) are the duals: row = anchor,
+column = negative, 0 where the column is not a negative of the row. Criteria to stop are of all ranks: the argument
+``of_ranks`` of a solver stacks a tensor of every rank, (W, ...).
 """
 
 from __future__ import annotations
@@ -25,33 +27,44 @@ from sslzoo.nn.numerics import autocast_off, ieee_matmul
 from sslzoo_methods.mmcl.config import Init, Step, Stop, Variant
 
 CHECK_EVERY = (
-    10  # iterations between KKT checks, each of which costs a gradient and a host-device synchronisation
+    10  # updates between looks at the stopping criterion, for each of which the host waits for the device
 )
+
+OfRanks = Callable[[Tensor], Tensor]  # a tensor of every rank, stacked (W, ...)
+
+
+def alone(x: Tensor) -> Tensor:
+    """``of_ranks`` of problems that this rank solves alone."""
+    return x[None]
 
 
 class Solution(NamedTuple):
     """Result of a solver."""
 
-    duals: Tensor  # (N, M)
+    duals: Tensor  # (n, M)
     iterations: int  # number of updates
-    change: Tensor | None = None  # relative change at the last update, if that is the stopping criterion
-    curvature: Tensor | None = None  # max_j L_j, if the solver computed it
+    change: float | None = None  # relative change at the last update, if that is the stopping criterion
+    curvature: float | None = None  # max_j L_j over all ranks, if the solver computed it
 
 
 @dataclass(frozen=True)
 class DualProblem:
-    """The N dual problems of a batch. ``gram`` and ``self_term`` may be shifted by a common constant."""
+    """The dual problems of the anchors ``first`` .. ``first + n - 1`` of a batch. ``gram`` and ``self_term`` may be
+    shifted by a common constant."""
 
     gram: Tensor  # E (M, M), detached
-    self_term: Tensor  # s (N,), shifted like E
+    self_term: Tensor  # s (n,), shifted like E
+    self_gap: Tensor  # s_j - k(x_j, x_j) (n,): 0 unless s is 1 and k(x, x) is not
     upper: float  # C; infinite if there is no bound
     reg: float
     definite: bool  # whether the kernel is positive semi-definite
+    anchors: int  # N
+    first: int = 0
 
     @property
-    def anchors(self) -> int:
-        """Number of anchors, N."""
-        return len(self.self_term)
+    def rows(self) -> slice:
+        """The rows of the pool that are anchors here."""
+        return slice(self.first, self.first + len(self.self_term))
 
     @property
     def twins(self) -> bool:
@@ -60,19 +73,22 @@ class DualProblem:
 
     @property
     def variables(self) -> int:
-        """Number of dual variables of all anchors."""
-        return self.anchors * (len(self.gram) - 1 - self.twins)
+        """Number of dual variables of the anchors here."""
+        return len(self.self_term) * (len(self.gram) - 1 - self.twins)
 
-    @property
-    def self_gap(self) -> Tensor:
-        """s_j - k(x_j, x_j) (N,): 0 unless ``self_term`` is ``one`` and k(x, x) is not 1."""
-        return self.self_term - self.gram.diagonal()[: self.anchors]
+    def own(self, rows: Tensor) -> Tensor:
+        """The entries (n,) of ``rows`` (n, M) in the column of the row's own anchor, as a view."""
+        return rows.diagonal(self.first)
+
+    def twin(self, rows: Tensor) -> Tensor:
+        """The entries (n,) of ``rows`` (n, M) in the column of the row's twin, as a view."""
+        return rows.diagonal(self.anchors + self.first)
 
     def clear(self, duals: Tensor) -> Tensor:
         """Set entries that are not variables, those of the anchor itself and its twin, to 0 in place."""
-        duals.diagonal().zero_()
+        self.own(duals).zero_()
         if self.twins:
-            duals.diagonal(self.anchors).zero_()
+            self.twin(duals).zero_()
         return duals
 
     def project(self, duals: Tensor) -> Tensor:
@@ -80,24 +96,24 @@ class DualProblem:
         return self.clear(duals.clamp_(0, self.upper))
 
     def gradient(self, duals: Tensor) -> Tensor:
-        """Gradient (N, M) of all objectives by one matrix product; entries that are not variables are undefined.
+        """Gradient (n, M) of all objectives by one matrix product; entries that are not variables are undefined.
 
         It is B E + reg A - diag(B E) + (sum A) (s - E_jj) - 2, where B is A with -sum_i A_ji in the column of
         anchor j itself.
         """
         total = duals.sum(dim=1)
         signed = duals.clone()
-        signed.diagonal().copy_(-total)
+        self.own(signed).copy_(-total)
         with ieee_matmul():
             gradient = torch.addmm(duals, signed, self.gram, beta=self.reg)
-        return gradient.add_((total * self.self_gap - gradient.diagonal() - 2)[:, None])
+        return gradient.add_((total * self.self_gap - self.own(gradient) - 2)[:, None])
 
     def objective(self, duals: Tensor) -> Tensor:
-        """The dual objectives (N,), including the ridge term."""
+        """The dual objectives (n,), including the ridge term."""
         return (duals * (self.gradient(duals) - 2)).sum(dim=1) / 2
 
     def lipschitz(self) -> Tensor:
-        """L_j (N,), an upper bound of the largest eigenvalue of Delta_j, by three matrix products.
+        """L_j (n,), an upper bound of the largest eigenvalue of Delta_j, by three matrix products.
 
         With K_c the centred Gram matrix, u its column j and d = u_j, Delta_j is a principal submatrix of
         K_c - u 1' - 1 u' + d 1 1' + reg I, plus the self gap times 1 1'. The largest eigenvalue of K_c is at most
@@ -105,8 +121,7 @@ class DualProblem:
         the largest eigenvalue of - u 1' - 1 u' + d 1 1', where u is orthogonal to 1:
         (M d + sqrt((M d)^2 + 4 M |u|^2)) / 2.
         """
-        n, m = self.anchors, len(self.gram)
-        means = self.gram.mean(dim=0)
+        m, means = len(self.gram), self.gram.mean(dim=0)
         centred = _centre(self.gram)
         scale = centred.norm().clamp(min=torch.finfo(centred.dtype).tiny)
         power = centred / scale
@@ -114,33 +129,30 @@ class DualProblem:
             for _ in range(3):
                 power = power @ power
         top = scale * power.norm() ** (1 / 8)
-        spread = m * (self.gram.diagonal() - 2 * means + means.mean())[:n]  # M d
+        spread = m * (self.gram.diagonal() - 2 * means + means.mean())[self.rows]  # M d
         if self.definite:
             rest = spread.clamp(min=0)
         else:
-            rest = (spread + (spread.square() + 4 * m * centred[:n].square().sum(dim=1)).sqrt()) / 2
+            rest = (spread + (spread.square() + 4 * m * centred[self.rows].square().sum(dim=1)).sqrt()) / 2
         return top + rest + self.reg + (m - 1) * self.self_gap.clamp(min=0)
 
     def frobenius(self) -> Tensor:
-        """|Delta_j|_F (N,) from row sums and elementwise products; with twins, which it includes, an upper bound."""
-        n, m = self.anchors, len(self.gram) - 1
+        """|Delta_j|_F (n,) from row sums and elementwise products; with twins, which it includes, an upper bound."""
+        m = len(self.gram) - 1
         ridged = self.gram + self.reg * torch.eye(m + 1, dtype=self.gram.dtype, device=self.gram.device)
-        rows = self.clear_self(self.gram[:n].clone())  # p: k(j, a)
-        q = self.clear_self(ridged.sum(dim=1) - ridged[:n])  # row sums of the others
-        p1, p2, q1, pq = rows.sum(dim=1), rows.square().sum(dim=1), q.sum(dim=1), (rows * q).sum(dim=1)
-        own = ridged.diagonal()[:n]
-        rest = ridged.square().sum() - 2 * ridged[:n].square().sum(dim=1) + own.square()
+        p = self.gram[self.rows].clone()  # k(j, a)
+        q = ridged.sum(dim=1) - ridged[self.rows]  # row sums of the others
+        for rows in (p, q):
+            self.own(rows).zero_()
+        p1, p2, q1, pq = p.sum(dim=1), p.square().sum(dim=1), q.sum(dim=1), (p * q).sum(dim=1)
+        own = ridged.diagonal()[self.rows]
+        rest = ridged.square().sum() - 2 * ridged[self.rows].square().sum(dim=1) + own.square()
         s = self.self_term
         square = (m * s).square() + rest + 2 * m * p2 + 2 * p1.square() + 2 * s * q1 - 4 * s * m * p1 - 4 * pq
         return square.clamp(min=0).sqrt()
 
-    def clear_self(self, rows: Tensor) -> Tensor:
-        """Set each anchor's own column to 0, in place."""
-        rows.diagonal().zero_()
-        return rows
-
     def residual(self, duals: Tensor, lipschitz: Tensor) -> Tensor:
-        """Relative KKT residual |a - clip(a - g / L_j)| / |a| (N,): 0 only at the optimum; 1 at a suboptimal a = 0."""
+        """Relative KKT residual |a - clip(a - g / L_j)| / |a| (n,): 0 only at the optimum; 1 at a suboptimal a = 0."""
         moved = self.project(duals - self.gradient(duals) / lipschitz[:, None])
         change, size, tiny = (duals - moved).norm(dim=1), duals.norm(dim=1), torch.finfo(duals.dtype).tiny
         return change / torch.where(size > tiny, size, change).clamp(min=tiny)
@@ -171,26 +183,27 @@ def _centre(gram: Tensor) -> Tensor:
 
 @_in_full_precision
 def inverse_duals(problem: DualProblem) -> Tensor:
-    """The unclipped duals 2 Delta_j^-1 1 of all anchors (N, M), from a single factorisation.
+    """The unclipped duals 2 Delta_j^-1 1 (n, M), from a single factorisation.
 
     With H = (K_c + reg I)^-1 projected orthogonally to 1, the duals are -2 H_ji / (1 - r_j H_jj). To be accurate
     in float32, the eigenvalue along 1 is raised to the mean of the others before the factorisation, and the
     inverse is centred afterwards. The denominator is positive for positive semi-definite kernels; for others it
     may have any sign and is not guarded.
     """
-    n, m = problem.anchors, len(problem.gram)
+    m = len(problem.gram)
     centred = _centre(problem.gram)
     lift = centred.trace() / (m - 1)
     if not problem.definite:
         lift = lift.clamp(min=0)
     centred.add_(lift / m).diagonal().add_(problem.reg)
     inverse = _centre(_inverse(centred, problem.definite))  # H
+    rows = inverse[problem.rows]
     if problem.twins:  # remove the twin p from the problem: H - H_:p H_p: / H_pp
-        twin = inverse[n:]
-        inverse = inverse[:n] - (twin[:, :n].diagonal() / twin[:, n:].diagonal())[:, None] * twin
-    diagonal = inverse.diagonal()[:n]
+        twin = inverse[problem.anchors :][problem.rows]
+        rows = rows - (problem.own(twin) / problem.twin(twin))[:, None] * twin
+    diagonal = problem.own(rows)
     ratio = 1 - (problem.reg - problem.self_gap) * diagonal
-    return problem.clear(inverse * (-2 / ratio)[:, None])
+    return problem.clear(rows * (-2 / ratio)[:, None])
 
 
 def _inverse(matrix: Tensor, definite: bool) -> Tensor:
@@ -210,19 +223,23 @@ def solve_inv(problem: DualProblem) -> Solution:
 
 
 @_in_full_precision
-def start_point(problem: DualProblem, init: Init, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Initial point (N, M) of :func:`solve_pgd` and theta_0 in [1e-8, 1), both drawn from ``generator``.
+def start_point(problem: DualProblem, init: Init, seed: int) -> tuple[Tensor, float]:
+    """Initial point (n, M) of :func:`solve_pgd` and theta_0 in [1e-8, 1), both drawn with ``seed``.
 
-    ``gaussian`` is the relu of a standard normal draw as in the official code, so about half are exact zeros.
+    ``gaussian`` is the relu of a standard normal draw as in the official code, so about half are exact zeros. It is
+    drawn for all anchors, so that those of a rank do not depend on the number of ranks. The host waits for nothing.
     """
-    shape, like = (problem.anchors, len(problem.gram)), problem.gram
-    theta = 1e-8 + (1 - 1e-8) * torch.rand((), generator=generator, device=like.device).item()
+    like = problem.gram
+    host = torch.Generator().manual_seed(seed)
+    theta = 1e-8 + (1 - 1e-8) * float(torch.rand((), generator=host))
     if init == "zero":
-        return like.new_zeros(shape), theta
+        return like.new_zeros(len(problem.self_term), len(like)), theta
     if init == "inv":
         return solve_inv(problem).duals, theta
+    generator = host if like.device.type == "cpu" else torch.Generator(like.device).manual_seed(seed)
+    shape = (problem.anchors, len(like))
     normal = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-    return problem.project(normal), theta
+    return problem.project(normal[problem.rows].clone()), theta
 
 
 @_in_full_precision
@@ -236,21 +253,24 @@ def solve_pgd(
     max_iter: int,
     stop: Stop,
     tol: float,
+    of_ranks: OfRanks = alone,
 ) -> Solution:
     """Projected gradient descent as in the authors' code: all anchors share momentum and stopping criterion.
 
     ``variant``: ``nesterov`` (momentum from theta_0 = ``theta``, no restarts) or ``vanilla``. ``step``: a
     number, ``frobenius`` (1/|Delta_j|_F) or ``lipschitz`` (1/L_j). ``stop``: ``relative_change`` stops when the mean
-    over all variables of |new - old| / (old + 1e-7) is below ``tol``, tested at every update; ``kkt`` when the
-    largest :meth:`DualProblem.residual` is, tested at every tenth. Both synchronise with the device.
+    over all variables of |new - old| / (old + 1e-7) is below ``tol`` after an update; ``kkt`` when the
+    largest :meth:`DualProblem.residual` is, after a tenth one. In both cases the host waits once in ten updates: it
+    then looks at the changes of all ten, and drops those after the first that was small enough.
     """
     bound = problem.lipschitz()
+    largest = of_ranks(bound.max()).max()
     if isinstance(step, str):
         rate = (bound if step == "lipschitz" else problem.frobenius()).reciprocal()[:, None]
     else:
         rate = bound.new_full((), step)
     duals = point = start
-    change = None
+    block: list[tuple[Tensor, Tensor]] = []  # duals and sums of changes, not looked at yet
     for iteration in range(1, max_iter + 1):
         new = problem.project(torch.addcmul(point, problem.gradient(point), rate, value=-1))
         moved = new - duals
@@ -262,18 +282,35 @@ def solve_pgd(
         else:
             point = new
         if stop == "relative_change":
-            change = moved.abs_().div_(duals + 1e-7).sum() / problem.variables
+            block.append((new, moved.abs_().div_(duals + 1e-7).sum()))
         duals = new
-        if change is not None:
-            if change < tol:
-                return Solution(duals, iteration, change, bound.max())
-        elif iteration % CHECK_EVERY == 0 and problem.residual(duals, bound).max() < tol:
-            return Solution(duals, iteration, None, bound.max())
-    return Solution(duals, max_iter, change, bound.max())
+        if iteration % CHECK_EVERY and iteration < max_iter:
+            continue
+        if stop == "kkt":
+            if _converged(problem, duals, bound, tol, of_ranks):
+                return Solution(duals, iteration, None, float(largest))
+            continue
+        sums = torch.stack([total for _, total in block])
+        changes = of_ranks(sums / problem.variables).mean(dim=0)
+        *values, curvature = torch.cat([changes, largest[None]]).tolist()
+        for done, ((found, _), change) in enumerate(
+            zip(block, values, strict=True), iteration - len(block) + 1
+        ):
+            if change < tol or done == max_iter:
+                return Solution(found, done, change, curvature)
+        block.clear()
+    return Solution(duals, max_iter, None, float(largest))
+
+
+def _converged(problem: DualProblem, duals: Tensor, bound: Tensor, tol: float, of_ranks: OfRanks) -> bool:
+    """Whether the residuals of all ranks are below ``tol``. The host waits for the device."""
+    return bool((of_ranks(problem.residual(duals, bound).max()) < tol).all())
 
 
 @_in_full_precision
-def solve_adaptive(problem: DualProblem, *, max_iter: int, tol: float | None) -> Solution:
+def solve_adaptive(
+    problem: DualProblem, *, max_iter: int, tol: float | None, of_ranks: OfRanks = alone
+) -> Solution:
     """The optimum by FISTA from zero, with step 1/L_j and restarts per anchor; deterministic.
 
     Stops when the largest :meth:`DualProblem.residual` is below ``tol``, tested at every tenth update. With ``tol``
@@ -281,7 +318,7 @@ def solve_adaptive(problem: DualProblem, *, max_iter: int, tol: float | None) ->
     """
     bound = problem.lipschitz()
     rate = bound.reciprocal()[:, None]
-    duals = point = problem.gram.new_zeros(problem.anchors, len(problem.gram))
+    duals = point = problem.gram.new_zeros(len(problem.self_term), len(problem.gram))
     age = rate.new_ones(rate.shape)  # t_k of each anchor
     for iteration in range(1, max_iter + 1):
         new = problem.project(torch.addcmul(point, problem.gradient(point), rate, value=-1))
@@ -291,30 +328,36 @@ def solve_adaptive(problem: DualProblem, *, max_iter: int, tol: float | None) ->
         following = (1 + (1 + 4 * age.square()).sqrt()) / 2
         point = torch.addcmul(new, moved, (age - 1) / following)
         duals, age = new, following
-        if tol is not None and iteration % CHECK_EVERY == 0 and problem.residual(duals, bound).max() < tol:
+        if (
+            tol is not None
+            and iteration % CHECK_EVERY == 0
+            and _converged(problem, duals, bound, tol, of_ranks)
+        ):
             return Solution(duals, iteration)
     return Solution(duals, max_iter)
 
 
 @_in_full_precision
-def solve_exact(problem: DualProblem) -> Solution:
+def solve_exact(problem: DualProblem, *, of_ranks: OfRanks = alone) -> Solution:
     """The optimum computed in float64, for tests and debugging: FISTA, then an active-set refinement per anchor.
 
     Slow, O(N M^3). The result has the precision of ``problem``, which must be strictly convex.
     """
-    exact = replace(problem, gram=problem.gram.double(), self_term=problem.self_term.double())
-    rough = solve_adaptive(exact, max_iter=20_000, tol=1e-10)
-    rows = [_polish(exact, j, rough.duals[j]) for j in range(exact.anchors)]
+    gram, self_term = problem.gram.double(), problem.self_term.double()
+    gap = self_term - gram.diagonal()[problem.rows]
+    exact = replace(problem, gram=gram, self_term=self_term, self_gap=gap)
+    rough = solve_adaptive(exact, max_iter=20_000, tol=1e-10, of_ranks=of_ranks)
+    rows = [_polish(exact, j, row) for j, row in enumerate(rough.duals)]
     return Solution(torch.stack(rows).to(problem.gram.dtype), rough.iterations)
 
 
 def _polish(problem: DualProblem, j: int, rough: Tensor) -> Tensor:
-    """Refine the approximate optimum ``rough`` (M,) of anchor ``j``; returns it unchanged if the active set cycles."""
-    keep = torch.ones_like(rough, dtype=torch.bool)
-    keep[j] = False
+    """Refine the approximate optimum ``rough`` (M,) of row ``j``; returns it unchanged if the active set cycles."""
+    keep, anchor = torch.ones_like(rough, dtype=torch.bool), problem.first + j
+    keep[anchor] = False
     if problem.twins:
-        keep[problem.anchors + j] = False
-    gram, row = problem.gram[keep][:, keep], problem.gram[j, keep]
+        keep[problem.anchors + anchor] = False
+    gram, row = problem.gram[keep][:, keep], problem.gram[anchor, keep]
     delta = problem.self_term[j] + gram - row[:, None] - row
     delta.diagonal().add_(problem.reg)
     near = rough[keep]
