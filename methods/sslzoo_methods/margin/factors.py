@@ -231,8 +231,7 @@ def negative_logsumexp(
     at a time, with O(chunk x M) memory; the value is the same, and it is differentiable once.
     """
     if chunk is not None:
-        scale = torch.as_tensor(1 / temperature, dtype=anchors.dtype, device=anchors.device)
-        return _ChunkedLogSumExp.apply(anchors, candidates, excluded, scale, chunk)  # type: ignore[no-any-return]
+        return _ChunkedLogSumExp.apply(anchors, candidates, excluded, 1 / temperature, chunk)  # type: ignore[no-any-return]
     logits = product(anchors / temperature, candidates.T)
     return logits.scatter(1, excluded, -torch.inf).logsumexp(dim=1)
 
@@ -243,28 +242,31 @@ class _ChunkedLogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchors: Tensor, candidates: Tensor, excluded: Tensor, scale: Tensor, chunk: int
+        ctx: Any, anchors: Tensor, candidates: Tensor, excluded: Tensor, scale: float | Tensor, chunk: int
     ) -> Tensor:
         out, centre = anchors.new_empty(len(anchors)), torch.empty_like(anchors)
         with ieee_matmul():
-            for rows in torch.arange(len(anchors), device=anchors.device).split(chunk):
+            for start in range(0, len(anchors), chunk):
+                rows = slice(start, start + chunk)
                 logits = ((anchors[rows] * scale) @ candidates.T).scatter_(1, excluded[rows], -torch.inf)
                 out[rows] = logits.logsumexp(dim=1)
                 centre[rows] = logits.sub_(out[rows, None]).exp_() @ candidates
-        ctx.save_for_backward(anchors, candidates, excluded, scale, out, centre)
-        ctx.chunk = chunk
+        ctx.save_for_backward(anchors, candidates, excluded, out, centre)
+        ctx.scale, ctx.chunk = scale, chunk
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        anchors, candidates, excluded, scale, out, centre = ctx.saved_tensors
+        anchors, candidates, excluded, out, centre = ctx.saved_tensors
+        scale = ctx.scale
         weight = (grad * scale)[:, None]  # (N, 1)
         to_candidates = None
         if ctx.needs_input_grad[1]:
             to_candidates = torch.zeros_like(candidates)
             with autocast_off(anchors), ieee_matmul():
-                for rows in torch.arange(len(anchors), device=anchors.device).split(ctx.chunk):
+                for start in range(0, len(anchors), ctx.chunk):
+                    rows = slice(start, start + ctx.chunk)
                     logits = ((anchors[rows] * scale) @ candidates.T).scatter_(1, excluded[rows], -torch.inf)
                     share = logits.sub_(out[rows, None]).exp_()
                     to_candidates.addmm_(share.T, anchors[rows] * weight[rows])
