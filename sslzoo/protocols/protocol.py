@@ -12,7 +12,7 @@ from math import cos, pi
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sslzoo.checks import require
-from sslzoo.recipe.registry import protocol, protocols
+from sslzoo.recipe.registry import protocol
 from sslzoo.recipe.sections import PlainView, ProbeConfig, ViewConfig
 
 if TYPE_CHECKING:
@@ -104,6 +104,10 @@ class ViewProtocol(Protocol):
 
     def __post_init__(self) -> None:
         require(len(self.lrs) > 0, f"protocol {self.name}: lrs must not be empty")
+        require(
+            self.optimizer == "sgd" or not self.nesterov,
+            f"protocol {self.name}: nesterov is an option of sgd",
+        )
         several = len(self.lrs) > 1 or self.layers is not None
         require(
             self.held_out or not several,
@@ -128,11 +132,6 @@ class ViewProtocol(Protocol):
         if self.schedule == "linear":
             return 1 - step / total_steps
         return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
-
-
-def known_protocols() -> dict[str, Any]:
-    """Entry points of all registered protocols, by name."""
-    return protocols()
 
 
 def protocol_named(name: str) -> Protocol:

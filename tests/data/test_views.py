@@ -9,7 +9,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from sslzoo.data import photometric as ph
-from sslzoo.data.crops import CROP_DRAWS, channels_last, crop_batch, crop_image, evaluation_crop, sample_boxes
+from sslzoo.data.crops import CROP_DRAWS, channels_last, crop_batch, crop_image, evaluation_crop
 from sslzoo.data.views import apply_view, draw_boxes, draw_uniforms, draw_view, expand_views
 from sslzoo.recipe.sections import PlainView, ViewConfig
 
@@ -91,6 +91,7 @@ def reference_rule(u: list[float], h: int, w: int, cfg: ViewConfig) -> list[int]
     """The RandomResizedCrop rule, one attempt after the other, in Python floats."""
     import math
 
+    assert cfg.scale is not None
     low, high = math.log(cfg.ratio[0]), math.log(cfg.ratio[1])
     for k in range(10):
         area = h * w * (cfg.scale[0] + (cfg.scale[1] - cfg.scale[0]) * u[k])
@@ -112,7 +113,7 @@ def test_boxes_follow_the_rule_and_stay_inside(size: tuple[int, int]) -> None:
     cfg = ViewConfig(size=24, scale=(0.5, 1.0))
     u = draw_uniforms(3, 1, 0, torch.arange(300))[:, :CROP_DRAWS]
     h, w = (torch.full((300,), s) for s in size)
-    boxes = sample_boxes(u, h, w, cfg.scale, cfg.ratio)
+    boxes = draw_boxes(cfg, u, h, w)
     assert boxes.tolist() == [reference_rule(row, *size, cfg) for row in u.tolist()]
     top, left, height, width = boxes.unbind(1)
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all()
