@@ -257,7 +257,7 @@ def _linear(bench: Bench, protocol: Protocol) -> Found:
             report=bench.progress.stage(f"linear evaluation by {protocol.name}"),
         )
         found = [(data, LAYER, result) for data, result in results.items()]
-    rows, counts, adapted = [], {}, {}
+    rows, counts, adapted, own = [], {}, {}, ()
     for data, layer, result in found:
         counts[data] = {
             "n_train": result.n_train,
@@ -266,8 +266,9 @@ def _linear(bench: Bench, protocol: Protocol) -> Found:
             "n_unreadable": unreadable.get(data, result.n_unreadable),
         }
         adapted |= dict.fromkeys(result.adapted)
+        own = result.adapted if data == OWN else own
         rows += _rows(protocol, data, layer, result)
-    rows, remark = _compared(bench, protocol, rows)
+    rows, remark = _compared(bench, protocol, rows, own)
     how = f"{protocol.source}: {protocol.summary}."
     how += f" {protocol.remarks}" if protocol.remarks else ""
     how += remark
@@ -304,14 +305,17 @@ def _rows(protocol: Protocol, data: str, layer: str, result: LinearResult) -> li
     return [last, optimistic]
 
 
-def _compared(bench: Bench, protocol: Protocol, rows: list[Row]) -> tuple[list[Row], str]:
+def _compared(
+    bench: Bench, protocol: Protocol, rows: list[Row], adapted: Sequence[str] = ()
+) -> tuple[list[Row], str]:
     """``rows`` with the published figure of the recipe beside the one in the form that its authors report, and a
-    sentence about it. The gap is only given if recipe, protocol and length of the training are those of the figure."""
+    sentence about it. The gap is only given if recipe, protocol and length of the training are those of the figure;
+    ``adapted`` are the changes of the protocol."""
     recipe, target = bench.target.recipe, bench.target
     known = published(recipe)
     if known is None:
         return rows, ""
-    different = known.without_gap(protocol)
+    different = known.incomparable(protocol, adapted)
     if not different:
         steps = plan_of(recipe, len(bench.data.train_source), 1).total_steps
         if target.step != steps:

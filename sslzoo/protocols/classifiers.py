@@ -117,9 +117,7 @@ class Classifiers:
 def _linear(protocol: ViewProtocol, width: int, classes: int, dtype: torch.dtype) -> nn.Linear:
     made = nn.Linear(width, classes)
     if protocol.initial != "default":
-        nn.init.normal_(made.weight, std=0.01) if protocol.initial == "normal" else nn.init.zeros_(
-            made.weight
-        )
+        nn.init.normal_(made.weight, std=0.01 if protocol.initial == "normal" else 0.0)
         nn.init.zeros_(made.bias)
     return made.to(dtype)
 

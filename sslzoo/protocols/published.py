@@ -1,10 +1,11 @@
-"""The published figure of a recipe, and whether a result of ours compares with it."""
+"""The published figure of a recipe, and whether a result of ours can be compared with it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sslzoo.protocols.protocol import LinearResult, Protocol
+from sslzoo.protocols.protocol import Protocol
 from sslzoo.recipe.header import read_header
 from sslzoo.recipe.load import leaves, load_recipe
 from sslzoo.recipe.registry import recipes
@@ -25,23 +26,19 @@ class Published:
     source: str
     differs: tuple[str, ...]  # keys in which the recipe differs from the bundled one
 
-    def gap(self, protocol: Protocol, result: LinearResult) -> float | None:
-        """Percentage points by which the ``result`` of ``protocol``, in the form that its authors report (last or
-        best), lies above the figure; None if recipe or protocol are not those of the figure."""
-        if self.protocol != protocol.name or self.differs:
-            return None
-        ours = result.best if protocol.reported == "best" and result.best is not None else result
-        return 100 * ours.top1 - float(self.figure)
-
-    def without_gap(self, protocol: Protocol) -> str:
-        """Why there is no gap; empty if there is one."""
+    def incomparable(self, protocol: Protocol, adapted: Sequence[str] = ()) -> str:
+        """Why a result of ``protocol`` cannot be compared with the figure; empty if it can. ``adapted`` are the changes
+        of the protocol for its result."""
         if self.protocol != protocol.name:
-            return (
-                f"by protocol {self.protocol}"
+            known = (
+                f"protocol {self.protocol}"
                 if self.protocol
-                else "by a protocol that is not known or not offered"
+                else "a protocol that is not known or not offered"
             )
-        return f"the recipe differs in {', '.join(self.differs)}" if self.differs else ""
+            return f"by {known}"
+        if self.differs:
+            return f"the recipe differs in {', '.join(self.differs)}"
+        return "the protocol is adapted" if adapted else ""
 
 
 def published(recipe: Recipe) -> Published | None:

@@ -26,7 +26,7 @@ from sslzoo.protocols.classifiers import Classifiers, Length
 from sslzoo.protocols.dinov2 import DINOV2_GRID
 from sslzoo.protocols.honest import HONEST
 from sslzoo.protocols.layers import last_layers
-from sslzoo.protocols.protocol import Best, LinearResult, Protocol, ViewProtocol, protocol_named
+from sslzoo.protocols.protocol import LinearResult, Protocol, ViewProtocol, protocol_named
 from sslzoo.protocols.published import published
 from sslzoo.protocols.run import evaluate_linear
 from sslzoo.recipe.load import load_recipe
@@ -397,27 +397,18 @@ def test_a_protocol_without_sense_is_refused(changes: dict[str, Any], said: str)
 # -- published figures ----------------------------------------------------------------------------
 
 
-def result(last: float, best: float) -> LinearResult:
-    return LinearResult(
-        top1=last, top5=1.0, classifier="", held_out_top1=None, best=Best(best, 1.0, 3, ""), n_train=1, n_held_out=0,
-        n_test=1, n_unreadable=0,
-    )  # fmt: skip
-
-
-def test_the_gap_stands_where_recipe_and_protocol_are_those_of_the_figure() -> None:
+def test_a_published_figure_is_comparable_by_its_own_recipe_and_protocol_alone() -> None:
     same = published(load_recipe("sce_in1k", ["data.workers=2", "trainer.devices=2", "seed=7"]).recipe)
     assert same is not None
     assert (same.figure, same.source) == ("72.7", "README of the official code")
-    assert same.gap(SCE, result(0.7, 0.72)) == pytest.approx(-0.7)  # the authors keep the best
-    assert same.without_gap(SCE) == ""
-    assert same.gap(HONEST, result(0.7, 0.72)) is None
-    assert same.without_gap(HONEST) == "by protocol sce"
+    assert same.incomparable(SCE) == ""
+    assert same.incomparable(SCE, ["images of 160 px"]) == "the protocol is adapted"
+    assert same.incomparable(HONEST) == "by protocol sce"
     other = published(load_recipe("sce_in1k", ["optim.lr=0.4", "trainer.max_epochs=199"]).recipe)
     assert other is not None
-    assert other.gap(SCE, result(0.7, 0.72)) is None
-    assert other.without_gap(SCE) == "the recipe differs in optim.lr, trainer.max_epochs"
+    assert other.incomparable(SCE) == "the recipe differs in optim.lr, trainer.max_epochs"
     unknown = published(load_recipe("sogclr_in1k").recipe)
-    assert unknown is not None and unknown.gap(SOGCLR_TF, result(0.7, 0.7)) is None
-    assert unknown.without_gap(SOGCLR_TF) == "by a protocol that is not known or not offered"
+    assert unknown is not None
+    assert unknown.incomparable(SOGCLR_TF) == "by a protocol that is not known or not offered"
     assert published(recipe_of()) is None
     assert published(replace(load_recipe("sce_in1k").recipe, name="mine")) is None
