@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +17,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file
 
+from sslzoo.cli.main import main
 from sslzoo.posthoc import evaluations, store
 from sslzoo.protocols.classifiers import Classifiers
 from sslzoo_methods.sce import protocols
-from tests.command import Command, codes, fork, group, short_evaluation, write_images, write_recipe
+from tests.command import (
+    Command,
+    codes,
+    fork,
+    group,
+    short_evaluation,
+    until,
+    write_images,
+    write_recipe,
+)
 
 METHOD = "method={name: simclr, temperature: 0.2, projector: {widths: [16, 8]}}"
+FOLDER = ("data.root=folder", "data.mean=[0.5]", "data.std=[0.25]")
 LAYERS = "probe.layers=[backbone, projector]"
 
 
@@ -148,20 +162,61 @@ def test_a_killed_extraction_continues(folder: Path) -> None:
     assert not [path for path in (folder / "killed/features").iterdir() if path.is_dir()]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_damaged_features_are_extracted_again(folder: Path, damage: str) -> None:
-    out = folder / damage
-    arguments = ("knn", "run", "--out", damage, "probe.layers=[backbone]")
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_signal_ends_all_ranks_and_the_same_command_continues(folder: Path, world: int) -> None:
+    def slow() -> None:
+        short_evaluation()
+        store.SHARD = 16
+        right = store._extract_shards
+
+        def paused(*arguments: object) -> object:
+            for shard in right(*arguments):  # type: ignore[arg-type]
+                yield shard
+                time.sleep(0.5)
+
+        store._extract_shards = paused  # type: ignore[assignment]
+
+    arguments = ("eval", "knn", "run", "--out", f"left{world}", "probe.layers=[backbone]")
+    ranks = group(folder, *arguments, world=world, before=slow)
+    shards = folder / f"left{world}/features"
+    assert until(lambda: ranks[0].ended or list(shards.glob("*/*.safetensors"))), ranks[0].said
+    ranks[-1].signal(signal.SIGTERM)
+    assert codes(ranks) == [75] * world, [r.said for r in ranks]
+    assert ranks[0].last == (
+        "sslzoo eval: SIGTERM while evaluating; what was extracted so far is kept, and the same command continues from "
+        "there"
+    )
+    kept = len(list(shards.glob("*/*.safetensors")))
+    done = fork(folder, *arguments, before=lambda: setattr(store, "SHARD", 16))
+    assert done.wait() == 0 and 0 < kept < 6, done.said
+
+
+def test_a_failing_rank_ends_the_others_and_is_named(folder: Path) -> None:
+    def fail() -> None:
+        short_evaluation()
+        if os.environ.get("RANK") == "1":
+            evaluations._knn = None  # type: ignore[assignment]
+
+    ranks = group(folder, "eval", "knn", "run", "--out", "failed", world=2, before=fail)
+    assert codes(ranks) == [1, 1], [r.said for r in ranks]
+    assert "rank 1 on" in ranks[0].last and "failed first: TypeError" in ranks[0].last, ranks[0].said
+
+
+def test_damaged_features_are_extracted_again(folder: Path) -> None:
+    out = folder / "damaged"
+    arguments = ("knn", "run", "--out", "damaged", "probe.layers=[backbone]")
     assert _eval(folder, *arguments).wait() == 0
     before, csv_before = _files(out / "features"), (out / "knn.csv").read_bytes()
     (path,) = (out / "features").glob("backbone-data-train-*.safetensors")
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content[:-4] if damage == "truncated" else content)
-    done = _eval(folder, *arguments)
-    assert done.wait() == 0, done.said
-    assert done.err.count("is damaged; its features are extracted again") == 1, done.said
-    assert _files(out / "features") == before and (out / "knn.csv").read_bytes() == csv_before
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[-100] ^= 1
+    for damaged in (content[:-4], bytes(flipped)):
+        path.write_bytes(damaged)
+        done = _eval(folder, *arguments)
+        assert done.wait() == 0, done.said
+        assert done.err.count("is damaged; its features are extracted again") == 1, done.said
+        assert _files(out / "features") == before and (out / "knn.csv").read_bytes() == csv_before
 
 
 def test_features_for_other_programs(folder: Path) -> None:
@@ -181,38 +236,63 @@ def test_features_for_other_programs(folder: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("knn", "nowhere"), "nowhere is neither a run directory, a checkpoint nor an export; for an encoder of"),
-        (("knn", "x/step=1.ckpt"), "x/step=1.ckpt: there is no such run directory, checkpoint or export"),
-        (("knn", "resnet19", "--recipe", "tiny.yaml", "--out", "o"), "did you mean resnet18?"),
-        (("knn", "tiny.yaml"), "tiny.yaml is not an sslzoo checkpoint"),
-        (("knn", "run", "backbone.name=resnet18"), "it lacks conv1.weight, bn1.weight, bn1.bias and 117 more"),
-        (("knn", "run", "method.projector.widths=[16, 4]"), "lacks projector.3.weight, projector.3.bias of simclr"),
-        (("knn", "run", "--k", "5,97"), "--k 97 exceeds the 96 training images of fashion_mnist"),
-        (("knn", "run", "--k", "five"), "--k takes numbers separated by commas, got 'five'"),
-        (("linear", "run", "--k", "5"), "--k is an option of knn, not of linear"),
-        (("linear", "run", "--protocol", "honets"), "unknown protocol 'honets'; did you mean honest?"),
-        (("knn", "run", "data.root=empty"), "there is no train-images-idx3-ubyte"),
-        (("knn", "run", "data.root=none"), "fashion_mnist split 'test' has no images to evaluate"),
-        (("knn", "moved.ckpt"), "moved.ckpt belongs to no run directory: name a folder for the results with --out"),
-        (("knn", "weights.pth"), "weights.pth has only weights; give architecture, data, size, mean and std by"),
-        (
-            ("knn", "weights.pth", "--recipe", "tiny.yaml", "--out", "o"),
-            "weights.pth lacks 25 of the 30 tensors of conv5: 0.weight, 1.weight, 1.bias and 22 more",
-        ),
-    ],
-)  # fmt: skip
-def test_bad_input_is_one_line_and_exit_code_2(folder: Path, arguments: tuple[str, ...], said: str) -> None:
+BAD: list[tuple[tuple[str, ...], str]] = [
+    (("knn", "nowhere"), "nowhere is neither a run directory, a checkpoint nor an export; for an encoder of"),
+    (("knn", "x/step=1.ckpt"), "x/step=1.ckpt: there is no such run directory, checkpoint or export"),
+    (("knn", "resnet19", "--recipe", "tiny.yaml", "--out", "o"), "did you mean resnet18?"),
+    (("knn", "tiny.yaml"), "tiny.yaml is not an sslzoo checkpoint"),
+    (("knn", "run", "backbone.name=resnet18"), "it lacks conv1.weight, bn1.weight, bn1.bias and 117 more"),
+    (
+        ("knn", "run", "method.projector.widths=[16, 4]"),
+        "lacks projector.3.weight, projector.3.bias of simclr",
+    ),
+    (("knn", "run", "--k", "5,97"), "--k 97 exceeds the 96 training images of fashion_mnist"),
+    (("knn", "run", "--k", "five"), "--k takes numbers separated by commas, got 'five'"),
+    (("linear", "run", "--k", "5"), "--k is an option of knn, not of linear"),
+    (("linear", "run", "--protocol", "honets"), "unknown protocol 'honets'; did you mean honest?"),
+    (("knn", "run", "data.root=empty"), "there is no train-images-idx3-ubyte"),
+    (("knn", "run", "data.root=none"), "fashion_mnist split 'test' has no images to evaluate"),
+    (
+        ("knn", "run", *FOLDER, "data.dataset=folder"),
+        "folder has no labels to evaluate by: name labelled data",
+    ),
+    (("knn", "run", *FOLDER, "data.dataset=imagefolder"), "have different classes (2 and 1)"),
+    (
+        ("knn", "moved.ckpt"),
+        "moved.ckpt belongs to no run directory: name a folder for the results with --out",
+    ),
+    (("knn", "weights.pth"), "weights.pth has only weights; give architecture, data, size, mean and std by"),
+    (
+        ("knn", "weights.pth", "--recipe", "tiny.yaml", "--out", "o"),
+        "weights.pth lacks 25 of the 30 tensors of conv5: 0.weight, 1.weight, 1.bias and 22 more",
+    ),
+]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(folder: Path) -> None:
+    """All of them in one process."""
     (folder / "empty").mkdir(exist_ok=True)
+    for name in ("train/a/1.png", "train/a/2.png", "train/b/3.png", "test/a/4.png"):
+        (folder / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (12, 12)).save(folder / "folder" / name)
     write_images(folder / "none", train=96, test=0)
     shutil.copy(folder / "run/checkpoints/step=000000006.ckpt", folder / "moved.ckpt")
     torch.save({"conv.weight": torch.zeros(1)}, folder / "weights.pth")
-    done = _eval(folder, *arguments)
-    lines = [line for line in done.err.splitlines() if not line.startswith("warning: ")]
-    assert (done.wait(), done.out, len(lines)) == (2, "", 1), done.said
-    assert said in lines[0], done.said
+
+    def all_of_them() -> None:
+        for arguments, _ in BAD:
+            sys.stderr.write(f"code {main(('eval', *arguments))}\n")
+
+    done = _eval(folder, "knn", "nowhere", before=all_of_them)
+    assert done.wait() == 2 and done.out == "", done.said
+    answers = re.split(
+        "^code ", "".join(re.findall("^(?!warning: ).*\n", done.err, re.MULTILINE)), flags=re.MULTILINE
+    )
+    codes_and_next = [answer.partition("\n") for answer in answers]
+    lines = [codes_and_next[0][0], *(rest.rstrip("\n") for _, _, rest in codes_and_next[1:])]
+    assert [code for code, _, _ in codes_and_next[1:]] == ["2"] * len(BAD), done.said
+    for (arguments, said), line in zip(BAD, lines, strict=False):
+        assert said in line and "\n" not in line, (arguments, line)
 
 
 def test_fit_ends_with_the_evaluations_of_its_recipe(folder: Path) -> None:
