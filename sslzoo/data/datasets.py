@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from sslzoo.data.disk import EXTENSIONS, class_folders, image_files, legible
+from sslzoo.data.disk import legible
 from sslzoo.data.idx import read_idx
+from sslzoo.data.listing import EXTENSIONS, class_folders, image_files
 from sslzoo.data.sources import ArraySource, FileSource, ImageSource, JoinedImages
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.registry import plugin
@@ -228,15 +229,12 @@ def _from_class_folders(cfg: SourceConfig, folder: Path, channels: int, subfolde
     if not names:
         _wrong_layout(cfg, f"{folder} has no class folders")
     kept = _class_order(cfg, names)
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(kept):
-        in_class = image_files(folder / name / subfolder, folder)
-        if not in_class:
+    paths, counts = image_files(folder, [f"{name}/{subfolder}" if subfolder else name for name in kept])
+    for name, count in zip(kept, counts, strict=True):
+        if not count:
             _wrong_layout(cfg, f"{legible(folder / name / subfolder)} contains no images")
-        paths += in_class
-        labels += [label] * len(in_class)
-    return FileSource(cfg.dataset, cfg.split, folder, paths, np.array(labels, dtype=np.int64), kept, channels)
+    labels = np.repeat(np.arange(len(kept), dtype=np.int64), counts)
+    return FileSource(cfg.dataset, cfg.split, folder, paths, labels, kept, channels)
 
 
 def tiny_imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
@@ -282,8 +280,8 @@ def imagefolder(cfg: SourceConfig, channels: int) -> ImageSource:
 
 def folder(cfg: SourceConfig, channels: int) -> ImageSource:
     root = Path(cfg.root)
-    paths = image_files(root, root)
-    if not paths:
+    paths = image_files(root).paths
+    if not len(paths):
         _wrong_layout(cfg, f"no file in it ends in {', '.join(sorted(EXTENSIONS))}")
     if cfg.class_names:
         raise ValueError(

@@ -166,7 +166,7 @@ def resized(source: ImageSource, side: int) -> ImageSource:
 
 
 class FileSource(ImageSource):
-    """Image files under ``root``, decoded on demand; ``paths`` are relative to it."""
+    """Image files under ``root``, decoded on demand; ``paths`` are relative to it, as text or bytes."""
 
     is_array = False
 
@@ -175,7 +175,7 @@ class FileSource(ImageSource):
         name: str,
         split: str,
         root: Path,
-        paths: Sequence[str],
+        paths: Sequence[str] | NDArray[np.bytes_],
         labels: NDArray[np.int64] | None,
         class_names: Sequence[str] = (),
         channels: int = 3,
@@ -183,7 +183,11 @@ class FileSource(ImageSource):
         super().__init__(name, split, channels, labels, class_names)
         self.root = root
         # One array of bytes, which forked workers share; a list of strings would gradually be copied to each of them.
-        self._paths = np.array([p.encode("utf-8", "surrogateescape") for p in paths])
+        self._paths = (
+            paths
+            if isinstance(paths, np.ndarray)
+            else np.array([p.encode("utf-8", "surrogateescape") for p in paths])
+        )
         if channels not in (1, 3):
             raise ValueError(f"image files are read with 1 or 3 channels; data.mean has {channels}")
 

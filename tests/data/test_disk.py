@@ -15,7 +15,7 @@ from PIL import Image
 
 from sslzoo.data import disk
 from sslzoo.data.datasets import open_source
-from sslzoo.data.disk import DataError, UnreadableImageError, image_files, read_file
+from sslzoo.data.disk import DataError, UnreadableImageError, read_file
 from sslzoo.recipe.sections import SourceConfig
 
 STRANGE = os.fsdecode(b"caf\xe9.png")  # latin-1
@@ -24,39 +24,6 @@ STRANGE = os.fsdecode(b"caf\xe9.png")  # latin-1
 def picture(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (20, 30)).save(path, "PNG")
-
-
-def test_only_regular_image_files_are_listed(tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    for name in ("b/2.png", "b/1.JPG", "a.png", "__MACOSX/b/._2.png", "b/._1.JPG", "b/__MACOSX/3.png"):
-        picture(root / name)
-    (root / "notes.txt").write_text("no image")
-    (root / "folder.png").mkdir()
-    os.mkfifo(root / "pipe.png")
-    assert image_files(root, root) == ["a.png", "b/1.JPG", "b/2.png"]
-    assert image_files(root / "b", root) == ["b/1.JPG", "b/2.png"]
-
-
-def test_links_are_followed_and_loops_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, other = tmp_path / "root", tmp_path / "other"
-    picture(root / "a/1.png")
-    picture(other / "2.png")
-    (root / "linked").symlink_to(other)
-    (root / "again").symlink_to(other)
-    (root / "a/loop").symlink_to(root)
-    (other / "self").symlink_to(".")
-    (root / "file.png").symlink_to(other / "2.png")
-    (root / "lost.png").symlink_to(other / "3.png")  # will be reported as unreadable
-    expected = ["a/1.png", "again/2.png", "file.png", "linked/2.png", "lost.png"]
-    assert image_files(root, root) == expected
-    monkeypatch.chdir(root)
-    assert image_files(Path(), Path()) == expected
-
-
-def test_a_class_of_archives_is_none(tmp_path: Path) -> None:
-    for name in ("train/cat/1.png", "train/__MACOSX/cat/._1.png"):
-        picture(tmp_path / name)
-    assert open_source(SourceConfig(dataset="imagefolder", root=str(tmp_path))).class_names == ("cat",)
 
 
 @pytest.mark.parametrize("dataset", ["folder", "imagefolder"])
