@@ -9,6 +9,7 @@ does the main thread wait for the decision of the threads.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -51,6 +52,17 @@ def _leave_importing(number: int, frame: FrameType | None) -> None:
         sys.stderr.write(f"sslzoo: {signal.Signals(number).name} while starting; nothing was written\n")
         sys.stderr.flush()
     os._exit(ExitCode.PREEMPTED)
+
+
+def end_workers() -> None:
+    """Kill the data workers: they ignore SIGTERM, with which they would be ended at exit."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and threading.current_thread() is threading.main_thread():
+        # The data loader's handler would report the killed workers as an error.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()
+        worker.join()
 
 
 class Departure:

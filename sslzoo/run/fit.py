@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import shlex
-import signal
 import sys
-import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +26,7 @@ from sslzoo.recipe.load import LoadedRecipe, plain
 from sslzoo.recipe.registry import name_of
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.build import BuiltRun, Experiment, build_experiment, equip, load_weights, try_analyses
-from sslzoo.run.departure import Departure
+from sslzoo.run.departure import Departure, end_workers
 from sslzoo.run.directory import Choice, Run, begin, choose
 from sslzoo.run.ending import Ending, tell_launcher
 from sslzoo.run.evaluate import evaluate_at_end
@@ -260,6 +257,7 @@ class _Life:
             run.evaluation,
             device=built.trainer.strategy.root_device,
             summary=summary,
+            loggers=built.trainer.loggers,
         )
         if leader:
             file = write_at_end(
@@ -318,7 +316,7 @@ class _Life:
                 self.lock.release()
         self._print_last_words(ending, trouble)
         self.messages.close()
-        _end_workers()
+        end_workers()
 
     def _print_last_words(self, ending: Ending, trouble: str) -> None:
         """Print what happened and what to do next as the last lines on the terminal."""
@@ -366,15 +364,3 @@ def _to_files_only(level: int, text: str) -> None:
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(record)
-
-
-def _end_workers() -> None:
-    """Kill the data workers: they ignore SIGTERM, with which they would be ended at exit."""
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
-    if workers and threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGCHLD, signal.SIG_DFL
-        )  # the data loader's handler would report the killed workers as an error
-    for worker in workers:
-        worker.kill()
-        worker.join()

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sslzoo.cli.main import main
 from sslzoo.posthoc import evaluations, store
@@ -67,7 +68,8 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_is_shown_is_what_is_written(folder: Path) -> None:
-    done = _eval(folder, "knn", "run", "--k", "5,20", "--temperature", "0.07,0.5")
+    logged = "logging.tensorboard=true"
+    done = _eval(folder, "knn", "run", "--k", "5,20", "--temperature", "0.07,0.5", logged)
     assert done.wait() == 0, done.said
     rows = _rows(folder / "run/eval/knn.csv")
     settings = [f"k={k}, T={t}" for k in (5, 20) for t in (0.07, 0.5)]
@@ -84,6 +86,11 @@ def test_what_is_shown_is_what_is_written(folder: Path) -> None:
         assert shown is not None, done.said
         assert float(shown[1]) == round(100 * float(row["top1"]), 1)
         assert abs(float(shown[2]) - half) < 0.06
+    events = EventAccumulator(str(folder / "run/tensorboard"))
+    events.Reload()
+    (event,) = events.Scalars("eval/knn_k5_t0.5_top1/data/projector")
+    (row,) = [row for row in rows if (row["key"], row["layer"]) == ("knn_k5_t0.5", "projector")]
+    assert (event.step, round(event.value, 6)) == (6, float(row["top1"]))
     kept = sum(path.stat().st_size for path in (folder / "run/eval/features").glob("*.safetensors"))
     assert f"{kept / 1024:.1f} KiB of features are kept in {folder}/run/eval/features; the next" in done.out
 
