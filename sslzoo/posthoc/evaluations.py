@@ -67,6 +67,7 @@ class Bench:
     def identity(self, name: str) -> dict[str, Any]:
         """What the results of the evaluation ``name`` depend on, as plain values."""
         target, recipe = self.target, self.target.recipe
+        sgd = {key: getattr(recipe.probe, key) for key in ("lrs", "momentum", "weight_decay")}
         settings = {
             "knn": {
                 "k": self.neighbours,
@@ -77,30 +78,36 @@ class Bench:
         }
         return plain(
             {
-                "weights": {layer: target.weights(layer) for layer in target.layers},
+                "weights": target.fingerprints,
                 "images": [s.source.fingerprint for s in self.data.eval_sets()],
                 "view": repr(self.data.plain),
                 "probe": {"holdout": recipe.probe.holdout, "train_size": recipe.probe.train_size},
                 "seed": recipe.seed,
-                "settings": settings.get(name)
-                or {"lrs": recipe.probe.lrs, "momentum": recipe.probe.momentum},
+                "settings": settings.get(name) or sgd,
             }
         )
 
     @property
     def neighbours(self) -> tuple[int, ...]:
+        """Every k of k-NN."""
         return self.ks or (self.target.recipe.eval.knn_k,)
 
     @property
     def all_temperatures(self) -> tuple[float, ...]:
+        """Every temperature of k-NN."""
         return self.temperatures or (self.target.recipe.eval.knn_temperature,)
 
     def run(self, name: str) -> Results:
         """The results of the evaluation ``name``. Collective."""
         protocol = None if name in ON_FEATURES else protocol_named(name)
-        start = time.perf_counter()
-        if not isinstance(protocol, ViewProtocol):
-            self.store.fill(self.target, self.data, self.device, self.progress.stage)
+        start, sets = time.perf_counter(), self.data.eval_sets()
+        if isinstance(protocol, ViewProtocol):
+            self.progress.expect(1)
+        else:
+            tasks = len(sets) // 2 * len(self.target.layers)
+            self.progress.expect(len(sets) + tasks)
+            done = self.store.fill(self.target, self.data, self.device, self.progress.stage)
+            self.progress.expect(done + tasks)
         extracted = time.perf_counter()
         on_features = {"knn": _knn, "logistic": _logistic}
         found = on_features[name](self) if protocol is None else _linear(self, protocol)
@@ -108,7 +115,6 @@ class Bench:
             "features": round(extracted - start, 2),
             "evaluation": round(time.perf_counter() - extracted, 2),
         }
-        sets = self.data.eval_sets()
         return Results(
             name=file_stem(name),
             how=found.how,

@@ -9,10 +9,8 @@ from typing import TypeVar
 
 from sslzoo.checks import require
 from sslzoo.recipe.load import LoadedRecipe, load_recipe
-from sslzoo.recipe.registry import HONEST, ON_FEATURES, check_protocol
+from sslzoo.recipe.registry import HONEST, check_protocol
 
-KINDS = ("linear", *ON_FEATURES, "features")
-FORMATS = ("safetensors", "npy", "parquet")
 KEEP = 4.0  # GiB of features that stay on disk after an evaluation
 
 

@@ -156,7 +156,7 @@ class Results:
         caption = (
             f"{in_words(self.counts[name])} {self.how} ±: half of the 95 % confidence interval (Wilson)."
         )
-        table = Table(title=f"{self.name} on {self.datasets[name]} (%)", caption=caption)
+        table = Table(title=f"{self.name} on {self.datasets[name]} (%)", caption=caption, min_width=64)
         columns = {
             "features": lambda row: row.layer,
             "": lambda row: row.title,

@@ -16,7 +16,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,9 +42,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHARD = 1024  # samples
-IN_MEMORY = (
-    2 * 2**30
-)  # bytes of a rank's part of a split that are read into memory; of more, pages are read as needed
+# Bytes of a rank's part of a split that are read into memory. Of more, pages are read from disk when needed.
+IN_MEMORY = 2 * 2**30
 SUFFIX = ".safetensors"
 KEY = "sslzoo_features"  # of the metadata of a joined file
 _TYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
@@ -67,13 +66,15 @@ class FeatureStore:
         data: SSLDataModule,
         device: torch.device,
         stage: Callable[[str], Report],
-    ) -> None:
-        """Extract what is missing or damaged of all layers of ``target``, on all labelled data sets. ``stage`` starts a
-        stage of the progress display and returns the function that reports its progress.
+    ) -> int:
+        """Extract what is missing or damaged of all layers of ``target``, on all labelled data sets; returns the number
+        of splits of which something was. ``stage`` starts a stage of the progress display for each of them, and returns
+        the function that reports its progress.
 
         Raises ``DataError`` if too many images are unreadable, ``RunError`` if another process extracts into the same
         folder, and ``OSError`` if it cannot be written.
         """
+        extracted = 0
         with self._locked():
             for index, eval_set in enumerate(data.eval_sets()):
                 paths = self.paths(target, data, index)
@@ -82,7 +83,9 @@ class FeatureStore:
                     where = f"{eval_set.name or eval_set.source.name}, {eval_set.split}"
                     report = stage(f"{where}: extracting features")
                     _extract(target, data, index, missing, device, report)
+                    extracted += 1
                 _check_readable(next(iter(paths.values())), eval_set, data.data.max_bad_fraction)
+        return extracted
 
     def read(self, path: Path, device: torch.device) -> Features:
         """This rank's contiguous part of the features in ``path``, as :class:`Features` whose computations run on
@@ -102,15 +105,18 @@ class FeatureStore:
         return Features(x, label, sample_id)
 
     def trim(self) -> None:
-        """Delete the features that were not used for the longest time until at most ``keep`` bytes are left."""
+        """Delete the features that were not used for the longest time until at most ``keep`` bytes are left; unless
+        another evaluation extracts into the folder."""
         if rank() == 0 and self.folder.is_dir():
-            with self._locked():
+            with suppress(RunError), self._locked():
                 entries = sorted(_entries(self.folder), key=lambda path: -path.stat().st_mtime)
                 total = 0
                 for entry in entries:
                     total += _bytes_of(entry)
                     if total > self.keep:
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                if not _entries(self.folder):
+                    shutil.rmtree(self.folder)
 
     def size(self) -> int:
         """Bytes on disk."""
@@ -145,7 +151,7 @@ def _file_name(target: Target, layer: str, data: SSLDataModule, index: int) -> s
     """A name that is different for other weights, images, samples of these, or preprocessing."""
     s = data.eval_sets()[index]
     what = {
-        "weights": target.weights(layer),
+        "weights": target.fingerprints[layer],
         "backbone": repr(target.recipe.backbone),
         "images": s.source.fingerprint,
         "samples": hashlib.sha256(s.sample_id.numpy().tobytes()).hexdigest(),

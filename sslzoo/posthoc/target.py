@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,12 @@ class Target:
         known = self.method.features(x)
         return {layer: known[layer] for layer in self.layers}
 
-    def weights(self, layer: str) -> str:
-        """SHA-256 of what determines the features of ``layer``: equal in a run, its checkpoint and its export."""
-        return fingerprint(self.backbone if layer == LAYER or self.method is None else self.method)
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """For each of :attr:`layers`, the SHA-256 of the weights that determine it: equal in a run, its checkpoint and
+        its export."""
+        of_backbone, of_all = fingerprint(self.backbone), fingerprint(self.module)
+        return {layer: of_backbone if layer == LAYER else of_all for layer in self.layers}
 
 
 def fingerprint(module: nn.Module) -> str:
