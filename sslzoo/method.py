@@ -90,6 +90,20 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
             f"{self.cfg.name} has no pairs to analyse: implement {type(self).__name__}.contrasted"
         )
 
+    def depends_on_processes(self) -> str:
+        """Why a step's numbers depend on how its images are divided among processes; empty if they do not.
+
+        Decides whether a run may continue with another number of processes. A sentence such as ``"method.gather=false
+        contrasts the images of one process"``. Batch norm and random numbers are checked by the framework.
+        """
+        return f"{type(self).__name__} does not say that it can: override depends_on_processes"
+
+    def depends_on_micro_batches(self) -> str:
+        """Why a step's numbers depend on how its images are divided into micro-batches; empty if they do not, because
+        the loss is a mean of terms with one image each. Like :meth:`depends_on_processes`, for
+        ``trainer.accumulate_grad_batches``."""
+        return f"{type(self).__name__} does not say that it can: override depends_on_micro_batches"
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser: each has a list of ``(name, parameter)`` under ``named``, and
         optionally ``lr_factor``, which scales its learning rate."""
@@ -225,3 +239,5 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the step count."""
         self.optimizer_steps = checkpoint["optimizer_steps"]
+        # Lightning does it after loading, which would round float64 weights to float32.
+        self.trainer.precision_plugin.convert_module(self)

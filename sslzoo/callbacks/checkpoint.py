@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,19 @@ class ExactCheckpoint(Callback):
         self.saved_step = state_dict["saved_step"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add recipe and manifest."""
+        """Add recipe and manifest, and how the images of a step were divided."""
         checkpoint["recipe"] = self.recipe
         checkpoint["manifest"] = self.manifest
+        checkpoint["division"] = asdict(pl_module.plan.division)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Correct Lightning's counts of micro-batches if their number per step is another one now."""
+        before = checkpoint.get("division", {}).get("micro_batches", pl_module.plan.accumulate)
+        now = pl_module.plan.accumulate
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for part in ("total", "current"):
+            steps = progress[part]["completed"] // before  # files are written between two steps
+            progress[part] = {name: n + (now - before) * steps for name, n in progress[part].items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Delete checkpoints newer than the one resumed from, as their metrics are deleted too."""

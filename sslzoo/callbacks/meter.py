@@ -43,10 +43,11 @@ class Meter(Callback):
         self._counted = 0
         # This rank's sums since the last row, for each set of names that are recorded together.
         self._sums: dict[tuple[str, ...], Tensor] = {}
-        self._counts: dict[tuple[str, ...], int] = {}
+        self._counts: dict[tuple[str, ...], float] = {}
         self._settings: dict[str, float] = {}
-        self._epoch: dict[str, tuple[float, int]] = {}  # sum and count over the rows of this epoch
+        self._epoch: dict[str, tuple[float, float]] = {}  # sum and count over the rows of this epoch
         self._row_step = 0
+        self._accumulate = 1  # micro-batches per step
         self._restored: dict[str, Any] | None = None
         self._silenced: set[int] = set()  # loggers that failed
         self._clock_step = 0
@@ -89,12 +90,12 @@ class Meter(Callback):
 
     # -- reporting -----------------------------------------------------------------------------
 
-    def _reduced(self) -> dict[str, tuple[float, int]]:
+    def _reduced(self) -> dict[str, tuple[float, float]]:
         """Sum since the last row, averaged over ranks, and count of every measurement.
 
         Needs one all-reduce and one copy to the host.
         """
-        merged: dict[str, tuple[float, int]] = {}
+        merged: dict[str, tuple[float, float]] = {}
         if self._sums:
             sums = iter(all_reduce_mean(torch.cat(list(self._sums.values()))).tolist())
             for keys, count in self._counts.items():
@@ -188,6 +189,7 @@ class Meter(Callback):
             gathered = gather_detached(torch.cat(list(self._sums.values())))
             sums = gathered.cpu().view(world_size(), -1).tolist()
         return {
+            "accumulate": self._accumulate,
             "keys": [list(keys) for keys in self._sums],
             "counts": list(self._counts.values()),
             "sums": sums,
@@ -210,21 +212,29 @@ class Meter(Callback):
         if trainer.is_global_zero:  # only here, so that a directory deleted later is not created again
             self._file.path.parent.mkdir(parents=True, exist_ok=True)
         state, self._restored = self._restored, None
+        self._accumulate = pl_module.plan.accumulate
         self._clock_step = self._counted = pl_module.optimizer_steps
         self._system.resume()
         if state is None:
             self._file.rewind(0, ["step", "epoch"])
             return
         self._file.rewind(state["rows"], state["columns"])
-        self._settings, self._epoch = dict(state["settings"]), dict(state["epoch"])
+        # A step counts as one value per micro-batch, of which it may have had another number.
+        factor = self._accumulate / state.get("accumulate", self._accumulate)
+        self._settings = dict(state["settings"])
+        self._epoch = {
+            key: (total * factor, count * factor) for key, (total, count) in state["epoch"].items()
+        }
         self._row_step = state["row_step"]
-        sums = state["sums"][rank()]
+        by_rank = torch.tensor(state["sums"], dtype=torch.float64)
+        sums = by_rank[rank()] if len(by_rank) == world_size() else by_rank.mean(0)
+        sums = (sums * factor).tolist()
         for keys, count in zip(state["keys"], state["counts"], strict=True):
             part, sums = sums[: len(keys)], sums[len(keys) :]
             self._sums[tuple(keys)] = torch.tensor(
                 part, dtype=_wide(pl_module.device), device=pl_module.device
             )
-            self._counts[tuple(keys)] = count
+            self._counts[tuple(keys)] = count * factor
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Close the files."""
@@ -244,11 +254,11 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def _add(a: tuple[float, int] | None, b: tuple[float, int]) -> tuple[float, int]:
+def _add(a: tuple[float, float] | None, b: tuple[float, float]) -> tuple[float, float]:
     return (a[0] + b[0], a[1] + b[1]) if a is not None else b
 
 
-def _stop_if_diverged(reduced: Mapping[str, tuple[float, int]], step: int) -> None:
+def _stop_if_diverged(reduced: Mapping[str, tuple[float, float]], step: int) -> None:
     total = reduced.get("train/loss", (0.0, 1))[0]
     if not math.isfinite(total):
         raise Diverged(f"train/loss is {total} by step {step}")

@@ -153,7 +153,9 @@ class SSLDataModule(LightningDataModule):
         """The position, which determines the order of samples and all random numbers, the fingerprint of the images,
         and which of them were unreadable. Collective. Too many of those do not stop a save: the epoch's end does."""
         bad = self._shared(self.train_source).seen.nonzero()[:, 0].tolist()
-        return {"position": self.position, "fingerprint": self.fingerprint, "unreadable": bad}
+        accumulate = self.plan.accumulate
+        state = {"position": self.position, "accumulate": accumulate}
+        return state | {"fingerprint": self.fingerprint, "unreadable": bad}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved position. ``ValueError`` for other images: no position or table belongs to them."""
@@ -163,7 +165,9 @@ class SSLDataModule(LightningDataModule):
             f"the checkpoint was trained on other images: then {then}, now {self.fingerprint}; "
             "set data.dataset, data.root and data.split back, or take its weights alone",
         )
-        self.position = int(state_dict["position"])
+        # Steps may be divided into other micro-batches now. Runs save between two steps, so this is a whole number.
+        before = state_dict.get("accumulate", self.plan.accumulate)
+        self.position = int(state_dict["position"]) * self.plan.accumulate // before
         self.bad_images(self.train_source).seen[state_dict.get("unreadable", [])] = True
 
     def bad_images(self, source: ImageSource) -> BadImages:

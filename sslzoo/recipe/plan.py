@@ -9,6 +9,24 @@ from sslzoo.checks import require
 from sslzoo.recipe.sections import OptimConfig, Recipe
 
 
+@dataclass(frozen=True)
+class Division:
+    """How the images of an optimiser step are divided."""
+
+    processes: int
+    micro_batches: int
+
+    def __str__(self) -> str:
+        several = [
+            f"{count} {word}{plural * (count > 1)}"
+            for count, word, plural in (
+                (self.processes, "process", "es"),
+                (self.micro_batches, "micro-batch", "es"),
+            )
+        ]
+        return " x ".join(several)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
     """How many samples, steps and processes a run has. An epoch drops its last partial batch."""
@@ -32,6 +50,11 @@ class TrainingPlan:
             f"{self.global_batch_size}; lower data.global_batch_size",
         )
         require(self.max_epochs > 0, f"trainer.max_epochs must be positive, got {self.max_epochs}")
+
+    @property
+    def division(self) -> Division:
+        """How the images of a step are divided."""
+        return Division(self.world_size, self.accumulate)
 
     @property
     def micro_batch_size(self) -> int:

@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 from sslzoo.exits import ExitCode, RunError
 from sslzoo.files import write_json, write_text
 from sslzoo.recipe.load import LoadedRecipe, leaves
-from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.plan import Division, TrainingPlan
 from sslzoo.run.ending import Ending
 from sslzoo.run.lock import LOCK, process_start, refuse_if_owned
 from sslzoo.run.placement import SPECIAL_STEPS
@@ -42,6 +42,9 @@ CHANGEABLE = (
     "eval",
     "logging",
     "trainer.max_epochs",
+    "trainer.devices",  # the division of a step into processes and micro-batches is checked by itself
+    "trainer.num_nodes",
+    "trainer.accumulate_grad_batches",
     "trainer.enable_",
     "trainer.profiler",
     "trainer.detect_anomaly",
@@ -139,6 +142,7 @@ class Choice:
     run: Run
     checkpoint: Path | None = None
     finished: bool = False
+    before: Division | None = None  # how steps were divided before the checkpoint
     launch: str = ""  # id of the start: that of the job, or of torchrun's agent, if there is one
 
 
@@ -171,14 +175,16 @@ def choose(
     resume: str | None,
     root: Path = Path("runs"),
     attempt: int = 0,
+    obstacle: Callable[[Division, bool], str] | None = None,
 ) -> Choice:
     """Decide which run to start or continue: ``out``, the run that ``resume`` names, or ``root/<recipe>/<run id>``.
     Nothing is written.
 
     ``resume`` is ``auto`` (without ``out``, the recipe's newest run with a checkpoint; if there is none, a new
-    run), a run directory or a checkpoint file. With ``attempt`` > 0, torchrun has restarted the processes, and the run
-    that they have begun before continues. If the newest checkpoint is damaged, the one before it is used,
-    unless the damaged one was named.
+    run), a run directory or a checkpoint file. If the newest checkpoint is damaged, the one before it is used,
+    unless the damaged one was named. With ``attempt`` > 0, torchrun has restarted the processes, and the run that they
+    have begun before continues. ``obstacle(before, draws)`` says why a run cannot continue whose steps were divided as
+    ``before`` and have drawn random numbers or not; without it, the division must be the same.
 
     Raises:
         RunError: the directory contains another run or is in use, or its run had a different recipe, different
@@ -211,7 +217,7 @@ def choose(
                 f"{run.path} already contains a run; continue it with --resume auto, or give --out another directory"
             )
         manifest = source.read_manifest()
-        remarks = _check_same(source, manifest, loaded, plan, fingerprint)
+        remarks = _check_same(source, manifest, loaded, fingerprint)
         if source.path == run.path:
             run = Run(run.path, manifest["run_id"])
     if not run.manifest.exists() and _is_occupied(run.path):
@@ -231,13 +237,14 @@ def choose(
         return Choice(run, launch=run_id)
     content = load_checkpoint(checkpoint)
     _check_data(checkpoint, content.get("SSLDataModule", {}).get("fingerprint", fingerprint), fingerprint)
+    before = _check_division(checkpoint, content, plan, obstacle)
     step = content["optimizer_steps"]
     _check_epochs(run, step, plan)
     if done and step == plan.total_steps and (named is None or named.is_dir()):
         return Choice(run, checkpoint, finished=True)
     for remark in remarks:
         log.warning("%s", remark)
-    return Choice(run, checkpoint.absolute(), launch=run_id)
+    return Choice(run, checkpoint.absolute(), before=before, launch=run_id)
 
 
 def _restarted(
@@ -297,16 +304,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     }
 
 
-def _check_same(
-    run: Run, manifest: Mapping[str, Any], loaded: LoadedRecipe, plan: TrainingPlan, fingerprint: str
-) -> list[str]:
+def _check_same(run: Run, manifest: Mapping[str, Any], loaded: LoadedRecipe, fingerprint: str) -> list[str]:
     """One line for each changed key that may change; ``RunError`` for any other difference."""
-    if manifest["world_size"] != plan.world_size:
-        raise RunError(
-            f"{run.path} was run with {manifest['world_size']} processes, not {plan.world_size}, and can only be "
-            "continued with the same number; change trainer.devices and trainer.num_nodes back, or start a new run "
-            "with a different --out, initialised with --init-from"
-        )
     changed = _check_recipe(run, manifest, loaded)
     _check_data(run.path, manifest.get("data_fingerprint", fingerprint), fingerprint)
     return [
@@ -336,6 +335,31 @@ def _check_recipe(run: Run, manifest: Mapping[str, Any], loaded: LoadedRecipe) -
             "start a new run with a different --out"
         )
     return changed
+
+
+def _check_division(
+    checkpoint: Path,
+    content: Mapping[str, Any],
+    plan: TrainingPlan,
+    obstacle: Callable[[Division, bool], str] | None,
+) -> Division:
+    """How steps were divided before ``checkpoint``; ``RunError`` if ``plan`` divides them otherwise and must not."""
+    known = content.get("division") or {
+        "processes": (content.get("manifest") or {}).get("world_size", plan.world_size),
+        "micro_batches": plan.accumulate,
+    }
+    before = Division(**known)
+    if before == plan.division:
+        return before
+    draws = content["callbacks"].get("StepSeeding", {}).get("draws", True)
+    reason = "it was made for that division alone" if obstacle is None else obstacle(before, draws)
+    if reason:
+        raise RunError(
+            f"{checkpoint} is of a run with {before}, and cannot be continued with {plan.division}: {reason}; change "
+            "trainer.devices, trainer.num_nodes and trainer.accumulate_grad_batches back, or start a new run with a "
+            "different --out, initialised with --init-from"
+        )
+    return before
 
 
 def _check_data(what: Path, old: str, new: str) -> None:
@@ -392,6 +416,8 @@ def begin(
                 "launch": choice.launch,
                 "checkpoint": str(choice.checkpoint) if choice.checkpoint else None,
                 "world_size": plan.world_size,
+                "nodes": loaded.recipe.nodes,
+                "micro_batches": plan.accumulate,
                 "data_fingerprint": fingerprint,
                 "recipe": recipe,
                 "finished": None,

@@ -23,6 +23,7 @@ from sslzoo.exits import ExitCode, RunError
 from sslzoo.export.write import write_at_end
 from sslzoo.nn.weights import MissingWeights, described
 from sslzoo.recipe.load import LoadedRecipe, plain
+from sslzoo.recipe.plan import Division
 from sslzoo.recipe.registry import name_of
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.build import BuiltRun, Experiment, build_experiment, equip, load_weights, try_analyses
@@ -37,6 +38,7 @@ from sslzoo.run.messages import Messages
 from sslzoo.run.placement import Placement, check_world_size, place
 from sslzoo.run.rendezvous import Rendezvous, together
 from sslzoo.run.report import plot_curves, plot_views, results_tables
+from sslzoo.run.resize import obstacle
 from sslzoo.run.stopwatch import Stopwatch
 from sslzoo.run.summary import run_summary
 from sslzoo.run.words import last_words
@@ -81,6 +83,7 @@ class _Life:
         self.stopwatch = Stopwatch()
         self.session: Session | None = None
         self.lock: RunLock | None = None
+        self.before: Division | None = None  # on rank 0: how steps were divided before the checkpoint
         self.begun = False  # whether this run owns its directory and has written the manifest
 
     def live(self, *, out: Path | None, resume: str | None, init_from: Path | None) -> int:
@@ -135,7 +138,9 @@ class _Life:
                 out=out,
                 resume=resume,
                 attempt=self.placement.attempt,
+                obstacle=lambda before, draws: obstacle(experiment.method, recipe, before, draws=draws),
             )
+            self.before = choice.before
             return {
                 "path": str(choice.run.path),
                 "run_id": choice.run.run_id,
@@ -147,7 +152,7 @@ class _Life:
         chosen = meeting.lead("choice", decide)
         checkpoint = Path(chosen["checkpoint"]) if chosen["checkpoint"] else None
         run = Run(Path(chosen["path"]), chosen["run_id"])
-        choice = Choice(run, checkpoint, chosen["finished"], chosen["launch"])
+        choice = Choice(run, checkpoint, chosen["finished"], launch=chosen["launch"])
         with together(meeting, "readable"):
             if missing is not None and checkpoint is None:
                 raise missing
@@ -211,7 +216,7 @@ class _Life:
         source = self.loaded.source
         bundled = "" if name_of(source) == str(source) else f", bundled: {source}"
         OUT.print(f"recipe {name_of(source)}{bundled}", soft_wrap=True)
-        OUT.print(run_summary(recipe, built.plan, built.method, str(run.path)))
+        OUT.print(run_summary(recipe, built.plan, built.method, str(run.path), before=self.before))
         begins = f"continuing from {session.choice.checkpoint}" if session.choice.checkpoint else "a new run"
         log.info("%s: %s", shlex.join(sys.argv), begins)
         if session.choice.checkpoint is not None:

@@ -11,7 +11,7 @@ from rich.text import Text
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslzoo.nn.backbones import parameter_count
-from sslzoo.recipe.plan import TrainingPlan
+from sslzoo.recipe.plan import Division, TrainingPlan
 from sslzoo.recipe.sections import Recipe, ViewConfig
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ def describe_view(view: ViewConfig) -> str:
     return f"{view.count} x {view.size} px {view.role}, {crop}"
 
 
-def _rows(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any]) -> Iterator[tuple[str, str]]:
+def _rows(
+    recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any], before: Division | None
+) -> Iterator[tuple[str, str]]:
     yield "method", f"{recipe.method.name} on {recipe.backbone.name}, {method.feature_dim} features"
     if recipe.backbone.weights is not None:
         yield "encoder starts", f"from {recipe.backbone.weights}"
@@ -64,9 +66,8 @@ def _rows(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any]) -> Iterato
     yield "views", "; ".join(describe_view(view) for view in recipe.views)
     yield (
         "batch",
-        f"{plan.global_batch_size} per optimiser step = {plan.world_size} process"
-        f"{'es' * (plan.world_size > 1)} x {plan.accumulate} micro-batch{'es' * (plan.accumulate > 1)} "
-        f"x {plan.micro_batch_size}",
+        f"{plan.global_batch_size} per optimiser step = {plan.division} x {plan.micro_batch_size}"
+        + (f"; before this start {before}" if before not in (None, plan.division) else ""),
     )
     yield (
         "steps",
@@ -92,12 +93,20 @@ def _rows(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any]) -> Iterato
     yield "precision", str(recipe.trainer.get("precision", "32-true"))
 
 
-def run_summary(recipe: Recipe, plan: TrainingPlan, method: SSLMethod[Any], where: str) -> Group:
-    """A table that describes the run, to be printed with rich."""
+def run_summary(
+    recipe: Recipe,
+    plan: TrainingPlan,
+    method: SSLMethod[Any],
+    where: str,
+    *,
+    before: Division | None = None,
+) -> Group:
+    """A table that describes the run, to be printed with rich. ``before``: how steps were divided up to the checkpoint
+    that it continues from."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column()
-    for name, value in _rows(recipe, plan, method):
+    for name, value in _rows(recipe, plan, method, before):
         table.add_row(name, value)
     table.add_row("run directory", where)
     return Group(Text(f"sslzoo: {recipe.name}", style="bold"), table)

@@ -33,7 +33,7 @@ def meter_in():
 
 
 def _module() -> Any:
-    plan = SimpleNamespace(global_batch_size=8)
+    plan = SimpleNamespace(global_batch_size=8, accumulate=1)
     return SimpleNamespace(
         recorded={},
         settings={},

@@ -104,6 +104,22 @@ class MarginContrast(SSLMethod[MarginConfig]):
             loss = margin_loss(term.pairs, margin, temperature=temperature, beta=beta, detached=detached)
         return loss.mean()
 
+    def depends_on_processes(self) -> str:
+        """ShuffleBN does."""
+        base = self.cfg.base
+        shuffled = isinstance(base, config.MoCoV2Config) and base.momentum_batchnorm == "shuffle"
+        return "method.base.momentum_batchnorm=shuffle divides the images of a process" if shuffled else ""
+
+    def depends_on_micro_batches(self) -> str:
+        """Whatever looks at several images of the batch does."""
+        if self.cfg.base.name in ("simclr", "mocov3"):
+            return f"method.base={self.cfg.base.name} contrasts the images of a micro-batch with one another"
+        if isinstance(self.cfg.family, config.MACL):
+            return "method.family=macl takes its temperature from the images of a micro-batch"
+        if isinstance(self.cfg.effects, config.Isolated):
+            return "method.effects=isolated has sums over the images of a micro-batch"
+        return self.depends_on_processes()
+
     def contrasted(self, batch: Batch) -> Contrast:
         """Anchors are predictions (projections without predictor); positives are momentum keys (projections without
         momentum encoder)."""

@@ -109,6 +109,14 @@ class MetAug(SSLMethod[MetAugConfig]):
         optimizer.step()
         optimizer.zero_grad()
 
+    def depends_on_processes(self) -> str:
+        """It does not: keys are those of all processes, or of banks."""
+        return ""
+
+    def depends_on_micro_batches(self) -> str:
+        """It does."""
+        return "MetAug takes a step after each micro-batch"
+
     def network(self) -> Network:
         """Backbone and projector as one module."""
         return Network(self.backbone, self.projector)

@@ -62,6 +62,14 @@ class MMCL(SSLMethod[MMCLConfig]):
         """Count the next step's micro-batches from 0."""
         self.micro_batch = 0
 
+    def depends_on_processes(self) -> str:
+        """Without gathering."""
+        return "" if self.cfg.gather else "method.gather=false contrasts the images of one process"
+
+    def depends_on_micro_batches(self) -> str:
+        """It does."""
+        return "MMCL separates the images of a micro-batch from one another"
+
     def contrasted(self, batch: Batch) -> Contrast:
         """Projections of two global views."""
         temperature = self.cfg.softmax_temperature

@@ -41,7 +41,8 @@ class SCE(SSLMethod[SCEConfig]):
         if cfg.momentum_batchnorm == "split":
             to_split(self.momentum_encoder, SPLITS)
         self.queue = FeatureQueue(cfg.queue_size, dim) if cfg.queue_size else None
-        self.pending: list[Tensor] = []  # keys (G·M, D) of this step's micro-batches, queued after the step
+        # Keys (M, D) per view of each of this step's micro-batches, queued after the step.
+        self.pending: list[list[Tensor]] = []
 
     def loss(self, batch: Batch) -> Tensor:
         """Weighted mean over pairs: crop 0 against the others or, if symmetric, every global crop against
@@ -82,7 +83,7 @@ class SCE(SSLMethod[SCEConfig]):
         if self.queue is not None:
             if self.step == 0 and not self.pending:
                 warn_of_stale_keys(len(self.queue.features), len(views) * self.plan.dataset_size)
-            self.pending.append(torch.cat(keys))
+            self.pending.append(keys)
         return out.terms.loss
 
     @torch.no_grad()
@@ -108,7 +109,8 @@ class SCE(SSLMethod[SCEConfig]):
     def after_step(self, step: int) -> None:
         """Push this step's keys to the queue and update the momentum encoder."""
         if self.queue is not None:
-            self.queue.push(torch.cat(self.pending))
+            # In the order of the whole batch, which does not depend on its division into micro-batches.
+            self.queue.push(torch.cat([key for view in zip(*self.pending, strict=True) for key in view]))
             self.pending = []
         cfg, now, total = self.cfg, step, self.plan.total_steps
         if cfg.momentum_schedule == "cosine_epoch":
@@ -121,6 +123,17 @@ class SCE(SSLMethod[SCEConfig]):
     def after_skipped_step(self, step: int) -> None:
         """Drop this step's keys."""
         self.pending = []
+
+    def depends_on_processes(self) -> str:
+        """Batch norm of the momentum branch over a part of a process's images does."""
+        kind = self.cfg.momentum_batchnorm
+        return "" if kind == "same" else f"method.momentum_batchnorm={kind} divides the images of a process"
+
+    def depends_on_micro_batches(self) -> str:
+        """Negatives from the batch do; the queue is the same for all of a step's micro-batches."""
+        if self.cfg.batch_negatives:
+            return "method.batch_negatives=true contrasts the images of a micro-batch with one another"
+        return self.depends_on_processes()
 
     def contrasted(self, batch: Batch) -> Contrast:
         """Online embeddings as anchors, momentum embeddings as positives; if asymmetric, of the first view."""

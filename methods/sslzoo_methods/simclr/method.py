@@ -33,6 +33,14 @@ class SimCLR(SSLMethod[SimCLRConfig]):
         offset = rank() * len(batch.sample_id)
         return nt_xent(embeddings, candidates, offset=offset, temperature=self.cfg.temperature)
 
+    def depends_on_processes(self) -> str:
+        """It does not: the loss has the images of all processes."""
+        return ""
+
+    def depends_on_micro_batches(self) -> str:
+        """It does."""
+        return "SimCLR contrasts the images of a micro-batch with one another"
+
     def contrasted(self, batch: Batch) -> Contrast:
         """Projections of two global views."""
         return Contrast.of_views(

@@ -107,6 +107,16 @@ class SogCLR(SSLMethod[SogCLRConfig]):
             loss = loss + global_temperature_loss(self.tau, learned, rho=self.rule.rho)
         return loss
 
+    def depends_on_processes(self) -> str:
+        """With gradients of one process alone."""
+        if self.cfg.loss.gather_grad == "local":
+            return "method.loss.gather_grad=local has no gradients of other processes"
+        return ""
+
+    def depends_on_micro_batches(self) -> str:
+        """It does."""
+        return "SogCLR contrasts the images of a micro-batch with one another"
+
     def contrasted(self, batch: Batch) -> Contrast:
         """Projections of two global views, with the recipe's temperature even if temperatures are learned."""
         return Contrast.of_views(
