@@ -159,6 +159,7 @@ def test_a_restored_position_continues_the_order(position: int, accumulate: int)
     resumed.load_state_dict({"position": position})
     assert resumed.state_dict() == {
         "position": position,
+        "accumulate": accumulate,
         "fingerprint": resumed.fingerprint,
         "unreadable": [],
     }
