@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -124,6 +125,14 @@ class Bench:
             about=self.about() | {"seconds": seconds},
             identity=self.identity(name),
         )
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Delete the state of the evaluations ``names``, which are finished. Not collective."""
+        for name in names:
+            for path in self.state.glob(f"{file_stem(name)}_*.pt"):
+                path.unlink()
+        with suppress(OSError):  # there is none, or another evaluation has its state there
+            self.state.rmdir()
 
     def about(self) -> dict[str, Any]:
         """The encoder and the recipe, for the results' files."""

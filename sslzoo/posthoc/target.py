@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,7 +98,8 @@ def recipe_of_file(path: Path, named: str | None, overrides: Sequence[str]) -> L
             named is not None,
             f"{file} has only weights; give architecture, data, size, mean and std by --recipe",
         )
-        return load_recipe(str(named), (f"backbone.weights={file.absolute()}", *overrides))
+        weights = f"backbone.weights={json.dumps(str(file.absolute()))}"
+        return load_recipe(str(named), (weights, *overrides))
     if file.suffix == SUFFIX:
         return (
             load_recipe(named, overrides)

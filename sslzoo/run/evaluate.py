@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -162,7 +161,7 @@ class _Evaluation:
         for logger in loggers:
             logger.finalize("success")
         if leader:
-            shutil.rmtree(bench.state, ignore_errors=True)
+            bench.forget(self.request.names)
         bench.store.trim()
         if leader and (kept := bench.store.size()):
             OUT.print(
@@ -301,7 +300,7 @@ def evaluate_at_end(
     method.train(was_training)
     if rank() == 0:
         write_json(folder / "summary.json", summary)
-        shutil.rmtree(bench.state, ignore_errors=True)
+        bench.forget(recipe.eval.after)
     bench.store.trim()
     return summary
 

@@ -370,6 +370,7 @@ def test_a_killed_protocol_continues_on_another_number_of_processes(folder: Path
     assert torn.wait() == -signal.SIGKILL, torn.said
     ranks = group(folder, "eval", *arguments, "--out", "torn", world=2, before=short())
     assert codes(ranks) == [0] * 2, [rank.said for rank in ranks]
+    assert not (folder / "torn/state").exists()
     whole = _eval(folder, *arguments, "--out", "untorn", before=short())
     assert whole.wait() == 0, whole.said
     for name in ("honest", "sce_cifar"):
