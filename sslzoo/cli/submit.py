@@ -115,7 +115,8 @@ def _job(args: argparse.Namespace) -> Job:
     taken = [word for word in args.overrides if word.startswith(("trainer.devices=", "trainer.num_nodes="))]
     require(not taken, f"leave out {' '.join(taken)}: --gpus-per-node and --nodes set it")
     recipe = load_recipe(args.recipe, args.overrides).recipe
-    nodes, per_node = args.nodes or recipe.nodes, args.gpus_per_node or recipe.devices
+    nodes = recipe.nodes if args.nodes is None else args.nodes
+    per_node = recipe.devices if args.gpus_per_node is None else args.gpus_per_node
     require(
         per_node is not None, "the recipe asks for all GPUs of a machine; say how many: --gpus-per-node M"
     )

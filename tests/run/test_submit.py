@@ -114,6 +114,7 @@ def test_the_profile_of_a_cluster(
     ("arguments", "said"),
     [
         (["trainer.devices=2"], "leave out trainer.devices=2: --gpus-per-node and --nodes set it"),
+        (["--gpus-per-node", "0"], "--nodes and --gpus-per-node must be positive"),
         (["--nodes", "-1"], "--nodes and --gpus-per-node must be positive"),
         (["trainer.accelerator=gpu", "--gpus-per-node", "7"], "make it a multiple of 7"),
         (["--array", "seed"], "must have the form KEY=A,B,... such as seed=1,2,3"),
