@@ -35,6 +35,11 @@ class DatasetInfo:
         return len(self.mean) or 3
 
     @property
+    def in_files(self) -> bool:
+        """Whether each image is a file, which data workers decode; otherwise all images are in memory."""
+        return any(mark in self.layout for mark in ("<image>", ".JPEG"))
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Class names in label order; empty if they are in the files."""
         return self.classes if isinstance(self.classes, tuple) else ()

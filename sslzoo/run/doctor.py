@@ -14,7 +14,9 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 
 from sslzoo.recipe import registry
+from sslzoo.recipe.sections import Recipe
 from sslzoo.run.cluster import profile_path, read_profile
+from sslzoo.run.placement import devices_per_node
 
 FINE, NOTE, BROKEN = "fine", "note", "broken"
 SHARED_MEMORY_NEEDED = 1 << 30  # bytes; data workers pass batches through shared memory
@@ -31,8 +33,8 @@ class Finding:
     fix: str = ""
 
 
-def examine() -> list[Finding]:
-    """Run all checks, in order."""
+def examine(recipe: Recipe | None = None) -> list[Finding]:
+    """Run all checks, in order, for ``recipe`` where they depend on one."""
     return [
         Finding(subject="python", detail=f"{platform.python_version()} on {platform.platform()}"),
         *packages(),
@@ -40,7 +42,7 @@ def examine() -> list[Finding]:
         *devices(),
         *threads(),
         data(os.environ),
-        *shared_memory(Path("/dev/shm")),
+        *shared_memory(Path("/dev/shm"), SHARED_MEMORY_NEEDED if recipe is None else _workers_need(recipe)),
         *wandb(os.environ),
         *cluster(os.environ),
     ]
@@ -171,21 +173,34 @@ def data(environ: Mapping[str, str]) -> Finding:
     return Finding(subject="data", detail=f"{path}: {', '.join(inside) or 'contains no folders'}")
 
 
-def shared_memory(path: Path) -> Iterator[Finding]:
-    """Check the free shared memory, on systems that have the folder ``path`` for it."""
+def shared_memory(path: Path, needed: int) -> Iterator[Finding]:
+    """Check the free shared memory against the bytes ``needed``, on systems that have the folder ``path`` for it."""
     if not path.is_dir():
         return
     usage = shutil.disk_usage(path)
-    detail = f"{path}: {usage.free / 2**20:.0f} MiB free of {usage.total / 2**20:.0f}"
-    if usage.free < SHARED_MEMORY_NEEDED:
+    detail = (
+        f"{path}: {usage.free / 2**20:.0f} MiB free of {usage.total / 2**20:.0f}, {needed / 2**20:.0f} needed"
+    )
+    if usage.free < needed:
         yield Finding(
             subject="shared memory",
             detail=detail,
             state=NOTE,
-            fix="start the container with --shm-size=8g (or --ipc=host), or set data.workers=0",
+            fix=f"start the container with --shm-size={max(8, -(-needed >> 30))}g (or --ipc=host), "
+            "or lower data.workers",
         )
     else:
         yield Finding(subject="shared memory", detail=detail)
+
+
+def _workers_need(recipe: Recipe) -> int:
+    """Bytes of shared memory that the data workers of a machine fill."""
+    from sslzoo.run.memory import shared_memory as needed
+
+    devices = devices_per_node(recipe)
+    return needed(
+        recipe, recipe.data.global_batch_size // (devices * recipe.nodes * recipe.accumulate), devices
+    )
 
 
 def wandb(environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -28,7 +28,8 @@ from sslzoo.run.directory import Run
 from sslzoo.run.evaluate import evaluate_at_end
 from sslzoo.run.explain import REFUSED, explain, one_line
 from sslzoo.run.loggers import require_packages
-from sslzoo.run.placement import world_size_of
+from sslzoo.run.memory import DeviceMemory, device_memory, shared_memory
+from sslzoo.run.placement import devices_per_node, world_size_of
 from sslzoo.run.summary import human_bytes, run_summary, state_memory
 from sslzoo.terminal import OUT
 
@@ -48,9 +49,12 @@ def dry_run(recipe: Recipe) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="sslzoo-dry-run-") as folder:
             require_packages(recipe.logging)
-            built = build_rehearsal(recipe, Path(folder), departure)
+            built, other = (
+                build_rehearsal(recipe, Path(folder, str(images)), departure, images=images)
+                for images in few_images(recipe)
+            )
             stage = "training"
-            train(built)
+            memory = device_memory(built, other, train)
             stage = "reading its checkpoint"
             size = read_back(built)
             stage = "evaluating at the end"
@@ -59,16 +63,21 @@ def dry_run(recipe: Recipe) -> int:
         return _failed(error, departure.phase if stage == "training" else stage)
     finally:
         departure.restore()
-    OUT.print(Group(run_summary(recipe, built.plan, built.method, "none: dry run"), _details(recipe, built)))
+    OUT.print(
+        Group(run_summary(recipe, built.plan, built.method, "none: dry run"), _details(recipe, built, memory))
+    )
     OUT.print(f"{_done(built)}, a checkpoint of {human_bytes(size)} written and read: passed", soft_wrap=True)
     return ExitCode.DONE
 
 
-def build_rehearsal(recipe: Recipe, folder: Path, departure: Departure | None = None) -> BuiltRun:
-    """Build the run in ``folder`` with a full-size method, a few generated images and a single step."""
+def build_rehearsal(
+    recipe: Recipe, folder: Path, departure: Departure | None = None, *, images: int | None = None
+) -> BuiltRun:
+    """Build the run in ``folder`` with a full-size method, a few generated ``images`` in a micro-batch (default: the
+    first of :func:`few_images`), and a single step."""
     size, classes = known_of_data(recipe)
-    pixels = max(recipe.eval.size, *(view.size for view in recipe.views))
-    images = 4 if pixels > LARGE else 8  # per training micro-batch
+    images = few_images(recipe)[0] if images is None else images
+    pixels = _pixels(recipe)
     return build_run(
         _miniature(recipe, images),
         Run(folder, "dry-run"),
@@ -77,6 +86,15 @@ def build_rehearsal(recipe: Recipe, folder: Path, departure: Departure | None = 
         departure=departure,
         brief=True,
     )
+
+
+def few_images(recipe: Recipe) -> tuple[int, int]:
+    """The numbers of images in the micro-batches of a rehearsal, and of another to compare it with."""
+    return (4, 2) if _pixels(recipe) > LARGE else (8, 16)
+
+
+def _pixels(recipe: Recipe) -> int:
+    return max(recipe.eval.size, *(view.size for view in recipe.views))
 
 
 def known_of_data(recipe: Recipe) -> tuple[int, int]:
@@ -195,8 +213,8 @@ def _done(built: BuiltRun) -> str:
     return f"{done}, one validation batch, probe and k-NN{baselines}{after}"
 
 
-def _details(recipe: Recipe, built: BuiltRun) -> Table:
-    """Sizes of views and state, for runs that do not fit into memory."""
+def _details(recipe: Recipe, built: BuiltRun, memory: DeviceMemory) -> Table:
+    """Sizes of views and state, and the memory that they need."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("view", style="bold cyan")
     table.add_column("one image, float32")
@@ -205,4 +223,12 @@ def _details(recipe: Recipe, built: BuiltRun) -> Table:
         table.add_row(f"{view.count} x {view.size} px {view.role}", human_bytes(size))
     for name, size in state_memory(built.method):
         table.add_row(f"state: {name}", human_bytes(size))
+    table.add_row(
+        "memory of a device",
+        f"{human_bytes(memory.total)} for tensors with {memory.images} image{'s' * (memory.images > 1)}, "
+        f"{human_bytes(memory.per_image)} an image",
+    )
+    shared = shared_memory(recipe, memory.images, devices_per_node(recipe))
+    if shared:
+        table.add_row("shared memory", f"{human_bytes(shared)} a machine, for batches of data workers")
     return table

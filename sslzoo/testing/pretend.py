@@ -569,7 +569,6 @@ SMALL = (
 )
 # Trainer keys for hardware, which do not apply here.
 MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm")
-IN_FILES = ("<image>", ".JPEG")  # marks in the layout of data sets whose images are decoded by workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -689,7 +688,7 @@ def _small(job: Job, images: Path) -> tuple[Recipe, ImageSource]:
         recipe = replace(recipe, views=views)
     count = STEPS * recipe.data.global_batch_size
     channels = len(recipe.data.mean)
-    if not any(mark in dataset_info(recipe.data.dataset).layout for mark in IN_FILES):
+    if not dataset_info(recipe.data.dataset).in_files:
         return recipe, FakeSource(count, channels, PIXELS, CLASSES)
     if not images.exists():
         _write_images(images, count)

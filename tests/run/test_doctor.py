@@ -26,7 +26,7 @@ def test_exit_code_is_1_only_where_something_is_broken(
 ) -> None:
     for state, code in ((FINE, 0), (NOTE, 0), (BROKEN, 1)):
         monkeypatch.setattr(
-            doctor, "examine", lambda s=state: [Finding(subject="x", detail="y", state=s, fix="z")]
+            doctor, "examine", lambda _, s=state: [Finding(subject="x", detail="y", state=s, fix="z")]
         )
         assert main(["doctor"]) == code
         assert "-> z" in capsys.readouterr().out
@@ -64,12 +64,25 @@ def test_data(tmp_path: Path) -> None:
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert list(doctor.shared_memory(tmp_path / "no")) == []
+    assert list(doctor.shared_memory(tmp_path / "no", 1)) == []
     usage = type(shutil.disk_usage(tmp_path))
-    for free, state in ((doctor.SHARED_MEMORY_NEEDED, FINE), (64 << 20, NOTE)):
+    for free, needed, state in (
+        (1 << 30, 1 << 30, FINE),
+        (64 << 20, 1 << 30, NOTE),
+        (24 << 30, 28 << 30, NOTE),
+    ):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(free, 0, free))
-        (finding,) = doctor.shared_memory(tmp_path)
+        (finding,) = doctor.shared_memory(tmp_path, needed)
         assert finding.state == state
+    assert "--shm-size=28g" in finding.fix
+
+
+def test_a_recipe_says_how_much_shared_memory_its_workers_fill(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "sce_in1k"]) == 0
+    # 8 devices x 12 workers x 2 batches x 512 images x 2 views x 3 x 224 x 224 bytes.
+    assert f"{8 * 12 * 2 * 512 * 2 * 3 * 224 * 224 >> 20} needed" in " ".join(capsys.readouterr().out.split())
+    assert main(["doctor", "sce_in1kk"]) == 2
+    assert "did you mean sce_in1k?" in capsys.readouterr().err
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:

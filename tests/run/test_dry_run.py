@@ -60,6 +60,7 @@ def test_it_says_what_was_done(folder: Path, overrides: tuple[str, ...], said: s
     command = _try(folder, tmp_path, *overrides)
     assert command.wait() == 0, command.said
     assert not command.err
+    assert re.search(r"memory of a device +\d+\.\d MiB for tensors with (8|16) images", command.out)
     last = command.out.splitlines()[-1]
     assert last.startswith("one training step ") and said in last
     assert re.search(r"a checkpoint of \d+\.\d MiB written and read: passed$", last)
