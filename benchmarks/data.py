@@ -44,7 +44,7 @@ def torchvision_pipeline(view: ViewConfig, mean: tuple[float, ...], std: tuple[f
     """The same augmentation policy in torchvision, applied to one uint8 tensor at a time."""
     return v2.Compose(
         [
-            v2.RandomResizedCrop(view.size, view.scale, antialias=True),
+            v2.RandomResizedCrop(view.size, view.scale or (1.0, 1.0), antialias=True),
             v2.RandomApply(
                 [v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)], view.jitter_p
             ),
