@@ -606,7 +606,7 @@ ROWS = {
     "metaug_cifar10": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
     "metaug_stl10": ("resnet18", 256, 300, 0.03, 5e-4, "crops", "batch", 1e-5),
     "metaug_in100": ("resnet50", 256, 200, 0.03, 1e-4, "crops", "batch", 1e-5),
-    "metaug_in1k": ("resnet50", 2048, 200, 2.4, 1e-6, "crops", "batch", 1e-5),
+    "metaug_in1k": ("resnet50", 1024, 200, 1.2, 1e-6, "crops", "batch", 1e-5),
     "metaug_official_cifar10": (OFFICIAL, 64, 300, 0.03, 1e-4, "color", "bank", 1e-5),
     "metaug_fashion_mnist": ("conv5", 128, 12, 2e-3, 1e-4, "crops", "batch", 0.1),
 }

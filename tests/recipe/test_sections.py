@@ -153,7 +153,8 @@ def test_what_earlier_recipes_said(override: str, said: str) -> None:
         ),
         (
             ("eval.baselines=false", "probe.momentum=0.5"),
-            "probe.momentum: must stay 0.9: nothing learns by SGD without probe.online=true, eval.baselines=true or",
+            "probe.momentum: must stay 0.9: nothing learns by SGD without probe.online=true, eval.baselines=true or "
+            "eval.after=[honest]",
         ),
         (
             ("probe.lrs=[0.1,0.1]",),

@@ -30,6 +30,7 @@ from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.sections import AnalysisConfig
 from sslzoo.run.build import build_experiment, build_run
 from sslzoo.run.directory import Run
+from sslzoo.run.memory import StepMemory
 from sslzoo.run.preemption import Preemption
 from tests.command import fork, write_recipe
 
@@ -121,7 +122,11 @@ def _show_what_is_trained(scratch: Path) -> None:
             return ["images" if size == method.plan.dataset_size else size for size in value.shape]
 
         built = {
-            "callbacks": [f"{type(c).__module__}.{type(c).__qualname__}" for c in trainer.callbacks],
+            "callbacks": [  # and one that measures the memory of the dry run's step
+                f"{type(c).__module__}.{type(c).__qualname__}"
+                for c in trainer.callbacks
+                if not isinstance(c, StepMemory)
+            ],
             "method": {name: shape(value) for name, value in method.state_dict().items()},
             "views": [repr(view) for view in datamodule.views],
             "evaluated": [(s.name, s.split) for s in datamodule.eval_sets()],
