@@ -29,9 +29,10 @@ from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.registry import ON_FEATURES, is_plugin
 
 if TYPE_CHECKING:
-    from sslzoo.data.module import SSLDataModule
+    from sslzoo.data.module import EvalSet, SSLDataModule
     from sslzoo.method import SSLMethod
     from sslzoo.posthoc.target import Target
+    from sslzoo.recipe.sections import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,8 @@ class Bench:
                 most <= bank,
                 f"--k {most} exceeds the {bank} training images of {train.source.name}; lower it",
             )
+            if any(name != "knn" for name in names):
+                _check_held_out(train, target.recipe)
         check_suits(names, target.backbone, target.method)
 
     def identity(self, name: str) -> dict[str, Any]:
@@ -82,6 +85,7 @@ class Bench:
                 "weights": target.fingerprints,
                 "images": [s.source.fingerprint for s in self.data.eval_sets()],
                 "view": repr(self.data.plain),
+                "mean and std": [recipe.data.mean, recipe.data.std],
                 "probe": {"holdout": recipe.probe.holdout, "train_size": recipe.probe.train_size},
                 "seed": recipe.seed,
                 "settings": settings.get(name) or sgd,
@@ -171,6 +175,17 @@ def check_suits(names: Sequence[str], backbone: nn.Module, method: SSLMethod[Any
             protocol = protocol_named(name)
             if isinstance(protocol, ViewProtocol):
                 encoder_of(protocol, backbone, method)
+
+
+def _check_held_out(train: EvalSet, recipe: Recipe) -> None:
+    """``ValueError`` if ``recipe`` holds out none or all of the images that a classifier may learn from."""
+    of = roles(train.sample_id, len(train.source), recipe.probe, recipe.eval, recipe.seed)
+    learned, held_out = int(of.learned.sum()), int(of.held_out.sum())
+    require(
+        min(learned, held_out) > 0,
+        f"of the training images of {train.source.name} {learned:,} are to learn from and {held_out:,} are held out to "
+        f"choose by; {'lower' if learned == 0 else 'raise'} probe.holdout={recipe.probe.holdout:g}",
+    )
 
 
 class Found(NamedTuple):

@@ -140,7 +140,15 @@ class _Evaluation:
         total = self.protocol.iterations.get(dataset, per_epoch * self.protocol.epochs)
         self.length = Length(per_epoch, total)
         self.save_every = recipe.logging.checkpoint_every_steps
-        self.identity = _identity(self.protocol, encoder, train.source.fingerprint, recipe.seed, self.length)
+        self.identity = _identity(
+            self.protocol,
+            encoder,
+            [s.source.fingerprint for s in (train, test)],
+            [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in (self.learned, test.sample_id)],
+            [recipe.data.mean, recipe.data.std, recipe.eval.resize],
+            recipe.seed,
+            self.length,
+        )
         self._with_encoder(encoder, recipe.seed)
         self.looks: list[_Look] = []
 
