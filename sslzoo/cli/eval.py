@@ -27,12 +27,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sslzoo.posthoc.options import FORMATS, KEEP, KINDS
 from sslzoo.streams import outlive_readers
 
 if TYPE_CHECKING:
     from sslzoo.posthoc.request import Request
-
-KINDS = ("linear", "knn", "logistic", "features")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep",
         type=float,
-        default=4.0,
+        default=KEEP,
         metavar="GIB",
         help="features that stay on disk afterwards, in GiB; those not used for the longest time are deleted first "
-        "(default: 4; 0 keeps none)",
+        f"(default: {KEEP:g}; 0 keeps none)",
     )
     parser.add_argument(
         "--devices",
@@ -77,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=("safetensors", "npy", "parquet"),
-        help="features: safetensors, npy (three files), or parquet, which needs pyarrow (default: safetensors)",
+        choices=FORMATS,
+        help=f"features: safetensors, npy (three files), or parquet, which needs pyarrow (default: {FORMATS[0]})",
     )
     parser.add_argument(
         "overrides",
@@ -89,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from sslzoo.checks import require
     from sslzoo.recipe.load import RecipeError
     from sslzoo.run.departure import leave_while_importing
     from sslzoo.run.launcher import end_with_parent, launch
@@ -99,13 +99,18 @@ def run(args: argparse.Namespace) -> int:
     try:
         request = _request(args)
         loaded = request.load_recipe()
+        starter = place().starter
+        require(
+            request.devices is None or starter in ("alone", "sslzoo"),
+            f"--devices {request.devices} cannot be set here: {starter} has started the processes; leave it out",
+        )
         processes = request.devices or processes_here(loaded.recipe)
     except RecipeError:
         raise
     except (ValueError, OSError) as error:
         print(f"sslzoo eval: {error}", file=sys.stderr)
         return 2
-    if place().starter == "alone" and processes > 1:
+    if starter == "alone" and processes > 1:
         return launch(args.arguments, loaded, processes=processes, nodes=1)
     end_with_parent()
     # Torch's own messages about lost ranks would only repeat ours.
@@ -140,7 +145,7 @@ def _request(args: argparse.Namespace) -> Request:
         names=names.get(args.kind, lambda: (args.kind,))(),
         ks=numbers(args.k, "--k", int),
         temperatures=numbers(args.temperature, "--temperature", float),
-        format=args.format or "safetensors",
+        format=args.format or FORMATS[0],
         keep=args.keep,
         devices=args.devices,
     )

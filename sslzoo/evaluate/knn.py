@@ -34,11 +34,11 @@ def nearest(queries: Tensor, bank: Features, rows: Tensor, k: int) -> tuple[Tens
     similarity = queries.new_full((len(queries), k), float("-inf"))
     neighbours = rows.new_zeros(len(queries), k)
     size = max(1, min(BANK, BANK_VALUES // max(1, queries.shape[1])))
-    for x, y in bank.chunks(rows, size):
-        part = normalize(x)
+    for x, labels in bank.chunks(rows, size):
+        part, y = normalize(x), labels
         finite = part.sum(1).isfinite()
         if not bool(finite.all()):
-            part, y = part[finite], y[finite]  # noqa: PLW2901
+            part, y = part[finite], y[finite]
         for start in range(0, len(queries), COMPARED):
             some = slice(start, start + COMPARED)
             value, index = (queries[some] @ part.T).topk(min(k, len(part)), dim=1)

@@ -247,9 +247,11 @@ def linear_probe(task: Task, *, effort: Effort, report: Report = unseen, brief: 
 
     Features are standardised with statistics of the fitted samples. The selected strength has the best accuracy on
     the held-out samples (ties: the largest). Non-finite training samples are skipped; non-finite held-out and test
-    samples count as wrong. If no training samples remain, the accuracy is 0. ``brief`` does one iteration, for
-    dry runs. Raises ``ValueError`` if no sample, or every sample, is held out.
+    samples count as wrong. If no training samples remain, the accuracy is 0. ``brief`` does one iteration for one
+    strength, for dry runs. Raises ``ValueError`` if no sample, or every sample, is held out.
     """
+    if brief:
+        effort = effort._replace(strengths=effort.strengths[:1], iterations=1)
     train, test, strengths = task.train, task.test, effort.strengths
     rows, usable = rows_to_learn(task)
     if usable == 0:
@@ -259,7 +261,7 @@ def linear_probe(task: Task, *, effort: Effort, report: Report = unseen, brief: 
             train,
             rows,
             classes=task.classes,
-            effort=effort._replace(iterations=1) if brief else effort,
+            effort=effort,
             report=report,
         )
         chosen = _right(model, train, task.roles.held_out.nonzero().squeeze(1))  # (3, S)

@@ -136,6 +136,15 @@ def _brief(error: BaseException | None) -> str:
     return (lines[0] if lines else type(error).__name__)[:120]
 
 
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of names, types, shapes and values of a module's weights and buffers."""
+    found = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:

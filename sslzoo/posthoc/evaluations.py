@@ -64,7 +64,7 @@ class Bench:
                 most <= bank,
                 f"--k {most} exceeds the {bank} training images of {train.source.name}; lower it",
             )
-            if any(name != "knn" for name in names):
+            if any(map(_chooses, names)):
                 _check_held_out(train, target.recipe)
         check_suits(names, target.backbone, target.method)
 
@@ -177,6 +177,14 @@ def check_suits(names: Sequence[str], backbone: nn.Module, method: SSLMethod[Any
                 encoder_of(protocol, backbone, method)
 
 
+def _chooses(name: str) -> bool:
+    """Whether the evaluation ``name`` chooses by held-out training images."""
+    if name in ON_FEATURES:
+        return name == "logistic"
+    protocol = protocol_named(name)
+    return protocol.held_out if isinstance(protocol, ViewProtocol) else True
+
+
 def _check_held_out(train: EvalSet, recipe: Recipe) -> None:
     """``ValueError`` if ``recipe`` holds out none or all of the images that a classifier may learn from."""
     of = roles(train.sample_id, len(train.source), recipe.probe, recipe.eval, recipe.seed)
@@ -249,6 +257,7 @@ def _logistic(bench: Bench) -> Found:
                 n=samples.n_test,
                 chosen=f"L2 {found.l2:g}",
                 holdout_top1=found.holdout_top1,
+                n_held_out=samples.n_held_out,
                 converged=logistic.converged(found.fits),
             )
         )
@@ -319,6 +328,7 @@ def _rows(protocol: Protocol, data: str, layer: str, result: LinearResult) -> li
         n=result.n_test,
         chosen=result.classifier,
         holdout_top1=result.held_out_top1,
+        n_held_out=result.n_held_out,
     )
     if best is None:
         return [last]
@@ -350,13 +360,15 @@ def _compared(
         steps = plan_of(recipe, len(bench.data.train_source), 1).total_steps
         if target.step != steps:
             different = f"the encoder is from step {target.step} of {steps:,}"
-    compared = []
-    for row in rows:
-        reported = row.key == (f"{protocol.name}_best" if protocol.reported == "best" else protocol.name)
-        if (row.data, row.layer) == (OWN, LAYER) and reported:
-            gap = None if different else 100 * row.top1 - float(known.figure)
-            row = replace(row, published=known.figure, gap=gap)  # noqa: PLW2901
-        compared.append(row)
+    reported = f"{protocol.name}_best" if protocol.reported == "best" else protocol.name
+
+    def with_figure(row: Row) -> Row:
+        if (row.key, row.data, row.layer) != (reported, OWN, LAYER):
+            return row
+        gap = None if different else 100 * row.top1 - float(known.figure)
+        return replace(row, published=known.figure, gap=gap)
+
+    compared = list(map(with_figure, rows))
     source = f" ({known.source})" if known.source else ""
     return compared, f" Published: {known.figure}{source}" + (f", {different}." if different else ".")
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from sslzoo.checks import require
+from sslzoo.posthoc.options import FORMATS, KEEP
 from sslzoo.recipe.load import LoadedRecipe, load_recipe
 from sslzoo.recipe.registry import HONEST, check_protocol
-
-KEEP = 4.0  # GiB of features that stay on disk after an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Request:
     names: tuple[str, ...] = ()
     ks: tuple[int, ...] = ()  # neighbours; empty: eval.knn_k
     temperatures: tuple[float, ...] = ()  # empty: eval.knn_temperature
-    format: str = "safetensors"  # of the files with features
+    format: str = FORMATS[0]  # of the files with features
     keep: float = KEEP  # GiB
     devices: int | None = None  # processes on this machine; None: as the recipe says
 

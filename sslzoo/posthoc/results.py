@@ -30,6 +30,7 @@ class Row:
     n: int  # test images
     chosen: str = ""  # what was chosen on held-out training images, such as the rate
     holdout_top1: float | None = None  # on these
+    n_held_out: int = 0  # their number
     converged: str = ""  # which of the fits that were compared converged
     published: str = ""  # top-1 in per cent as the source gives it; empty: no figure
     gap: float | None = None  # percentage points above it; None: it was measured under other conditions
@@ -49,10 +50,11 @@ class Row:
             "layer": self.layer,
         }
         for name, value in self.accuracies.items():
-            low, high = interval(value, self.n)
-            values |= {name: value, f"{name}_low": round(low, 4), f"{name}_high": round(high, 4)}
+            values |= _with_interval(name, value, self.n)
         values |= {"n_test": self.n} | ({"chosen": self.chosen} if self.chosen else {})
-        values |= {} if self.holdout_top1 is None else {"holdout_top1": self.holdout_top1}
+        if self.holdout_top1 is not None:
+            values |= _with_interval("holdout_top1", self.holdout_top1, self.n_held_out)
+            values["n_held_out"] = self.n_held_out
         values |= {"converged": self.converged} if self.converged else {}
         values |= {"published": self.published} if self.published else {}
         values |= {} if self.gap is None else {"gap": round(self.gap, 2)}
@@ -175,9 +177,14 @@ class Results:
         return table
 
 
+def _with_interval(name: str, value: float, n: int) -> dict[str, float]:
+    low, high = interval(value, n)
+    return {name: value, f"{name}_low": round(low, 4), f"{name}_high": round(high, 4)}
+
+
 def _chosen(row: Row) -> str:
-    held_out = "" if row.holdout_top1 is None else f" (held-out {100 * row.holdout_top1:.1f})"
-    return row.chosen + held_out
+    held_out = _percent(row.holdout_top1, row.n_held_out)
+    return f"{row.chosen} (held-out {held_out})" if held_out else row.chosen
 
 
 def in_words(counts: Mapping[str, int]) -> str:

@@ -50,7 +50,7 @@ _TYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 
 
 class FeatureStore:
-    """The features in ``folder``. Methods are collective, except :meth:`size`."""
+    """The features in ``folder``. Methods are collective, except :meth:`trim` and :meth:`size`."""
 
     def __init__(self, folder: Path, *, keep: float) -> None:
         """``keep``: the number of bytes that :meth:`trim` leaves."""
@@ -104,19 +104,21 @@ class FeatureStore:
             os.utime(path)
         return Features(x, label, sample_id)
 
-    def trim(self) -> None:
-        """Delete the features that were not used for the longest time until at most ``keep`` bytes are left; unless
-        another evaluation extracts into the folder."""
-        if rank() == 0 and self.folder.is_dir():
+    def trim(self) -> int:
+        """Delete the features that were not used for the longest time until at most ``keep`` bytes are left, unless
+        another evaluation extracts into the folder; returns the number of bytes deleted. Rank 0 only."""
+        total = deleted = 0
+        if self.folder.is_dir():
             with suppress(RunError), self._locked():
-                entries = sorted(_entries(self.folder), key=lambda path: -path.stat().st_mtime)
-                total = 0
-                for entry in entries:
-                    total += _bytes_of(entry)
+                for entry in sorted(_entries(self.folder), key=lambda path: -path.stat().st_mtime):
+                    size = _bytes_of(entry)
+                    total += size
                     if total > self.keep:
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                        deleted += size
                 if not _entries(self.folder):
                     shutil.rmtree(self.folder)
+        return deleted
 
     def size(self) -> int:
         """Bytes on disk."""

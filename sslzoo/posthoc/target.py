@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from sslzoo.export.encoder import (
     run_of,
 )
 from sslzoo.nn.backbones import build_backbone
+from sslzoo.nn.weights import fingerprint
 from sslzoo.recipe.load import LoadedRecipe, load_carried, load_recipe
 from sslzoo.recipe.registry import method_class
 from sslzoo.recipe.sections import Recipe
@@ -73,15 +73,6 @@ class Target:
         its export."""
         of_backbone, of_all = fingerprint(self.backbone), fingerprint(self.module)
         return {layer: of_backbone if layer == LAYER else of_all for layer in self.layers}
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of names, types, shapes and values of a module's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # -- reading ------------------------------------------------------------------------------------

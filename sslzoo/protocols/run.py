@@ -24,6 +24,7 @@ from sslzoo.evaluate.progress import Report, unseen
 from sslzoo.evaluate.task import roles
 from sslzoo.files import atomically
 from sslzoo.nn.batchnorm import to_sync
+from sslzoo.nn.weights import fingerprint
 from sslzoo.protocols.adapt import adapted
 from sslzoo.protocols.classifiers import Classifiers, Length
 from sslzoo.protocols.protocol import Best, LinearResult, ViewProtocol
@@ -337,8 +338,4 @@ def _identity(protocol: ViewProtocol, encoder: nn.Module, *others: object) -> st
     """A hash of what a state belongs to: another encoder, protocol or data set cannot continue it."""
     settings = {f.name: getattr(protocol, f.name) for f in fields(protocol)}
     settings = {name: value for name, value in settings.items() if not callable(value)}
-    digest = hashlib.sha256(repr((settings, others)).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(repr((settings, others, fingerprint(encoder))).encode()).hexdigest()

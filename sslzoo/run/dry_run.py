@@ -53,6 +53,7 @@ def dry_run(recipe: Recipe) -> int:
                 build_rehearsal(recipe, Path(folder, str(images)), departure, images=images)
                 for images in few_images(recipe)
             )
+            other.trainer.limit_val_batches = 0  # only the memory of its step matters
             stage = "training"
             memory = device_memory(built, other, train)
             stage = "reading its checkpoint"

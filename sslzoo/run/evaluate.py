@@ -23,7 +23,8 @@ from sslzoo.exits import ExitCode
 from sslzoo.files import write_json
 from sslzoo.posthoc.evaluations import Bench, file_stem
 from sslzoo.posthoc.files import check_format, write_features
-from sslzoo.posthoc.request import KEEP, Request
+from sslzoo.posthoc.options import KEEP
+from sslzoo.posthoc.request import Request
 from sslzoo.posthoc.results import Results
 from sslzoo.posthoc.store import FeatureStore, read_stored
 from sslzoo.posthoc.target import Target, read_target
@@ -162,7 +163,12 @@ class _Evaluation:
             logger.finalize("success")
         if leader:
             bench.forget(self.request.names)
-        bench.store.trim()
+        if leader and (deleted := bench.store.trim()):
+            OUT.print(
+                f"{human_bytes(deleted)} of features were deleted, because --keep {self.request.keep:g} GiB is less; "
+                "the next evaluation extracts them again",
+                soft_wrap=True,
+            )
         if leader and (kept := bench.store.size()):
             OUT.print(
                 f"{human_bytes(kept)} of features are kept in {bench.store.folder}; the next evaluation reads them",
@@ -268,8 +274,7 @@ def evaluate_at_end(
     to ``summary`` and ``folder/summary.json``; returns the new summary. Collective.
 
     Evaluations that an earlier start of the run has finished are read from their files. ``loggers`` get the figures of
-    the others. With ``brief``, for dry runs,
-    protocols train for one epoch and nothing is shown.
+    the others. With ``brief``, for dry runs, nothing is shown, and protocols with views train for one epoch.
     """
     if not recipe.eval.after:
         return summary
@@ -301,7 +306,7 @@ def evaluate_at_end(
     if rank() == 0:
         write_json(folder / "summary.json", summary)
         bench.forget(recipe.eval.after)
-    bench.store.trim()
+        bench.store.trim()
     return summary
 
 

@@ -231,6 +231,7 @@ def test_features_for_other_programs(folder: Path) -> None:
         done = _eval(folder, "features", "run", "--out", f"as-{form}", "--format", form, "--keep", "0")
         assert done.wait() == 0, done.said
         assert not (folder / f"as-{form}/features").exists()
+        assert "of features were deleted, because --keep 0 GiB is less; the next evaluation" in done.out
     found = load_file(folder / "as-safetensors/features-projector-data-test.safetensors")
     assert found["x"].shape == (40, 8) and found["sample_id"].tolist() == list(range(40))
     assert found["label"].tolist() == [i % 10 for i in range(40)]
@@ -255,6 +256,8 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     ),
     (("knn", "run", "--k", "5,97"), "--k 97 exceeds the 96 training images of fashion_mnist"),
     (("knn", "run", "--k", "five"), "--k takes numbers separated by commas, got 'five'"),
+    (("linear", "run", "probe.holdout=0.999"), "lower probe.holdout=0.999"),
+    (("logistic", "run", "probe.holdout=0.0001"), "raise probe.holdout=0.0001"),
     (("linear", "run", "--k", "5"), "--k is an option of knn, not of linear"),
     (("linear", "run", "--protocol", "honets"), "unknown protocol 'honets'; did you mean honest?"),
     (("knn", "run", "data.root=empty"), "there is no train-images-idx3-ubyte"),
@@ -300,6 +303,14 @@ def test_bad_input_is_one_line_and_exit_code_2(folder: Path) -> None:
     assert [code for code, _, _ in codes_and_next[1:]] == ["2"] * len(BAD), done.said
     for (arguments, said), line in zip(BAD, lines, strict=False):
         assert said in line and "\n" not in line, (arguments, line)
+
+
+def test_processes_that_others_started_cannot_be_counted(folder: Path) -> None:
+    torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = fork(folder, "eval", "knn", "run", "--devices", "3", environment=torchrun)
+    assert done.wait() == 2, done.said
+    assert "--devices 3 cannot be set here: torchrun has started the processes" in done.err
 
 
 def test_fit_ends_with_the_evaluations_of_its_recipe(folder: Path) -> None:

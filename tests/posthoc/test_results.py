@@ -16,7 +16,16 @@ from sslzoo.protocols.protocol import protocol_named
 from sslzoo.recipe.load import load_recipe
 
 ROWS = (
-    Row(key="x", title="last epoch", top1=0.5, top5=0.75, n=400, chosen="rate 0.1", holdout_top1=0.45),
+    Row(
+        key="x",
+        title="last epoch",
+        top1=0.5,
+        top5=0.75,
+        n=400,
+        chosen="rate 0.1",
+        holdout_top1=0.45,
+        n_held_out=100,
+    ),
     Row(key="x_best", title="best", top1=0.625, n=400, published="63.0", gap=-0.5),
     Row(key="x", data="cifar10", layer="projector", top1=0.25, n=100),
 )
@@ -61,7 +70,7 @@ def test_one_table_for_each_data_set() -> None:
     console.print(*FOUND.tables())
     text = " ".join(cast(io.StringIO, console.file).getvalue().split())
     assert "x on stl10 (%)" in text and "x on cifar10 (%)" in text
-    assert "50.0 ±4.9" in text and "rate 0.1 (held-out 45.0)" in text and "63.0 (-0.5)" in text
+    assert "50.0 ±4.9" in text and "rate 0.1 (held-out 45.0 ±9.6)" in text and "63.0 (-0.5)" in text
     assert "900 for training, 400 for testing" in text and "50 to search for neighbours" in text
 
 

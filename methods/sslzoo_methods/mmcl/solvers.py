@@ -44,7 +44,7 @@ class Solution(NamedTuple):
     duals: Tensor  # (n, M)
     iterations: int  # number of updates
     change: float | None = None  # relative change at the last update, if that is the stopping criterion
-    curvature: float | None = None  # max_j L_j over all ranks, if the solver computed it
+    curvature: float | None = None  # max_j L_j over all ranks, if the step is a number
 
 
 @dataclass(frozen=True)
@@ -264,11 +264,12 @@ def solve_pgd(
     then looks at the changes of all ten, and drops those after the first that was small enough.
     """
     bound = problem.lipschitz()
-    largest = of_ranks(bound.max()).max()
+    curvature: list[Tensor] = []
     if isinstance(step, str):
         rate = (bound if step == "lipschitz" else problem.frobenius()).reciprocal()[:, None]
     else:
         rate = bound.new_full((), step)
+        curvature = [of_ranks(bound.max()).amax(dim=0, keepdim=True)]
     duals = point = start
     block: list[tuple[Tensor, Tensor]] = []  # duals and sums of changes, not looked at yet
     for iteration in range(1, max_iter + 1):
@@ -288,18 +289,16 @@ def solve_pgd(
             continue
         if stop == "kkt":
             if _converged(problem, duals, bound, tol, of_ranks):
-                return Solution(duals, iteration, None, float(largest))
+                return Solution(duals, iteration, None, *map(float, curvature))
             continue
         sums = torch.stack([total for _, total in block])
-        changes = of_ranks(sums / problem.variables).mean(dim=0)
-        *values, curvature = torch.cat([changes, largest[None]]).tolist()
-        for done, ((found, _), change) in enumerate(
-            zip(block, values, strict=True), iteration - len(block) + 1
-        ):
-            if change < tol or done == max_iter:
-                return Solution(found, done, change, curvature)
+        looked = torch.cat([of_ranks(sums / problem.variables).mean(dim=0), *curvature]).tolist()
+        for i, (found, _) in enumerate(block):
+            done = iteration - len(block) + 1 + i
+            if looked[i] < tol or done == max_iter:
+                return Solution(found, done, looked[i], *looked[len(block) :])
         block.clear()
-    return Solution(duals, max_iter, None, float(largest))
+    return Solution(duals, max_iter, None, *map(float, curvature))
 
 
 def _converged(problem: DualProblem, duals: Tensor, bound: Tensor, tol: float, of_ranks: OfRanks) -> bool:
