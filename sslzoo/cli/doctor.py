@@ -20,11 +20,10 @@ def run(args: argparse.Namespace) -> int:
     from sslzoo.run.doctor import BROKEN, FINE, examine
 
     try:
-        recipe = load_recipe(args.recipe, args.overrides).recipe if args.recipe else None
+        findings = examine(load_recipe(args.recipe, args.overrides).recipe if args.recipe else None)
     except ValueError as error:
         print(f"sslzoo doctor: {error}", file=sys.stderr)
         return 2
-    findings = examine(recipe)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for finding in findings:
         style = {FINE: "green", BROKEN: "bold red"}.get(finding.state, "yellow")

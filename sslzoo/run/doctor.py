@@ -14,9 +14,10 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 
 from sslzoo.recipe import registry
+from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.cluster import profile_path, read_profile
-from sslzoo.run.placement import devices_per_node
+from sslzoo.run.placement import devices_per_node, world_size_of
 
 FINE, NOTE, BROKEN = "fine", "note", "broken"
 SHARED_MEMORY_NEEDED = 1 << 30  # bytes; data workers pass batches through shared memory
@@ -197,10 +198,8 @@ def _workers_need(recipe: Recipe) -> int:
     """Bytes of shared memory that the data workers of a machine fill."""
     from sslzoo.run.memory import shared_memory as needed
 
-    devices = devices_per_node(recipe)
-    return needed(
-        recipe, recipe.data.global_batch_size // (devices * recipe.nodes * recipe.accumulate), devices
-    )
+    plan = plan_of(recipe, recipe.data.global_batch_size, world_size_of(recipe))
+    return needed(recipe, plan.micro_batch_size, devices_per_node(recipe))
 
 
 def wandb(environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -81,6 +81,8 @@ def test_a_recipe_says_how_much_shared_memory_its_workers_fill(capsys: pytest.Ca
     assert main(["doctor", "sce_in1k"]) == 0
     # 8 devices x 12 workers x 2 batches x 512 images x 2 views x 3 x 224 x 224 bytes.
     assert f"{8 * 12 * 2 * 512 * 2 * 3 * 224 * 224 >> 20} needed" in " ".join(capsys.readouterr().out.split())
+    assert main(["doctor", "sce_in1k", "data.global_batch_size=4097"]) == 2
+    assert "make it a multiple of 8" in capsys.readouterr().err
     assert main(["doctor", "sce_in1kk"]) == 2
     assert "did you mean sce_in1k?" in capsys.readouterr().err
 
