@@ -58,10 +58,16 @@ class LARS(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            updates = [self._direction(p, group) for p in params]
             buffers = [self._buffer(p) for p in params]
             torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates)
+            raw, adapted = [], []  # positions in params
+            for i, p in enumerate(params):
+                (adapted if group.get("adapt", p.ndim > 1) else raw).append(i)
+            if raw:
+                torch._foreach_add_([buffers[i] for i in raw], [_grad(params[i]) for i in raw])
+            if adapted:
+                updates = self._adapt([params[i] for i in adapted], group)
+                torch._foreach_add_([buffers[i] for i in adapted], updates)
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
         return loss
 
@@ -72,16 +78,24 @@ class LARS(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
     @staticmethod
-    def _direction(p: Tensor, group: dict[str, Any]) -> Tensor:
-        assert p.grad is not None
-        if not group.get("adapt", p.ndim > 1):
-            return p.grad
-        d = p.grad + group["weight_decay"] * p
-        weight_norm, d_norm = p.norm(), d.norm()
-        factor = group["trust_coefficient"] * weight_norm / d_norm
+    def _adapt(params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The updates d of ``params``, with weight decay and trust ratio. The factors of all parameters are computed
+        together, so that a GPU starts one kernel for each parameter, to apply its factor, and few others."""
+        updates = list(torch._foreach_mul(params, group["weight_decay"]))
+        torch._foreach_add_(updates, [_grad(p) for p in params])
+        weight_norms = torch.stack(torch._foreach_norm(params))
+        update_norms = torch.stack(torch._foreach_norm(updates))
+        factors = group["trust_coefficient"] * weight_norms / update_norms
         if group["clip_trust"] and group["lr"] > 0:
-            factor = (factor / group["lr"]).clamp(max=1.0)
-        return d * torch.where((weight_norm > 0) & (d_norm > 0), factor, torch.ones_like(factor))
+            factors = (factors / group["lr"]).clamp(max=1.0)
+        factors = torch.where((weight_norms > 0) & (update_norms > 0), factors, torch.ones_like(factors))
+        torch._foreach_mul_(updates, factors.unbind())
+        return updates
+
+
+def _grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
 
 
 def split_decay(

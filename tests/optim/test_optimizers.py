@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslzoo.optim.optimizers import LARS, build_optimizer, set_learning_rate, split_decay
 from sslzoo.recipe.sections import AdamConfig, LARSConfig, OptimConfig, SGDConfig
@@ -79,6 +80,40 @@ def test_lars_ignores_parameters_without_gradient_and_runs_closures() -> None:
     assert optimizer.step(closure) == 7.0
     assert idle.item() == 1.0
     assert p.item() == 0.0
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations within it that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in ("detach", "unbind")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clip_trust", [False, True])
+def test_lars_updates_all_parameters_together_as_it_would_each(clip_trust: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3), (3,), (4, 2, 3, 3), (1,)] * 10
+    together, apart = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    options: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.5}
+    options["clip_trust"] = clip_trust
+    optimizers = [LARS(ps, 0.3, **options) for ps in (together, *([p] for p in apart))]
+    operations = Operations()
+    for _ in range(3):
+        for p, q in zip(together, apart, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        operations.count = 0
+        with operations:
+            optimizers[0].step()
+        for optimizer in optimizers[1:]:
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(together, apart, strict=True))
+    assert operations.count < 30  # a loop over the 20 matrices takes over 200
 
 
 def test_split_decay_and_groups() -> None:
