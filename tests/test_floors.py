@@ -12,7 +12,18 @@ from sslzoo.recipe import registry
 PACKAGE = Path(sslzoo.__file__).parent
 # From the ground up; rooms of one floor do not know one another.
 FLOORS = (
-    ("batch", "checkpoints", "checks", "distributed", "exits", "files", "randomness", "streams", "terminal"),
+    (
+        "batch",
+        "checkpoints",
+        "checks",
+        "distributed",
+        "exits",
+        "files",
+        "panels",
+        "randomness",
+        "streams",
+        "terminal",
+    ),
     ("recipe",),
     ("nn", "optim"),
     ("method",),

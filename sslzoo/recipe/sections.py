@@ -20,6 +20,7 @@ from sslzoo.checks import (
     check_positive,
     did_you_mean,
 )
+from sslzoo.panels import Panel
 from sslzoo.recipe.class_lists import CLASS_LISTS
 from sslzoo.recipe.trainer_keys import stated_devices
 
@@ -31,6 +32,7 @@ class MethodConfig:
     RENAMED: ClassVar[
         Mapping[str, str]
     ] = {}  # old key -> the key that replaces it, both dotted and relative to the section
+    panels: ClassVar[tuple[Panel, ...]] = ()  # how reports and dashboards show what the method records
 
     name: str
 
