@@ -174,14 +174,13 @@ def measure(
         "data.workers=0",
     ]
     overrides += ["trainer.sync_batchnorm=false", "trainer.accelerator=gpu"]
+    overrides.append(f"speed.channels_last={str(channels_last).lower()}")
     if precision:
         overrides.append(f"trainer.precision={precision}")
     recipe: Recipe = load_recipe(name, overrides).recipe
     source = Pretended()
     experiment = build_experiment(recipe, source=source)
     method = experiment.method
-    if channels_last:
-        method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compile:
         method.backbone.compile()
     data = Crops(

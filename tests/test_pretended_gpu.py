@@ -23,6 +23,7 @@ SMALL = {
     "sce_fashion_mnist": ("method.queue_size=64",),
     "sce_in1k_multicrop": (
         "backbone.name=conv5",
+        "speed.channels_last=false",
         "method.queue_size=64",
         "method.projector.widths=[32,32,16]",
         "method.predictor.widths=[32,16]",

@@ -534,6 +534,15 @@ class WandbConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeedConfig:
+    """How a step is computed. Results are the same, up to rounding."""
+
+    channels_last: bool = False  # weights and images of the encoder in that memory layout
+    # Keep only the inputs of the encoder's blocks for the backward pass, and compute each block a second time.
+    activation_checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """What is logged and saved, how often, and where. ``metrics.csv`` is always written."""
 
@@ -575,6 +584,7 @@ class Recipe:
     eval: EvalConfig
     trainer: dict[str, Any]  # passed to lightning.Trainer unchanged
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     analyses: tuple[AnalysisConfig, ...] = ()
     name: str = "unnamed"  # the file's stem
@@ -594,6 +604,11 @@ class Recipe:
                 f"logging.keep_epochs.{i}",
                 f"must be at most trainer.max_epochs={epochs}, got {epoch}",
             )
+        check_field(
+            self.backbone.name != "conv5" or not self.speed.channels_last,
+            "speed.channels_last",
+            "must be false with backbone.name=conv5, which always has this memory layout",
+        )
         names = [analysis.name for analysis in self.analyses]  # keys of what they log and save
         for i, name in enumerate(names):
             check_field(name not in names[:i], f"analyses.{i}.name", f"{name} is listed twice; keep one")

@@ -32,6 +32,7 @@ from sslzoo.evaluate.figures import Measured
 from sslzoo.export.encoder import SUFFIX, newest_weights, read_export
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.nn.per_sample import tables_of
+from sslzoo.nn.speed import speed_up
 from sslzoo.posthoc.evaluations import check_suits
 from sslzoo.recipe.load import to_yaml
 from sslzoo.recipe.plan import TrainingPlan, plan_of
@@ -175,8 +176,15 @@ def _build_method(recipe: Recipe, plan: TrainingPlan, *, start: bool = True) -> 
     on all ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
+        kind = method_class(recipe.method.name)
+        require(
+            not (recipe.speed.activation_checkpointing and kind.needs_double_backward),
+            f"speed.activation_checkpointing must be false: {recipe.method.name} differentiates twice, and a "
+            "checkpointed block only once",
+        )
         backbone, width = build_backbone(recipe.backbone, start=start)
-        method = method_class(recipe.method.name)(recipe.method, backbone, width)
+        speed_up(backbone, recipe.speed, name=recipe.backbone.name)
+        method = kind(recipe.method, backbone, width)
         method.prepare(plan, recipe.optim, recipe.seed)
     return method
 

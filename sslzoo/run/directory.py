@@ -41,6 +41,7 @@ CHANGEABLE = (
     "probe.data",
     "eval",
     "logging",
+    "speed.activation_checkpointing",
     "trainer.max_epochs",
     "trainer.devices",  # the division of a step into processes and micro-batches is checked by itself
     "trainer.num_nodes",

@@ -16,6 +16,7 @@ from sslzoo.recipe.sections import (
     ProbeConfig,
     Recipe,
     SGDConfig,
+    SpeedConfig,
     ViewConfig,
 )
 
@@ -68,6 +69,7 @@ def shrunk(recipe: Recipe, *, keep: Collection[str] = ()) -> Recipe:
         ),
         "probe": ProbeConfig(holdout=0.3),
         "eval": EvalConfig(every_epochs=1, size=PIXELS, knn_k=3, knn_temperature=0.1, batch_size=64),
+        "speed": SpeedConfig(),
         "logging": LoggingConfig(every_steps=2, checkpoint_every_steps=2),
         "data": replace(recipe.data, global_batch_size=BATCH, workers=0, classes=()),
         "trainer": {key: value for key, value in recipe.trainer.items() if key not in MACHINE}

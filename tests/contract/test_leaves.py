@@ -20,6 +20,7 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from torch import nn
 
 from sslzoo.data.sources import fake_source
 from sslzoo.evaluate import logistic, sgd_probe
@@ -163,6 +164,7 @@ CASES = {
     "probe": Case("simclr_fashion_mnist", (TINY, "probe.online=true", "probe.lrs=[0.1, 0.3]"), "probe"),
     "eval": Case("simclr_fashion_mnist", (TINY,), "eval"),
     "logging": Case("simclr_fashion_mnist", (TINY,), "logging"),
+    "speed": Case("simclr_fashion_mnist", ("backbone={name: resnet18, in_channels: 1}",), "speed"),
     "trainer": Case("simclr_fashion_mnist", (TINY,), "trainer"),
     "simclr": method("simclr"),
     "sce": method(
@@ -277,6 +279,17 @@ def trained(recipe: Recipe, folder: Path) -> Any:
     return list(state), digest(*state.values()), losses
 
 
+def computed(recipe: Recipe, folder: Path) -> Any:
+    """The layout of the encoder's weights, and how often its layers compute in a step."""
+    run = built(recipe, folder)
+    calls: list[nn.Module] = []
+    backbone = run.method.backbone
+    for layer in backbone.modules():
+        layer.register_forward_hook(lambda layer, *_: calls.append(layer))
+    run.method.loss(run.data.example_batch(8)).backward()
+    return [p.stride() for p in backbone.parameters()], len(calls)
+
+
 def whole_run(recipe: Recipe, folder: Path) -> Any:
     """Curves, evaluation, and the files that remain."""
     run = built(recipe, folder, labelled=True)
@@ -309,6 +322,7 @@ OBSERVED: dict[str, Callable[[Recipe, Path], Any]] = {
     "probe": whole_run,
     "eval": whole_run,
     "logging": whole_run,
+    "speed": computed,
     "trainer": whole_run,
 }
 
