@@ -30,8 +30,8 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## ratios against baselines measured in the same run
-	@for file in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
+bench: $(READY)  ## speed and memory against baselines measured in the same run; fails if a bound is missed
+	$(BIN)/python benchmarks/run.py --json bench.json
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel --no-isolation

@@ -1,24 +1,29 @@
-"""Views per CPU-second of the input pipeline, compared with a per-sample torchvision v2 pipeline.
-
-Both run alternately in the same process; medians and ratios of CPU time on one thread.
+"""Views per CPU-second of the input pipeline, relative to the usual one of PIL images.
 
     python benchmarks/data.py
+
+The usual pipeline applies torchvision's transforms to one PIL image after the other, as solo-learn and lightly do. Both
+decode an image once for all its views, have the same policy, and run in turn in one process and thread; medians of the
+ratios of CPU time.
 """
 
 from __future__ import annotations
 
+import random
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torchvision.transforms import v2
+from measure import Result, alternating, ratio, report
+from photographs import write_photographs
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 
 from sslzoo.data.datasets import open_source
 from sslzoo.data.loading import ViewDataset
@@ -28,44 +33,65 @@ from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import DataConfig, EvalConfig, ProbeConfig, ViewConfig
 
 ROUNDS = 7
-COLOUR: dict[str, Any] = {
+PHOTOGRAPHS = 48
+JITTER: dict[str, Any] = {
+    "flip_p": 0.5,
     "jitter_p": 0.8,
     "brightness": 0.4,
     "contrast": 0.4,
     "saturation": 0.2,
     "hue": 0.1,
     "grayscale_p": 0.2,
-    "blur_p": 0.5,
-    "flip_p": 0.5,
 }
+SMALL = ViewConfig(size=32, scale=(0.2, 1.0), **JITTER)
+LARGE = ViewConfig(size=224, scale=(0.2, 1.0), blur_p=0.5, **JITTER)
+MULTI_CROP = (
+    replace(LARGE, count=2),
+    *(replace(LARGE, size=size, scale=(0.05, 0.4)) for size in (192, 160, 128, 96)),
+)
 
 
-def torchvision_pipeline(view: ViewConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> v2.Compose:
-    """The same augmentation policy in torchvision, applied to one uint8 tensor at a time."""
-    return v2.Compose(
+class PILBlur:
+    """Gaussian blur with a random width."""
+
+    def __init__(self, sigma: tuple[float, float]) -> None:
+        self.sigma = sigma
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The blurred image."""
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.sigma)))
+
+
+def usual_pipeline(
+    view: ViewConfig, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[Image.Image], Tensor]:
+    """The policy of ``view`` for one PIL image at a time."""
+    assert view.scale is not None
+    jitter = transforms.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+    return transforms.Compose(
         [
-            v2.RandomResizedCrop(view.size, view.scale or (1.0, 1.0), antialias=True),
-            v2.RandomApply(
-                [v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)], view.jitter_p
+            transforms.RandomResizedCrop(
+                view.size, view.scale, interpolation=InterpolationMode(view.interpolation)
             ),
-            v2.RandomGrayscale(view.grayscale_p),
-            v2.RandomApply([v2.GaussianBlur(view.blur_kernel, view.blur_sigma)], view.blur_p),
-            v2.RandomHorizontalFlip(view.flip_p),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(mean), list(std)),
+            transforms.RandomApply([jitter], view.jitter_p),
+            transforms.RandomGrayscale(view.grayscale_p),
+            transforms.RandomApply([PILBlur(view.blur_sigma)], view.blur_p),
+            transforms.RandomHorizontalFlip(view.flip_p),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
         ]
     )
 
 
-def module(source: ImageSource, view: ViewConfig, batch: int) -> SSLDataModule:
-    """A data module that yields two views of ``source``, without a Trainer."""
+def module(source: ImageSource, views: Sequence[ViewConfig], batch: int) -> SSLDataModule:
+    """A data module that yields ``views`` of ``source``, without a Trainer."""
     channels = source.channels
     return SSLDataModule(
         DataConfig(
             dataset=source.name, global_batch_size=batch, mean=(0.5,) * channels, std=(0.25,) * channels
         ),
-        [view, view],
-        EvalConfig(every_epochs=1, size=view.size, knn_k=20, knn_temperature=0.1),
+        views,
+        EvalConfig(every_epochs=1, size=views[0].size, knn_k=20, knn_temperature=0.1),
         ProbeConfig(lrs=(0.1,)),
         TrainingPlan(dataset_size=len(source), global_batch_size=batch, max_epochs=1),
         seed=0,
@@ -73,79 +99,95 @@ def module(source: ImageSource, view: ViewConfig, batch: int) -> SSLDataModule:
     )
 
 
-def alternating(contenders: dict[str, Callable[[], int]]) -> dict[str, float]:
-    """Median views per CPU-second of each pipeline, after a warm-up round."""
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for k in range(ROUNDS + 1):
-        for name, work in contenders.items():
-            start = time.process_time()
-            views = work()
-            if k:
-                rates[name].append(views / (time.process_time() - start))
-    return {name: median(values) for name, values in rates.items()}
-
-
-def compare(title: str, source: ImageSource, view: ViewConfig, batch: int) -> list[str]:
-    """Rates of the whole pipeline and, for files, of the part that runs in workers."""
-    data = module(source, view, batch)
+def compare(
+    title: str,
+    source: ImageSource,
+    images: Callable[[int], Image.Image],
+    views: Sequence[ViewConfig],
+    batch: int,
+    *,
+    whole: float | None,
+    worker: float | None = None,
+) -> list[Result]:
+    """The whole pipeline on a CPU and, if ``worker`` is given, the part that runs in workers where a GPU does the
+    rest; with the bounds of both. ``images`` opens the images of ``source`` for the usual pipeline."""
+    data = module(source, views, batch)
     dataset = ViewDataset(source, data.views, 0, batch)
-    items = [(0, i) for i in range(batch)]
-    reference = torchvision_pipeline(view, data.data.mean, data.data.std)
-    few = range(min(batch, 64))
+    usual = [usual_pipeline(view, data.data.mean, data.data.std) for view in data.views]
+    few = range(min(batch, 48))
 
-    def plain() -> int:
+    def plain() -> None:
+        views: list[list[Tensor]] = [[] for _ in usual]
         for i in few:
-            image = source.read(i)
-            for _ in range(2):
-                reference(image)
-        return 2 * len(few)
+            image = images(i)
+            for view, pipeline in zip(views, usual, strict=True):
+                view.append(pipeline(image))
+        for view in views:
+            torch.stack(view)
 
-    def ours() -> int:
-        data.example_batch(batch)
-        return 2 * batch
+    def part() -> None:
+        dataset.__getitems__([(0, i) for i in range(batch)])
 
-    def worker() -> int:
-        dataset.__getitems__(items)
-        return 2 * batch
-
-    contenders = {"torchvision v2 a sample": plain, "sslzoo, all on this CPU": ours}
-    if not source.is_array:
-        contenders["sslzoo, worker part"] = worker
-    rates = alternating(contenders)
-    base = rates["torchvision v2 a sample"]
-    return [f"{title}: {name}: {rate:.0f} views/CPU-s, {rate / base:.1f}x" for name, rate in rates.items()]
-
-
-def photographs(folder: Path, count: int) -> None:
-    """JPEG files of 500 x 375 pixels with about the file size and spectrum of photographs."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32)
-        grain = rng.normal(0, 18, (375, 500, 1)).astype(np.float32)
-        pixels = np.clip(smooth + grain, 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i:03}.jpg", quality=92)
+    contenders: dict[str, Callable[[], object]] = {"plain": plain, "all": lambda: data.example_batch(batch)}
+    if worker is not None:
+        contenders["worker part"] = part
+    seconds = alternating(contenders, ROUNDS)
+    return [
+        Result(
+            work=f"{title}, {name}",
+            baseline="usual pipeline of PIL images",
+            value=ratio(seconds, "plain", name) * batch / len(few),
+            unit="x as fast",
+            at_least=bound,
+        )
+        for name, bound in (("all", whole), ("worker part", worker))
+        if name in contenders
+    ]
 
 
-def run() -> list[str]:
-    """Print one line per measurement."""
+def measure() -> list[Result]:
+    """Images in memory and files, with the policies of common recipes."""
     torch.set_num_threads(1)
+    random.seed(0)
     torch.manual_seed(0)
     grey = open_source(
         DataConfig(dataset="fashion_mnist_12k", global_batch_size=256, mean=(0.286,), std=(0.353,))
     )
-    small, large = (ViewConfig(size=s, scale=(0.2, 1.0), **COLOUR) for s in (28, 224))
-    lines = compare("28 px grey array", grey, small, 256)
-    colour = ViewConfig(size=32, scale=(0.2, 1.0), **COLOUR)
-    lines += compare("32 px colour array", fake_source(256, 3, 32, 10), colour, 256)
-    with tempfile.TemporaryDirectory() as folder:
-        photographs(Path(folder), 32)
+    colour = fake_source(256, 3, 32, 10)
+
+    def grey_image(i: int) -> Image.Image:
+        return Image.fromarray(grey.read(i)[0].numpy())
+
+    def colour_image(i: int) -> Image.Image:
+        return Image.fromarray(colour.read(i).permute(1, 2, 0).numpy())
+
+    blurred = replace(SMALL, size=28, blur_p=0.5)
+    results = compare("28 px grey in memory", grey, grey_image, [blurred] * 2, 256, whole=15)
+    for title, view in {
+        "32 px in memory": SMALL,
+        "32 px, bicubic": replace(SMALL, interpolation="bicubic"),
+        "32 px, bicubic, blur": replace(SMALL, interpolation="bicubic", blur_p=0.5),
+    }.items():
+        bound = 6.0 if title == "32 px in memory" else None
+        results += compare(title, colour, colour_image, [view] * 2, 256, whole=bound)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_photographs(folder, PHOTOGRAPHS)
         files = open_source(
-            DataConfig(dataset="folder", root=folder, global_batch_size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+            DataConfig(dataset="folder", root=name, global_batch_size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
         )
-        lines += compare("224 px JPEG", files, large, 32)
-    return lines
+
+        def photograph(i: int) -> Image.Image:
+            with Image.open(folder / f"{i:03}.jpg") as file:
+                return file.convert("RGB")
+
+        two = [replace(LARGE, count=2)]
+        results += compare("224 px JPEG", files, photograph, two, PHOTOGRAPHS, whole=None, worker=4.5)
+        results += compare(
+            "multi-crop JPEG", files, photograph, MULTI_CROP, PHOTOGRAPHS, whole=None, worker=5.5
+        )
+    return results
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(run()) + "\n")
+    sys.exit(report(measure()))

@@ -1,8 +1,8 @@
 """CPU time to list a folder of images: a kept listing and a new one, compared with ``Path.rglob``.
 
-All run alternately in the same process, on empty files in a temporary folder (by default 100,000 in 100 classes).
+    python benchmarks/listing.py
 
-    python benchmarks/listing.py [FILES]
+All run alternately in the same process, on empty files in a temporary folder, 100,000 in 100 classes.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from statistics import median
 
-from measure import alternating, ratio
+from measure import Result, alternating, ratio, report
 
 from sslzoo.data import listing
 from sslzoo.data.listing import EXTENSIONS, class_folders, image_files
 
-CLASSES, ROUNDS = 100, 5
+CLASSES = 100
 
 
 def by_rglob(root: Path) -> list[str]:
@@ -40,9 +39,8 @@ def make(root: Path, files: int) -> None:
         os.utime(folder, (1e9, 1e9))
 
 
-def main() -> None:
-    """Print CPU microseconds per file, and ratios."""
-    files = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+def measure(files: int = 100_000, rounds: int = 5) -> list[Result]:
+    """How many times as long ``rglob`` takes."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "train"
         make(root, files)
@@ -51,16 +49,21 @@ def main() -> None:
             "new listing": lambda: listing._walk_all(root, class_folders(root)),
             "kept listing": lambda: image_files(root, class_folders(root)),
         }
-        assert [os.fsdecode(p) for p in image_files(root, class_folders(root)).paths.tolist()] == by_rglob(
-            root
+        found = image_files(root, class_folders(root)).paths.tolist()
+        assert [os.fsdecode(path) for path in found] == by_rglob(root)
+        seconds = alternating(contenders, rounds)
+    bounds = {"new listing": 5, "kept listing": 60}
+    return [
+        Result(
+            work=f"{name} of {files:,} files",
+            baseline="Path.rglob",
+            value=ratio(seconds, "rglob", name),
+            unit="x as fast",
+            at_least=least,
         )
-        seconds = alternating(contenders, ROUNDS)
-    for name, values in seconds.items():
-        of_rglob = (
-            "" if name == "rglob" else f"  rglob takes {ratio(seconds, 'rglob', name):.1f} times as long"
-        )
-        print(f"{name:14} {1e6 * median(values) / files:7.3f} µs a file{of_rglob}")
+        for name, least in bounds.items()
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(report(measure()))

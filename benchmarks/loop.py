@@ -1,15 +1,14 @@
 """Overhead per step of progress, metrics, checkpoint bookkeeping and probe, compared with a bare PyTorch loop.
 
-The variants run in turn; medians of CPU milliseconds per step, one thread. Target: at most +1.0 ms in total.
+    python benchmarks/loop.py
 
-    python benchmarks/loop.py [--rounds 5] [--steps 400]
+The variants run in turn; medians of CPU milliseconds per step, one thread.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule
+from measure import Result, report
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,6 +28,7 @@ from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.seeding import StepSeeding
+from sslzoo.data.module import EvalSet
 from sslzoo.method import SSLMethod
 from sslzoo.optim.optimizers import build_optimizer, set_learning_rate
 from sslzoo.optim.schedules import learning_rate
@@ -38,7 +39,6 @@ from sslzoo.run.preemption import Preemption
 from sslzoo.run.trainer import build_trainer
 
 BATCH, WIDTH, CLASSES = 64, 32, 10
-TARGET_MS = 1.0
 OPTIM = AdamConfig(name="adamw", lr=1e-3, lr_scaling="none", weight_decay=1e-4, warmup_epochs=0)
 
 
@@ -73,6 +73,10 @@ class Data(LightningDataModule):
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.steps, self.position = steps, 0
+
+    def eval_sets(self) -> list[EvalSet]:
+        """Nothing is evaluated."""
+        return []
 
     def train_dataloader(self) -> DataLoader[Any]:
         """A loader over references to one batch."""
@@ -153,32 +157,32 @@ def framework(steps: int, *, companions: bool, probe: bool) -> float:
     return watch.ms
 
 
-def main() -> None:
-    """Print a table and one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=400)
-    options = parser.parse_args()
+def measure(rounds: int = 5, steps: int = 400) -> list[Result]:
+    """Milliseconds per step in addition to those of the bare loop."""
     torch.set_num_threads(1)
     variants = {
-        "bare PyTorch loop": lambda: bare(options.steps),
-        "Lightning, nothing on": lambda: framework(options.steps, companions=False, probe=False),
-        "+ metrics, progress, checkpoint, signals": lambda: framework(
-            options.steps, companions=True, probe=False
-        ),
-        "+ online probe, three rates": lambda: framework(options.steps, companions=True, probe=True),
+        "bare": lambda: bare(steps),
+        "Lightning, nothing on": lambda: framework(steps, companions=False, probe=False),
+        "metrics, progress, checkpoint, signals": lambda: framework(steps, companions=True, probe=False),
+        "the same and a probe of three rates": lambda: framework(steps, companions=True, probe=True),
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(options.rounds):
-        for name, measure in variants.items():
-            times[name].append(measure())
-    base = statistics.median(times["bare PyTorch loop"])
-    for name, values in times.items():
-        ms = statistics.median(values)
-        print(f"{name:45s} {ms:6.2f} ms per step   {ms - base:+6.2f}")
-    over = statistics.median(times["+ online probe, three rates"]) - base
-    print(json.dumps({"loop_overhead_ms": round(over, 3), "target_ms": TARGET_MS, "ok": over <= TARGET_MS}))
+    for _ in range(rounds):
+        for name, run in variants.items():
+            times[name].append(run())
+    bounds = {"the same and a probe of three rates": 1.6}
+    return [
+        Result(
+            work=f"loop: {name}",
+            baseline="bare loop",
+            value=statistics.median(a - b for a, b in zip(values, times["bare"], strict=True)),
+            unit="ms a step more",
+            at_most=bounds.get(name),
+        )
+        for name, values in times.items()
+        if name != "bare"
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(report(measure()))

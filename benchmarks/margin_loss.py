@@ -1,16 +1,17 @@
 """The cost of a margin relative to the same loss without one, and of the chunked form relative to the dense one.
 
+    python benchmarks/margin_loss.py
+
 One thread; the forms run in turn; medians of the ratios. Memory is measured for each form in a separate process.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from functools import partial
 
 import torch
-from measure import alternating, extra_mebibytes, ratio
+from measure import Result, alternating, extra_mebibytes, ratio, report
 from torch import Tensor
 
 from sslzoo.batch import Batch
@@ -74,16 +75,11 @@ def method_with(family: Family, effects: Effects) -> MarginContrast:
     return method
 
 
-def main() -> int:
-    """Print the table; returns 1 if a limit is exceeded."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+def measure(batch_size: int = 2048, dim: int = 128, rounds: int = 7) -> list[Result]:
+    """Time relative to the same loss and step without margin and to the products, and memory."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    z = torch.randn(2 * args.batch, args.dim)
+    z = torch.randn(2 * batch_size, dim)
     margin = Margin(angular=0.1745, subtractive=0.1)
     dense, chunked = partial(gradient, z, margin, None), partial(gradient, z, margin, 256)
     small = partial(gradient, z[:512], margin, 256)
@@ -91,7 +87,7 @@ def main() -> int:
     worst = float((dense() - chunked()).abs().max() / dense().abs().max())
     bare = partial(gradient, z, NO_MARGIN, None)
     losses = {"bare": bare, "dense": dense, "chunked": chunked, "products": partial(products, z)}
-    loss_times = alternating(losses, args.rounds)
+    loss_times = alternating(losses, rounds)
     views = tuple(torch.randn(2, 256, 1, 20, 20))
     batch = Batch((views[0], views[1]), (), torch.arange(256))
     angular = Combined(angular_margin="10deg", subtractive_margin=0.0)
@@ -101,21 +97,36 @@ def main() -> int:
         "one": method_with(angular, Isolated(emphasis="batch")),
     }
     steps = {name: partial(step, method, batch) for name, method in methods.items()}
-    step_times = alternating(steps, 4 * args.rounds)
-    whole, isolated = (ratio(step_times, name, "none") for name in ("all", "one"))
-    speed = ratio(loss_times, "dense", "chunked")
-    over = ratio(loss_times, "chunked", "products")
-    print(f"margin loss, forward and backward, two views, N={args.batch}, D={args.dim}, one thread")
-    print(f"  over the same loss without margin: {ratio(loss_times, 'dense', 'bare'):.3f}x")
-    print(
-        f"  whole step, small encoder, batch 256: {whole:.3f}x (at most 1.03); one effect alone {isolated:.3f}x"
-    )
-    print(f"  chunked: {speed:.2f}x the speed of dense, {over:.2f}x the bare products,")
-    print(
-        f"  {memory[1]:.0f} MiB extra against {memory[0]:.0f}, gradients differ by {worst:.1e} of the largest"
-    )
-    return 0 if whole <= 1.03 and worst <= 1e-6 and memory[1] < 0.5 * memory[0] else 1
+    step_times = alternating(steps, 4 * rounds)
+    loss, whole = f"margin loss, N={batch_size}, D={dim}", "margin, whole step, batch 256"
+    return [
+        Result(work=whole, baseline="no margin", value=ratio(step_times, "all", "none"), at_most=1.05),
+        Result(work=f"{whole}, one effect", baseline="no margin", value=ratio(step_times, "one", "none")),
+        Result(work=loss, baseline="no margin", value=ratio(loss_times, "dense", "bare")),
+        Result(
+            work=f"{loss}, chunked",
+            baseline="bare products",
+            value=ratio(loss_times, "chunked", "products"),
+            at_most=2.5,
+        ),
+        Result(
+            work=f"{loss}, chunked",
+            baseline="memory beyond the inputs",
+            value=memory[1],
+            unit="MiB",
+            at_most=100,
+        ),
+        Result(
+            work=f"{loss}, chunked",
+            baseline="gradient of the dense form",
+            value=worst,
+            unit="apart",
+            at_most=1e-6,
+        ),
+        Result(work=f"{loss}, dense", baseline="chunked form", value=ratio(loss_times, "dense", "chunked")),
+        Result(work=f"{loss}, dense", baseline="memory beyond the inputs", value=memory[0], unit="MiB"),
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(measure()))

@@ -1,16 +1,73 @@
-"""Measure the CPU time of alternatives in turn, and the additional memory that a call needs."""
+"""Measurement tools: the CPU time of alternatives in turn, the additional memory that a call needs, and results."""
 
 from __future__ import annotations
 
+import ctypes
+import json
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from time import process_time
 
+# Of glibc's mallopt(3).
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A line of the table of ``make bench``: ``work`` relative to ``baseline``, and its bound, if it has one."""
+
+    work: str
+    baseline: str
+    value: float
+    unit: str = "x"  # x: the ratio of work to baseline, in time or in speed; otherwise such as MiB
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def met(self) -> bool:
+        """Whether the value is within its bound."""
+        above = self.at_least is None or self.value >= self.at_least
+        return above and (self.at_most is None or self.value <= self.at_most)
+
+    @property
+    def bound(self) -> str:
+        """The bound in words; empty if there is none."""
+        words = (("at least", self.at_least), ("at most", self.at_most))
+        return ", ".join(f"{word} {value:g}" for word, value in words if value is not None)
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as text, one line each."""
+    rows = [("work", "compared with", "result", "bound", "")]
+    for r in results:
+        value = f"{r.value:.0f}" if r.value >= 100 else f"{r.value:.3g}"
+        rows.append((r.work, r.baseline, f"{value} {r.unit}", r.bound, "" if r.met else "MISSED"))
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def report(results: Sequence[Result], file: Path | None = None) -> int:
+    """Print the table, and save it as JSON in ``file``; returns the exit code, 1 if a bound is missed."""
+    print(table(results))
+    if file is not None:
+        lines = [asdict(r) | {"value": float(f"{r.value:.4g}"), "met": r.met} for r in results]
+        file.write_text(json.dumps(lines, indent=1) + "\n")
+    return 0 if all(r.met for r in results) else 1
+
 
 def alternating(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each contender, one value per round, after a warm-up round."""
+    """CPU seconds of each contender, one value per round, after a warm-up round.
+
+    From here on the process keeps the memory that it frees: otherwise large tensors would cost page faults whose number
+    depends on what ran before.
+    """
+    libc = ctypes.CDLL(None)
+    for option, value in ((_TRIM_THRESHOLD, -1), (_MMAP_MAX, 0)):
+        assert libc.mallopt(option, value) == 1
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for k in range(rounds + 1):
         for name, run in contenders.items():

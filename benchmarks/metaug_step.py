@@ -1,19 +1,19 @@
 """The cost of MetAug's bilevel step relative to a plain encoder step.
 
+    python benchmarks/metaug_step.py
+
 ResNet-18 with the CIFAR stem and generators of the official size, on random images. One thread; the variants run
 in turn; medians of CPU time.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from functools import partial
-from statistics import median
 
 import torch
-from measure import alternating, ratio
+from measure import Result, alternating, ratio, report
 
 from sslzoo.batch import Batch
 from sslzoo.nn.backbones import build_backbone
@@ -47,22 +47,17 @@ FORMS = {
 OPTIM = SGDConfig(lr=0.03, lr_scaling="none", weight_decay=5e-4, warmup_epochs=0)
 
 
-def main() -> int:
-    """Print the table; returns 1 if a limit is exceeded."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+def measure(batch_size: int = 16, size: int = 32, rounds: int = 3) -> list[Result]:
+    """The time of the meta step in addition to that of the plain step."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     backbone, width = build_backbone(BackboneConfig(name="resnet18", stem="cifar"))
     method = MetAug(CONFIG, backbone, width)
-    plan = TrainingPlan(dataset_size=args.batch, global_batch_size=args.batch, max_epochs=1)
+    plan = TrainingPlan(dataset_size=batch_size, global_batch_size=batch_size, max_epochs=1)
     method.prepare(plan, OPTIM, 0)
     encoder, generators = method.configure_optimizers()
-    views = tuple(torch.randn(args.batch, 3, args.size, args.size) for _ in range(2))
-    batch = Batch(views, (), torch.arange(args.batch))
+    views = tuple(torch.randn(batch_size, 3, size, size) for _ in range(2))
+    batch = Batch(views, (), torch.arange(batch_size))
 
     def plain() -> None:
         encoder.zero_grad()
@@ -73,17 +68,17 @@ def main() -> int:
         method.meta_step(batch, generators, cfg)
 
     contenders = {"plain": plain} | {name: partial(meta, cfg) for name, (cfg, _) in FORMS.items()}
-    seconds = alternating(contenders, args.rounds)
-    print(f"MetAug's steps, ResNet-18, {args.size} px, batch {args.batch}, two crops, one thread")
-    print(f"  {'plain':12} {median(seconds['plain']):6.2f} s CPU")
-    kept = True
-    for name, (_, most) in FORMS.items():
-        over = ratio(seconds, name, "plain")
-        promise = f" (at most {most})" if most else ""
-        print(f"  {name:12} {median(seconds[name]):6.2f} s CPU, {over:.2f}x the plain step on top{promise}")
-        kept = kept and (most is None or over <= most)
-    return 0 if kept else 1
+    seconds = alternating(contenders, rounds)
+    return [
+        Result(
+            work=f"MetAug's meta step, {name}",
+            baseline="plain step",
+            value=ratio(seconds, name, "plain"),
+            at_most=most,
+        )
+        for name, (_, most) in FORMS.items()
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(measure()))

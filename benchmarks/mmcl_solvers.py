@@ -1,26 +1,24 @@
-"""MMCL's solvers compared with a plain batched solver that forms every Delta_j. One thread, alternating rounds.
+"""MMCL's solvers compared with a plain batched solver that forms every Delta_j.
 
     python benchmarks/mmcl_solvers.py
 
-Asserts that ``inv`` at N=256 is at least 80 times faster and needs less than 4 MiB of extra memory; that ``pgd`` is
-at least 20 times faster per iteration; that ``inv`` at N=2048 takes less than 5 s; and that ``pgd_adaptive`` at N=256
-is within 1e-3 of the optimum after at most 60 iterations, for sigma in {0.5, 5, 10, 50}.
+One thread; the solvers run in turn; medians of the ratios.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import time
+import sys
 from collections.abc import Callable
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's messages
 
 import torch
+from measure import Result, alternating, ratio, report
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -28,7 +26,8 @@ from sslzoo_methods.mmcl.kernels import Kernel
 from sslzoo_methods.mmcl.loss import dual_problem
 from sslzoo_methods.mmcl.solvers import DualProblem, solve_adaptive, solve_inv, solve_pgd, start_point
 
-N, D, REG, ETA, ITERATIONS, ROUNDS = 256, 128, 0.1, 1e-3, 60, 3
+N, D, REG, ETA, ITERATIONS = 256, 128, 0.1, 1e-3, 60
+TIMES = 20  # solves that make up one measurement of inv, which is short
 
 
 def features(n: int, mean_cosine: float) -> Tensor:
@@ -82,13 +81,6 @@ def batched_pgd(hessians: Tensor, start: Tensor, theta: float, iterations: int) 
     return duals
 
 
-def seconds(fn: Callable[[], object]) -> float:
-    """CPU time of one call, in seconds."""
-    start = time.process_time()
-    fn()
-    return time.process_time() - start
-
-
 def peak_bytes(fn: Callable[[], object]) -> int:
     """Peak memory of one call, as recorded by the allocator."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
@@ -108,29 +100,38 @@ def without_diagonal(square: Tensor) -> Tensor:
     return square[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
 
 
-def compare_inv() -> None:
+def inv(rounds: int) -> list[Result]:
+    """The direct solver."""
     sigma = 10.0
     x, ours = features(N, 0.3), problem(N, 0.3, sigma)
     torch.testing.assert_close(
         without_diagonal(solve_inv(ours).duals), batched_inv(x, sigma), rtol=1e-2, atol=1e-2
     )
-    rounds = [
-        (
-            seconds(lambda: batched_inv(x, sigma)),
-            min(seconds(lambda: solve_inv(problem(N, 0.3, sigma))) for _ in range(5)),
-        )
-        for _ in range(ROUNDS)
-    ]
-    ratio = median(plain / own for plain, own in rounds)
     extra = peak_bytes(lambda: solve_inv(problem(N, 0.3, sigma))) / 2**20
-    print(
-        f"inv   N={N}: {median(own for _, own in rounds) * 1e3:.1f} ms, {ratio:.0f}x faster, {extra:.1f} MiB"
-    )
-    assert ratio >= 80, f"inv is {ratio:.0f}x faster, expected 80x"
-    assert extra < 4, f"inv takes {extra:.1f} MiB, expected less than 4"
+
+    def own() -> None:
+        for _ in range(TIMES):
+            solve_inv(problem(N, 0.3, sigma))
+
+    seconds = alternating({"plain": lambda: batched_inv(x, sigma), "own": own}, rounds)
+    large = alternating({"own": lambda: solve_inv(problem(2048, 0.3, 10.0))}, 1)["own"][0]
+    return [
+        Result(
+            work=f"MMCL inv, N={N}",
+            baseline="plain batched solver",
+            value=TIMES * ratio(seconds, "plain", "own"),
+            unit="x as fast",
+            at_least=80,
+        ),
+        Result(
+            work=f"MMCL inv, N={N}", baseline="memory beyond the inputs", value=extra, unit="MiB", at_most=4
+        ),
+        Result(work="MMCL inv, N=2048", baseline="CPU time", value=large, unit="s", at_most=5),
+    ]
 
 
-def compare_pgd() -> None:
+def pgd(rounds: int) -> list[Result]:
+    """An iteration of the projected gradient descent."""
     sigma = 10.0
     ours, hessians = problem(N, 0.3, sigma), batched_hessians(features(N, 0.3), sigma)
     start, theta = start_point(ours, "gaussian", 0)
@@ -151,31 +152,33 @@ def compare_pgd() -> None:
         return batched_pgd(hessians, without_diagonal(start), theta, ITERATIONS)
 
     torch.testing.assert_close(without_diagonal(own()), plain(), rtol=1e-3, atol=1e-4)
-    rounds = [(seconds(plain), seconds(own)) for _ in range(ROUNDS)]
-    ratio = median(a / b for a, b in rounds)
-    print(
-        f"pgd   N={N}: {median(b for _, b in rounds) / ITERATIONS * 1e3:.2f} ms an iteration, {ratio:.0f}x faster"
-    )
-    assert ratio >= 20, f"pgd is {ratio:.0f}x faster an iteration, expected 20x"
+    return [
+        Result(
+            work=f"MMCL pgd, N={N}, an iteration",
+            baseline="plain batched solver",
+            value=ratio(alternating({"plain": plain, "own": own}, rounds), "plain", "own"),
+            unit="x as fast",
+            at_least=20,
+        )
+    ]
 
 
-def large_inv() -> None:
-    large = seconds(lambda: solve_inv(problem(2048, 0.3, 10.0)))
-    print(f"inv   N=2048: {large:.2f} s")
-    assert large < 5, f"inv takes {large:.1f} s at N=2048, expected less than 5"
-
-
-def converge() -> None:
+def convergence() -> list[Result]:
+    """How far ``pgd_adaptive`` is from the optimum after 60 iterations, for four kernels."""
+    results = []
     for sigma in (0.5, 5.0, 10.0, 50.0):
         ours = problem(N, 0.0, sigma)
         stopped = solve_adaptive(ours, max_iter=1000, tol=1e-3).iterations
         objective, exact = ours.objective(solve_adaptive(ours, max_iter=60, tol=None).duals), optimum(ours)
         excess = ((objective - exact) / exact.abs()).max().item()
-        print(
-            f"pgd_adaptive N={N} sigma={sigma:g}: stops at 1e-3 after {stopped} iterations; "
-            f"worst excess after 60: {excess:.1e}"
-        )
-        assert stopped <= 60 and excess < 1e-3, f"sigma={sigma}: {stopped} iterations, excess {excess:.1e}"
+        work = f"MMCL pgd_adaptive, N={N}, sigma={sigma:g}"
+        results += [
+            Result(work=work, baseline="until 1e-3", value=stopped, unit="iterations", at_most=60),
+            Result(
+                work=work, baseline="optimum, after 60 iterations", value=excess, unit="apart", at_most=1e-3
+            ),
+        ]
+    return results
 
 
 def optimum(problem: DualProblem) -> Tensor:
@@ -184,9 +187,11 @@ def optimum(problem: DualProblem) -> Tensor:
     return exact.objective(solve_adaptive(exact, max_iter=5000, tol=1e-8).duals)
 
 
-if __name__ == "__main__":
+def measure(rounds: int = 3) -> list[Result]:
+    """Speed, memory and convergence of the solvers."""
     torch.set_num_threads(1)
-    compare_inv()
-    compare_pgd()
-    large_inv()
-    converge()
+    return [*inv(rounds), *pgd(rounds), *convergence()]
+
+
+if __name__ == "__main__":
+    sys.exit(report(measure()))

@@ -1,6 +1,6 @@
 """SCE's training loss compared with its bare matrix products, and with its dense form.
 
-    python benchmarks/sce_loss.py [--rounds 5] [--samples 1024] [--queue 65536] [--width 128]
+    python benchmarks/sce_loss.py
 
 Two crops, asymmetric: one online and one momentum view, forward and backward, float32, one thread. The
 products are, for the rows of both views, logits = rows @ queue.T and weighted means = weights @ queue, in
@@ -11,21 +11,18 @@ samples, to which its memory and time are proportional, and is compared with the
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 
 import torch
-from measure import alternating, extra_mebibytes
+from measure import Result, alternating, extra_mebibytes, ratio, report
 from torch import Tensor
 
 from sslzoo.nn.numerics import normalize
 from sslzoo_methods.sce.loss import Pair, TermWeights, sce_loss, sce_multicrop_loss
 
 TEMPERATURES = {"temperature": 0.1, "target_temperature": 0.07}
-TIME_LIMIT = 1.35  # times the bare products
-MEMORY_LIMIT = 50.0  # MiB
 
 
 def inputs(samples: int, queue: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,13 +79,6 @@ FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
 }
 
 
-def times(forms: list[str], rounds: int, *sizes: int) -> dict[str, float]:
-    """Median CPU seconds of each form, run in turn."""
-    data = inputs(*sizes)
-    seconds = alternating({form: partial(FORMS[form], *data) for form in forms}, rounds)
-    return {form: median(values) for form, values in seconds.items()}
-
-
 def peak_mebibytes(form: str, *sizes: int) -> float:
     """Peak memory of one forward and backward pass in addition to its inputs."""
     # The small call triggers one-time allocations of the libraries.
@@ -97,35 +87,24 @@ def peak_mebibytes(form: str, *sizes: int) -> float:
     )
 
 
-def main() -> int:
-    """Print the table; returns 1 if a limit is exceeded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--queue", type=int, default=65536)
-    parser.add_argument("--width", type=int, default=128)
-    args = parser.parse_args()
+def measure(samples: int = 1024, queue: int = 65536, width: int = 128, rounds: int = 5) -> list[Result]:
+    """Time relative to the products, and memory."""
     torch.set_num_threads(1)
-    full = (args.samples, args.queue, args.width)
-    eighth = (max(args.samples // 8, 1), args.queue, args.width)
-
-    memory = peak_mebibytes("lean", *full)
-    less = {form: peak_mebibytes(form, *eighth) for form in ("lean", "dense")}
-    big = times(["products", "lean"], args.rounds, *full)
-    small = times(["lean", "dense"], args.rounds, *eighth)
-    ratio = big["lean"] / big["products"]
-    print(f"SCE loss, forward and backward: N={full[0]}, K={full[1]}, D={full[2]}, one thread, float32")
-    print(f"  bare products   {big['products']:7.3f} s")
-    print(f"  lean form       {big['lean']:7.3f} s   {ratio:.2f} x the products (limit {TIME_LIMIT})")
-    print(f"  lean form       {memory:7.1f} MiB extra (limit {MEMORY_LIMIT:.0f})")
-    print(f"N={eighth[0]}:")
-    print(f"  lean form       {small['lean']:7.3f} s   {less['lean']:7.1f} MiB extra")
-    print(
-        f"  dense form      {small['dense']:7.3f} s   {less['dense']:7.1f} MiB extra, "
-        f"{small['dense'] / small['lean']:.1f} x the lean form's time"
-    )
-    return int(ratio > TIME_LIMIT or memory > MEMORY_LIMIT)
+    sizes, eighth = (samples, queue, width), (samples // 8, queue, width)
+    memory = peak_mebibytes("lean", *sizes)
+    less = peak_mebibytes("dense", *eighth)
+    big, small = inputs(*sizes), inputs(*eighth)
+    seconds = alternating({form: partial(FORMS[form], *big) for form in ("products", "lean")}, rounds)
+    few = alternating({form: partial(FORMS[form], *small) for form in ("lean", "dense")}, rounds)
+    work = f"SCE loss, N={samples}, K={queue}, D={width}"
+    part = f"dense form, N={samples // 8}"
+    return [
+        Result(work=work, baseline="bare products", value=ratio(seconds, "lean", "products"), at_most=1.4),
+        Result(work=work, baseline="memory beyond the inputs", value=memory, unit="MiB", at_most=20),
+        Result(work=part, baseline="lean form", value=ratio(few, "dense", "lean")),
+        Result(work=part, baseline="memory beyond the inputs", value=less, unit="MiB"),
+    ]
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(report(measure()))

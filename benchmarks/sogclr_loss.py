@@ -1,20 +1,20 @@
-"""SogCLR's memory-lean loss compared with the readable dense form: time, extra memory, gradients.
+"""SogCLR's memory-lean loss compared with its bare matrix products and with the readable dense form: time, extra
+memory, gradients.
 
-One thread; the two forms run in turn; medians. Memory is measured first, with each form in a separate
-process.
+    python benchmarks/sogclr_loss.py
+
+One thread; the forms run in turn; medians of the ratios. Memory is measured first, each form in its own process.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
-from measure import alternating, extra_mebibytes, ratio
+from measure import Result, alternating, extra_mebibytes, ratio, report
 from torch import Tensor
 
 from sslzoo.nn.numerics import normalize
@@ -52,39 +52,33 @@ def products(embeddings: Tensor) -> None:
         out.addmm_(scores.T, rows)
 
 
-def main() -> int:
-    """Print the table; returns 1 if a limit is exceeded."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+def measure(batch: int = 4096, dim: int = 128, rounds: int = 5) -> list[Result]:
+    """Time relative to the products, memory, and agreement with the dense form."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    embeddings = normalize(torch.randn(2, args.batch, args.dim))
-    log_u = torch.randn(args.batch) * 0.1
-
+    embeddings = normalize(torch.randn(2, batch, dim))
+    log_u = torch.randn(batch) * 0.1
     runs: dict[str, Callable[[], Any]] = {
         name: partial(gradient, form, embeddings, log_u) for name, form in FORMS.items()
     }
     small = {name: partial(gradient, form, embeddings[:, :64], log_u[:64]) for name, form in FORMS.items()}
     memory = {name: extra_mebibytes(run, small[name]) for name, run in runs.items()}
     grads = {name: run() for name, run in runs.items()}
-    seconds = alternating(runs | {"products": partial(products, embeddings)}, args.rounds)
+    seconds = alternating(runs | {"products": partial(products, embeddings)}, rounds)
     difference = float((grads["dense"] - grads["lean"]).abs().max() / grads["dense"].abs().max())
-
-    print(f"SogCLR loss, forward and backward, N={args.batch}, D={args.dim}, one thread")
-    for name in FORMS:
-        print(f"  {name:5} {median(seconds[name]):7.2f} s CPU  {memory[name]:8.1f} MiB extra")
-    speed = ratio(seconds, "dense", "lean")
-    share = memory["lean"] / memory["dense"]
-    over = ratio(seconds, "lean", "products")
-    print(f"  lean: {speed:.1f}x faster (at least 2.5), {share:.3f} of the memory (at most 0.1),")
-    print(
-        f"  {over:.2f}x the bare products, gradients differ by {difference:.1e} of the largest (at most 1e-6)"
-    )
-    return 0 if speed >= 2.5 and share <= 0.1 and difference <= 1e-6 else 1
+    work = f"SogCLR loss, N={batch}, D={dim}"
+    return [
+        Result(work=work, baseline="bare products", value=ratio(seconds, "lean", "products"), at_most=1.3),
+        Result(work=work, baseline="memory beyond the inputs", value=memory["lean"], unit="MiB", at_most=50),
+        Result(
+            work=work, baseline="gradient of the dense form", value=difference, unit="apart", at_most=1e-6
+        ),
+        Result(work="SogCLR, dense form", baseline="lean form", value=ratio(seconds, "dense", "lean")),
+        Result(
+            work="SogCLR, dense form", baseline="memory beyond the inputs", value=memory["dense"], unit="MiB"
+        ),
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(measure()))
