@@ -41,7 +41,8 @@ class Section:
     panels: tuple[Panel, ...]
 
 
-def _one(key: str, title: str, *, unit: str = "", log_scale: bool = False, note: str = "") -> Panel:
+def panel(key: str, title: str, note: str = "", *, unit: str = "", log_scale: bool = False) -> Panel:
+    """A panel with one curve, which has the panel's title as its label."""
     return Panel(
         title=title, curves=(Curve(key=key, label=title),), unit=unit, log_scale=log_scale, note=note
     )
@@ -52,34 +53,80 @@ FRAMEWORK = (
         name="learning",
         title="Learning",
         panels=(
-            _one("train/loss", "pre-training loss"),
-            _one("opt/lr", "learning rate"),
+            panel(
+                "train/loss",
+                "pre-training loss",
+                "It falls fast, then slowly. Values compare within a method only, and not between batch sizes.",
+            ),
+            panel("opt/lr", "learning rate", "The rate of the recipe's schedule at each step."),
         ),
     ),
     Section(
         name="evaluation",
         title="Evaluation",
         panels=(
-            _one("val/linear_top1", "linear probe, top-1", unit="%"),
-            _one("val/knn_top1", "k-NN, top-1", unit="%"),
-            _one("val/online_top1", "online probe, top-1", unit="%"),
+            panel(
+                "val/linear_top1",
+                "linear probe, top-1",
+                "Share of test images that a logistic regression on the frozen features classifies correctly.",
+                unit="%",
+            ),
+            panel(
+                "val/knn_top1",
+                "k-NN, top-1",
+                "Share of test images whose nearest training images, by cosine, have their class. Nothing is fitted.",
+                unit="%",
+            ),
+            panel(
+                "val/online_top1",
+                "online probe, top-1",
+                "A classifier that learns beside the encoder, on augmented views; it ends below the linear probe.",
+                unit="%",
+            ),
         ),
     ),
     Section(
         name="system",
         title="System",
         panels=(
-            _one("sys/images_per_s", "throughput", unit="images/s"),
-            _one("sys/data_wait", "time spent waiting for data", unit="%"),
-            _one("sys/gpu_mem", "peak GPU memory", unit="GiB"),
+            panel(
+                "sys/images_per_s",
+                "throughput",
+                "Training images per second on all devices, without evaluations and checkpoints.",
+                unit="images/s",
+            ),
+            panel(
+                "sys/data_wait",
+                "time spent waiting for data",
+                "Above a few per cent, more data workers or smaller images speed the run up.",
+                unit="%",
+            ),
+            panel(
+                "sys/gpu_mem", "peak GPU memory", "The most that the first GPU has held so far.", unit="GiB"
+            ),
         ),
     ),
 )
 ORDER: tuple[Name, ...] = ("learning", "evaluation", "representation", "method", "system", "run")
 
 
-def sections(method: str, own: Iterable[Panel]) -> tuple[Section, ...]:
-    """All sections, in order: the framework's, and one with the panels of ``method``, if it has any."""
+def sections(method: str, own: Iterable[Panel], recorded: Iterable[str] = ()) -> tuple[Section, ...]:
+    """All sections, in order: the framework's, and one with the panels of ``method``, if it has any.
+
+    ``recorded`` are the keys of a run's metrics. Each ``method/...`` key that is in none of the panels ``own`` gets a
+    panel named after it, so that a method without panels shows what it records.
+    """
     panels = tuple(own)
+    known = {curve.key for panel_ in panels for curve in panel_.curves}
+    panels += tuple(panel(key, _words(key)) for key in recorded if _is_measured(key) and key not in known)
     of_method = (Section(name="method", title=method, panels=panels),) if panels else ()
     return tuple(sorted((*FRAMEWORK, *of_method), key=lambda section: ORDER.index(section.name)))
+
+
+def _is_measured(key: str) -> bool:
+    """Whether a method recorded ``key``; Meter adds the means over epochs."""
+    return key.startswith("method/") and not key.endswith("_epoch")
+
+
+def _words(key: str) -> str:
+    return key.partition("/")[2].replace("_", " ")

@@ -8,7 +8,9 @@ from math import pi, radians
 from typing import ClassVar, Literal
 
 from sslzoo.checks import ConfigError, check_field, check_fraction, check_positive
+from sslzoo.panels import Panel
 from sslzoo.recipe.sections import HeadConfig, MethodConfig, Recipe
+from sslzoo_methods.margin.panels import PANELS
 
 # -- the base framework: what is compared with what ------------------------------------------------
 
@@ -313,6 +315,8 @@ NO_NEGATIVES = "without negatives (byol, simsiam, and method.base.beta=0)"
 @dataclass(frozen=True, kw_only=True)
 class MarginConfig(MethodConfig):
     """Config of the margin method: a base framework and a margin on its positives."""
+
+    panels: ClassVar[tuple[Panel, ...]] = PANELS
 
     RENAMED: ClassVar[dict[str, str]] = {
         **{key: f"{section}.{key}" for section, keys in MOVED.items() for key in keys.split()},

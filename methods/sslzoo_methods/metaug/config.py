@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from sslzoo.checks import check_field, check_not_negative, check_positive
+from sslzoo.panels import Panel
 from sslzoo.recipe.sections import HeadConfig, MethodConfig, Recipe
+from sslzoo_methods.metaug.panels import PANELS
 
 ColorSpace = Literal["lab", "ycbcr"]
 Thresholds = Literal["large", "small", "mean"]
@@ -179,6 +181,8 @@ class MetaConfig:
 @dataclass(frozen=True, kw_only=True)
 class MetAugConfig(MethodConfig):
     """Config of MetAug. Every recipe must set the fields without a default; options default to the two-crop plug-in."""
+
+    panels: ClassVar[tuple[Panel, ...]] = PANELS
 
     RENAMED: ClassVar[dict[str, str]] = {
         "aug_weight": "terms.generated_weight",

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from sslzoo.checks import check_field, check_positive
+from sslzoo.panels import Panel
 from sslzoo.recipe.sections import CropBatching, HeadConfig, MethodConfig, Recipe
+from sslzoo_methods.mmcl.panels import PANELS
 
 KernelName = Literal["rbf", "linear", "poly", "tanh", "min"]
 SigmaRule = Literal["fixed", "auto", "median"]
@@ -161,6 +163,8 @@ class Exact:
 @dataclass(frozen=True, kw_only=True)
 class MMCLConfig(MethodConfig):
     """Config of MMCL. Values that recipes tune have no default; the others default to the authors' values."""
+
+    panels: ClassVar[tuple[Panel, ...]] = PANELS
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "sigma": "kernel.sigma",

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from sslzoo.checks import check_field, check_fraction, check_not_negative, check_positive
+from sslzoo.panels import Panel
 from sslzoo.recipe.sections import CropBatching, HeadConfig, MethodConfig, Recipe
+from sslzoo_methods.sce.panels import PANELS
 
 TargetPositive = Literal["zero_logit", "masked"]
 PairWeighting = Literal["flat", "per_online_crop"]
@@ -68,6 +70,8 @@ class ThreeTermLoss:
 @dataclass(frozen=True, kw_only=True)
 class SCEConfig(MethodConfig):
     """Config of SCE; values that published recipes tune have no default."""
+
+    panels: ClassVar[tuple[Panel, ...]] = PANELS
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "contrastive_weight": "loss.contrastive_weight",

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sslzoo.checks import check_field, check_positive
+from sslzoo.panels import Panel
 from sslzoo.recipe.sections import HeadConfig, MethodConfig, Recipe
+from sslzoo_methods.simclr.panels import PANELS
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimCLRConfig(MethodConfig):
     """Config of SimCLR; every recipe must set all fields."""
+
+    panels: ClassVar[tuple[Panel, ...]] = PANELS
 
     temperature: float  # tau
     projector: HeadConfig

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from sslzoo.checks import check_field, check_positive
+from sslzoo.panels import Panel
 from sslzoo.recipe.sections import CropBatching, HeadConfig, MethodConfig, Recipe
+from sslzoo_methods.sogclr.panels import PANELS
 
 FirstVisit = Literal["sample", "batch", "none"]
 UWrite = Literal["mean", "sum"]
@@ -137,6 +139,8 @@ class BimodalGCL(GlobalContrastive):
 @dataclass(frozen=True, kw_only=True)
 class SogCLRConfig(MethodConfig):
     """Config of SogCLR. Every recipe must set the fields without a default; options default to the card's choice."""
+
+    panels: ClassVar[tuple[Panel, ...]] = PANELS
 
     RENAMED: ClassVar[dict[str, str]] = {
         "tau": "temperature",
