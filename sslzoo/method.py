@@ -117,11 +117,19 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
 
     def record(self, name: str, value: Tensor) -> None:
         """Log a measured scalar tensor under ``name`` (``method/...``); its mean over the logging interval is
-        reported. It is summed on the device, without a host-device synchronisation."""
+        reported. It is summed on the device, without a host-device synchronisation.
+
+        For a ratio or a standard deviation, which must not depend on how images are divided among processes, ``value``
+        is what :func:`~sslzoo.nn.measurements.ratio` or :func:`~sslzoo.nn.measurements.moments` return."""
         if not isinstance(value, Tensor):  # formatting a tensor on a GPU would synchronise
             raise ValueError(
                 f"record takes a tensor, got {name} = {value!r}; use setting for numbers that are not measured"
             )
+        shape = tuple(value.shape)
+        require(
+            shape == () or (shape[0] == 2 and len(shape) <= 2),
+            f"record takes a scalar, got {name} of shape {shape}; record its mean",
+        )
         self.recorded[name] = value.detach()
 
     def setting(self, name: str, value: float) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sslzoo.callbacks.metrics_file import MetricsFile
 from sslzoo.distributed import all_reduce_mean, gather_detached, rank, world_size
 from sslzoo.exits import Diverged
+from sslzoo.nn.measurements import reported
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +24,12 @@ log = logging.getLogger(__name__)
 class Meter(Callback):
     """Writes what methods record to ``metrics.csv``, averaged over micro-batches and ranks.
 
-    For a measurement (``record``) it reports the mean since the last row, and the mean over the epoch as
-    ``<name>_epoch``; for a setting (``setting``, such as a learning rate) the last value. All ranks must record
-    the same names. Rows are written every ``every_steps`` optimiser steps and at the end of epochs; ``step`` is
-    the number of finished optimiser steps. Throughput goes to ``system.csv``, so that ``metrics.csv`` contains no
-    times and a resumed run writes identical bytes. The trainer's loggers get the same values. Measurements of
-    steps that the fp16 scaler skipped are dropped.
+    For a measurement (``record``) it reports the mean since the last row (of ratios and standard deviations, what
+    follows from the mean), and the mean over the epoch's rows as ``<name>_epoch``; for a setting (``setting``, such as
+    a learning rate) the last value. All ranks must record the same names. Rows are written every ``every_steps``
+    optimiser steps and at the end of epochs; ``step`` is the number of finished optimiser steps. Throughput goes to
+    ``system.csv``, so that ``metrics.csv`` contains no times and a resumed run writes identical bytes. The trainer's
+    loggers get the same values. Measurements of steps that the fp16 scaler skipped are dropped.
 
     If ``train/loss`` is not finite, :class:`Diverged` is raised on all ranks at the row that would report it.
     """
@@ -41,9 +42,10 @@ class Meter(Callback):
         # Names and values of each micro-batch in the current step, and the number of steps finished before it.
         self._step: list[tuple[tuple[str, ...], Tensor]] = []
         self._counted = 0
-        # This rank's sums since the last row, for each set of names that are recorded together.
+        # This rank's sums since the last row, for each set of names that are recorded together, one after another.
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._counts: dict[tuple[str, ...], float] = {}
+        self._shapes: dict[str, torch.Size] = {}
         self._settings: dict[str, float] = {}
         self._epoch: dict[str, tuple[float, float]] = {}  # sum and count over the rows of this epoch
         self._row_step = 0
@@ -77,7 +79,9 @@ class Meter(Callback):
 
     def _collect(self, recorded: dict[str, Tensor]) -> None:
         if recorded:
-            self._step.append((tuple(recorded), torch.stack(list(recorded.values()))))
+            self._shapes |= {key: value.shape for key, value in recorded.items()}
+            values = torch.cat([value.reshape(-1) for value in recorded.values()])
+            self._step.append((tuple(recorded), values))
             recorded.clear()
 
     def _add_step(self) -> None:
@@ -91,25 +95,28 @@ class Meter(Callback):
     # -- reporting -----------------------------------------------------------------------------
 
     def _reduced(self) -> dict[str, tuple[float, float]]:
-        """Sum since the last row, averaged over ranks, and count of every measurement.
+        """Value since the last row, over all ranks, and count of every measurement.
 
         Needs one all-reduce and one copy to the host.
         """
-        merged: dict[str, tuple[float, float]] = {}
+        merged: dict[str, tuple[Tensor, float]] = {}
         if self._sums:
-            sums = iter(all_reduce_mean(torch.cat(list(self._sums.values()))).tolist())
-            for keys, count in self._counts.items():
-                for key in keys:
-                    merged[key] = _add(merged.get(key), (next(sums), count))
-        return merged
+            names = [(key, count) for keys, count in self._counts.items() for key in keys]
+            sums = all_reduce_mean(torch.cat(list(self._sums.values()))).cpu()
+            parts = sums.split([self._shapes[key].numel() for key, _ in names])
+            for (key, count), part in zip(names, parts, strict=True):
+                total, others = merged.get(key, (torch.zeros(()), 0))
+                merged[key] = total + part.view(self._shapes[key]), others + count
+        return {key: (reported(total / count), count) for key, (total, count) in merged.items()}
 
     def _write_row(self, trainer: Trainer, pl_module: Any, *, epoch_end: bool = False) -> None:
         reduced = self._reduced()
         self._sums, self._counts = {}, {}
         self._row_step = pl_module.optimizer_steps
-        values = {key: total / count for key, (total, count) in reduced.items()}
-        for key, pair in reduced.items():
-            self._epoch[key] = _add(self._epoch.get(key), pair)
+        values = {key: value for key, (value, _) in reduced.items()}
+        for key, (value, count) in reduced.items():
+            total, others = self._epoch.get(key, (0.0, 0))
+            self._epoch[key] = total + value * count, others + count
         if values:
             values |= self._settings
         if epoch_end:
@@ -191,6 +198,7 @@ class Meter(Callback):
         return {
             "accumulate": self._accumulate,
             "keys": [list(keys) for keys in self._sums],
+            "shapes": {key: list(self._shapes[key]) for keys in self._sums for key in keys},
             "counts": list(self._counts.values()),
             "sums": sums,
             "settings": dict(self._settings),
@@ -228,12 +236,11 @@ class Meter(Callback):
         self._row_step = state["row_step"]
         by_rank = torch.tensor(state["sums"], dtype=torch.float64)
         sums = by_rank[rank()] if len(by_rank) == world_size() else by_rank.mean(0)
-        sums = (sums * factor).tolist()
-        for keys, count in zip(state["keys"], state["counts"], strict=True):
-            part, sums = sums[: len(keys)], sums[len(keys) :]
-            self._sums[tuple(keys)] = torch.tensor(
-                part, dtype=_wide(pl_module.device), device=pl_module.device
-            )
+        sums = (sums * factor).to(pl_module.device, _wide(pl_module.device))
+        self._shapes = {key: torch.Size(shape) for key, shape in state["shapes"].items()}
+        lengths = [sum(self._shapes[key].numel() for key in keys) for keys in state["keys"]]
+        for keys, count, part in zip(state["keys"], state["counts"], sums.split(lengths), strict=True):
+            self._sums[tuple(keys)] = part.clone()
             self._counts[tuple(keys)] = count * factor
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -254,14 +261,10 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def _add(a: tuple[float, float] | None, b: tuple[float, float]) -> tuple[float, float]:
-    return (a[0] + b[0], a[1] + b[1]) if a is not None else b
-
-
 def _stop_if_diverged(reduced: Mapping[str, tuple[float, float]], step: int) -> None:
-    total = reduced.get("train/loss", (0.0, 1))[0]
-    if not math.isfinite(total):
-        raise Diverged(f"train/loss is {total} by step {step}")
+    loss, _ = reduced.get("train/loss", (0.0, 1))
+    if not math.isfinite(loss):
+        raise Diverged(f"train/loss is {loss} by step {step}")
 
 
 def _step(trainer: Any) -> int:

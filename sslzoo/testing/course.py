@@ -27,12 +27,18 @@ from sslzoo.testing.small import small_images
 class Course:
     """Records of one process; tensors are copies."""
 
-    losses: list[Tensor] = field(default_factory=list)  # per micro-batch, for this process's samples
+    # Per micro-batch, for this process's samples; among them the loss, train/loss.
+    measured: list[dict[str, Tensor]] = field(default_factory=list)
     # Gradients by parameter, averaged over processes, for each call of an optimiser.
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     states: list[dict[str, Tensor]] = field(default_factory=list)  # before each micro-batch, and at the end
     skipped: list[bool] = field(default_factory=list)  # for each optimiser step, whether it was skipped
     diverged: bool = False
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """The loss of each micro-batch, for this process's samples."""
+        return [measured["train/loss"] for measured in self.measured]
 
 
 class _Observer(Callback):
@@ -54,7 +60,7 @@ class _Observer(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.course.losses.append(pl_module.recorded["train/loss"].clone())
+        self.course.measured.append({name: value.clone() for name, value in pl_module.recorded.items()})
         if pl_module.optimizer_steps > len(self.course.skipped):
             self.course.skipped.append(pl_module.step_skipped)
 

@@ -264,7 +264,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.nan_to_num(0.125), b.nan_to_num(0.125))
 
 
-@_promise("world-size", "1, 2 and 3 processes give the same loss, gradients and state")
+@_promise("world-size", "1, 2 and 3 processes give the same loss, measurements, gradients and state")
 def ignores_world_size(recipe: Recipe, folder: Path) -> str:
     """Compare two steps in float64, with synchronised batch norm and without dropout."""
     try:
@@ -319,6 +319,7 @@ def _compare(says: str, one: Course, parts: Sequence[Course]) -> None:
             "average over this rank's rows, compare them with those of all ranks (gather from sslzoo.distributed), "
             "draw random numbers by sample, and never multiply by the world size",
         )
+        _check_measured(says, one.measured[step], [part.measured[step] for part in parts])
         _check_gradients(says, one.gradients[step], parts[0].gradients[step])
         for rank, part in enumerate(parts):
             state = part.states[step + 1]
@@ -333,6 +334,20 @@ def _compare(says: str, one: Course, parts: Sequence[Course]) -> None:
                 f"{says} after step {step + 1} rank {rank} has different values of {listed(differ)}",
                 "update state on every rank from the rows of all ranks: gather_detached from sslzoo.distributed",
             )
+
+
+def _check_measured(says: str, one: dict[str, Tensor], several: Sequence[dict[str, Tensor]]) -> None:
+    differ = [
+        name
+        for name, value in one.items()
+        if not _close(torch.stack([part[name] for part in several]).mean(dim=0), value)
+    ]
+    _expect(
+        not differ,
+        f"{says} the loss is the same, but {listed(differ)} changes with the number of processes",
+        "record means over this rank's images; for ratios and standard deviations, what ratio and moments from "
+        "sslzoo.nn.measurements return",
+    )
 
 
 def _check_gradients(says: str, one: dict[str, Tensor], several: dict[str, Tensor]) -> None:

@@ -173,5 +173,7 @@ def test_measurements_are_tensors_and_settings_numbers():
     method = build_experiment(recipe, source=fake_source(8, 1, 28, 10)).method
     with pytest.raises(ValueError, match=r"record takes a tensor, got method/tau = 0.1; use setting"):
         method.record("method/tau", 0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"takes a scalar, got method/tau of shape \(3,\); record its mean"):
+        method.record("method/tau", torch.zeros(3))
     with pytest.raises(ValueError, match=r"got a tensor for method/tau; use record"):
         method.setting("method/tau", torch.tensor(0.1))  # type: ignore[arg-type]

@@ -118,6 +118,12 @@ MISTAKES = {
         "world-size",
         "2 processes: the loss of step 1 is .* compare them with those of all ranks",
     ),
+    "a measurement of one process's images": Mistake(
+        'self.record("method/near", near)',
+        'self.record("method/near", z[0].std(0).mean())',
+        "world-size",
+        "the loss is the same, but method/near changes with the number of processes; record means .*moments",
+    ),
     "a buffer that depends on the rank": Mistake(
         "keys = gather_detached(normalize(self.target(second)))",
         "keys = normalize(self.target(second)).repeat(world_size(), 1)",

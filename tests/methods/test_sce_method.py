@@ -16,6 +16,7 @@ from sslzoo.batch import Batch
 from sslzoo.distributed import all_reduce_mean
 from sslzoo.nn.backbones import build_backbone
 from sslzoo.nn.batchnorm import SplitBatchNorm
+from sslzoo.nn.measurements import reported
 from sslzoo.nn.numerics import normalize
 from sslzoo.optim.schedules import learning_rate
 from sslzoo.recipe.load import RecipeError, load_recipe
@@ -230,7 +231,7 @@ def test_what_is_published_and_recorded() -> None:
     assert method.published["backbone"].shape == (N, 6)
     assert not method.published["backbone"].requires_grad
     method.finish_step()
-    values = {k: float(v) for k, v in method.recorded.items()}
+    values = {k: reported(v) for k, v in method.recorded.items()}
     assert method.settings.keys() == {"method/momentum"}
     assert values.keys() == {
         "method/contrastive",

@@ -16,19 +16,18 @@ from torch import Tensor, nn
 
 from sslzoo.checkpoints import latest, load_checkpoint
 from sslzoo.recipe.plan import Division
-from sslzoo.recipe.sections import BackboneConfig, Recipe
+from sslzoo.recipe.sections import BackboneConfig, HeadConfig, Recipe
 from sslzoo.run.build import build_experiment
 from sslzoo.run.resize import obstacle
+from sslzoo.testing.course import train
 from sslzoo.testing.kills import Job, output, run, start, wait
 from sslzoo.testing.small import BATCH, small_images
+from sslzoo_methods.margin.config import Whole
+from sslzoo_methods.metaug.config import SGD, MetaConfig
 from tests.command import codes, fork, group, manifest, saved, until, write_recipe
 from tests.contract.test_methods import METHODS, recipe_of
 
 CLOSE = 1e-9
-# Diagnostics of the images of one process, averaged over processes: another number of them, another mean.
-OF_A_PROCESS = {
-    *("method/online_std", "method/second_order_share", "method/log_u_min", "method/log_u_max"),
-}
 
 
 def _job(recipe: Recipe, processes: int, micro_batches: int, *, steps: int, pause: float = 0.0) -> Job:
@@ -80,14 +79,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def _metrics(folder: Path) -> list[dict[str, float]]:
     with (folder / "metrics.csv").open(newline="") as file:
-        return [
-            {
-                key: float(cell)
-                for key, cell in row.items()
-                if cell and key.removesuffix("_epoch") not in OF_A_PROCESS
-            }
-            for row in csv.DictReader(file)
-        ]
+        return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
 
 
 def _equals(legs: Path, whole: Path) -> None:
@@ -121,20 +113,43 @@ class Plain(nn.Sequential):
         super().__init__(nn.Conv2d(in_channels, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def _without_norms(*overrides: str) -> Recipe:
-    """SCE with a queue that no step fills evenly, and without batch norm."""
-    recipe = recipe_of("sce")
-    head = replace(recipe.method.projector, hidden_norm=False, output_norm="none")  # type: ignore[attr-defined]
-    method = replace(recipe.method, projector=head, predictor=None)  # type: ignore[call-arg]
+def _without_norms(recipe: Recipe) -> Recipe:
+    """``recipe`` without batch norm."""
+    config: Any = recipe.method
+
+    def plain(head: HeadConfig) -> HeadConfig:
+        return replace(head, hidden_norm=False, output_norm="none")
+
+    method = replace(config, projector=plain(config.projector))
+    if config.name == "sce":
+        method = replace(method, predictor=None)
+    elif hasattr(config.base, "predictor"):
+        method = replace(method, base=replace(config.base, predictor=plain(config.base.predictor)))
     backbone = BackboneConfig(name=f"{Plain.__module__}:{Plain.__name__}", in_channels=1)
     return replace(recipe, method=method, backbone=backbone)
 
 
 def test_other_micro_batches_where_the_loss_has_one_image_a_term(tmp_path: Path) -> None:
-    recipe = _without_norms()
+    recipe = _without_norms(recipe_of("sce"))
     run(_job(recipe, 1, 1, steps=6), tmp_path / "whole")
     _run_in_legs(recipe, tmp_path / "legs", [(1, 2), (2, 3), (1, 1)], steps=6, pause=0.05)
     _equals(tmp_path / "legs", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("method", "variant"),
+    [("sce", "local crops"), ("sce", "asymmetric"), ("margin", "mocov2"), ("margin", "byol")],
+)
+def test_what_other_micro_batches_measure(method: str, variant: str, tmp_path: Path) -> None:
+    recipe = _without_norms(recipe_of(method, variant))
+    if method == "margin":
+        recipe = replace(recipe, method=replace(recipe.method, effects=Whole()))  # type: ignore[call-arg]
+    whole, parts = (train(_job(recipe, 1, m, steps=2).recipe, tmp_path / str(m), steps=2) for m in (1, 3))
+    assert not whole.measured[0].keys() ^ parts.measured[0].keys()
+    for step, measured in enumerate(whole.measured):
+        for name, value in measured.items():
+            mean = torch.stack([part[name] for part in parts.measured[3 * step : 3 * step + 3]]).mean(dim=0)
+            torch.testing.assert_close(mean, value, rtol=CLOSE, atol=CLOSE, msg=name)
 
 
 # -- what is refused ----------------------------------------------------------------------------------------
@@ -156,7 +171,11 @@ def test_reasons_to_refuse_another_division() -> None:
     assert _obstacle(synchronised, TWO) == ""
     assert "dropout" in _obstacle(synchronised, TWO, draws=True)
     assert "one micro-batch" in _obstacle(synchronised, HALVES)
-    assert _obstacle(_without_norms(), HALVES) == _obstacle(_without_norms(), TWO) == ""
+    plain = _without_norms(recipe_of("sce"))
+    assert _obstacle(plain, HALVES) == _obstacle(plain, TWO) == ""
+
+
+OWN_STEPS = MetaConfig(virtual_lr=0.1, optimizer=SGD(lr=0.1, weight_decay=0.0), sync_virtual_step=False)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +190,7 @@ def test_reasons_to_refuse_another_division() -> None:
         ("sogclr", "", {}, "", "SogCLR contrasts"),
         ("sogclr", "bimodal", {}, "", "SogCLR contrasts"),
         ("metaug", "", {}, "", "after each micro-batch"),
+        ("metaug", "", {"meta": OWN_STEPS}, "method.meta.sync_virtual_step=false", "after each micro-batch"),
         ("margin", "", {}, "", "method.base=simclr contrasts"),
         ("margin", "macl", {}, "", "method.base=simclr contrasts"),
         ("margin", "mocov2", {}, "", ""),

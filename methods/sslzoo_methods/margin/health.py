@@ -37,7 +37,6 @@ def health(
             values = {
                 "theta_degrees": torch.rad2deg(term.pairs.theta),
                 "loss_without_margin": plain,
-                "emphasis_factor": f.emphasis,
                 "beyond_neutral_angle": (term.pairs.theta > margin.neutral_angle).float(),
             }
             if term.negatives:
@@ -50,4 +49,7 @@ def health(
                 rows.setdefault(name, []).append(value.mean())
         suffix = "_local" if local else ""
         report |= {f"method/{name}{suffix}": torch.stack(v).mean() for name, v in rows.items()}
+        # Mean pulls with and without the margin: a ratio, in the form of sslzoo.nn.measurements.
+        pulls = torch.stack([s for _, s in kind]).mean(dim=0) / len(kind[0][0].pairs.theta)
+        report[f"method/emphasis_factor{suffix}"] = pulls
     return report

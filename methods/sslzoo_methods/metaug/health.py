@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sslzoo.nn.measurements import moments
 from sslzoo_methods.metaug.loss import Objective
 from sslzoo_methods.metaug.meta import MetaGradient
 
 
 @torch.no_grad()
 def health(out: Objective, z: Sequence[Tensor], generated: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Scalar diagnostics of the encoder's step, by name; terms and R are unweighted.
+    """Diagnostics of the encoder's step, by name; terms and R are unweighted.
 
     ``generated_cosine`` near 1 means that the generators are close to the identity, ``online_std`` near 0 collapse.
     """
@@ -28,17 +29,18 @@ def health(out: Objective, z: Sequence[Tensor], generated: Sequence[Tensor]) -> 
         values["sigma_neg"] = out.regulariser.sigma_neg.mean()
     return values | {
         "generated_cosine": cosine,
-        "online_std": z[0].std(dim=0, correction=0).mean() * z[0].shape[1] ** 0.5,
+        "online_std": moments(z[0]),
     }
 
 
 @torch.no_grad()
 def meta_health(gradient: Sequence[Tensor], own: MetaGradient) -> dict[str, Tensor]:
-    """Norm of the generators' ``gradient``, a mean over ranks, and in this rank's ``own`` the norm of the part through
-    the virtual step, relative to the whole: the mean of that part would need another collective."""
-    total, through = _norm(own.total), _norm(own.indirect)
-    return {"generator_gradient": _norm(gradient), "second_order_share": through / total.clamp_min(1e-30)}
+    """Norm of the generators' ``gradient``, a mean over ranks, and the share of it that comes through the virtual step.
 
-
-def _norm(parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(list(parts))).norm()
+    The share is the projection of that part on ``gradient``, relative to ``gradient``, and negative where the part
+    points the other way. This rank's is computed from its ``own`` part; the mean over ranks is that of all images.
+    """
+    whole, through = (torch.cat([g.flatten() for g in parts]) for parts in (gradient, own.indirect))
+    norm = whole.norm()
+    share = torch.dot(through, whole) / norm.square().clamp_min(1e-30)
+    return {"generator_gradient": norm, "second_order_share": share}

@@ -110,7 +110,10 @@ class MetAug(SSLMethod[MetAugConfig]):
         optimizer.zero_grad()
 
     def depends_on_processes(self) -> str:
-        """It does not: keys are those of all processes, or of banks."""
+        """With virtual steps of one process each; keys are those of all processes, or of banks."""
+        meta = self.cfg.meta
+        if meta is not None and not meta.sync_virtual_step:
+            return "method.meta.sync_virtual_step=false takes the virtual step on the images of one process"
         return ""
 
     def depends_on_micro_batches(self) -> str:

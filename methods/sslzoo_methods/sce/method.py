@@ -12,6 +12,7 @@ from sslzoo.distributed import gather_detached, rank, world_size
 from sslzoo.method import SSLMethod
 from sslzoo.nn.batchnorm import to_split
 from sslzoo.nn.heads import build_head
+from sslzoo.nn.measurements import moments
 from sslzoo.nn.momentum import MomentumEncoder
 from sslzoo.nn.numerics import normalize
 from sslzoo.nn.passes import forward_crops
@@ -168,6 +169,4 @@ class SCE(SSLMethod[SCEConfig]):
     def _record_health(self, out: SCEOutput, online: Tensor) -> None:
         for name, value in out.health().items():
             self.record(f"method/{name}", value)
-        # 1 for features spread evenly over the sphere, 0 for collapsed features.
-        spread = online.std(dim=0, correction=0).mean() * online.shape[1] ** 0.5
-        self.record("method/online_std", spread)
+        self.record("method/online_std", moments(online))

@@ -100,7 +100,9 @@ class SogCLR(SSLMethod[SogCLRConfig]):
             self.record(f"method/{name}", value)
         self.record("method/visited", tables[0].visited())
         self.setting("method/gamma", gamma)
-        remember(tables, index, learned)
+        written = remember(tables, index, learned)
+        self.record("method/log_u_min", written.min())
+        self.record("method/log_u_max", written.max())
         if cfg.divide_by_temperature:
             loss = loss / self.cfg.temperature
         if isinstance(self.rule, LearnableTemperature):

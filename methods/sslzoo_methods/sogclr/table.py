@@ -85,8 +85,9 @@ class EstimatorTable(PerSampleTable):
         return self.log_u.isfinite().float().mean()
 
 
-def remember(tables: Sequence[EstimatorTable], index: Tensor, learned: Sequence[Estimates]) -> None:
-    """Gather the new estimates for the samples ``index`` (b,) of all ranks and write one table per modality.
+def remember(tables: Sequence[EstimatorTable], index: Tensor, learned: Sequence[Estimates]) -> Tensor:
+    """Gather the new estimates for the samples ``index`` (b,) of all ranks and write one table per modality. Returns
+    the new log u of all ranks, (B, tables).
 
     Costs two collectives and 16 bytes per sample, or twice that for two tables.
     """
@@ -94,3 +95,4 @@ def remember(tables: Sequence[EstimatorTable], index: Tensor, learned: Sequence[
     index, rows = gather_detached(index), gather_detached(rows)
     for k, table in enumerate(tables):
         table.update(index, rows[:, 2 * k], rows[:, 2 * k + 1])
+    return rows[:, ::2]
