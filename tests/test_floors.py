@@ -24,7 +24,7 @@ FLOORS = (
         "streams",
         "terminal",
     ),
-    ("recipe",),
+    ("pages", "recipe"),
     ("nn", "optim"),
     ("method",),
     ("analysis", "data"),

@@ -1,12 +1,24 @@
-"""Figures of an evaluation: their keys, the numbers of samples behind them, and their form in checkpoints."""
+"""Figures of an evaluation: their keys, the numbers of samples behind them, and their form in checkpoints. Importable
+without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sslzoo.evaluate.task import Samples
+from sslzoo.recipe.sections import PCA_WIDTH
 
+if TYPE_CHECKING:
+    from sslzoo.evaluate.task import Samples
+
+# Kinds of features in the final evaluation, by the prefix of their keys in the summary.
+FEATURES = {
+    "": "trained encoder",
+    "random_init_": "random init",
+    "start_": "start (pretrained)",  # instead of random init, if backbone.weights is set
+    "raw_pixels_": "raw pixels",
+    "pca_": f"PCA-{PCA_WIDTH}",
+}
 LAYER = "backbone"  # the layer whose figures have plain keys
 OWN = "data"  # name of the training data itself, in keys and in the summary
 
@@ -27,6 +39,8 @@ class Measured(NamedTuple):
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Measured:
         """Restore from the result of :meth:`to_state`."""
+        from sslzoo.evaluate.task import Samples
+
         samples = {name: Samples(**counts) for name, counts in state["samples"].items()}
         return Measured(dict(state["figures"]), samples)
 

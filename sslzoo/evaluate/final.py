@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from sslzoo.distributed import rank
 from sslzoo.evaluate import logistic
 from sslzoo.evaluate.extract import Encoder, Extracted, extract
-from sslzoo.evaluate.figures import Measured, data_of, figure_name, is_accuracy
+from sslzoo.evaluate.figures import FEATURES, Measured, data_of, figure_name, is_accuracy
 from sslzoo.evaluate.knn import knn_accuracy
 from sslzoo.evaluate.logistic import linear_probe, principal_components
-from sslzoo.evaluate.metrics import FEATURES, interval
+from sslzoo.evaluate.metrics import interval
 from sslzoo.evaluate.progress import EvaluationProgress, Report, reported
 from sslzoo.evaluate.sgd_probe import sgd_evaluation, sgd_schedule
 from sslzoo.evaluate.task import Features, Samples, Task, count_samples, roles

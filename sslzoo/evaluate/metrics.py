@@ -10,16 +10,7 @@ from torch import Tensor
 
 from sslzoo.distributed import all_reduce_sum
 from sslzoo.evaluate.task import Features
-from sslzoo.recipe.sections import PCA_WIDTH
 
-# Kinds of features in the final evaluation, by the prefix of their keys in the summary.
-FEATURES = {
-    "": "trained encoder",
-    "random_init_": "random init",
-    "start_": "start (pretrained)",  # instead of random init, if backbone.weights is set
-    "raw_pixels_": "raw pixels",
-    "pca_": f"PCA-{PCA_WIDTH}",
-}
 Z95 = 1.959964  # 95 % of a normal distribution is within this many standard deviations
 
 

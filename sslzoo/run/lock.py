@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -139,13 +140,25 @@ def refuse_if_owned(folder: Path) -> None:
     raise RunError(_in_use(folder, owner))
 
 
+def is_alive(folder: Path) -> bool:
+    """Whether a process that may be alive owns ``folder``. Nothing is written: on another machine, the owner is judged
+    by this machine's clock."""
+    owner = read_lock(folder)
+    if owner is None:
+        return False
+    if _is_here(owner):
+        return process_start(int(owner.get("pid", 0))) == owner.get("pid_started")
+    with suppress(OSError):
+        return time.time() - (Path(folder) / LOCK).stat().st_mtime <= STALE
+    return False
+
+
 def _in_use(folder: Path, owner: dict[str, Any]) -> str:
     return f"{folder} is in use by {_named(owner)}; wait for it or stop it, or give --out another directory"
 
 
 def _is_dead(path: Path, owner: dict[str, Any]) -> bool:
-    here = (platform.node(), _pid_namespace())  # processes in other containers are invisible
-    if (owner.get("host"), owner.get("pid_namespace")) == here:
+    if _is_here(owner):
         return (
             process_start(int(owner.get("pid", 0))) != owner.get("pid_started")
             or owner.get("pid") == os.getpid()
@@ -153,6 +166,11 @@ def _is_dead(path: Path, owner: dict[str, Any]) -> bool:
     # A restarted job has no older processes; another step of the same start may be alive on another machine.
     same_job = bool(_job()) and owner.get("job") == _job()
     return (same_job and owner.get("restart", [0, 0]) < _restarts()) or _age(path) > STALE
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    """Whether the owner's process is visible: those of other machines and containers are not."""
+    return (owner.get("host"), owner.get("pid_namespace")) == (platform.node(), _pid_namespace())
 
 
 def _job() -> str:

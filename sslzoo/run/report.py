@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
-from sslzoo.evaluate.figures import LAYER, data_of, is_accuracy, layer_of
-from sslzoo.evaluate.metrics import FEATURES
+from sslzoo.evaluate.figures import FEATURES
 from sslzoo.evaluate.task import Samples
+from sslzoo.run.record import figure_table, percent, read_metrics
 from sslzoo.terminal import duration
 
 if TYPE_CHECKING:
@@ -20,13 +19,6 @@ if TYPE_CHECKING:
 
     from sslzoo.batch import Batch
 
-COLUMNS = {
-    "linear_top1": "linear top-1",
-    "linear_top5": "top-5",
-    "sgd_top1": "SGD top-1",
-    "knn_top1": "k-NN",
-    "online_top1": "online",
-}
 # Colours of the Okabe-Ito palette, distinguishable for colour-blind readers and in greyscale.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 NARROW = 5.0  # minimum range of an axis in percentage points, so that noise does not look like a trend
@@ -36,15 +28,10 @@ def results_tables(summary: Mapping[str, Any]) -> list[Table] | list[str]:
     """The figures of ``summary.json`` in per cent, one table per data set; a sentence if nothing was measured."""
     if "not_measured" in summary:
         return [f"The features were not evaluated: {summary['not_measured']}"]
-    first = next(iter(summary["data_sets"]))
-    keys = [key for key in summary if is_accuracy(key)]
-    return [
-        _results_table(summary, name, [key for key in keys if data_of(key, first) == name], first)
-        for name in summary["data_sets"]
-    ]
+    return [_results_table(summary, name) for name in summary["data_sets"]]
 
 
-def _results_table(summary: Mapping[str, Any], name: str, keys: Sequence[str], first: str) -> Table:
+def _results_table(summary: Mapping[str, Any], name: str) -> Table:
     data_set = summary["data_sets"][name]
     samples = Samples(*(data_set[field] for field in Samples._fields))
     lines = [
@@ -52,47 +39,17 @@ def _results_table(summary: Mapping[str, Any], name: str, keys: Sequence[str], f
         data_set["protocol"],
         "±: half of the 95 % confidence interval (Wilson).",
     ]
-    if name == first:
+    if name == next(iter(summary["data_sets"])):
         lines.append(f"Trained in {duration(summary['seconds'])}.")
     table = Table(title=f"Evaluation of the features on {data_set['dataset']} (%)", caption=" ".join(lines))
-    rows = {
-        (prefix, layer): [
-            (prefix + figure if (name, layer) == (first, LAYER) else f"{prefix}{figure}/{name}/{layer}")
-            for figure in COLUMNS
-        ]
-        for prefix in FEATURES
-        for layer in dict.fromkeys(map(layer_of, keys))
-    }
-    shown = [i for i, _ in enumerate(COLUMNS) if any(cells[i] in summary for cells in rows.values())]
+    columns, rows = figure_table(summary, name)
     table.add_column("features", no_wrap=True)
-    for i in shown:
-        table.add_column(list(COLUMNS.values())[i], justify="right")
-    for (prefix, layer), cells in rows.items():
-        if any(key in summary for key in cells):
-            title = FEATURES[prefix] + (f", {layer}" if layer != LAYER else "")
-            texts = [_percent(summary, cells[i]) for i in shown]
-            table.add_row(title, *texts, style="bold" if prefix == "" else "")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        style = "bold" if row.trained else ""
+        table.add_row(row.title, *(percent(summary, key) for key in row.keys), style=style)
     return table
-
-
-def _percent(summary: Mapping[str, Any], key: str) -> str:
-    if key not in summary:
-        return "-"
-    low, high = summary["interval_95"][key]
-    return f"{100 * summary[key]:.1f} ±{50 * (high - low):.1f}"
-
-
-def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Read ``metrics.csv``: optimiser steps and values by metric, without empty cells."""
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, cell in row.items():
-                if cell and name not in ("step", "epoch"):
-                    steps, values = series.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(cell))
-    return series
 
 
 class _Name(NamedTuple):

@@ -1,0 +1,74 @@
+"use strict";
+// Draws every chart of the page, in the colours of its style sheet, at the width of its place.
+(() => {
+  const specs = JSON.parse(document.getElementById("charts").textContent);
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const faded = (name) => colour(name) + "38";
+  const number = (value) => {
+    if (value == null) return "–";
+    const size = Math.abs(value);
+    if (size >= 1e5 || (size > 0 && size < 1e-3)) return value.toExponential(1);
+    return String(Number(value.toPrecision(4)));
+  };
+  const steps = (value) => (value >= 1e6 ? value / 1e6 + " M" : value >= 1e4 ? value / 1e3 + " k" : String(value));
+  const HEIGHT = 210;
+
+  const options = (spec, width) => {
+    const series = [{ label: spec.xLabel, value: (_, v) => (v == null ? "–" : v.toLocaleString("en")) }];
+    const data = [spec.x];
+    const bands = [];
+    spec.series.forEach((line, i) => {
+      const name = `--c${i % 10}`;
+      const sparse = line.y.filter((v) => v != null).length <= 40;
+      series.push({
+        label: line.label, stroke: () => colour(name), width: 2, spanGaps: true, value: (_, v) => number(v),
+        points: { show: sparse, size: 5, fill: () => colour(name) },
+      });
+      data.push(line.y);
+      if (line.low.length) {
+        for (const edge of [line.high, line.low]) {
+          series.push({ label: "", class: "edge", stroke: "transparent", width: 0, spanGaps: true, points: { show: false } });
+          data.push(edge);
+        }
+        bands.push({ series: [series.length - 2, series.length - 1], fill: () => faded(name) });
+      }
+    });
+    spec.levels.forEach((level, i) => {
+      series.push({
+        label: level.label, stroke: () => colour(i % 2 ? "--ink" : "--soft"), dash: [[7, 5], [2, 4], [10, 3, 2, 3]][i % 3],
+        width: 1.3, points: { show: false }, value: () => number(level.y),
+      });
+      data.push(spec.x.map(() => level.y));
+    });
+    const axis = (extra) => ({
+      stroke: () => colour("--soft"), grid: { stroke: () => colour("--grid"), width: 1 },
+      ticks: { stroke: () => colour("--grid"), width: 1 }, font: "12px system-ui, sans-serif", ...extra,
+    });
+    return [{
+      width, height: HEIGHT, series, bands, cursor: { sync: { key: "step" }, drag: { x: true, y: false } },
+      scales: { x: { time: false }, y: spec.log ? { distr: 3 } : {} },
+      axes: [axis({ values: (_, ticks) => ticks.map(steps), space: 60 }),
+             axis({ size: 56, values: (_, ticks) => ticks.map((v) => (v == null ? "" : number(v))) })],
+    }, data];
+  };
+
+  const charts = [];
+  for (const place of document.querySelectorAll("[data-chart]")) {
+    const [opts, data] = options(specs[place.dataset.chart], place.clientWidth);
+    const chart = new uPlot(opts, data, place);
+    chart.root.querySelectorAll(".edge").forEach((row) => row.remove());
+    charts.push([place, chart]);
+  }
+  const fit = (width) => {
+    for (const [place, chart] of charts) chart.setSize({ width: width || place.clientWidth, height: HEIGHT });
+  };
+  const redraw = () => charts.forEach(([, chart]) => chart.redraw(false, true));
+  let pending = 0;
+  addEventListener("resize", () => {
+    cancelAnimationFrame(pending);
+    pending = requestAnimationFrame(() => fit());
+  });
+  matchMedia("screen and (prefers-color-scheme: dark)").addEventListener("change", redraw);
+  addEventListener("beforeprint", () => fit(310));
+  addEventListener("afterprint", () => fit());
+})();
