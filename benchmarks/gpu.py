@@ -175,14 +175,13 @@ def measure(
     ]
     overrides += ["trainer.sync_batchnorm=false", "trainer.accelerator=gpu"]
     overrides.append(f"speed.channels_last={str(channels_last).lower()}")
+    overrides += ["speed.compile=inductor"] * compile
     if precision:
         overrides.append(f"trainer.precision={precision}")
     recipe: Recipe = load_recipe(name, overrides).recipe
     source = Pretended()
     experiment = build_experiment(recipe, source=source)
     method = experiment.method
-    if compile:
-        method.backbone.compile()
     data = Crops(
         data=recipe.data,
         views=recipe.views,

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from sslzoo.batch import Batch, Contrast, EvalBatch
 from sslzoo.checks import require
 from sslzoo.exits import Diverged
+from sslzoo.nn.compiling import compiled_losses
 from sslzoo.nn.per_sample import tables_of
 from sslzoo.nn.undo import Undo
 from sslzoo.optim.optimizers import build_optimizer, set_learning_rate
 from sslzoo.optim.schedules import learning_rate
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.sections import MethodConfig, OptimConfig
+from sslzoo.recipe.sections import Compiler, MethodConfig, OptimConfig
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 SMALLEST_SCALE = (
@@ -51,6 +52,7 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         self.seed: int
         self.optimizer_steps = 0  # finished optimiser steps, including skipped ones; saved in checkpoints
         self.step_skipped = False  # whether the last step was skipped
+        self.compiler: Compiler | None = None  # of the recipe's speed.compile
         self._undo: Undo | None = None  # set during a step that the scaler may skip
         self.published: dict[str, Tensor] = {}  # detached features of this step
         self.recorded: dict[str, Tensor] = {}  # measurements of this step, read by Meter
@@ -169,9 +171,14 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
                 for buffer, value in saved:
                     buffer.copy_(value)
 
+    def step_loss(self, batch: Batch) -> Tensor:
+        """:meth:`loss`, compiled if the recipe says so."""
+        with compiled_losses(self.compiler):
+            return self.loss(batch)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch under automatic optimisation."""
-        loss = self.loss(batch)
+        loss = self.step_loss(batch)
         self.record("train/loss", loss)
         return loss
 

@@ -32,7 +32,7 @@ def ieee_matmul() -> Iterator[None]:
 
     TF32, enabled by ``set_float32_matmul_precision("high")`` or ``torch.backends.cuda.matmul.fp32_precision = "tf32"``,
     rounds the inputs of products to 11 bits, which is too coarse for similarities divided by a small temperature. A
-    backward pass outside of the context is not covered: see :func:`product`. ``torch.compile`` cannot trace these
+    backward pass outside of the context is not covered: see :func:`product`. Compiled code cannot change these
     settings, so the context has no effect on compiled code.
     """
     if torch.compiler.is_compiling():

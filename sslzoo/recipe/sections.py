@@ -533,6 +533,9 @@ class WandbConfig:
     tags: tuple[str, ...] = ()
 
 
+Compiler = Literal["inductor", "aot_eager", "eager"]  # torch.compile's backends; the latter two find faults
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
     """How a step is computed. Results are the same, up to rounding."""
@@ -540,6 +543,14 @@ class SpeedConfig:
     channels_last: bool = False  # weights and images of the encoder in that memory layout
     # Keep only the inputs of the encoder's blocks for the backward pass, and compute each block a second time.
     activation_checkpointing: bool = False
+    compile: Compiler | None = None  # encoder and loss by torch.compile; None: not compiled
+
+    def __post_init__(self) -> None:
+        check_field(
+            self.compile is None or not self.activation_checkpointing,
+            "compile",
+            "must be null with activation_checkpointing=true: torch cannot trace how that keeps batch-norm statistics",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

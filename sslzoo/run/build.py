@@ -31,6 +31,7 @@ from sslzoo.data.module import SSLDataModule
 from sslzoo.evaluate.figures import Measured
 from sslzoo.export.encoder import SUFFIX, newest_weights, read_export
 from sslzoo.nn.backbones import build_backbone
+from sslzoo.nn.compiling import compile_encoders
 from sslzoo.nn.per_sample import tables_of
 from sslzoo.nn.speed import speed_up
 from sslzoo.posthoc.evaluations import check_suits
@@ -177,16 +178,24 @@ def _build_method(recipe: Recipe, plan: TrainingPlan, *, start: bool = True) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         kind = method_class(recipe.method.name)
-        require(
-            not (recipe.speed.activation_checkpointing and kind.needs_double_backward),
-            f"speed.activation_checkpointing must be false: {recipe.method.name} differentiates twice, and a "
-            "checkpointed block only once",
-        )
+        _check_speed(recipe, kind)
         backbone, width = build_backbone(recipe.backbone, start=start)
         speed_up(backbone, recipe.speed, name=recipe.backbone.name)
         method = kind(recipe.method, backbone, width)
         method.prepare(plan, recipe.optim, recipe.seed)
+    if recipe.speed.compile is not None:
+        method.compiler = recipe.speed.compile
+        compile_encoders(method, backbone, recipe.speed.compile)
     return method
+
+
+def _check_speed(recipe: Recipe, kind: type[SSLMethod[Any]]) -> None:
+    for key, off in {"activation_checkpointing": False, "compile": None}.items():
+        require(
+            getattr(recipe.speed, key) == off or not kind.needs_double_backward,
+            f"speed.{key} must be left out: {recipe.method.name} differentiates twice, and torch supports neither "
+            "checkpointed blocks nor compiled code there",
+        )
 
 
 def try_analyses(experiment: Experiment) -> None:

@@ -147,6 +147,7 @@ def _miniature(recipe: Recipe, images: int) -> Recipe:
             knn_k=min(recipe.eval.knn_k, EVALUATED),
         ),
         trainer=recipe.trainer | trainer,
+        speed=replace(recipe.speed, compile=None),  # which takes longer than the dry run
     )
 
 

@@ -74,6 +74,7 @@ VALUES = {
     "method.C": ["0.01"],
     "method.solver.max_iter": ["1"],
     "method.solver.tol": ["10.0", "1e-9"],
+    "speed.compile": ["eager"],
     "method.loss.u_floor": ["100.0"],
     "temperature_rule.tau_min": ["0.199"],
     "temperature_rule.tau_max": ["0.201"],
@@ -280,14 +281,14 @@ def trained(recipe: Recipe, folder: Path) -> Any:
 
 
 def computed(recipe: Recipe, folder: Path) -> Any:
-    """The layout of the encoder's weights, and how often its layers compute in a step."""
+    """The layout of the encoder's weights, whether it is compiled, and how often its layers compute in a step."""
     run = built(recipe, folder)
     calls: list[nn.Module] = []
     backbone = run.method.backbone
     for layer in backbone.modules():
         layer.register_forward_hook(lambda layer, *_: calls.append(layer))
     run.method.loss(run.data.example_batch(8)).backward()
-    return [p.stride() for p in backbone.parameters()], len(calls)
+    return [p.stride() for p in backbone.parameters()], backbone._compiled_call_impl is None, len(calls)
 
 
 def whole_run(recipe: Recipe, folder: Path) -> Any:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslzoo.nn.compiling import compilable
 from sslzoo.nn.numerics import autocast_off, ieee_matmul, normalize
 from sslzoo_methods.margin.config import Isolated
 from sslzoo_methods.margin.factors import (
@@ -26,6 +27,7 @@ from sslzoo_methods.margin.factors import (
 )
 
 
+@compilable
 def contrast(
     anchors: Tensor,
     candidates: Tensor,
@@ -48,6 +50,7 @@ def contrast(
         return Pairs((u * target).sum(dim=1), chord_angle(u, target), negatives)
 
 
+@compilable
 def contrast_queue(
     queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float | Tensor, chunk: int | None
 ) -> Pairs:
@@ -67,6 +70,7 @@ def attract(predictions: Tensor, targets: Tensor) -> Pairs:
         return Pairs((u * v).sum(dim=1), chord_angle(u, v), None)
 
 
+@compilable
 def margin_loss(
     pairs: Pairs, margin: Margin, *, temperature: float | Tensor, beta: float, detached: bool
 ) -> Tensor:
@@ -87,6 +91,7 @@ def margin_loss(
     return -beta * F.logsigmoid(positive - pairs.negatives) - (1 - beta) * positive
 
 
+@compilable
 def isolated_loss(
     pairs: Pairs,
     margin: Margin,
@@ -150,6 +155,7 @@ def macl_temperature(alignment: Tensor, *, temperature: float, alpha: float, ini
     return temperature * (1 + alpha * (alignment.detach() - initial))
 
 
+@compilable
 def macl_loss(pairs: Pairs, *, temperature: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """MACL's reweighted InfoNCE at its temperature, a baseline without margin: (V_i L_i, V_i), each (N,), with
     the constant V = 1 / (1 - P + eps)."""

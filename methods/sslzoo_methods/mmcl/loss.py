@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sslzoo.checks import require
+from sslzoo.nn.compiling import compilable
 from sslzoo.nn.numerics import autocast_off, normalize
 from sslzoo_methods.mmcl.config import SelfTerm
 from sslzoo_methods.mmcl.kernels import Kernel, kernel_shift, shifted_gram, shifted_kernel
@@ -59,6 +60,7 @@ def dual_problem(
     )
 
 
+@compilable
 def mmcl_loss(
     queries: Tensor,
     pool: Tensor,

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslzoo.checks import require
+from sslzoo.nn.compiling import compilable
 from sslzoo.nn.numerics import at_least_float32, autocast_off, ieee_matmul, product
 from sslzoo_methods.sce.config import PairWeighting, TargetPositive
 
@@ -165,6 +166,7 @@ def crop_pairs(targets: int, crops: int, *, symmetric: bool, weighting: PairWeig
     return [Pair(i, j, 1 / (len(online) * online[j])) for i, j in pairs]
 
 
+@compilable
 def sce_multicrop_loss(
     online: Sequence[Tensor],
     target: Sequence[Tensor],

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sslzoo.nn.compiling import compilable
 from sslzoo.nn.numerics import autocast_off, product
 
 
+@compilable
 def nt_xent(
     anchors: Sequence[Tensor], candidates: Sequence[Tensor], *, offset: int, temperature: float
 ) -> Tensor:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from sslzoo.checks import require
+from sslzoo.nn.compiling import compilable
 from sslzoo.nn.numerics import autocast_off, product
 from sslzoo_methods.sogclr.config import BimodalScale, FirstVisit
 from sslzoo_methods.sogclr.loss import Estimates, first_visits, floored, mix, own_image
 
 
+@compilable
 def bimodal_loss(
     anchors: Sequence[Tensor],
     columns: Sequence[Tensor],

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sslzoo.checks import require
+from sslzoo.nn.compiling import compilable
 from sslzoo.nn.numerics import autocast_off, ieee_matmul, product
 from sslzoo_methods.sogclr.config import FirstVisit, UWrite
 
@@ -141,6 +142,7 @@ def gcl_loss(
         return loss, _estimates(log_batch, log_mixed, repulsion, positive, temperature, u_write, gamma)
 
 
+@compilable
 def gcl_loss_lean(
     anchors: Tensor,
     columns: Tensor,
@@ -166,6 +168,7 @@ def gcl_loss_lean(
         return loss, _estimates(log_batch, log_mixed, repulsion, positive, temperature, u_write, gamma)
 
 
+@compilable
 def gcl_columns_loss(
     own: Tensor,
     anchors: Tensor,
@@ -191,6 +194,7 @@ def gcl_columns_loss(
         return repulsion - positive.sum(dim=0).mean()  # type: ignore[no-any-return]
 
 
+@compilable
 def ntxent_loss(anchors: Tensor, columns: Tensor, *, temperature: float, offset: int) -> Tensor:
     """SimCLR's loss in the form of SogCLR's authors: 1/b sum_i sum_v ( logsumexp_j s_j / tau - s+ / tau ).
 
