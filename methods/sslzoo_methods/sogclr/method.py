@@ -98,7 +98,6 @@ class SogCLR(SSLMethod[SogCLRConfig]):
             loss, learned = bimodal_loss(list(z), list(columns), log_u, **options)
         for name, value in health(learned, log_u, tau).items():
             self.record(f"method/{name}", value)
-        self.record("method/visited", tables[0].visited())
         self.setting("method/gamma", gamma)
         written = remember(tables, index, learned)
         self.record("method/log_u_min", written.min())

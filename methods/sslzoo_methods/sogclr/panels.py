@@ -33,7 +33,8 @@ PANELS = (
     panel(
         "method/visited",
         "images with an estimate",
-        "All but those of the incomplete last batch after one epoch.",
+        "Share of the batch's images that an earlier step has seen: 0 in the first epoch, then all but those of "
+        "incomplete last batches.",
         unit="%",
     ),
     panel(

@@ -80,10 +80,6 @@ class EstimatorTable(PerSampleTable):
         """The entries of visited images. Synchronises with the device."""
         return self.log_u[self.log_u.isfinite()]
 
-    def visited(self) -> Tensor:
-        """Fraction of images with an entry."""
-        return self.log_u.isfinite().float().mean()
-
 
 def remember(tables: Sequence[EstimatorTable], index: Tensor, learned: Sequence[Estimates]) -> Tensor:
     """Gather the new estimates for the samples ``index`` (b,) of all ranks and write one table per modality. Returns
