@@ -216,12 +216,25 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         Methods with manual optimisation call this, then :meth:`finish_step`. Raises ``Diverged`` if fp16 overflows even
         at a loss scale below ``SMALLEST_SCALE``.
         """
-        before = self._loss_scale()
-        step()
-        scale = self._loss_scale()
-        if scale < SMALLEST_SCALE:
+        scaler = self._scaler
+        if scaler is None:
+            step()
+            return True
+        # On overflow the scaler does not call the optimiser, and lowers its scale, which is on the device: reading it
+        # at every step would make the host wait.
+        taken: list[bool] = []
+        hooks = [
+            optimizer.register_step_post_hook(lambda *_: taken.append(True))
+            for optimizer in self.trainer.optimizers
+        ]
+        try:
+            step()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not taken and (scale := float(scaler.get_scale())) < SMALLEST_SCALE:
             raise Diverged(f"fp16 overflows at any loss scale, even {scale:g}, by step {self.step}")
-        return scale >= before  # on overflow the scaler skips the step and lowers its scale
+        return bool(taken)
 
     def finish_step(self, *, skipped: bool = False) -> None:
         """Count an optimiser step and call :meth:`after_step`; if it was ``skipped``, undo all its changes instead.
@@ -241,9 +254,6 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
     @property
     def _scaler(self) -> Any:
         return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    def _loss_scale(self) -> float:
-        return float(self._scaler.get_scale()) if self._scaler is not None else 1.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the step count (Lightning's counts every ``optimizer.step()`` under manual optimisation) and the names

@@ -17,13 +17,14 @@ each phase of the last steps; the exit code is 1 if a GPU would have refused som
 
     python -m sslzoo.testing.pretend RECIPE WORLD [KEY=VALUE...]
 
-Not pretended: DDP and its reduction of gradients, autocast, torch's synchronised batch norm (with
-``trainer.sync_batchnorm=true`` the framework's is used instead), pinned memory, streams, and all ranks but the first.
-The other ranks are assumed to have the same values: a sum is ``world`` times this rank's value, and a broadcast from
-another rank gives zeros, or this rank's integers. Collectives other than all-reduce, broadcast, and all-gather and
-reduce-scatter of tensors raise, as without a process group. Copies between host and device do not propagate gradients,
-and a parameter shared by two modules is duplicated when they move. A ``stack`` in a backward pass may contain CPU zeros
-from autograd, which are not noted. An aten operation counts as one kernel; on a GPU it may be several.
+Not pretended: DDP and its reduction of gradients, autocast (of ``trainer.precision=16-mixed`` only the loss scaler),
+torch's synchronised batch norm (with ``trainer.sync_batchnorm=true`` the framework's is used instead), pinned memory,
+streams, and all ranks but the first. The other ranks are assumed to have the same values: a sum is ``world`` times this
+rank's value, and a broadcast from another rank gives zeros, or this rank's integers. Collectives other than all-reduce,
+broadcast, and all-gather and reduce-scatter of tensors raise, as without a process group. Copies between host and
+device do not propagate gradients, and a parameter shared by two modules is duplicated when they move. A ``stack`` in a
+backward pass may contain CPU zeros from autograd, which are not noted. An aten operation counts as one kernel; on a GPU
+it may be several.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -46,6 +47,7 @@ import torch.distributed as dist
 import torch.distributed.tensor  # while torch.Generator is what it expects
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 from torch import Tensor
@@ -589,6 +591,12 @@ class _Accelerator(CPUAccelerator):
         """Do nothing, because Lightning's method requires a CPU device."""
 
 
+class _Scaling(MixedPrecision):
+    def forward_context(self) -> Any:
+        """No context: losses are scaled, but autocast is not pretended."""
+        return nullcontext()
+
+
 class _First(Callback):
     """Placed before the run's callbacks; sets the current phase."""
 
@@ -662,6 +670,8 @@ def pretend(
         gpu.packages.add(type(method).__module__.partition(".")[0])
         if recipe.trainer.get("sync_batchnorm"):
             to_sync(method)
+        if recipe.trainer.get("precision") == "16-mixed":
+            strategy.precision_plugin = _Scaling("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
         vars(trainer)["callbacks"] = [_First(gpu), *built.callbacks, _Last(gpu, stop_at)]
         save = trainer.save_checkpoint
 

@@ -44,10 +44,10 @@ def test_without_a_scaler_the_run_ends(precision: str, tmp_path: Path) -> None:
 def test_a_scale_that_no_longer_helps_ends_the_run() -> None:
     method = Tiny(TinyConfig(name="tiny"), TinyBackbone(1), TinyBackbone.num_features)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-13)
-    method._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))  # type: ignore[assignment]
-
     weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=0.1)
+    plugin = SimpleNamespace(scaler=scaler)
+    method._trainer = SimpleNamespace(precision_plugin=plugin, optimizers=[optimizer])  # type: ignore[assignment]
 
     def step(factor: float) -> None:
         optimizer.zero_grad()

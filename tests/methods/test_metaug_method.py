@@ -32,7 +32,7 @@ from sslzoo.run.trainer import build_trainer
 from sslzoo.testing.contract import small_recipe
 from sslzoo.testing.course import train as observe
 from sslzoo.testing.ranks import run_ranks
-from sslzoo_methods.metaug.color import normalized, rgb_to_lab, rgb_to_ycbcr
+from sslzoo_methods.metaug.color import Constants, normalized, rgb_to_lab, rgb_to_ycbcr
 from sslzoo_methods.metaug.config import (
     SGD,
     Adam,
@@ -497,12 +497,12 @@ def test_known_colours() -> None:
             [1.3983, 0, 0],
         ]
     )
-    got = rgb_to_lab(colours[:, :, None, None].double())[:, :, 0, 0].float()
+    got = rgb_to_lab(colours[:, :, None, None].double(), Constants())[:, :, 0, 0].float()
     torch.testing.assert_close(got, lab, rtol=0, atol=0.02)
-    ycbcr = rgb_to_ycbcr(colours[:3, :, None, None])[:, :, 0, 0]
+    ycbcr = rgb_to_ycbcr(colours[:3, :, None, None], Constants())[:, :, 0, 0]
     expected = torch.tensor([[235.0, 128, 128], [16, 128, 128], [81.481, 90.203, 240]])
     torch.testing.assert_close(ycbcr, expected, rtol=0, atol=1e-3)
-    middle = normalized(torch.full((1, 3, 1, 1), 0.466), "lab")[0, :, 0, 0]
+    middle = normalized(torch.full((1, 3, 1, 1), 0.466), "lab", Constants())[0, :, 0, 0]
     assert middle[0].abs() < 0.01
     torch.testing.assert_close(
         middle[1:], torch.tensor([-6.025 / 92.208, 6.6895 / 101.1675]), atol=1e-3, rtol=0
@@ -514,7 +514,7 @@ def test_three_encoders_see_their_channels() -> None:
     three = ThreeViewBackbone(backbone(), "lab").eval()
     assert [part[0].in_channels for part in three.parts] == [1, 2, 3]  # type: ignore[index]
     rgb = torch.rand(2, 3, 4, 4)
-    x = normalized(rgb, "lab")
+    x = normalized(rgb, "lab", Constants())
     whole = torch.cat([three.parts[0](x[:, :1]), three.parts[1](x[:, 1:]), three.parts[2](x)], dim=1)
     torch.testing.assert_close(three(rgb), whole)
     with pytest.raises(ValueError, match="begins with a convolution"):

@@ -1,6 +1,8 @@
-"""Conversion of RGB to the colour spaces of the three-view set-up, as pure functions without gradients."""
+"""Conversion of RGB to the colour spaces of the three-view set-up, without gradients."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,34 +22,47 @@ STATISTICS = {
 }
 
 
-def _matrix(values: tuple[tuple[float, ...], ...], x: Tensor) -> Tensor:
-    with ieee_matmul():
-        return torch.einsum("dc,nchw->ndhw", torch.tensor(values, dtype=x.dtype, device=x.device), x)
+class Constants:
+    """The constants above as tensors of any type on any device, each made once: on a GPU the host waits for it."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Tensor] = {}
+
+    def matrix(self, values: tuple[tuple[float, ...], ...], x: Tensor) -> Tensor:
+        """``x`` (N, 3, H, W) with the matrix ``values`` applied to its channels."""
+        with ieee_matmul():
+            return torch.einsum("dc,nchw->ndhw", self._tensor(values, x), x)
+
+    def channels(self, values: tuple[float, ...], x: Tensor) -> Tensor:
+        """One value for each channel, (3, 1, 1), for images like ``x``."""
+        return self._tensor(values, x)[:, None, None]
+
+    def _tensor(self, values: Any, x: Tensor) -> Tensor:
+        key = values, x.dtype, x.device
+        if key not in self._made:
+            self._made[key] = torch.tensor(values, dtype=x.dtype, device=x.device)
+        return self._made[key]
 
 
-def _channels(values: tuple[float, ...], x: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=x.dtype, device=x.device)[:, None, None]
-
-
-def rgb_to_lab(rgb: Tensor) -> Tensor:
+def rgb_to_lab(rgb: Tensor, constants: Constants) -> Tensor:
     """Convert sRGB in [0, 1] (N, 3, H, W) to CIELAB, with L in [0, 100]."""
     rgb = rgb.clamp(0, 1)
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    xyz = _matrix(XYZ, linear) / _channels(WHITE, linear)
+    xyz = constants.matrix(XYZ, linear) / constants.channels(WHITE, linear)
     f = torch.where(xyz > 0.008856, xyz.clamp_min(1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
     x, y, z = f.unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
 
-def rgb_to_ycbcr(rgb: Tensor) -> Tensor:
+def rgb_to_ycbcr(rgb: Tensor, constants: Constants) -> Tensor:
     """Convert RGB in [0, 1] (N, 3, H, W) to YCbCr, with Y in [16, 235]."""
-    return _matrix(YCBCR, rgb) + _channels((16.0, 128.0, 128.0), rgb)
+    return constants.matrix(YCBCR, rgb) + constants.channels((16.0, 128.0, 128.0), rgb)
 
 
 @torch.no_grad()
-def normalized(rgb: Tensor, color_space: ColorSpace) -> Tensor:
+def normalized(rgb: Tensor, color_space: ColorSpace, constants: Constants) -> Tensor:
     """Convert RGB in [0, 1] (N, 3, H, W) to ``lab`` or ``ycbcr`` and normalise with the official statistics."""
     with autocast_off(rgb):
-        converted = rgb_to_lab(rgb) if color_space == "lab" else rgb_to_ycbcr(rgb)
+        converted = (rgb_to_lab if color_space == "lab" else rgb_to_ycbcr)(rgb, constants)
         mean, std = STATISTICS[color_space]
-        return (converted - _channels(mean, converted)) / _channels(std, converted)
+        return (converted - constants.channels(mean, converted)) / constants.channels(std, converted)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sslzoo.checks import require
 from sslzoo.nn.numerics import normalize
-from sslzoo_methods.metaug.color import normalized
+from sslzoo_methods.metaug.color import Constants, normalized
 from sslzoo_methods.metaug.config import ColorSpace
 
 
@@ -39,11 +39,12 @@ class ThreeViewBackbone(nn.Module):
     def __init__(self, backbone: nn.Module, color_space: ColorSpace) -> None:
         super().__init__()
         self.color_space: ColorSpace = color_space
+        self._constants = Constants()
         self.parts = nn.ModuleList(reinitialised(backbone, channels) for channels in (1, 2, 3))
 
     def each(self, rgb: Tensor) -> list[Tensor]:
         """The features (N, F) of each encoder."""
-        x = normalized(rgb, self.color_space)
+        x = normalized(rgb, self.color_space, self._constants)
         return [part(view) for part, view in zip(self.parts, (x[:, :1], x[:, 1:], x), strict=True)]
 
     def forward(self, rgb: Tensor) -> Tensor:
