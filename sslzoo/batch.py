@@ -24,7 +24,7 @@ class EvalBatch(NamedTuple):
 
     image: Tensor  # (N, C, H, W)
     sample_id: Tensor  # (N,)
-    label: Tensor  # (N,) int64
+    label: Tensor | None  # (N,) int64; None for unlabelled data
 
 
 class Contrast(NamedTuple):

@@ -87,16 +87,14 @@ class ExactCheckpoint(Callback):
         """Save the step completed by the previous micro-batch if a save is due."""
         step = pl_module.optimizer_steps
         due = step % self.every_steps == 0 or step % pl_module.plan.steps_per_epoch == 0
-        due = due or self._evaluation_follows(step, trainer, pl_module.plan)
+        due = due or self._evaluation_follows(step, pl_module.plan)
         if step != self.saved_step and due and window_closed(trainer, pl_module):
             self.save(trainer, pl_module)
 
-    def _evaluation_follows(self, step: int, trainer: Any, plan: TrainingPlan) -> bool:
+    def _evaluation_follows(self, step: int, plan: TrainingPlan) -> bool:
         """Whether ``step``, from 0, is the last step of an epoch that is followed by an evaluation."""
         finished, rest = divmod(step + 1, plan.steps_per_epoch)
-        if rest or not (finished % self.evaluate_every_epochs == 0 or finished == plan.max_epochs):
-            return False
-        return len(trainer.datamodule.eval_sets()) > 0
+        return not rest and (finished % self.evaluate_every_epochs == 0 or finished == plan.max_epochs)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save the finished run."""

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from sslzoo.batch import EvalBatch
 from sslzoo.callbacks.meter import log_metrics
+from sslzoo.callbacks.representation import Representation
 from sslzoo.checks import require
 from sslzoo.distributed import world_size
 from sslzoo.evaluate import logistic
-from sslzoo.evaluate.figures import Measured, figure_key, figure_name
+from sslzoo.evaluate.figures import LAYER, Measured, figure_key, figure_name
 from sslzoo.evaluate.knn import knn_accuracy
 from sslzoo.evaluate.logistic import linear_probe
 from sslzoo.evaluate.task import Features, Samples, Task, count_samples, roles
@@ -72,24 +73,32 @@ class KNN:
 
 class FeatureEvaluation(Callback):
     """Collects the published features of every labelled data set, applies ``judges`` to them, and logs the results as
-    ``val/<figure>``.
+    ``val/<figure>``. Those of the plain training images, which need no labels, are also measured by
+    ``representation``, and logged as ``repr/<figure>``.
 
     ``latest`` has the results of the last validation; it is saved in checkpoints for the summary of the run.
     """
 
     def __init__(
-        self, judges: Sequence[Judge], probe: ProbeConfig, evaluation: EvalConfig, *, seed: int
+        self,
+        judges: Sequence[Judge],
+        representation: Representation,
+        probe: ProbeConfig,
+        evaluation: EvalConfig,
+        *,
+        seed: int,
     ) -> None:
-        self.judges, self.probe, self.evaluation, self.seed = tuple(judges), probe, evaluation, seed
+        self.judges, self.representation = tuple(judges), representation
+        self.probe, self.evaluation, self.seed = probe, evaluation, seed
         self.latest: Measured | None = None
         self._sets: list[EvalSet] = []
         self._shards: dict[tuple[str, str, str], Shard] = {}
-        # Only layers that a judge needs are collected.
-        self._layers = tuple(dict.fromkeys(layer for judge in judges for layer in judge.layers))
+        # Only layers that are needed are collected.
+        self._layers = tuple(dict.fromkeys([LAYER, *(layer for judge in judges for layer in judge.layers)]))
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Get the evaluation sets from the DataModule."""
-        self._sets = trainer.datamodule.eval_sets()
+        self._sets = trainer.datamodule.validation_sets()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with empty shards."""
@@ -97,6 +106,7 @@ class FeatureEvaluation(Callback):
             (s.name, s.split, layer): Shard(-(-s.size // world_size()))
             for s in self._sets
             for layer in self._layers
+            if s.num_classes or layer == LAYER
         }
 
     def on_validation_batch_end(
@@ -110,19 +120,23 @@ class FeatureEvaluation(Callback):
     ) -> None:
         """Collect this rank's features."""
         eval_set = self._sets[dataloader_idx]
-        for layer in self._layers:
+        for layer in self._layers if eval_set.num_classes else (LAYER,):
             self._shards[eval_set.name, eval_set.split, layer].add(published(pl_module, layer), batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and log every data set and layer, and free the features."""
         figures: dict[str, float] = {}
         samples: dict[str, Samples] = {}
+        representation: dict[str, float] = {}
+        labelled = [s for s in self._sets if s.num_classes]
         first = self._sets[0].name
-        for train, test in zip(self._sets[::2], self._sets[1::2], strict=True):
+        for train, test in zip(labelled[::2], labelled[1::2], strict=True):
             name = figure_name(train.name)
             took: dict[str, float] = {}
             for layer in self._layers:
                 task = self._task(train, test, layer, pl_module.device)
+                if (train.name, layer) == ("", LAYER):
+                    representation = self._represented(trainer, pl_module, train, *task.train)
                 samples[name] = count_samples(task.roles, len(task.test.x), listed=train.size + test.size)
                 for judge in self.judges:
                     if layer in judge.layers and not (judge.own_data and train.name):
@@ -134,8 +148,29 @@ class FeatureEvaluation(Callback):
             if trainer.is_global_zero:
                 seconds = ", ".join(f"{judge} {value:.1f} s" for judge, value in took.items())
                 log.info("evaluated on %s: %s; %s", name, samples[name].in_words(), seconds)
-        self.latest = Measured(figures, samples)
-        log_metrics(trainer, {f"val/{key}": value for key, value in figures.items()})
+        for plain in (s for s in self._sets if not s.num_classes):
+            shard = self._shards.pop((plain.name, plain.split, LAYER))
+            x, sample_id = shard.rows(pl_module.device)
+            representation = self._represented(trainer, pl_module, plain, x, None, sample_id)
+        self.latest = Measured(figures, samples, representation)
+        values = {f"val/{key}": value for key, value in figures.items()}
+        log_metrics(trainer, values | {f"repr/{key}": value for key, value in representation.items()})
+
+    def _represented(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        of: EvalSet,
+        x: Tensor,
+        label: Tensor | None,
+        sample_id: Tensor,
+    ) -> dict[str, float]:
+        assert isinstance(pl_module, SSLMethod)
+        start = time.perf_counter()
+        found = self.representation.measure(trainer, pl_module, of, x, label, sample_id)
+        if trainer.is_global_zero:
+            log.info("representation of plain images: %.1f s", time.perf_counter() - start)
+        return found
 
     def _task(self, train: EvalSet, test: EvalSet, layer: str, device: torch.device) -> Task:
         """The collected features of a data set. Collective."""
@@ -144,12 +179,15 @@ class FeatureEvaluation(Callback):
         return Task(shares[0], shares[1], roles_of, train.num_classes)
 
     def state_dict(self) -> dict[str, Any]:
-        """The results of the last validation."""
-        return {} if self.latest is None else self.latest.to_state()
+        """The results of the last validation, and what the next one compares with."""
+        if self.latest is None:
+            return {}
+        return self.latest.to_state() | {"neighbours": self.representation.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the results."""
         self.latest = Measured.from_state(state_dict) if state_dict else None
+        self.representation.load_state_dict(state_dict.get("neighbours", {}))
 
 
 class Shard:
@@ -168,18 +206,25 @@ class Shard:
             self._x = torch.empty(shape, dtype=torch.float32, device=features.device)
         self._x[self._filled : self._filled + len(features)] = features
         self._filled += len(features)
-        self._label.append(batch.label)
+        if batch.label is not None:
+            self._label.append(batch.label)
         self._sample_id.append(batch.sample_id)
 
     def features(self, device: torch.device) -> Features:
-        """The collected features of M samples. Collective: a rank without samples gets the width F from others."""
+        """The collected features of M labelled samples. Collective."""
+        x, sample_id = self.rows(device)
+        return Features(x, torch.cat([sample_id[:0], *self._label]), sample_id)
+
+    def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The collected features (M, F) and sample_id (M,). Collective: a rank without samples gets the width F from
+        others."""
         width = torch.tensor([0 if self._x is None else self._x.shape[1]], device=device)
         if world_size() > 1:
             dist.all_reduce(width, op=dist.ReduceOp.MAX)
         if self._x is None:
             none = torch.zeros(0, dtype=torch.int64, device=device)
-            return Features(torch.zeros(0, int(width), device=device), none, none)
-        return Features(self._x[: self._filled], torch.cat(self._label), torch.cat(self._sample_id))
+            return torch.zeros(0, int(width), device=device), none
+        return self._x[: self._filled], torch.cat(self._sample_id)
 
 
 def published(pl_module: LightningModule, layer: str) -> Tensor:

@@ -49,7 +49,7 @@ class RawEvalBatch(NamedTuple):
 
     image: Tensor  # (N, C, H, W) uint8
     sample_id: Tensor  # (N,)
-    label: Tensor  # (N,)
+    label: Tensor | None  # (N,)
     bad: tuple[Bad, ...]
 
 
@@ -261,7 +261,7 @@ class ViewDataset(Dataset[RawBatch]):
 
 
 class EvalDataset(Dataset[RawEvalBatch]):
-    """Labelled samples under the evaluation transform. Indexed by a batch of sample_ids at a time."""
+    """Samples under the evaluation transform. Indexed by a batch of sample_ids at a time."""
 
     def __init__(self, source: ImageSource, view: PlainView, reader: ImageReader | None = None) -> None:
         as_it_is = view.resize is None and view.proportion is None
@@ -290,9 +290,7 @@ class EvalDataset(Dataset[RawEvalBatch]):
             kept = torch.tensor(list(read), dtype=torch.int64)
             empty = torch.empty((0, self.source.channels, self.view.size, self.view.size), dtype=torch.uint8)
             image = torch.stack(list(read.values())) if read else empty
-        label = _labels(self.source, kept)
-        assert label is not None, "evaluation needs labels"
-        return RawEvalBatch(image, kept, label, tuple(bad))
+        return RawEvalBatch(image, kept, _labels(self.source, kept), tuple(bad))
 
     def _read(self, items: list[int], bad: list[Bad]) -> Iterator[tuple[int, Tensor]]:
         for position in items:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,16 +41,19 @@ from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import DataConfig, EvalConfig, PlainView, ProbeConfig, SourceConfig, ViewConfig
 
+UNLABELLED = 25_600  # plain images that evaluation of unlabelled data runs over at most
+_FIXED = 2**32  # the epoch whose draws fixed_views begins with
+
 __all__ = ["EvalSet", "SSLDataModule", "is_holdout"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSet:
-    """One labelled set that evaluation runs over; the i-th loader of ``val_dataloader`` serves the i-th."""
+    """One set that evaluation runs over; the i-th loader of ``val_dataloader`` serves the i-th."""
 
     name: str  # '' for the training data's own, otherwise the data set's
     split: str  # train (what probes learn from, the bank of k-NN) or test
-    num_classes: int
+    num_classes: int  # 0 without labels
     source: ImageSource
     sample_id: Tensor  # (n,) int64: the samples in it, over all ranks
 
@@ -98,6 +101,7 @@ class SSLDataModule(LightningDataModule):
         self.position = 0
         self.device = torch.device("cpu")  # of collectives without a trainer
         self._eval_sets: list[EvalSet] | None = None
+        self._plain_set: EvalSet | None = None
         # By id of the source: the training data may also be evaluated.
         self._bad: dict[int, BadImages] = {}
         self._readers: dict[int, ImageReader] = {}
@@ -202,11 +206,11 @@ class SSLDataModule(LightningDataModule):
         return self._loader(self._view_dataset(among), batches, persistent=True)
 
     def val_dataloader(self) -> list[DataLoader[RawEvalBatch]]:
-        """One loader for each of :meth:`eval_sets`, with this rank's contiguous share of its samples.
+        """One loader for each of :meth:`validation_sets`, with this rank's contiguous share of its samples.
 
         No sample is padded or seen twice, hence ranks may have different numbers of batches.
         """
-        return [self.eval_loader(s) for s in self.eval_sets()]
+        return [self.eval_loader(s) for s in self.validation_sets()]
 
     def eval_loader(
         self, eval_set: EvalSet, batches: Sequence[Sequence[int]] | None = None
@@ -220,6 +224,20 @@ class SSLDataModule(LightningDataModule):
             batches,
             persistent=False,
         )
+
+    def fixed_views(self, sample_id: Tensor, draws: int, device: torch.device) -> Iterator[Batch]:
+        """Training samples ``sample_id`` (n,), ``draws`` times each, as the recipe's views show them: this rank's share
+        of the samples, in batches of evaluation's size. Always the same views, and none that a training step sees.
+
+        Unreadable images are replaced by others, as in training.
+        """
+        batches = [
+            [(_FIXED + draw, i) for i in batch]
+            for batch in shard(sample_id, rank(), world_size(), self.eval.batch_size)
+            for draw in range(draws)
+        ]
+        for raw in self._loader(self._view_dataset(), batches, persistent=False):
+            yield self.finish(raw, device)
 
     def _view_dataset(self, among: Tensor | None = None) -> ViewDataset:
         size, source = self.plan.global_batch_size, self.train_source
@@ -263,6 +281,20 @@ class SSLDataModule(LightningDataModule):
                 EvalDataset(s.source, self.plain)  # refuses images that are too small
             self._eval_sets = sets
         return self._eval_sets
+
+    def validation_sets(self) -> list[EvalSet]:
+        """What evaluation during training runs over: :meth:`eval_sets`, and the training images, at most
+        ``UNLABELLED`` of them, if these have no labels."""
+        if self.train_source.labels is not None:
+            return self.eval_sets()
+        if self._plain_set is None:
+            source = self.train_source
+            EvalDataset(source, self.plain)  # refuses images that are too small
+            sample_id = subset(self.seed, len(source), UNLABELLED)
+            self._plain_set = EvalSet(
+                name="", split="train", num_classes=0, source=source, sample_id=sample_id
+            )
+        return [*self.eval_sets(), self._plain_set]
 
     def _open(self, cfg: SourceConfig) -> ImageSource:
         if isinstance(self.train_source, FakeSource):
@@ -319,7 +351,7 @@ class SSLDataModule(LightningDataModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Take note of unreadable images."""
         if isinstance(batch, RawEvalBatch):
-            self.bad_images(self.eval_sets()[dataloader_idx].source).add(batch.bad)
+            self.bad_images(self.validation_sets()[dataloader_idx].source).add(batch.bad)
             return EvalBatch(batch.image, batch.sample_id, batch.label)
         if isinstance(batch, RawBatch):
             self.bad_images(self.train_source).add(batch.bad)

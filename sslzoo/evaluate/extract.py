@@ -55,6 +55,7 @@ def extract(
     for batch in on_device(loader, datamodule, device, dataloader_idx):
         for name, encode in encoders.items():
             features[name].append(encode(batch.image).float())
+        assert batch.label is not None
         labels.append(batch.label)
         ids.append(batch.sample_id)
     datamodule.share_unreadable()

@@ -28,12 +28,14 @@ class Measured(NamedTuple):
 
     figures: dict[str, float]  # by key, see figure_key
     samples: dict[str, Samples]  # by data set, see figure_name
+    representation: dict[str, float]  # of the training images: std, rankme, ...
 
     def to_state(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
         return {
             "figures": dict(self.figures),
             "samples": {name: samples._asdict() for name, samples in self.samples.items()},
+            "representation": dict(self.representation),
         }
 
     @staticmethod
@@ -42,7 +44,7 @@ class Measured(NamedTuple):
         from sslzoo.evaluate.task import Samples
 
         samples = {name: Samples(**counts) for name, counts in state["samples"].items()}
-        return Measured(dict(state["figures"]), samples)
+        return Measured(dict(state["figures"]), samples, dict(state.get("representation", {})))
 
 
 def figure_name(data: str) -> str:

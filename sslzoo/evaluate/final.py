@@ -55,11 +55,15 @@ def final_evaluation(
     figures that were not measured are absent. ``brief`` does a single step of everything, for dry runs.
     """
     start = time.perf_counter()
-    measured = Measured({}, {}) if last is None else last
+    measured = Measured({}, {}, {}) if last is None else last
     if datamodule.eval_sets() and recipe.eval.baselines:
         with progress or EvaluationProgress() as display:
             result = _with_baselines(method, datamodule, recipe, initial, display, brief=brief)
-        measured = Measured(measured.figures | result.figures, measured.samples | result.samples)
+        measured = Measured(
+            measured.figures | result.figures,
+            measured.samples | result.samples,
+            measured.representation,
+        )
     summary = _described(measured, datamodule, recipe, brief=brief) | {
         "seconds": round(seconds, 1),
         "evaluation_seconds": round(evaluated_before + time.perf_counter() - start, 1),
@@ -109,7 +113,7 @@ def _with_baselines(
     }
     counted = count_samples(roles_of, len(test.label), listed=sum(s.size for s in sets))
     figures = _measure(tasks, recipe, progress, brief=brief)
-    return Measured(figures, {figure_name(sets[0].name): counted})
+    return Measured(figures, {figure_name(sets[0].name): counted}, {})
 
 
 def _pixels(image: Tensor) -> Tensor:
@@ -171,11 +175,13 @@ def _measure(
 def _described(
     measured: Measured, datamodule: SSLDataModule, recipe: Recipe, *, brief: bool
 ) -> dict[str, Any]:
-    """The figures with intervals, and for each data set the numbers of samples and the protocol."""
+    """The figures with intervals, for each data set the numbers of samples and the protocol, and the representation
+    metrics."""
+    represented = {"representation": measured.representation} if measured.representation else {}
     if not measured.figures:
         unlabelled = f"{recipe.data.dataset} has no labels, and probe.data names no labelled data"
         why = "no evaluation has run" if datamodule.eval_sets() else unlabelled
-        return {"not_measured": f"linear probe and k-NN: {why}"}
+        return {"not_measured": f"linear probe and k-NN: {why}", **represented}
     first = next(iter(measured.samples))
     names = {figure_name(s.name): s.name or recipe.data.dataset for s in datamodule.eval_sets()}
     intervals = {
@@ -193,7 +199,7 @@ def _described(
         }
         for name, samples in measured.samples.items()
     }
-    return {**measured.figures, "interval_95": intervals, "data_sets": data}
+    return {**measured.figures, "interval_95": intervals, "data_sets": data, **represented}
 
 
 def _protocol(keys: Iterable[str], samples: Samples, recipe: Recipe, *, brief: bool) -> str:

@@ -234,6 +234,7 @@ def _extract_shards(
             computed = target.features(batch.image)
             for layer, parts in features.items():
                 parts.append(computed[layer].float().cpu())
+            assert batch.label is not None
             labels.append(batch.label.cpu())
             ids.append(batch.sample_id.cpu())
         none = torch.zeros(0, dtype=torch.int64)

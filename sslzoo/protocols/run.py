@@ -251,6 +251,7 @@ class _Evaluation:
         counts = torch.zeros(2 * len(names) + 1, dtype=torch.int64, device=self.device)
         for raw in self.data.eval_loader(on):
             batch = self.data.finish_eval(raw, on.source, self.device)
+            assert batch.label is not None
             counts[:-1] += self.classifiers.correct(self.features(batch.image), batch.label).flatten()
             counts[-1] += len(batch.label)
         self.data.share_unreadable([on.source])

@@ -22,6 +22,7 @@ from sslzoo.callbacks.evaluation import KNN, FeatureEvaluation, Judge, LinearPro
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.callbacks.progress import ProgressDisplay
+from sslzoo.callbacks.representation import Representation
 from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.callbacks.watch import Watch
 from sslzoo.checkpoints import load_checkpoint
@@ -77,7 +78,7 @@ class Callbacks:
     preemption: Preemption  # after checkpoint, so that it does not save the same step again
     cadence: EvaluationCadence
     online_probe: OnlineProbe | None  # None unless probe.online asks for it
-    evaluation: FeatureEvaluation | None  # None without labels
+    evaluation: FeatureEvaluation
     analyses: tuple[Watch, ...]
     meter: Meter  # after everything that records metrics
     progress: ProgressDisplay  # last, because it shows what Meter reported
@@ -85,7 +86,9 @@ class Callbacks:
     def __iter__(self) -> Iterator[Callback]:
         """All callbacks that are not None, in order."""
         yield from (self.seeding, self.batch_norm, self.checkpoint, self.preemption, self.cadence)
-        yield from (callback for callback in (self.online_probe, self.evaluation) if callback is not None)
+        if self.online_probe is not None:
+            yield self.online_probe
+        yield self.evaluation
         yield from self.analyses
         yield from (self.meter, self.progress)
 
@@ -101,7 +104,7 @@ class BuiltRun(Experiment):
     @property
     def last_measured(self) -> Measured | None:
         """What the last validation found, of this start or of the one that it continues; None without one."""
-        return self.callbacks.evaluation.latest if self.callbacks.evaluation is not None else None
+        return self.callbacks.evaluation.latest
 
     def initial_backbone(self) -> nn.Module:
         """Like the base class's, but with the run's copy of the initial weights if they were not random."""
@@ -259,7 +262,7 @@ def _build_callbacks(
         preemption=Preemption(checkpoint, departure),
         cadence=EvaluationCadence(recipe.eval.every_epochs),
         online_probe=online,
-        evaluation=_evaluation(recipe, data, online, brief=brief),
+        evaluation=_evaluation(recipe, run, data, online, brief=brief),
         analyses=tuple(Watch(analysis) for analysis in _build_analyses(recipe)),
         meter=Meter(run.path, every_steps=recipe.logging.every_steps),
         progress=ProgressDisplay(out=quiet, err=quiet) if brief else ProgressDisplay(),
@@ -277,18 +280,21 @@ def _online_probe(recipe: Recipe, data: SSLDataModule) -> OnlineProbe | None:
 
 
 def _evaluation(
-    recipe: Recipe, data: SSLDataModule, online: OnlineProbe | None, *, brief: bool
-) -> FeatureEvaluation | None:
-    if not data.eval_sets():
+    recipe: Recipe, run: Run, data: SSLDataModule, online: OnlineProbe | None, *, brief: bool
+) -> FeatureEvaluation:
+    data.validation_sets()  # refuses images that are too small
+    judges: list[Judge] = []
+    if data.eval_sets():
+        judges += [LinearProbe(recipe.probe, brief=brief), KNN(recipe.eval)]
+    else:
         require(
             not recipe.eval.after,
             f"eval.after needs labels, and {recipe.data.dataset} has none: name labelled data in probe.data, or leave "
             "it out",
         )
-        return None
-    judges: list[Judge] = [LinearProbe(recipe.probe, brief=brief), KNN(recipe.eval)]
     judges += [online] if online is not None else []
-    return FeatureEvaluation(judges, recipe.probe, recipe.eval, seed=recipe.seed)
+    representation = Representation(run.path, seed=recipe.seed)
+    return FeatureEvaluation(judges, representation, recipe.probe, recipe.eval, seed=recipe.seed)
 
 
 def load_weights(method: SSLMethod[Any], path: Path) -> None:

@@ -152,7 +152,7 @@ def _miniature(recipe: Recipe, images: int) -> Recipe:
 
 
 def train(built: BuiltRun) -> None:
-    """Run one optimiser step, an evaluation if there are labels, and write a checkpoint."""
+    """Run one optimiser step and an evaluation, and write a checkpoint."""
     built.trainer.fit(built.method, datamodule=built.data)
     steps = built.method.optimizer_steps
     if steps != 1:
@@ -208,8 +208,8 @@ def _failed(error: BaseException, stage: str) -> int:
 def _done(built: BuiltRun) -> str:
     samples = built.recipe.data.global_batch_size
     done = f"one training step on {samples} generated images"
-    if built.callbacks.evaluation is None:
-        return f"{done} without labels, so no evaluation"
+    if not built.data.eval_sets():
+        return f"{done} without labels, one validation batch, representation"
     baselines = ", the final table" if built.recipe.eval.baselines else ""
     after = "".join(f", {name}" for name in built.recipe.eval.after)
     return f"{done}, one validation batch, probe and k-NN{baselines}{after}"

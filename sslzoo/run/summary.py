@@ -87,8 +87,8 @@ def _rows(
     )
     yield (
         "evaluation",
-        f"every {evaluation.every_epochs} epochs if there are labels: linear probe on {learned} training images, k-NN "
-        f"among {bank}{', an online probe in each step' * probe.online}",
+        f"every {evaluation.every_epochs} epochs: representation, and if there are labels: linear probe on {learned} "
+        f"training images, k-NN among {bank}{', an online probe in each step' * probe.online}",
     )
     yield "precision", str(recipe.trainer.get("precision", "32-true"))
 

@@ -33,9 +33,7 @@ _IRRELEVANT = (
     "isinstance.treespec, LeafSpec",
     "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler resumes mid-epoch
     "does not have many workers",  # data in memory need none
-    "You defined a `validation_step` but have no `val_dataloader`",  # unlabelled data
     "is smaller than the logging interval",  # Meter has its own interval
-    "across ranks is zero",  # unlabelled data have no validation batches
 )
 
 
