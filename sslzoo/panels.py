@@ -86,6 +86,60 @@ FRAMEWORK = (
         ),
     ),
     Section(
+        name="representation",
+        title="Representation",
+        panels=(
+            panel(
+                "repr/std",
+                "feature deviation",
+                "Standard deviation of normalised features. Near 0, all images look alike to the encoder; the most is "
+                "1/sqrt(width).",
+            ),
+            panel(
+                "repr/rankme",
+                "effective rank (RankMe)",
+                "About how many directions the features use, of as many as they are wide. It should grow or stay.",
+            ),
+            panel(
+                "repr/lidar",
+                "effective rank across views (LiDAR)",
+                "About how many directions tell images apart, however they are augmented.",
+            ),
+            panel(
+                "repr/alpha",
+                "decay of the spectrum (alpha)",
+                "How fast the eigenvalues fall, as a power of their rank. Far above 1, few directions carry all.",
+            ),
+            panel(
+                "repr/uniformity",
+                "uniformity",
+                "Log of the mean closeness of two images: 0 where all are alike, -4 where they are spread evenly.",
+            ),
+            panel(
+                "repr/alignment",
+                "alignment of views",
+                "Mean squared distance of two views of an image, normalised: 0 where augmentation does not matter.",
+            ),
+            panel(
+                "repr/overlap",
+                "neighbours kept since the last evaluation",
+                "Share of each image's ten nearest that were among them before. It rises as the training settles.",
+                unit="%",
+            ),
+            panel(
+                "repr/separation",
+                "class separation",
+                "Share of the spread that lies between classes: 0 where they are mixed, 100 % where each is a point.",
+                unit="%",
+            ),
+            panel(
+                "repr/width",
+                "number of features",
+                "The width of the features, and the most their rank can be.",
+            ),
+        ),
+    ),
+    Section(
         name="system",
         title="System",
         panels=(

@@ -420,7 +420,6 @@ def _saves(
     every_steps: int = 1000,
     evaluate: int = 1,
     accumulate: int = 1,
-    sets: int = 2,
     resume: int = 0,
 ) -> list[int]:
     """The steps at which three epochs are saved."""
@@ -435,7 +434,7 @@ def _saves(
 
     callback = Noted(Path(), recipe="", every_steps=every_steps, evaluate_every_epochs=evaluate)
     plan = SimpleNamespace(steps_per_epoch=steps_per_epoch, max_epochs=3, accumulate=accumulate)
-    data = SimpleNamespace(position=0, eval_sets=lambda: [None] * sets)
+    data = SimpleNamespace(position=0)
     trainer: Any = SimpleNamespace(datamodule=data)
     module = SimpleNamespace(plan=plan, optimizer_steps=0)
     callback.saved_step = resume
@@ -454,7 +453,6 @@ def _saves(
         ({"accumulate": 3}, [5, 6, 11, 12, 17, 18]),
         ({"evaluate": 2}, [6, 11, 12, 17, 18]),
         ({"evaluate": 100}, [6, 12, 17, 18]),  # after the last epoch in any case
-        ({"sets": 0}, [6, 12, 18]),  # nothing to evaluate on
         ({"every_steps": 5}, [5, 6, 10, 11, 12, 15, 17, 18]),
         ({"resume": 5}, [6, 11, 12, 17, 18]),  # that one is there
         ({"steps_per_epoch": 1}, [1, 2, 3]),

@@ -271,6 +271,7 @@ class _Life:
             log.info("encoder exported to %s", file)
             plot_curves(run.metrics, run.path / "curves.png", summary)
             figures = [f"{key} {value:.4f}" for key, value in summary.items() if is_accuracy(key)]
+            figures += [f"{key} {value:.4g}" for key, value in summary.get("representation", {}).items()]
             log.info("finished: %s", ", ".join(figures) or f"not measured: {summary['not_measured']}")
 
     def _already_finished(self) -> str:

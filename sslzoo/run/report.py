@@ -10,6 +10,7 @@ from rich.table import Table
 
 from sslzoo.evaluate.figures import FEATURES
 from sslzoo.evaluate.task import Samples
+from sslzoo.panels import FRAMEWORK
 from sslzoo.run.record import figure_table, percent, read_metrics
 from sslzoo.terminal import duration
 
@@ -24,10 +25,12 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 NARROW = 5.0  # minimum range of an axis in percentage points, so that noise does not look like a trend
 
 
-def results_tables(summary: Mapping[str, Any]) -> list[Table] | list[str]:
-    """The figures of ``summary.json`` in per cent, one table per data set; a sentence if nothing was measured."""
+def results_tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """The figures of ``summary.json`` in per cent, one table per data set. Without labels, a sentence and the
+    representation metrics."""
     if "not_measured" in summary:
-        return [f"The features were not evaluated: {summary['not_measured']}"]
+        sentence = f"The features were not evaluated: {summary['not_measured']}"
+        return [sentence, *_representation_table(summary.get("representation", {}))]
     return [_results_table(summary, name) for name in summary["data_sets"]]
 
 
@@ -50,6 +53,20 @@ def _results_table(summary: Mapping[str, Any], name: str) -> Table:
         style = "bold" if row.trained else ""
         table.add_row(row.title, *(percent(summary, key) for key in row.keys), style=style)
     return table
+
+
+def _representation_table(figures: Mapping[str, float]) -> list[Table]:
+    """One table, or none without ``figures``."""
+    panels = next(section.panels for section in FRAMEWORK if section.name == "representation")
+    table = Table(title="Representation of the plain training images")
+    for heading in ("", "", "how to read it"):
+        table.add_column(heading, no_wrap=heading == "")
+    for panel in panels:
+        value = figures.get(panel.curves[0].key.partition("/")[2])
+        if value is not None:
+            shown = f"{100 * value:.1f} %" if panel.unit == "%" else f"{value:.4g}"
+            table.add_row(panel.title, shown, panel.note)
+    return [table] if figures else []
 
 
 class _Name(NamedTuple):

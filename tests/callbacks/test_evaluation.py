@@ -39,7 +39,7 @@ class _Sets:
     def __init__(self, names: tuple[str, ...], missing: int) -> None:
         self.names, self.missing = names, missing
 
-    def eval_sets(self) -> list[Any]:
+    def validation_sets(self) -> list[Any]:
         sizes = {
             ("", "train"): 83 + self.missing,
             ("", "test"): 41,
@@ -72,7 +72,8 @@ def _measured(
     pairs = {"": [(bank, bank_y), (test, test_y)], "other": [(test, test_y), (bank, bank_y)]}
     method = Tiny(MethodConfig(name="tiny"), nn.Identity(), bank.shape[1])
     trainer: Any = SimpleNamespace(datamodule=_Sets(names, missing), is_global_zero=rank == 0)
-    callback = FeatureEvaluation([LinearProbe(probe), KNN(evaluation)], probe, evaluation, seed=3)
+    none: Any = SimpleNamespace(measure=lambda *_: {}, state_dict=dict)  # see test_representation.py
+    callback = FeatureEvaluation([LinearProbe(probe), KNN(evaluation)], none, probe, evaluation, seed=3)
     logged: dict[str, float] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "log_metrics", lambda trainer, values: logged.update(values))
@@ -147,7 +148,7 @@ def test_a_small_bank_leaves_the_linear_probe_alone_and_the_other_way_round(worl
 def test_the_log_says_on_what_and_for_how_long(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="sslzoo"):
         _measured(0, 1)
-    own, other = (record.getMessage() for record in caplog.records)
+    _, own, other = (record.getMessage() for record in caplog.records)
     assert own.startswith("evaluated on data: ") and "83 for k-NN, 41 for testing, 0 unreadable; " in own
     assert "linear probe 0." in own and "k-NN 0." in own
     assert other.startswith("evaluated on other: ")

@@ -16,6 +16,7 @@ from sslzoo.batch import Batch
 from sslzoo.callbacks.evaluation import FeatureEvaluation
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.online_probe import OnlineProbe
+from sslzoo.callbacks.representation import Representation
 from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.data.module import SSLDataModule
 from sslzoo.data.sources import FakeSource
@@ -211,7 +212,7 @@ def _run(
     optim = SGDConfig(lr=0.1, lr_scaling="none", weight_decay=0.0, warmup_epochs=0)
     method.prepare(plan, optim, 0)
     online = OnlineProbe(cfg, classes=4, seed=0)
-    judge = FeatureEvaluation([online], cfg, evaluation, seed=0)
+    judge = FeatureEvaluation([online], Representation(folder, seed=0), cfg, evaluation, seed=0)
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",

@@ -39,6 +39,7 @@ SAMPLES = Samples(96, 24, 120, 120, 0)
 LAST = Measured(
     {"linear_top1": 0.5, "knn_top1": 0.4, "online_top1": 0.3, "linear_top1/data/projector": 0.25},
     {"data": SAMPLES},
+    {"rankme": 7.5},
 )
 
 
@@ -181,7 +182,10 @@ def test_the_protocol_says_what_was_run(tmp_path: Path, summary: dict[str, Any])
         assert said in with_baselines["protocol"]
     assert f"on {with_baselines['n_held_out']} held-out" in with_baselines["protocol"]
     alone = evaluated(
-        tmp_path / "without", baselines=False, classes=4, last=Measured({"knn_top1": 0.4}, {"data": SAMPLES})
+        tmp_path / "without",
+        baselines=False,
+        classes=4,
+        last=Measured({"knn_top1": 0.4}, {"data": SAMPLES}, {}),
     )["data_sets"]["data"]["protocol"]
     assert "k-NN" in alone
     assert not any(word in alone for word in ("Linear", "SGD", "Online", "onverged"))
@@ -197,12 +201,15 @@ def test_large_images_have_no_pixel_rows(tmp_path: Path, monkeypatch: pytest.Mon
 def test_without_baselines_the_last_validation_is_repeated(tmp_path: Path) -> None:
     summary = evaluated(tmp_path, baselines=False, classes=4)
     assert {k: v for k, v in summary.items() if "top" in k} == LAST.figures
+    assert summary["representation"] == LAST.representation
 
 
 @pytest.mark.parametrize("baselines", [True, False])
 def test_unlabelled_data_says_what_was_not_measured(tmp_path: Path, baselines: bool) -> None:
-    summary = evaluated(tmp_path, baselines=baselines, classes=0, last=None)
+    last = Measured({}, {}, {"std": 0.1, "rankme": 3.0})
+    summary = evaluated(tmp_path, baselines=baselines, classes=0, last=last)
     assert not any("top" in key for key in summary)
+    assert summary["representation"] == {"std": 0.1, "rankme": 3.0}
     assert summary["not_measured"] == (
         "linear probe and k-NN: fashion_mnist has no labels, and probe.data names no labelled data"
     )

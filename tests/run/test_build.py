@@ -89,13 +89,14 @@ def test_lightning_calls_the_callbacks_in_their_order(folder: Path) -> None:
     assert not (folder / "run").exists()
 
 
-def test_without_labels_nothing_is_evaluated(folder: Path) -> None:
+def test_without_labels_no_probe_is_built(folder: Path) -> None:
     elsewhere = ["data.dataset=folder", f"data.root={folder / 'unlabelled'}", NO_SGD]
     recipe = load_recipe(str(folder / "tiny.yaml"), elsewhere).recipe
     callbacks = build_run(recipe, Run(folder / "run", "id")).callbacks
-    assert callbacks.online_probe is callbacks.evaluation is None
+    assert callbacks.online_probe is None
+    assert callbacks.evaluation.judges == ()
     assert [type(callback) for callback in callbacks] == [
-        kind for kind in ORDER if kind not in (OnlineProbe, FeatureEvaluation, Watch)
+        kind for kind in ORDER if kind not in (OnlineProbe, Watch)
     ]
 
 

@@ -55,7 +55,7 @@ def _nothing_is_left(folder: Path, temporary: Path) -> bool:
         (("eval.baselines=true",), "probe and k-NN, the final table, a checkpoint of"),
         (
             ("data.dataset=folder", "probe={}"),
-            "on 8 generated images without labels, so no evaluation, a checkpoint of",
+            "on 8 generated images without labels, one validation batch, representation, a checkpoint of",
         ),
     ],
 )

@@ -197,5 +197,14 @@ def test_unlabelled_data_says_what_was_not_measured() -> None:
     ]
 
 
+def test_the_table_of_unlabelled_data_is_the_representation() -> None:
+    figures = {"width": 16.0, "std": 0.081234, "rankme": 2.77, "overlap": 0.775}
+    said, table = shown({"not_measured": "no labels", "representation": figures})
+    assert said.startswith("The features were not evaluated")
+    for text in ("feature deviation", "0.08123", "(RankMe)", "2.77", "77.5 %", "number of features"):
+        assert text in table
+    assert "LiDAR" not in table
+
+
 def test_durations() -> None:
     assert [duration(s) for s in (9.6, 60, 3599.6, 7260)] == ["10 s", "1 min 0 s", "1 h 0 min", "2 h 1 min"]
