@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,9 +20,11 @@ from sslzoo.checks import require
 from sslzoo.distributed import world_size
 from sslzoo.evaluate import logistic
 from sslzoo.evaluate.figures import LAYER, Measured, figure_key, figure_name
+from sslzoo.evaluate.gallery import gallery
 from sslzoo.evaluate.knn import knn_accuracy
 from sslzoo.evaluate.logistic import linear_probe
-from sslzoo.evaluate.task import Features, Samples, Task, count_samples, roles
+from sslzoo.evaluate.task import Features, Roles, Samples, Task, count_samples, roles
+from sslzoo.files import write_json
 from sslzoo.method import SSLMethod
 from sslzoo.recipe.sections import EvalConfig, ProbeConfig
 
@@ -77,6 +80,8 @@ class FeatureEvaluation(Callback):
     ``representation``, and logged as ``repr/<figure>``.
 
     ``latest`` has the results of the last validation; it is saved in checkpoints for the summary of the run.
+    Neighbours and map of the features of the first labelled data set, or else of the plain training images, are written
+    to the file ``pictures``, if there is one.
     """
 
     def __init__(
@@ -87,9 +92,11 @@ class FeatureEvaluation(Callback):
         evaluation: EvalConfig,
         *,
         seed: int,
+        pictures: Path | None = None,
     ) -> None:
         self.judges, self.representation = tuple(judges), representation
         self.probe, self.evaluation, self.seed = probe, evaluation, seed
+        self.pictures = pictures
         self.latest: Measured | None = None
         self._sets: list[EvalSet] = []
         self._shards: dict[tuple[str, str, str], Shard] = {}
@@ -145,6 +152,10 @@ class FeatureEvaluation(Callback):
                         took[judge.name] = took.get(judge.name, 0.0) + time.perf_counter() - start
                         for figure, value in results.items():
                             figures[figure_key(figure, train.name, layer, first=first)] = value
+                if (train.name, layer) == (labelled[0].name, LAYER):
+                    start = time.perf_counter()
+                    self._picture(task, train, test, trainer, pl_module)
+                    took["pictures"] = time.perf_counter() - start
             if trainer.is_global_zero:
                 seconds = ", ".join(f"{judge} {value:.1f} s" for judge, value in took.items())
                 log.info("evaluated on %s: %s; %s", name, samples[name].in_words(), seconds)
@@ -152,6 +163,11 @@ class FeatureEvaluation(Callback):
             shard = self._shards.pop((plain.name, plain.split, LAYER))
             x, sample_id = shard.rows(pl_module.device)
             representation = self._represented(trainer, pl_module, plain, x, None, sample_id)
+            if not labelled:
+                shown = Features(x, torch.full_like(sample_id, -1), sample_id)
+                every = torch.ones_like(sample_id, dtype=torch.bool)
+                task = Task(shown, shown, Roles(every, every, every), 0)
+                self._picture(task, plain, plain, trainer, pl_module)
         self.latest = Measured(figures, samples, representation)
         values = {f"val/{key}": value for key, value in figures.items()}
         log_metrics(trainer, values | {f"repr/{key}": value for key, value in representation.items()})
@@ -171,6 +187,19 @@ class FeatureEvaluation(Callback):
         if trainer.is_global_zero:
             log.info("representation of plain images: %.1f s", time.perf_counter() - start)
         return found
+
+    def _picture(
+        self, task: Task, train: EvalSet, test: EvalSet, trainer: Trainer, pl_module: LightningModule
+    ) -> None:
+        """Write neighbours and map, with the step that they are of, if there is a file for them. Collective."""
+        assert isinstance(pl_module, SSLMethod)
+        if self.pictures is None:
+            return
+        drawn = gallery(task, train, test)
+        if drawn is not None:
+            self.pictures.parent.mkdir(parents=True, exist_ok=True)
+            at = {"step": pl_module.optimizer_steps, "epoch": trainer.current_epoch + 1}
+            write_json(self.pictures, at | drawn)
 
     def _task(self, train: EvalSet, test: EvalSet, layer: str, device: torch.device) -> Task:
         """The collected features of a data set. Collective."""

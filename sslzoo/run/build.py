@@ -21,6 +21,7 @@ from sslzoo.callbacks.checkpoint import ExactCheckpoint
 from sslzoo.callbacks.evaluation import KNN, FeatureEvaluation, Judge, LinearProbe
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.online_probe import OnlineProbe
+from sslzoo.callbacks.page import PageRefresh
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.representation import Representation
 from sslzoo.callbacks.seeding import StepSeeding
@@ -42,6 +43,7 @@ from sslzoo.recipe.registry import analysis_class, method_class
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.departure import Departure
 from sslzoo.run.directory import Run
+from sslzoo.run.page import write_page
 from sslzoo.run.placement import ALONE, Placement
 from sslzoo.run.preemption import Preemption
 from sslzoo.run.trainer import build_trainer
@@ -81,6 +83,7 @@ class Callbacks:
     evaluation: FeatureEvaluation
     analyses: tuple[Watch, ...]
     meter: Meter  # after everything that records metrics
+    page: PageRefresh  # after meter, whose files it reads
     progress: ProgressDisplay  # last, because it shows what Meter reported
 
     def __iter__(self) -> Iterator[Callback]:
@@ -90,7 +93,7 @@ class Callbacks:
             yield self.online_probe
         yield self.evaluation
         yield from self.analyses
-        yield from (self.meter, self.progress)
+        yield from (self.meter, self.page, self.progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +268,7 @@ def _build_callbacks(
         evaluation=_evaluation(recipe, run, data, online, brief=brief),
         analyses=tuple(Watch(analysis) for analysis in _build_analyses(recipe)),
         meter=Meter(run.path, every_steps=recipe.logging.every_steps),
+        page=PageRefresh(lambda: write_page(run.path)),
         progress=ProgressDisplay(out=quiet, err=quiet) if brief else ProgressDisplay(),
     )
 
@@ -294,7 +298,9 @@ def _evaluation(
         )
     judges += [online] if online is not None else []
     representation = Representation(run.path, seed=recipe.seed)
-    return FeatureEvaluation(judges, representation, recipe.probe, recipe.eval, seed=recipe.seed)
+    return FeatureEvaluation(
+        judges, representation, recipe.probe, recipe.eval, seed=recipe.seed, pictures=run.gallery
+    )
 
 
 def load_weights(method: SSLMethod[Any], path: Path) -> None:

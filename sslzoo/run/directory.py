@@ -101,6 +101,11 @@ class Run:
         """Folder with the evaluations' JSON files."""
         return self.path / "eval"
 
+    @property
+    def gallery(self) -> Path:
+        """Neighbours and map of the last evaluation, as JSON."""
+        return self.evaluation / "gallery.json"
+
     def read_manifest(self) -> dict[str, Any]:
         """The content of the manifest; ``RunError`` if it cannot be read."""
         try:

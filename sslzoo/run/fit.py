@@ -35,6 +35,7 @@ from sslzoo.run.explain import explain, one_line, out_of_memory
 from sslzoo.run.lock import RunLock
 from sslzoo.run.loggers import build_loggers, require_packages
 from sslzoo.run.messages import Messages
+from sslzoo.run.page import PAGE, write_page
 from sslzoo.run.placement import Placement, check_world_size, place
 from sslzoo.run.rendezvous import Rendezvous, together
 from sslzoo.run.report import plot_curves, plot_views, results_tables
@@ -222,6 +223,7 @@ class _Life:
         if session.choice.checkpoint is not None:
             OUT.print(begins, soft_wrap=True)
         _picture_views(built, run.path / "views.png")
+        self._draw_page()
 
     # -- training and after ---------------------------------------------------------------------------
 
@@ -320,14 +322,26 @@ class _Life:
         if self.lock is not None:
             with suppress(OSError):  # the directory itself may be gone
                 self.lock.release()
+        if leader and self.begun:
+            self._draw_page()
         self._print_last_words(ending, trouble)
         self.messages.close()
         end_workers()
+
+    def _draw_page(self) -> None:
+        """Draw the page of the run as it is now. A failure is logged, because a page must not end a run."""
+        assert self.session is not None
+        try:
+            write_page(self.session.run.path)
+        except Exception as error:
+            log.warning("%s could not be drawn: %s: %s", PAGE, type(error).__name__, error)
 
     def _print_last_words(self, ending: Ending, trouble: str) -> None:
         """Print what happened and what to do next as the last lines on the terminal."""
         if ending.code == ExitCode.DONE:
             if self.placement.is_leader:
+                if self.session is not None:
+                    OUT.print(f"report: {self.session.run.path / PAGE}", soft_wrap=True)
                 OUT.print(ending.message, soft_wrap=True)
             return
         run = self.session.run if self.session is not None and self.begun else None

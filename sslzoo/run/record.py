@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -144,21 +145,27 @@ class Record:
 def records(paths: Sequence[Path]) -> list[Record]:
     """The runs in ``paths``, each a run directory or a folder with runs at any depth, in order of their names.
 
-    Raises ``ValueError`` if a path does not exist.
+    Raises ``ValueError`` if a path does not exist or contains no run.
     """
     found: dict[Path, None] = {}
     for path in paths:
-        if not path.exists():
-            raise ValueError(f"{path} does not exist")
-        found |= dict.fromkeys(_runs_in(path))
+        runs = list(_runs_in(path)) if path.is_dir() else []
+        if not runs:
+            raise ValueError(f"{path} is no run directory and contains none; name one such as runs/RECIPE/ID")
+        found |= dict.fromkeys(runs)
     return [Record(path) for path in found]
 
 
-def _runs_in(folder: Path) -> list[Path]:
+def _runs_in(folder: Path) -> Iterator[Path]:
     """Run directories contain no further ones."""
-    if (folder / "manifest.json").exists():
-        return [folder]
-    return [run for child in sorted(folder.iterdir()) if child.is_dir() for run in _runs_in(child)]
+    with os.scandir(folder) as entries:
+        children = {entry.name: entry for entry in entries}
+    if "manifest.json" in children:
+        yield folder.resolve()
+        return
+    for name in sorted(children):
+        if children[name].is_dir():
+            yield from _runs_in(folder / name)
 
 
 def read_metrics(path: Path) -> Series:

@@ -23,6 +23,7 @@ from sslzoo.callbacks.checkpoint import ExactCheckpoint
 from sslzoo.callbacks.evaluation import FeatureEvaluation
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.online_probe import OnlineProbe
+from sslzoo.callbacks.page import PageRefresh
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.callbacks.watch import Watch
@@ -44,6 +45,7 @@ ORDER = (
     FeatureEvaluation,
     Watch,
     Meter,  # writes what those before it recorded
+    PageRefresh,  # reads what the meter has written
     ProgressDisplay,  # shows what the meter has written
 )
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from sslzoo.exits import ExitCode
+from sslzoo.run.record import STATES
 from tests.command import Command, children, manifest, saved, shell, until, write_recipe
 
 LIMIT = 180.0  # seconds; most of a run is its imports
@@ -43,7 +44,7 @@ def _rank(number: int, sent: int) -> Callable[[Command], None]:
 SLOW, TWO = {"pause": 0.1}, ("trainer.devices=2",)
 SAVED, CONTINUE = r"SIGTERM: saved at step \d+", r"continue with: sslzoo fit .*--resume auto"
 CASES = {
-    "done": Case(ExitCode.DONE, "run directory: "),
+    "done": Case(ExitCode.DONE, r"report: \S+report\.html\nrun directory: "),
     "failure": Case(ExitCode.FAILURE, "RuntimeError: this rank cannot train", {"raise_at": [0, 5]}),
     "usage": Case(
         ExitCode.USAGE, r"override: optim\.lrr: unknown key; did you mean optim\.lr\?", {}, ("optim.lrr=3",)
@@ -108,6 +109,7 @@ def test_exit_code_manifest_and_last_words(name: str, ended) -> None:
     assert kept["exit_code"] == kept["sessions"][-1]["exit_code"] == case.code
     assert (kept["error"] is None) == (case.code == ExitCode.DONE)
     assert not list(run.rglob("*.part")) and not (run / "run.lock").exists()
+    assert f"<strong>{STATES.get(case.code, 'failed')}</strong>" in (run / "report.html").read_text()
     if case.code != ExitCode.DONE:
         assert re.search(case.says.removeprefix(r"rank 1 on \S+ failed first: "), kept["error"]["message"])
         # What happened and what to do stand at the very end, after any traceback.

@@ -44,8 +44,9 @@
       stroke: () => colour("--soft"), grid: { stroke: () => colour("--grid"), width: 1 },
       ticks: { stroke: () => colour("--grid"), width: 1 }, font: "12px system-ui, sans-serif", ...extra,
     });
+    const dashes = series.map((line) => (line.dash ? (line.dash.length === 4 ? "double" : line.dash[0] > 4 ? "dashed" : "dotted") : "solid"));
     return [{
-      width, height: HEIGHT, series, bands, cursor: { sync: { key: "step" }, drag: { x: true, y: false } },
+      legend: { markers: { dash: (_, i) => dashes[i] } }, width, height: HEIGHT, series, bands, cursor: { sync: { key: "step" }, drag: { x: true, y: false } },
       scales: { x: { time: false }, y: spec.log ? { distr: 3 } : {} },
       axes: [axis({ values: (_, ticks) => ticks.map(steps), space: 60 }),
              axis({ size: 56, values: (_, ticks) => ticks.map((v) => (v == null ? "" : number(v))) })],
@@ -56,6 +57,10 @@
   for (const place of document.querySelectorAll("[data-chart]")) {
     const [opts, data] = options(specs[place.dataset.chart], place.clientWidth);
     const chart = new uPlot(opts, data, place);
+    const last = specs[place.dataset.chart].x.length - 1;
+    const rest = () => chart.setLegend({ idx: last });  // the last values, unless the pointer asks for others
+    setTimeout(rest);
+    chart.over.addEventListener("mouseleave", rest);
     chart.root.querySelectorAll(".edge").forEach((row) => row.remove());
     charts.push([place, chart]);
   }
