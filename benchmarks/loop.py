@@ -70,6 +70,8 @@ class Bench(SSLMethod[MethodConfig]):
 class Data(LightningDataModule):
     """Yields the same batch at every step, at no cost."""
 
+    waited = 0.0
+
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.steps, self.position = steps, 0

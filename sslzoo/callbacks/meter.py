@@ -54,13 +54,17 @@ class Meter(Callback):
         self._silenced: set[int] = set()  # loggers that failed
         self._clock_step = 0
         self._mark: float | None = None  # time of the last batch boundary
-        self._waited = self._elapsed = 0.0
+        self._waited = self._elapsed = 0.0  # since the last row
+        self._waited_before = 0.0  # the data module's figure at the last micro-batch
 
     # -- collecting ----------------------------------------------------------------------------
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Count the time since the last micro-batch as waiting for data."""
-        self._waited += self._tick()
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Add the time that the loader took for this micro-batch to that of waiting for data."""
+        waited = trainer.datamodule.waited
+        if self._tick():
+            self._waited += waited - self._waited_before
+        self._waited_before = waited
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

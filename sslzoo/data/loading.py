@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -129,9 +131,16 @@ class ImageReader:
         )
 
 
+@dataclass
+class Waiting:
+    """Time spent waiting for batches; it outlives the loader, and does not keep its workers."""
+
+    seconds: float = 0.0
+
+
 class WatchedLoader(DataLoader[Any]):
     """A loader that ends the run by a ``DataError`` when its workers give nothing for ``patience`` seconds, or give
-    one up themselves."""
+    one up themselves. ``waiting`` counts the time that its batches were waited for."""
 
     def __init__(
         self, dataset: ViewDataset | EvalDataset, *, patience: float, num_workers: int, **options: Any
@@ -139,12 +148,14 @@ class WatchedLoader(DataLoader[Any]):
         timeout = patience / _PARTS if num_workers else 0
         super().__init__(dataset, num_workers=num_workers, timeout=timeout, **options)
         self._of, self._patience = dataset, patience
+        self.waiting = Waiting()
 
     def __iter__(self) -> Iterator[Any]:
         """Batches."""
         batches = super().__iter__()
         silent = 0
         while True:
+            start = time.perf_counter()
             try:
                 batch = next(batches)
             except StopIteration:
@@ -160,6 +171,8 @@ class WatchedLoader(DataLoader[Any]):
                         "data.timeout"
                     ) from error
                 continue
+            finally:
+                self.waiting.seconds += time.perf_counter() - start
             silent = 0
             if isinstance(batch, DataError):
                 raise batch

@@ -26,6 +26,7 @@ from sslzoo.data.loading import (
     RawBatch,
     RawEvalBatch,
     ViewDataset,
+    Waiting,
     WatchedLoader,
     shard,
     to_unit,
@@ -100,6 +101,7 @@ class SSLDataModule(LightningDataModule):
             )
         self.position = 0
         self.device = torch.device("cpu")  # of collectives without a trainer
+        self._waiting = Waiting()
         self._eval_sets: list[EvalSet] | None = None
         self._plain_set: EvalSet | None = None
         # By id of the source: the training data may also be evaluated.
@@ -196,11 +198,17 @@ class SSLDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[RawBatch]:
         """This rank's micro-batches from ``position`` to the end of the epoch, as raw batches."""
-        return self.view_loader(GlobalBatchSampler(self.plan, self.seed, rank(), lambda: self.position))
+        batches = GlobalBatchSampler(self.plan, self.seed, rank(), lambda: self.position)
+        loader = self.view_loader(batches)
+        self._waiting = loader.waiting
+        return loader
 
-    def view_loader(
-        self, batches: Iterable[list[Item]], *, among: Tensor | None = None
-    ) -> DataLoader[RawBatch]:
+    @property
+    def waited(self) -> float:
+        """Seconds that the process has waited for the batches of :meth:`train_dataloader`."""
+        return self._waiting.seconds
+
+    def view_loader(self, batches: Iterable[list[Item]], *, among: Tensor | None = None) -> WatchedLoader:
         """The views of training samples in the given batches. Unreadable ones are replaced by others, ``among`` those
         of this mask (N,)."""
         return self._loader(self._view_dataset(among), batches, persistent=True)
@@ -243,9 +251,7 @@ class SSLDataModule(LightningDataModule):
         size, source = self.plan.global_batch_size, self.train_source
         return ViewDataset(source, self.views, self.seed, size, self._reader_of(source), among)
 
-    def _loader(
-        self, dataset: ViewDataset | EvalDataset, batches: Any, *, persistent: bool
-    ) -> DataLoader[Any]:
+    def _loader(self, dataset: ViewDataset | EvalDataset, batches: Any, *, persistent: bool) -> WatchedLoader:
         workers = self._workers_for(dataset.source)
         return WatchedLoader(
             dataset,

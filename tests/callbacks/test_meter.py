@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import errno
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +16,14 @@ import torch
 
 from sslzoo.callbacks.meter import Meter, log_metrics
 from sslzoo.callbacks.metrics_file import MetricsFile
+from sslzoo.data.loading import ViewDataset
+from sslzoo.data.module import SSLDataModule
 from sslzoo.exits import ExitCode
+from sslzoo.recipe.sections import LoggingConfig
+from sslzoo.testing.contract import small_recipe
+from sslzoo.testing.course import train
 from sslzoo.testing.pretend import CUDA, PretendedGPU
+from sslzoo_methods.simclr.method import SimCLR
 
 
 @pytest.fixture
@@ -51,6 +59,7 @@ def _trainer(module: Any, meter: Meter, loggers: Any = ()) -> Any:
         is_global_zero=True,
         loggers=list(loggers),
         callbacks=[meter],
+        datamodule=SimpleNamespace(waited=0.0),
     )
 
 
@@ -175,6 +184,39 @@ def test_a_failing_logger_is_silenced_once(tmp_path, meter_in, caplog):
     assert broken.calls == 1
     assert sum("unreachable" in record.message for record in caplog.records) == 1
     assert len(_rows(tmp_path / "metrics.csv")) == 2
+
+
+def _slow(function: Any) -> Any:
+    def slow(*args: Any) -> Any:
+        time.sleep(0.1)
+        return function(*args)
+
+    return slow
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "waits"),
+    [
+        (ViewDataset, "__getitems__", True),
+        # Where the host also waits for a GPU that is busy: an operation can only be queued when there is room.
+        (SSLDataModule, "on_after_batch_transfer", False),
+        (SimCLR, "loss", False),
+    ],
+    ids=["loader", "transfer", "step"],
+)
+def test_data_wait_is_the_time_of_the_loader_alone(
+    place: Any, name: str, waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, name, _slow(getattr(place, name)))
+    recipe = small_recipe("simclr", recipe="simclr_fashion_mnist")
+    recipe = replace(recipe, logging=LoggingConfig(every_steps=4, checkpoint_every_steps=100))
+    train(recipe, tmp_path, steps=4)
+    (row,) = _rows(tmp_path / "system.csv")
+    seconds = 4 * recipe.data.global_batch_size / float(row["sys/images_per_s"])
+    waited = seconds * float(row["sys/data_wait"])
+    # A tenth of a second for each batch but the first, which came before the clock started.
+    assert seconds > 0.3
+    assert waited > 0.3 if waits else waited < 0.15
 
 
 def test_new_columns_widen_the_file_and_rewind_narrows_it(tmp_path):
