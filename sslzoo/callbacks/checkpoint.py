@@ -113,6 +113,7 @@ class ExactCheckpoint(Callback):
         if trainer.is_global_zero:
             self._link(path, step, pl_module.plan.steps_per_epoch)
         if meter is not None:
+            meter.saved()
             meter.restart_clock()
         return path
 

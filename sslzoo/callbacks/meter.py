@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -16,9 +17,26 @@ from torch import Tensor
 from sslzoo.callbacks.metrics_file import MetricsFile
 from sslzoo.distributed import all_reduce_mean, gather_detached, rank, world_size
 from sslzoo.exits import Diverged
+from sslzoo.files import write_text
 from sslzoo.nn.measurements import reported
 
 log = logging.getLogger(__name__)
+
+BINS = 64  # of histograms
+
+
+class Follower:
+    """Shows the metrics of a run elsewhere, on rank 0. Rows of ``metrics.csv`` are final once a checkpoint includes
+    them; those after it are removed when the run is killed and continues."""
+
+    def begin(self, rows: int) -> None:
+        """The training starts; ``metrics.csv`` has ``rows`` rows, all of them final."""
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """``values`` were measured after ``step`` optimiser steps, and written to their file."""
+
+    def saved(self, rows: int) -> None:
+        """A checkpoint was written; the first ``rows`` rows are final."""
 
 
 class Meter(Callback):
@@ -28,17 +46,20 @@ class Meter(Callback):
     follows from the mean), and the mean over the epoch's rows as ``<name>_epoch``; for a setting (``setting``, such as
     a learning rate) the last value. All ranks must record the same names. Rows are written every ``every_steps``
     optimiser steps and at the end of epochs; ``step`` is the number of finished optimiser steps. Throughput goes to
-    ``system.csv``, so that ``metrics.csv`` contains no times and a resumed run writes identical bytes. The trainer's
-    loggers get the same values. Measurements of steps that the fp16 scaler skipped are dropped.
+    ``system.csv``, so that ``metrics.csv`` contains no times and a resumed run writes identical bytes. Histograms go to
+    ``histograms.jsonl``, one per line. Each of ``followers`` is told what was written; one that fails is told nothing
+    more. Measurements of steps that the fp16 scaler skipped are dropped.
 
     If ``train/loss`` is not finite, :class:`Diverged` is raised on all ranks at the row that would report it.
     """
 
     def __init__(self, folder: Path, *, every_steps: int) -> None:
         self.every_steps = every_steps
+        self.followers: list[Follower] = []
         self.latest: dict[str, float] = {}  # last reported value by key, for the progress display
         self._file = MetricsFile(Path(folder) / "metrics.csv")
         self._system = MetricsFile(Path(folder) / "system.csv")
+        self._histograms = Path(folder) / "histograms.jsonl"
         # Names and values of each micro-batch in the current step, and the number of steps finished before it.
         self._step: list[tuple[tuple[str, ...], Tensor]] = []
         self._counted = 0
@@ -51,7 +72,6 @@ class Meter(Callback):
         self._row_step = 0
         self._accumulate = 1  # micro-batches per step
         self._restored: dict[str, Any] | None = None
-        self._silenced: set[int] = set()  # loggers that failed
         self._clock_step = 0
         self._mark: float | None = None  # time of the last batch boundary
         self._waited = self._elapsed = 0.0  # since the last row
@@ -141,7 +161,20 @@ class Meter(Callback):
         if values:
             self.latest |= values
             self._file.append(_step(trainer), trainer.current_epoch, values)
-            self._to_loggers(trainer, values)
+            self._tell("add", _step(trainer), values)
+
+    def write_histogram(self, name: str, values: Tensor, *, step: int) -> None:
+        """Write a histogram of ``values``, of any shape, equal on all ranks. Those that are not finite are left out."""
+        if not self._file.writes:
+            return
+        values = values.detach().float().cpu().flatten()
+        values = values[values.isfinite()]
+        if not len(values):
+            return
+        counts, edges = torch.histogram(values, BINS)
+        record = {"name": name, "step": step, "counts": counts.int().tolist(), "edges": edges.tolist()}
+        with self._histograms.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def _log_system(self, trainer: Trainer, pl_module: Any) -> None:
         steps = pl_module.optimizer_steps - self._clock_step
@@ -154,19 +187,21 @@ class Meter(Callback):
                 values["sys/gpu_mem"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
             self.latest |= values
             self._system.append(pl_module.optimizer_steps, trainer.current_epoch, values)
-            self._to_loggers(trainer, values)
+            self._tell("add", _step(trainer), values)
         self._clock_step = pl_module.optimizer_steps
         self._waited = self._elapsed = 0.0
 
-    def _to_loggers(self, trainer: Trainer, values: dict[str, float]) -> None:
-        step = _step(trainer)
-        for index, logger in enumerate(trainer.loggers):
-            if index not in self._silenced:
-                try:
-                    logger.log_metrics(values, step=step)
-                except Exception as error:  # a logging service must never end a run
-                    self._silenced.add(index)
-                    log.warning("%s failed and gets no further values: %s", type(logger).__name__, error)
+    def saved(self) -> None:
+        """Tell the followers that a checkpoint includes everything that was written so far."""
+        self._tell("saved", self._file.rows - self._file.missing)
+
+    def _tell(self, event: Literal["begin", "add", "saved"], *arguments: Any) -> None:
+        for follower in list(self.followers):
+            try:
+                getattr(follower, event)(*arguments)
+            except Exception as error:  # a dashboard must never end a run
+                self.followers.remove(follower)
+                log.warning("%s failed and gets no further values: %s", type(follower).__name__, error)
 
     def check_finite(self, trainer: Trainer) -> None:
         """Raise :class:`Diverged` on all ranks if ``train/loss`` has diverged since the last row."""
@@ -229,8 +264,22 @@ class Meter(Callback):
         self._system.resume()
         if state is None:
             self._file.rewind(0, ["step", "epoch"])
-            return
-        self._file.rewind(state["rows"], state["columns"])
+        else:
+            self._file.rewind(state["rows"], state["columns"])
+            self._restore(state, pl_module)
+        if trainer.is_global_zero:
+            self._rewind_histograms(pl_module.optimizer_steps)
+        self._tell("begin", self._file.rows - self._file.missing)
+
+    def _rewind_histograms(self, step: int) -> None:
+        """Remove the histograms of steps after ``step``."""
+        if self._histograms.exists():
+            lines = self._histograms.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_text(self._histograms, "".join(kept))
+
+    def _restore(self, state: Mapping[str, Any], pl_module: Any) -> None:
+        """Take up sums and settings of the checkpoint."""
         # A step counts as one value per micro-batch, of which it may have had another number.
         factor = self._accumulate / state.get("accumulate", self._accumulate)
         self._settings = dict(state["settings"])
@@ -283,10 +332,17 @@ def find_meter(trainer: Any) -> Meter | None:
 def log_metrics(trainer: Any, values: Mapping[str, float]) -> None:
     """Report ``values`` (``{"val/linear_top1": 0.8}``), equal on all ranks, while ``trainer.fit`` runs.
 
-    All ranks must call it. They become one row of ``metrics.csv`` and reach the loggers and the
+    All ranks must call it. They become one row of ``metrics.csv`` and reach dashboards and the
     progress display.
     """
     meter = find_meter(trainer)
     if meter is None:
         raise ValueError("metrics need a Meter: add sslzoo.callbacks.meter.Meter to the trainer's callbacks")
     meter.write(trainer, values)
+
+
+def log_histogram(trainer: Any, name: str, values: Tensor, *, step: int) -> None:
+    """Log a histogram of ``values``, of any shape and equal on all ranks, after ``step`` optimiser steps."""
+    meter = find_meter(trainer)
+    if meter is not None:
+        meter.write_histogram(name, values, step=step)

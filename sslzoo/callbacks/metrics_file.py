@@ -26,6 +26,7 @@ class MetricsFile:
         self.path = path
         self.columns: list[str] = ["step", "epoch"]
         self.rows = 0
+        self.missing = 0  # rows from before the checkpoint that the file lacks, as in a new directory
         self.writes = True  # False on ranks other than 0, which only count rows
         self._file: Any = None
 
@@ -34,8 +35,9 @@ class MetricsFile:
         self.columns, self.rows = list(columns), rows
         if self.writes:
             old = self._read()[1 : rows + 1]
-            if len(old) < rows:
-                log.warning("%s lacks %d rows from before the checkpoint", self.path, rows - len(old))
+            self.missing = rows - len(old)
+            if self.missing:
+                log.warning("%s lacks %d rows from before the checkpoint", self.path, self.missing)
             self._replace([row[: len(columns)] for row in old])
 
     def resume(self) -> None:

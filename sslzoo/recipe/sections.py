@@ -531,6 +531,8 @@ class WandbConfig:
     entity: str | None = None  # None: the account's default
     mode: Literal["auto", "online", "offline"] = "auto"
     tags: tuple[str, ...] = ()
+    notes: str = ""
+    artifact: bool = False  # upload the exported encoder of the finished run
 
 
 Compiler = Literal["inductor", "aot_eager", "eager"]  # torch.compile's backends; the latter two find faults

@@ -396,12 +396,14 @@ def begin(
     *,
     fingerprint: str,
     left_behind: Mapping[str, float],
+    parameters: int,
     start: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write manifest and recipe, and create the folders of ``choice.run``. The caller must hold the directory's lock.
     Returns the manifest without the recipe, for the checkpoints.
 
-    ``left_behind`` holds the seconds per phase of the last start in case it was killed; ``start`` describes the
+    ``left_behind`` holds the seconds per phase of the last start in case it was killed; ``parameters`` is the number of
+    trained ones; ``start`` describes the
     weights that a new run's encoder starts from. Raises ``OSError`` if a file cannot be written.
     """
     run = choice.run
@@ -441,6 +443,13 @@ def begin(
         "versions": versions(),
         "git": git_state(Path(__file__).parent),
         "hardware": hardware(),
+        "derived": {
+            "parameters": parameters,
+            "peak_lr": plan.scaled_lr(loaded.recipe.optim),
+            "total_steps": plan.total_steps,
+            "steps_per_epoch": plan.steps_per_epoch,
+            "training_images": plan.dataset_size,
+        },
         "recipe": recipe,
     } | ({} if start is None else {"start": start})
     run.path.mkdir(parents=True, exist_ok=True)

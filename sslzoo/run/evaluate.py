@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loggers import Logger
 from torch.distributed import PrefixStore
 
 from sslzoo.checks import require
@@ -28,14 +26,14 @@ from sslzoo.posthoc.request import Request
 from sslzoo.posthoc.results import Results
 from sslzoo.posthoc.store import FeatureStore, read_stored
 from sslzoo.posthoc.target import Target, read_target
-from sslzoo.recipe.load import LoadedRecipe, plain
+from sslzoo.recipe.load import LoadedRecipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.departure import Departure, end_workers
 from sslzoo.run.directory import Run
 from sslzoo.run.ending import Ending
 from sslzoo.run.explain import explain
-from sslzoo.run.loggers import build_loggers
+from sslzoo.run.loggers import show_evaluations
 from sslzoo.run.messages import Messages
 from sslzoo.run.placement import Placement, place
 from sslzoo.run.rendezvous import Rendezvous, together
@@ -153,15 +151,12 @@ class _Evaluation:
             if leader:
                 for path in _write_files(bench, folder, self.request.format):
                     OUT.print(f"{path} ({human_bytes(path.stat().st_size)})", soft_wrap=True)
-        loggers = self._loggers(bench.target, folder) if leader else []
         for name in self.request.names:
             results = run_and_show(bench, name, shown=leader)
             if leader:
                 OUT.print(f"{results.write(folder)}", soft_wrap=True)
-                log_figures(loggers, results, step=bench.target.step)
-        for logger in loggers:
-            logger.finalize("success")
         if leader:
+            self._show(bench.target, folder)
             bench.forget(self.request.names)
         if leader and (deleted := bench.store.trim()):
             OUT.print(
@@ -175,13 +170,12 @@ class _Evaluation:
                 soft_wrap=True,
             )
 
-    def _loggers(self, target: Target, folder: Path) -> list[Logger]:
-        """Those of the run, if the results are written to its directory as those of its newest checkpoint."""
+    def _show(self, target: Target, folder: Path) -> None:
+        """Show the results on the run's dashboards, if they are in its directory as those of its newest checkpoint."""
         run = Run(folder.parent, "")
-        if target.folder != folder or run.evaluation != folder or not self.request.names:
-            return []
-        run_id = run.read_manifest()["run_id"]
-        return build_loggers(target.recipe.logging, run.path, run_id, recipe=plain(target.recipe))
+        if target.folder == folder and run.evaluation == folder and self.request.names:
+            run = Run(run.path, run.read_manifest()["run_id"])
+            show_evaluations(target.recipe, run, target.step or 0)
 
     def _ending_of(self, error: BaseException) -> Ending:
         recipe = self.loaded.recipe
@@ -250,15 +244,6 @@ def run_and_show(bench: Bench, name: str, *, shown: bool) -> Results:
     return results
 
 
-def log_figures(loggers: Sequence[Logger], results: Results, *, step: int | None) -> None:
-    """Log the accuracies of ``results`` as ``eval/<figure>``; a logger that fails is named in a warning."""
-    for logger in loggers:
-        try:
-            logger.log_metrics({f"eval/{key}": value for key, value in results.figures().items()}, step=step)
-        except Exception as error:
-            log.warning("%s could not log the results of %s: %s", type(logger).__name__, results.name, error)
-
-
 def evaluate_at_end(
     method: SSLMethod[Any],
     data: SSLDataModule,
@@ -267,14 +252,13 @@ def evaluate_at_end(
     *,
     device: torch.device,
     summary: dict[str, Any],
-    loggers: Sequence[Logger] = (),
     brief: bool = False,
 ) -> dict[str, Any]:
     """Run the evaluations in ``eval.after``, write them to ``folder`` as :func:`evaluate` does, and add their figures
     to ``summary`` and ``folder/summary.json``; returns the new summary. Collective.
 
-    Evaluations that an earlier start of the run has finished are read from their files. ``loggers`` get the figures of
-    the others. With ``brief``, for dry runs, nothing is shown, and protocols with views train for one epoch.
+    Evaluations that an earlier start of the run has finished are read from their files. With ``brief``, for dry runs,
+    nothing is shown, and protocols with views train for one epoch.
     """
     if not recipe.eval.after:
         return summary
@@ -299,7 +283,6 @@ def evaluate_at_end(
             results = run_and_show(bench, name, shown=shown)
             if rank() == 0:
                 results.write(folder)
-                log_figures(loggers, results, step=target.step)
         summary = summary | results.figures()
         summary["interval_95"] = summary["interval_95"] | results.intervals()
     method.train(was_training)

@@ -22,7 +22,7 @@ from sslzoo.evaluate.progress import EvaluationProgress
 from sslzoo.exits import ExitCode, RunError
 from sslzoo.export.write import write_at_end
 from sslzoo.nn.weights import MissingWeights, described
-from sslzoo.recipe.load import LoadedRecipe, plain
+from sslzoo.recipe.load import LoadedRecipe
 from sslzoo.recipe.plan import Division
 from sslzoo.recipe.registry import name_of
 from sslzoo.recipe.sections import Recipe
@@ -33,7 +33,7 @@ from sslzoo.run.ending import Ending, tell_launcher
 from sslzoo.run.evaluate import evaluate_at_end
 from sslzoo.run.explain import explain, one_line, out_of_memory
 from sslzoo.run.lock import RunLock
-from sslzoo.run.loggers import build_loggers, require_packages
+from sslzoo.run.loggers import Dashboards, build_dashboards, require_packages
 from sslzoo.run.messages import Messages
 from sslzoo.run.page import PAGE, write_page
 from sslzoo.run.placement import Placement, check_world_size, place
@@ -41,7 +41,7 @@ from sslzoo.run.rendezvous import Rendezvous, together
 from sslzoo.run.report import plot_curves, plot_views, results_tables
 from sslzoo.run.resize import obstacle
 from sslzoo.run.stopwatch import Stopwatch
-from sslzoo.run.summary import run_summary
+from sslzoo.run.summary import run_summary, trained_parameters
 from sslzoo.run.words import last_words
 from sslzoo.terminal import OUT
 
@@ -84,6 +84,7 @@ class _Life:
         self.stopwatch = Stopwatch()
         self.session: Session | None = None
         self.lock: RunLock | None = None
+        self.dashboards: Dashboards | None = None  # on rank 0, once the run has begun
         self.before: Division | None = None  # on rank 0: how steps were divided before the checkpoint
         self.begun = False  # whether this run owns its directory and has written the manifest
 
@@ -195,6 +196,7 @@ class _Life:
             session.built.plan,
             fingerprint=session.built.data.fingerprint,
             left_behind=lock.left_behind,
+            parameters=trained_parameters(session.built.method),
             start=None if choice.checkpoint else described(self.loaded.recipe.backbone),
         )
         session.built.keep_start(choice.checkpoint)
@@ -213,7 +215,8 @@ class _Life:
         self.messages.open(run)
         if not self.placement.is_leader:
             return
-        built.trainer.loggers = build_loggers(recipe.logging, run.path, run.run_id, recipe=plain(recipe))
+        self.dashboards = build_dashboards(recipe, run)
+        built.callbacks.meter.followers = self.dashboards.followers
         source = self.loaded.source
         bundled = "" if name_of(source) == str(source) else f", bundled: {source}"
         OUT.print(f"recipe {name_of(source)}{bundled}", soft_wrap=True)
@@ -264,7 +267,6 @@ class _Life:
             run.evaluation,
             device=built.trainer.strategy.root_device,
             summary=summary,
-            loggers=built.trainer.loggers,
         )
         if leader:
             file = write_at_end(
@@ -319,6 +321,9 @@ class _Life:
                 self.session.run.conclude(ending, self.stopwatch.seconds(), unreadable)
             except (OSError, RunError) as error:
                 trouble = f"the manifest does not record this end: {one_line(error)}"
+        if self.dashboards is not None:
+            assert self.session is not None
+            self.dashboards.end(ending, self.session.built.method.optimizer_steps)
         if self.lock is not None:
             with suppress(OSError):  # the directory itself may be gone
                 self.lock.release()

@@ -43,6 +43,11 @@ def state_memory(method: nn.Module) -> list[tuple[str, int]]:
     return sorted(sizes.items(), key=lambda item: -item[1])
 
 
+def trained_parameters(method: nn.Module) -> int:
+    """Number of parameters that are optimised."""
+    return sum(p.numel() for p in method.parameters() if p.requires_grad)
+
+
 def describe_view(view: ViewConfig) -> str:
     """Describe a view: ``2 x 224 px global, area 0.2-1.0``."""
     crop = f"padding {view.padding} px" if view.scale is None else f"area {view.scale[0]:g}-{view.scale[1]:g}"
@@ -55,7 +60,7 @@ def _rows(
     yield "method", f"{recipe.method.name} on {recipe.backbone.name}, {method.feature_dim} features"
     if recipe.backbone.weights is not None:
         yield "encoder starts", f"from {recipe.backbone.weights}"
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    trained = trained_parameters(method)
     yield (
         "parameters",
         f"{trained / 1e6:.2f} M trained ({parameter_count(method.backbone) / 1e6:.2f} M of them the backbone)",

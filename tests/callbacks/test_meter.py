@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from sslzoo.callbacks.meter import Meter, log_metrics
+from sslzoo.callbacks.meter import Follower, Meter, log_metrics
 from sslzoo.callbacks.metrics_file import MetricsFile
 from sslzoo.data.loading import ViewDataset
 from sslzoo.data.module import SSLDataModule
 from sslzoo.exits import ExitCode
 from sslzoo.recipe.sections import LoggingConfig
+from sslzoo.run.history import read_histograms
 from sslzoo.testing.contract import small_recipe
 from sslzoo.testing.course import train
 from sslzoo.testing.pretend import CUDA, PretendedGPU
@@ -52,12 +53,11 @@ def _module() -> Any:
     )
 
 
-def _trainer(module: Any, meter: Meter, loggers: Any = ()) -> Any:
+def _trainer(module: Any, meter: Meter) -> Any:
     return SimpleNamespace(
         lightning_module=module,
         current_epoch=0,
         is_global_zero=True,
-        loggers=list(loggers),
         callbacks=[meter],
         datamodule=SimpleNamespace(waited=0.0),
     )
@@ -169,21 +169,56 @@ def test_what_a_skipped_step_measured_is_left_out(tmp_path, meter_in):
     assert (second["step"], second["train/loss"], end["train/loss_epoch"]) == ("4", "4.0", "3.0")
 
 
-def test_a_failing_logger_is_silenced_once(tmp_path, meter_in, caplog):
-    class Broken:
+def test_a_failing_follower_is_told_nothing_more(tmp_path, meter_in, caplog):
+    class Broken(Follower):
         calls = 0
 
-        def log_metrics(self, values: Any, step: int) -> None:
+        def add(self, step: int, values: Any) -> None:
             self.calls += 1
             raise ConnectionError("unreachable")
 
     broken, meter, module = Broken(), meter_in(tmp_path, 1), _module()
-    trainer = _trainer(module, meter, [broken])
+    meter.followers = [broken]
+    trainer = _trainer(module, meter)
     meter.on_train_start(trainer, module)
     _feed(meter, trainer, 1.0, 2.0)
-    assert broken.calls == 1
+    assert broken.calls == 1 and len(_rows(tmp_path / "metrics.csv")) == 2
     assert sum("unreachable" in record.message for record in caplog.records) == 1
-    assert len(_rows(tmp_path / "metrics.csv")) == 2
+
+
+def test_followers_learn_which_rows_are_final(tmp_path, meter_in):
+    told: list[tuple[str, int]] = []
+
+    class Listener(Follower):
+        def begin(self, rows: int) -> None:
+            told.append(("begin", rows))
+
+        def saved(self, rows: int) -> None:
+            told.append(("saved", rows))
+
+    meter, module = meter_in(tmp_path, 1), _module()
+    trainer = _trainer(module, meter)
+    meter.followers = [Listener()]
+    meter.on_train_start(trainer, module)
+    _feed(meter, trainer, 1.0, 2.0)
+    meter.saved()
+    meter.write_histogram("method/a", torch.tensor([1.0, 2.0, torch.inf]), step=2)
+    state = meter.state_dict()
+    _feed(meter, trainer, 3.0)
+    meter.write_histogram("method/a", torch.tensor([3.0]), step=3)
+    # The same start again in this directory, and in a new one, whose file lacks the rows before.
+    for folder, rows in ((tmp_path, 2), (tmp_path / "new", 0)):
+        resumed = meter_in(folder, 1)
+        resumed.followers = [Listener()]
+        module.optimizer_steps = 2
+        resumed.load_state_dict(state)
+        resumed.on_train_start(trainer, module)
+        assert told[-1] == ("begin", rows)
+        resumed.saved()
+        assert told[-1] == ("saved", rows)
+    assert told[:2] == [("begin", 0), ("saved", 2)]
+    (kept,) = read_histograms(tmp_path)
+    assert kept.step == 2 and sum(kept.counts) == 2
 
 
 def _slow(function: Any) -> Any:

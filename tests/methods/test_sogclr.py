@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslzoo.batch import Batch
+from sslzoo.callbacks.meter import Meter
 from sslzoo.distributed import all_reduce_mean
 from sslzoo.nn.backbones import build_backbone, parameter_count
 from sslzoo.nn.batchnorm import to_sync
@@ -26,6 +26,7 @@ from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import method_class, recipes
 from sslzoo.recipe.sections import HeadConfig, LARSConfig
 from sslzoo.run.build import load_weights
+from sslzoo.run.history import read_histograms
 from sslzoo.testing.golden import DTYPES, GoldenCase
 from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.sogclr.bimodal import bimodal_loss, global_temperature_loss
@@ -714,21 +715,20 @@ def test_weights_go_to_a_loss_without_a_table(tmp_path, caplog):
 def test_histograms_on_request(tmp_path):
     method = _method("bimodal")
     method.cfg = replace(PLAIN, loss=BimodalGCL(gamma=0.8, histogram_every_epochs=2))
-    board, wandb, sent = TensorBoardLogger(str(tmp_path)), WandbLogger(mode="disabled"), []
-    wandb.log_metrics = lambda metrics, step: sent.append((metrics, step))  # type: ignore[method-assign]
-    method._trainer = SimpleNamespace(loggers=[board, wandb])  # type: ignore[assignment]
+    meter = Meter(tmp_path, every_steps=1)
+    method._trainer = SimpleNamespace(callbacks=[meter])  # type: ignore[assignment]
     _train(method, range(method.plan.steps_per_epoch), 1, slice(0, BATCH))
     method.on_train_epoch_end()
-    assert not sent
+    assert read_histograms(tmp_path) == []
     method.optimizer_steps = 2 * method.plan.steps_per_epoch
     method.on_train_epoch_end()
-    board.experiment.close()
-    assert [(list(metrics), step) for metrics, step in sent] == [
-        (["method/log_u_0"], 6),
-        (["method/log_u_1"], 6),
-    ]
-    events = b"".join(path.read_bytes() for path in tmp_path.rglob("events.*"))
-    assert b"method/log_u_1" in events
+    first, second = read_histograms(tmp_path)
+    assert (first.name, first.step) == ("method/log_u_0", 6)
+    assert (second.name, second.step) == ("method/log_u_1", 6)
+    table = method.tables[1]
+    assert isinstance(table, EstimatorTable)
+    known = table.known()
+    assert sum(second.counts) == len(known) and second.edges[-1] == pytest.approx(float(known.max()))
 
 
 class _NoSync(TorchDispatchMode):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sslzoo.batch import Batch, Contrast
+from sslzoo.callbacks.meter import log_histogram
 from sslzoo.checks import require
 from sslzoo.distributed import rank
 from sslzoo.method import SSLMethod
@@ -14,7 +15,6 @@ from sslzoo.nn.numerics import normalize
 from sslzoo.nn.passes import forward_crops
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import OptimConfig
-from sslzoo.run.loggers import log_histogram
 from sslzoo_methods.sogclr.bimodal import bimodal_loss, global_temperature_loss
 from sslzoo_methods.sogclr.config import (
     GCL,
@@ -137,7 +137,7 @@ class SogCLR(SSLMethod[SogCLRConfig]):
         if every is not None and self.epoch % every == 0:
             for k, table in enumerate(self.tables):
                 assert isinstance(table, EstimatorTable)
-                log_histogram(self.trainer.loggers, f"method/log_u_{k}", table.known(), step=self.step)
+                log_histogram(self.trainer, f"method/log_u_{k}", table.known(), step=self.step)
 
     def _check_ids(self, batch: Batch) -> None:
         """Check the sample ids, only once because it synchronises with the device."""

@@ -1,0 +1,108 @@
+"""The history of a run as dashboards show it, read from the files of its directory. Importable without torch."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+AXES = ("step", "epoch")  # the columns of metrics.csv that say where a row belongs
+OF_EPOCHS = (
+    "_epoch"  # ending of means over an epoch, which stay in metrics.csv because they repeat other columns
+)
+HISTOGRAMS = "histograms.jsonl"
+PICTURES = "pictures"
+_NUMBERED = re.compile(r"(?P<name>.+)-step=(?P<step>\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Counts of values between ``edges``, which are one more than the counts."""
+
+    name: str
+    step: int
+    counts: Sequence[int]
+    edges: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of ``metrics.csv``, and what else belongs to its optimiser step."""
+
+    step: int
+    epoch: int
+    values: dict[str, float]
+    histograms: list[Histogram] = field(default_factory=list)
+    pictures: dict[str, Path] = field(default_factory=dict)  # by key
+
+
+def read_rows(folder: Path, count: int | None = None) -> list[Row]:
+    """The first ``count`` rows of ``folder/metrics.csv``, by default all, in order.
+
+    Values have the names of their columns; empty cells and means over epochs are left out. The first row of a step
+    also has that step's throughput, the last that ``system.csv`` has for it. Histograms, and pictures named
+    ``pictures/NAME-step=N.png``, belong to the first row at their step or later.
+    """
+    system = {step: values for step, _, values in _cells(folder / "system.csv")}
+    lines = list(_cells(folder / "metrics.csv"))[:count]
+    rows: list[Row] = []
+    for step, epoch, values in lines:
+        measured = {} if rows and rows[-1].step == step else system.get(step, {})
+        rows.append(Row(step=step, epoch=epoch, values=values | measured))
+    for histogram in read_histograms(folder):
+        if (row := _first_at(rows, histogram.step)) is not None:
+            row.histograms.append(histogram)
+    for path in sorted((folder / PICTURES).glob("*.png")):
+        if (match := _NUMBERED.fullmatch(path.stem)) and (row := _first_at(rows, int(match["step"]))):
+            row.pictures[f"{PICTURES}/{match['name']}"] = path
+    return rows
+
+
+def current_pictures(folder: Path) -> dict[str, Path]:
+    """By key, the pictures that are not of a certain step: ``views.png``, and those in ``pictures/`` without one in
+    their name."""
+    paths = [folder / "views.png", *sorted((folder / PICTURES).glob("*.png"))]
+    return {
+        f"{PICTURES}/{path.stem}": path
+        for path in paths
+        if path.exists() and not _NUMBERED.fullmatch(path.stem)
+    }
+
+
+def read_histograms(folder: Path) -> list[Histogram]:
+    """The histograms that methods have logged, in order; a line that a killed run left unfinished is ignored."""
+    path = folder / HISTOGRAMS
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [Histogram(**json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def last_values(rows: Sequence[Row]) -> dict[str, float]:
+    """The last value of every column."""
+    latest: dict[str, float] = {}
+    for row in rows:
+        latest |= row.values
+    return latest
+
+
+def _first_at(rows: Sequence[Row], step: int) -> Row | None:
+    return next((row for row in rows if row.step >= step), None)
+
+
+def _cells(path: Path) -> Iterator[tuple[int, int, dict[str, float]]]:
+    """Step, epoch and values of each row; a row that a killed run left unfinished is ignored."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for row in csv.DictReader(line for line in lines if line.endswith("\n")):
+        values: dict[str, Any] = {
+            name: float(cell)
+            for name, cell in row.items()
+            if cell and name not in AXES and not name.endswith(OF_EPOCHS)
+        }
+        yield int(row["step"]), int(row["epoch"]), values

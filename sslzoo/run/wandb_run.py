@@ -1,0 +1,372 @@
+"""The history of a run at Weights & Biases, online, in offline segments, or sent afterwards from the run's files.
+
+The line of W&B's history with ``_step`` n is row n of ``metrics.csv``, from 0, and only rows that a checkpoint includes
+are sent. So nothing that was sent is ever taken back by a kill, and the last line that the server has says which row is
+next. An offline start of the run writes its rows into a segment when it ends, for ``wandb sync``; ``sent.json`` says
+how far the segments reach, and which of them are complete.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sslzoo.callbacks.meter import Follower
+from sslzoo.exits import ExitCode, RunError
+from sslzoo.files import write_json
+from sslzoo.posthoc.results import figures_of
+from sslzoo.recipe.load import load_recipe, plain
+from sslzoo.recipe.sections import Recipe, WandbConfig
+from sslzoo.run.directory import Run
+from sslzoo.run.ending import Ending
+from sslzoo.run.history import Row, current_pictures, last_values, read_rows
+from sslzoo.run.lock import refuse_if_owned
+from sslzoo.run.login import logged_in, server_url
+from sslzoo.terminal import OUT
+
+if TYPE_CHECKING:
+    from wandb import Run as Connection
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 20.0  # seconds to reach the server
+UPLOAD = 30.0  # seconds that the end of a run waits for what is not uploaded yet
+UPLOAD_ARTIFACT = 600  # the same for the exported encoder
+PAUSE = 15.0  # seconds between two times that rows are sent
+_STANDING = """
+query RunResumeStatus($project: String, $entity: String, $name: String!) {
+  model(name: $project, entityName: $entity) {
+    bucket(name: $name, missingOk: true) { name historyLineCount historyTail }
+  }
+}
+"""
+_ALERTS = {
+    int(ExitCode.NAN): "The loss is not finite",
+    int(ExitCode.PREEMPTED): "Pre-empted",
+    int(ExitCode.FAILURE): "Failed",
+}
+_LEFT_OUT = ("recipe", "sessions", "error", "finished", "exit_code")  # of the manifest; W&B has its own
+
+
+@dataclass
+class Sent:
+    """What W&B has been given of a run. Kept in ``wandb/sent.json``."""
+
+    id: str  # of the run at W&B
+    online: bool = False  # whether it was ever online, so that only the server knows what it has
+    rows: int = 0  # in the segments together
+    segments: list[str] = field(default_factory=list)  # folders that are complete
+
+    @staticmethod
+    def read(run: Run) -> Sent:
+        """That of ``run``; empty if nothing was sent."""
+        path = run.path / "wandb" / "sent.json"
+        return Sent(**json.loads(path.read_text())) if path.exists() else Sent(run.run_id)
+
+    def write(self, run: Run) -> None:
+        """Keep it."""
+        (run.path / "wandb").mkdir(parents=True, exist_ok=True)
+        write_json(run.path / "wandb" / "sent.json", asdict(self))
+
+
+def mode_of(
+    cfg: WandbConfig, environ: Mapping[str, str] = os.environ
+) -> Literal["online", "offline", "disabled"]:
+    """How W&B is used: as the recipe says, or with ``auto`` as ``WANDB_MODE`` says, or online if there is a login."""
+    asked = environ.get("WANDB_MODE", "") if cfg.mode == "auto" else cfg.mode
+    if asked in ("disabled", "offline"):
+        return asked
+    return "online" if logged_in(environ) else "offline"
+
+
+def push_command(run: Run) -> str:
+    """The command that sends ``run``."""
+    return f"sslzoo wandb push {shlex.quote(str(run.path))}"
+
+
+def push(path: Path, *, project: str | None, entity: str | None) -> str:
+    """Send the run in ``path`` from its files: everything that the server lacks. Returns the run's address there.
+
+    Of a run that is not finished, only rows that a checkpoint includes are sent. Raises ``ValueError`` if ``path`` is
+    no run, sends itself, or there is no login, and other exceptions if the server cannot be reached.
+    """
+    run = Run(path.absolute(), "")
+    manifest = run.read_manifest()
+    run = Run(run.path, manifest["run_id"])
+    recipe = load_recipe(str(run.recipe)).recipe
+    if not logged_in():
+        raise RunError(f"there is no login for {server_url()}: run wandb login, or set WANDB_API_KEY")
+    if Sent.read(run).online:
+        refuse_if_owned(run.path)  # it sends its rows itself
+    cfg = recipe.logging.wandb or WandbConfig()
+    cfg = replace(cfg, project=project or cfg.project, entity=entity or cfg.entity)
+    code = manifest["exit_code"]
+    final = len(read_rows(run.path)) if code in (ExitCode.DONE, ExitCode.NAN) else _rows_of_checkpoint(run)
+    sender = connect(run, recipe, cfg, final)
+    sender.send(final)
+    sender.end(code or 0)
+    return str(sender.connection.url)
+
+
+def _rows_of_checkpoint(run: Run) -> int:
+    """Rows that the newest checkpoint includes."""
+    from sslzoo.checkpoints import load_checkpoint, newest_sound
+
+    checkpoint = newest_sound(run.checkpoints)
+    return 0 if checkpoint is None else load_checkpoint(checkpoint)["callbacks"]["Meter"]["rows"]
+
+
+class WandB(Follower):
+    """Sends a run while it trains. Without a server, everything stays in the run's files, and nothing fails."""
+
+    def __init__(
+        self, run: Run, recipe: Recipe, cfg: WandbConfig, mode: Literal["online", "offline"]
+    ) -> None:
+        self.run, self.recipe, self.cfg, self.mode = run, recipe, cfg, mode
+        self._final = 0  # rows that are final
+        self._sender: Sender | None = None
+        self._sent_at = 0.0
+        self._said = False
+
+    def begin(self, rows: int) -> None:
+        """Connect, and send what the server lacks of the first ``rows`` rows."""
+        self._final = rows
+        if self.mode == "offline":
+            _discard_incomplete(self.run)
+            if Sent.read(self.run).rows > rows:
+                _start_anew(self.run)
+            self._said = True
+            OUT.print(f"W&B: kept offline; send with: {push_command(self.run)}", soft_wrap=True)
+        else:
+            self._connect()
+
+    def saved(self, rows: int) -> None:
+        """Send the rows that became final, unless some were sent a moment ago."""
+        self._final = rows
+        if self._sender is not None and time.monotonic() - self._sent_at > PAUSE:
+            self._sender.send(rows)
+            self._sent_at = time.monotonic()
+
+    def end(self, ending: Ending) -> None:
+        """Send the rest, and how the run ended. After a loss that is not finite that includes the rows which show it,
+        because such a run is not continued."""
+        complete = ending.code in (ExitCode.DONE, ExitCode.NAN)
+        if complete:
+            self._final = len(read_rows(self.run.path))
+            if not self._said:  # nothing was left to train
+                self.begin(self._final)
+        if self.mode == "offline" and self._said:
+            write_segment(self.run, self.recipe, self.cfg, self._final, ending)
+        elif self._sender is not None:
+            self._sender.send(self._final)
+            self._sender.end(int(ending.code), ending)
+
+    def _connect(self) -> None:
+        try:
+            self._sender = sender = connect(self.run, self.recipe, self.cfg, self._final)
+            sender.send(self._final)
+        except Exception as error:  # not installed, logged out, unreachable, a full disk: never fatal
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self._sender, self._said = None, True
+            log.warning("W&B: %s; kept offline; send with: %s", reason, push_command(self.run))
+            return
+        self._sent_at = time.monotonic()
+        self._said = True
+        OUT.print(f"W&B: {sender.connection.url}", soft_wrap=True)
+
+
+class Sender:
+    """A connection to a run at W&B, which has the first ``sent`` rows."""
+
+    def __init__(self, connection: Connection, run: Run, recipe: Recipe, cfg: WandbConfig, sent: int) -> None:
+        self.connection, self.run, self.recipe, self.cfg, self.sent = connection, run, recipe, cfg, sent
+
+    def send(self, rows: int) -> None:
+        """Send the first ``rows`` rows, without those that W&B has."""
+        if rows <= self.sent:
+            return
+        history = read_rows(self.run.path, rows)
+        for number in range(self.sent, len(history)):
+            self.connection.log(self._line(history[number]), step=number, commit=True)
+        self.sent = len(history)
+
+    def end(self, code: int, ending: Ending | None = None) -> None:
+        """Send the last value of every column, the figures of all evaluations and the pictures, and close the
+        connection with the run's exit code. ``ending`` is set if the run ends now, which may be worth an alert."""
+        try:
+            self._summarize()
+            if ending is not None and (title := _ALERTS.get(code)) is not None:
+                text = f"{self.recipe.name}, {self.run.run_id}: {ending.message}"
+                self.connection.alert(title, text, level="WARN" if code == ExitCode.PREEMPTED else "ERROR")
+            if code == ExitCode.PREEMPTED:
+                self.connection.mark_preempting()
+            if self.cfg.artifact and code == ExitCode.DONE:
+                self._send_export(self.run.path / "exported")
+        finally:  # uploads what is left
+            self.connection.finish(exit_code=code)
+
+    def _summarize(self) -> None:
+        import wandb
+
+        latest = last_values(read_rows(self.run.path, self.sent))
+        figures = {f"eval/{key}": value for key, value in figures_of(self.run.evaluation).items()}
+        pictures = {key: wandb.Image(str(path)) for key, path in current_pictures(self.run.path).items()}
+        self.connection.summary.update(latest | figures | pictures)
+
+    def _send_export(self, folder: Path) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"{self.recipe.name}-{self.connection.id}", type="model")
+        artifact.add_dir(str(folder))
+        logged = self.connection.log_artifact(artifact)
+        if not self.connection.offline:
+            logged.wait(timeout=UPLOAD_ARTIFACT)
+
+    def _line(self, row: Row) -> dict[str, Any]:
+        import numpy as np
+        import wandb
+
+        axes = {"step": row.step, "epoch": row.epoch, "images": row.step * self.recipe.data.global_batch_size}
+        histograms = {
+            histogram.name: wandb.Histogram(
+                np_histogram=(np.array(histogram.counts), np.array(histogram.edges))
+            )
+            for histogram in row.histograms
+        }
+        pictures = {key: wandb.Image(str(path)) for key, path in row.pictures.items()}
+        return {**axes, **row.values, **histograms, **pictures}
+
+
+def connect(run: Run, recipe: Recipe, cfg: WandbConfig, final: int) -> Sender:
+    """A connection to ``run`` at the server, whose first ``final`` rows are final. If what the server has is not the
+    beginning of these, as after going back to an older checkpoint, the run gets a new id there.
+
+    Raises an ``Exception`` of any kind if the server cannot be reached.
+    """
+    while (sent := _standing(run, cfg, final)) is None:
+        _start_anew(run)
+    state = Sent.read(run)
+    _drop_segments(run)  # the server gets their rows now
+    Sent(state.id, online=True).write(run)
+    return Sender(_open(run, recipe, cfg, state.id, "online"), run, recipe, cfg, sent)
+
+
+def write_segment(
+    run: Run, recipe: Recipe, cfg: WandbConfig, final: int, ending: Ending | None = None
+) -> None:
+    """Write the final rows that are in no segment yet into a new one, for ``wandb sync``. Rows of a run that was ever
+    online are left to ``sslzoo wandb push``, because only the server knows which ones it has."""
+    state = Sent.read(run)
+    if state.online:
+        return
+    sender = Sender(_open(run, recipe, cfg, state.id, "offline"), run, recipe, cfg, state.rows)
+    folder = Path(sender.connection.dir).parent.name
+    sender.send(final)
+    sender.end(0 if ending is None else int(ending.code), ending)
+    state.rows, state.segments = sender.sent, [*state.segments, folder]
+    state.write(run)
+
+
+def update(run: Run, recipe: Recipe, cfg: WandbConfig) -> None:
+    """Send new evaluations of a run that ended before."""
+    mode = mode_of(cfg)
+    code = run.read_manifest()["exit_code"] or 0
+    final = len(read_rows(run.path)) if code in (ExitCode.DONE, ExitCode.NAN) else Sent.read(run).rows
+    if mode == "online":
+        sender = connect(run, recipe, cfg, final)
+        sender.send(final)
+        sender.end(code)
+    elif mode == "offline":
+        write_segment(run, recipe, cfg, final)
+
+
+def _standing(run: Run, cfg: WandbConfig, final: int) -> int | None:
+    """Number of rows that the server has; None if what it has is not the beginning of this run's first ``final``
+    rows."""
+    wandb = _library()
+    api = wandb.Api(timeout=int(PATIENCE))
+    variables = {"project": cfg.project, "entity": cfg.entity, "name": Sent.read(run).id}
+    model = api._service_api.execute_graphql(_STANDING, variables, timeout=PATIENCE).get("model")
+    bucket = (model or {}).get("bucket")
+    if not bucket or not bucket["historyLineCount"]:
+        return 0
+    count = int(bucket["historyLineCount"])
+    last = json.loads(json.loads(bucket["historyTail"])[-1])
+    rows = read_rows(run.path, final)
+    follows = count <= len(rows) and last.get("_step") == count - 1
+    return count if follows and last.get("step") == rows[count - 1].step else None
+
+
+def _open(
+    run: Run, recipe: Recipe, cfg: WandbConfig, name: str, mode: Literal["online", "offline"]
+) -> Connection:
+    wandb = _library()
+    connection = wandb.init(
+        project=cfg.project,
+        entity=cfg.entity,
+        id=name,
+        name=f"{recipe.name}/{name}",
+        group=recipe.name,
+        job_type="pretrain",
+        tags=list(cfg.tags),
+        notes=cfg.notes or None,
+        config=dict(_config(run, recipe)),
+        dir=str(run.path),
+        mode=mode,
+        resume="allow" if mode == "online" else None,
+        settings=wandb.Settings(
+            silent=True, console="off", disable_git=True, init_timeout=PATIENCE, finish_timeout=UPLOAD
+        ),
+    )
+    for axis in ("step", "epoch", "images"):
+        connection.define_metric(axis, hidden=True)
+    connection.define_metric("*", step_metric="step")
+    return connection
+
+
+def _config(run: Run, recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """The resolved recipe, and under ``run`` the manifest and what follows from recipe and data."""
+    yield from plain(recipe).items()
+    manifest = run.read_manifest()
+    yield "run", {key: value for key, value in manifest.items() if key not in _LEFT_OUT}
+
+
+def _library() -> Any:
+    os.environ.setdefault("WANDB_SILENT", "true")  # it would announce its login and repeat the address
+    import wandb
+
+    return wandb
+
+
+def _discard_incomplete(run: Run) -> None:
+    """Delete segments that a killed run has not finished writing; all their rows are in later ones."""
+    complete = Sent.read(run).segments
+    for path in (run.path / "wandb").glob("offline-run-*"):
+        if path.name not in complete:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _start_anew(run: Run) -> None:
+    """Give the run another id at W&B, where it is sent from its first row."""
+    state = Sent.read(run)
+    number = int(state.id.removeprefix(run.run_id).removeprefix("-v") or 1)
+    state = Sent(f"{run.run_id}-v{number + 1}")
+    log.warning(
+        "W&B: what was sent is not the beginning of metrics.csv any more; the run is sent anew as %s",
+        state.id,
+    )
+    _drop_segments(run)
+    state.write(run)
+
+
+def _drop_segments(run: Run) -> None:
+    for path in (run.path / "wandb").glob("offline-run-*"):
+        shutil.rmtree(path, ignore_errors=True)

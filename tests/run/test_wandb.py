@@ -1,0 +1,254 @@
+"""W&B and TensorBoard: what they have is what is in metrics.csv, whatever has happened to the run."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sslzoo.exits import ExitCode
+from sslzoo.run.history import read_rows
+from tests.command import Command, fork, manifest, saved, short_evaluation, until, write_recipe
+from tests.wandb_server import KeptRun, Server, serving
+
+Columns = dict[str, list[tuple[int, float]]]  # steps and values of each column
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as server:
+        yield server
+
+
+def _eager() -> None:
+    """Rows are sent at every checkpoint, however short ago the last were."""
+    from sslzoo.run import wandb_run
+
+    wandb_run.PAUSE = 0.0
+    short_evaluation()
+
+
+def _fit(folder: Path, server: Server, *arguments: str, mode: str, **options: Any) -> Command:
+    return fork(
+        folder, "fit", "--recipe", "tiny.yaml", "--out", "run", "logging.tensorboard=true",
+        f"logging.wandb={{mode: {mode}, tags: [a], notes: for a test}}", "logging.every_steps=1",
+        *arguments, environment=server.environment, before=_eager, **options,
+    )  # fmt: skip
+
+
+def _push(folder: Path, server: Server, *more: str, name: str = "push") -> Command:
+    return fork(folder, "wandb", "push", "run", *more, environment=server.environment, name=name)
+
+
+def _sync(folder: Path, server: Server) -> None:
+    """What a user types to send the offline segments."""
+    segments = sorted(str(path) for path in (folder / "run/wandb").glob("offline-run-*"))
+    command = [sys.executable, "-m", "wandb", "sync", *segments]
+    environment = os.environ | server.environment
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def _in_file(run: Path) -> Columns:
+    """Steps and values of each column of metrics.csv, without means over epochs."""
+    found: Columns = {}
+    with (run / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            for name, cell in row.items():
+                if cell and name not in ("step", "epoch") and not name.endswith("_epoch"):
+                    found.setdefault(name, []).append((int(row["step"]), float(cell)))
+    return found
+
+
+def _at_wandb(kept: KeptRun) -> Columns:
+    found: Columns = {}
+    for line in kept.history:
+        for name, value in line.items():
+            if "/" in name and not name.startswith(("sys/", "pictures/")):
+                found.setdefault(name, []).append((line["step"], value))
+    return found
+
+
+def _on_board(run: Path) -> Columns:
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if not name.startswith(("sys/", "eval/"))]
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
+
+
+def _single(columns: Columns) -> Columns:
+    """With values in single precision, which is TensorBoard's."""
+    return {
+        name: [(step, float(np.float32(value))) for step, value in course] for name, course in columns.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Path:
+    """A folder with a finished offline run."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_recipe(folder)
+    run = _fit(folder, server, "trainer.max_epochs=2", mode="offline")
+    assert run.wait() == 0, run.said
+    assert run.err == ""
+    assert run.out.count(f"W&B: kept offline; send with: sslzoo wandb push {folder / 'run'}") == 1, run.said
+    return folder
+
+
+def test_an_offline_run_is_sent_by_either_command(finished: Path, server: Server, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    name = manifest(folder / "run")["run_id"]
+    _sync(folder, server)
+    kept = server.runs[name]
+    assert _at_wandb(kept) == _in_file(folder / "run")
+    assert [line["_step"] for line in kept.history] == list(range(len(read_rows(folder / "run"))))
+    assert {"step": 12, "epoch": 1, "images": 192}.items() <= kept.history[-1].items()
+    before = kept.history
+    for attempt in range(2):  # nothing is sent twice
+        push = _push(folder, server, name=f"push{attempt}")
+        assert push.wait() == 0, push.said
+        assert push.out == f"{server.url}/e/sslzoo/runs/{name}\n"
+        assert push.err == "" and server.runs[name].history == before
+    assert not list((folder / "run/wandb").glob("offline-run-*"))  # they would be sent again by wandb sync
+
+
+def test_tensorboard_has_the_same_history(finished: Path) -> None:
+    assert _on_board(finished / "run") == _single(_in_file(finished / "run"))
+    events = EventAccumulator(str(finished / "run/tensorboard"))
+    events.Reload()
+    assert "eval/linear_top1" in events.Tags()["scalars"]
+    assert "pictures/views" in events.Tags()["images"]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+
+
+def test_what_is_said_of_a_run(finished: Path, server: Server, tmp_path: Path) -> None:
+    """In another project: recipe, manifest, group, final figures, pictures; and every later evaluation."""
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    name = manifest(folder / "run")["run_id"]
+    server.runs.pop(name, None)
+    (folder / "run/pictures").mkdir()
+    shutil.copy(folder / "run/views.png", folder / "run/pictures/map-step=6.png")
+    push = _push(folder, server, "--project", "other", "--entity", "team")
+    assert push.wait() == 0 and push.out == f"{server.url}/team/other/runs/{name}\n", push.said
+    kept = server.runs[name]
+    expected = {"groupName": "tiny", "jobType": "pretrain", "tags": ["a"], "notes": "for a test"}
+    assert expected.items() <= kept.attributes.items()
+    assert kept.config["optim"]["lr"] == 0.01
+    facts = kept.config["run"]
+    assert facts["data_fingerprint"].startswith("fashion_mnist/train/96/") and facts["world_size"] == 1
+    assert facts["derived"] == {
+        "peak_lr": 0.01, "total_steps": 12, "steps_per_epoch": 6, "training_images": 96,
+        "parameters": facts["derived"]["parameters"],
+    }  # fmt: skip
+    assert kept.summary["eval/linear_top1"] == pytest.approx(kept.summary["val/linear_top1"], abs=0.5)
+    assert kept.summary["pictures/views"]["_type"] == "image-file"
+    (drawn,) = [line for line in kept.history if "pictures/map" in line]
+    assert drawn["step"] == 6 and "sys/images_per_s" in kept.history[0]
+
+    later = fork(
+        folder, "eval", "knn", "run", "--k", "3", environment=server.environment, before=short_evaluation
+    )
+    assert later.wait() == 0, later.said
+    assert _push(folder, server).wait() == 0
+    assert "eval/knn_k3_top1" in server.runs[name].summary or any(
+        key.startswith("eval/knn") and key != "eval/knn_top1" for key in server.runs[name].summary
+    )
+
+
+def test_another_history_at_the_server_is_not_continued(
+    finished: Path, server: Server, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    name = manifest(folder / "run")["run_id"]
+    server.runs[name] = KeptRun()
+    server.runs[name].streams["history"] = ['{"_step": 0, "step": 50}', '{"_step": 7, "step": 1}']
+    push = _push(folder, server)
+    assert push.wait() == 0, push.said
+    assert f"sent anew as {name}-v2" in push.err and len(push.err.splitlines()) == 1
+    assert len(server.runs[name].history) == 2  # is left alone
+    assert _at_wandb(server.runs[f"{name}-v2"]) == _in_file(folder / "run")
+
+
+def test_refusals_of_push(finished: Path, tmp_path: Path) -> None:
+    nobody = {"NETRC": str(tmp_path / "none"), "WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    push = fork(finished, "wandb", "push", "run", environment=nobody)
+    assert push.wait() == ExitCode.USAGE
+    assert push.last.startswith(
+        "sslzoo wandb push: there is no login for http://127.0.0.1:9: run wandb login"
+    )
+    push = fork(tmp_path, "wandb", "push", "nothing", environment=nobody)
+    assert push.wait() == ExitCode.USAGE and "manifest.json is gone" in push.last
+
+
+def _until_saved(fit: Command, run: Path, step: int) -> None:
+    assert until(lambda: fit.ended or max(saved(run), default=0) >= step) and not fit.ended, fit.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_three_kills(tmp_path: Path, server: Server, mode: str) -> None:
+    """Between two checkpoints, of the process alone and with wandb's own; offline, segments are sent between."""
+    write_recipe(tmp_path)
+    run = tmp_path / "run"
+    for number, (step, all_of_it) in enumerate([(3, False), (8, True), (13, False)]):
+        fit = _fit(
+            tmp_path, server, "--resume", "auto", mode=mode, faults={"pause": 0.1}, name=f"fit{number}"
+        )
+        _until_saved(fit, run, step)
+        assert until(lambda s=step: read_rows(run)[-1].step > max(saved(run)))
+        (os.killpg if all_of_it else os.kill)(fit.pid, signal.SIGKILL)
+        assert fit.wait() == -signal.SIGKILL, fit.said
+        if mode == "online":
+            name = manifest(run)["run_id"]
+            assert len(server.runs[name].history) <= len(read_rows(run))
+    fit = _fit(tmp_path, server, "--resume", "auto", mode=mode, faults={"pause": 0.1}, name="signalled")
+    _until_saved(fit, run, 15)
+    fit.signal(signal.SIGTERM)
+    assert fit.wait() == ExitCode.PREEMPTED, fit.said
+    if mode == "offline":
+        _sync(tmp_path, server)
+    last = _fit(tmp_path, server, "--resume", "auto", mode=mode, name="last")
+    assert last.wait() == 0 and last.err == "", last.said
+    if mode == "offline":
+        _sync(tmp_path, server)
+    name = manifest(run)["run_id"]
+    kept = server.runs[name]
+    assert kept.exit_code == 0
+    assert _at_wandb(kept) == _in_file(run)
+    assert _on_board(run) == _single(_in_file(run))
+    assert f"{name}-v2" not in server.runs
+    if mode == "online":
+        assert last.out.count(f"/runs/{name}") == 1 and kept.alerts == ["Pre-empted"]
+
+
+def test_without_a_server_nothing_is_lost(tmp_path: Path, server: Server) -> None:
+    write_recipe(tmp_path)
+    away = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    run = fork(
+        tmp_path, "fit", "--recipe", "tiny.yaml", "--out", "run", "logging.wandb={}", "trainer.max_epochs=1",
+        environment=away, before=_impatient,
+    )  # fmt: skip
+    assert run.wait() == 0, run.said
+    (line,) = run.err.splitlines()
+    assert line.startswith("warning: W&B: ") and line.endswith(
+        "send with: sslzoo wandb push " + str(tmp_path / "run")
+    )
+    assert _push(tmp_path, server).wait() == 0
+    assert _at_wandb(server.runs[manifest(tmp_path / "run")["run_id"]]) == _in_file(tmp_path / "run")
+
+
+def _impatient() -> None:
+    from sslzoo.run import wandb_run
+
+    wandb_run.PATIENCE = 1.0
+    short_evaluation()
