@@ -107,7 +107,7 @@ def measure(batch_size: int = 2048, dim: int = 128, rounds: int = 7) -> list[Res
             work=f"{loss}, chunked",
             baseline="bare products",
             value=ratio(loss_times, "chunked", "products"),
-            at_most=2.5,
+            at_most=1.8,
         ),
         Result(
             work=f"{loss}, chunked",

@@ -348,7 +348,7 @@ def test_a_stale_estimate_scales_only_the_repulsion_and_at_most_by_one_over_gamm
 @pytest.mark.parametrize("views", [(2, 2), (2, 4), (3, 3)])
 @pytest.mark.parametrize("individual", [False, True])
 def test_lean_equals_dense(views, individual, monkeypatch):
-    monkeypatch.setattr("sslzoo_methods.sogclr.loss.CHUNK", 40)  # blocks of one to three anchors
+    monkeypatch.setattr("sslzoo.nn.streaming.BLOCK", {"cpu": 40})  # blocks of one to three anchors
     anchors, total = views
     z = _embeddings(total, 9)
     own = z[:anchors, 2:6].clone()

@@ -18,7 +18,7 @@ from sslzoo_methods.mmcl.kernels import Kernel, bandwidth
 from sslzoo_methods.mmcl.loss import dual_health, dual_problem, kernel_means, mmcl_loss, normalized
 from sslzoo_methods.mmcl.solvers import solve_adaptive
 from sslzoo_methods.sce.loss import TermWeights, crop_pairs, sce_loss, sce_multicrop_loss
-from sslzoo_methods.simclr.loss import nt_xent
+from sslzoo_methods.simclr.loss import nt_xent, nt_xent_lean
 from sslzoo_methods.sogclr.bimodal import bimodal_loss
 from sslzoo_methods.sogclr.loss import gcl_columns_loss, gcl_loss, gcl_loss_lean, ntxent_loss
 
@@ -174,6 +174,7 @@ def _sce(z: Tensor) -> Tensor:
 
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "simclr": lambda z: nt_xent(list(z), list(z[:2]), offset=0, temperature=0.1),
+    "simclr-lean": lambda z: nt_xent_lean(list(z), list(z[:2]), offset=0, temperature=0.1),
     "mmcl": _mmcl,
     "sogclr": _gcl(gcl_loss_lean),
     "sogclr-dense": _gcl(gcl_loss),

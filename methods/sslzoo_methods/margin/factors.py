@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sslzoo.checks import require
-from sslzoo.nn.numerics import autocast_off, ieee_matmul, product
+from sslzoo.nn.numerics import product
+from sslzoo.nn.streaming import Streamed, stream
 
 WideAngle = Literal["exact", "arcface", "clamp", "easy"]
 
@@ -231,43 +232,63 @@ def negative_logsumexp(
     at a time, with O(chunk x M) memory; the value is the same, and it is differentiable once.
     """
     if chunk is not None:
-        return _ChunkedLogSumExp.apply(anchors, candidates, excluded, 1 / temperature, chunk)  # type: ignore[no-any-return]
+        return _StreamedLogSumExp.apply(anchors, candidates, excluded, temperature, chunk)  # type: ignore[no-any-return]
     logits = product(anchors / temperature, candidates.T)
     return logits.scatter(1, excluded, -torch.inf).logsumexp(dim=1)
 
 
-class _ChunkedLogSumExp(torch.autograd.Function):
-    """The forward pass also computes the softmax mean of the negatives, which is the anchors' gradient;
-    the candidates' gradient needs a second pass."""
+class _StreamedLogSumExp(torch.autograd.Function):
+    """The gradient of each anchor's value is known only in the backward pass, which therefore computes the similarities
+    once more, unless only anchors need gradients: these are then computed in the forward pass, up to that factor."""
 
     @staticmethod
     def forward(
-        ctx: Any, anchors: Tensor, candidates: Tensor, excluded: Tensor, scale: float | Tensor, chunk: int
+        ctx: Any,
+        anchors: Tensor,
+        candidates: Tensor,
+        excluded: Tensor,
+        temperature: float | Tensor,
+        chunk: int,
     ) -> Tensor:
-        out, centre = anchors.new_empty(len(anchors)), torch.empty_like(anchors)
-        with ieee_matmul():
-            for start in range(0, len(anchors), chunk):
-                rows = slice(start, start + chunk)
-                logits = ((anchors[rows] * scale) @ candidates.T).scatter_(1, excluded[rows], -torch.inf)
-                out[rows] = logits.logsumexp(dim=1)
-                centre[rows] = logits.sub_(out[rows, None]).exp_() @ candidates
-        ctx.save_for_backward(anchors, candidates, excluded, out, centre)
-        ctx.scale, ctx.chunk = scale, chunk
-        return out
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.constant = not ctx.needs_input_grad[1]
+        log_sum, centre, _ = _streamed(
+            anchors, candidates, excluded, temperature, chunk, pull=ctx.constant, push=False
+        )
+        ctx.save_for_backward(anchors, candidates, excluded, centre)
+        return log_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        anchors, candidates, excluded, out, centre = ctx.saved_tensors
-        scale = ctx.scale
-        weight = (grad * scale)[:, None]  # (N, 1)
-        to_candidates = None
-        if ctx.needs_input_grad[1]:
-            to_candidates = torch.zeros_like(candidates)
-            with autocast_off(anchors), ieee_matmul():
-                for start in range(0, len(anchors), ctx.chunk):
-                    rows = slice(start, start + ctx.chunk)
-                    logits = ((anchors[rows] * scale) @ candidates.T).scatter_(1, excluded[rows], -torch.inf)
-                    share = logits.sub_(out[rows, None]).exp_()
-                    to_candidates.addmm_(share.T, anchors[rows] * weight[rows])
-        return centre * weight, to_candidates, None, None, None
+        anchors, candidates, excluded, centre = ctx.saved_tensors
+        weight = grad / ctx.temperature
+        if ctx.constant:
+            return centre * weight[:, None], None, None, None, None
+        _, pull, push = _streamed(
+            anchors, candidates, excluded, ctx.temperature, ctx.chunk, weight=weight, pull=True, push=True
+        )
+        return pull, push, None, None, None
+
+
+def _streamed(
+    anchors: Tensor,
+    candidates: Tensor,
+    excluded: Tensor,
+    temperature: float | Tensor,
+    chunk: int,
+    *,
+    weight: Tensor | None = None,
+    pull: bool,
+    push: bool,
+) -> Streamed:
+    return stream(
+        anchors,
+        candidates,
+        temperature=temperature,
+        exclude=lambda rows, logits: logits.scatter_(1, excluded[rows], -torch.inf),
+        weights=weight,
+        pull=pull,
+        push=push,
+        block=chunk,
+    )

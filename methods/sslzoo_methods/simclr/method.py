@@ -9,7 +9,7 @@ from sslzoo.method import SSLMethod
 from sslzoo.nn.heads import build_head
 from sslzoo.nn.numerics import normalize
 from sslzoo_methods.simclr.config import SimCLRConfig
-from sslzoo_methods.simclr.loss import nt_xent
+from sslzoo_methods.simclr.loss import nt_xent_lean
 
 
 class SimCLR(SSLMethod[SimCLRConfig]):
@@ -31,7 +31,7 @@ class SimCLR(SSLMethod[SimCLRConfig]):
         with torch.no_grad():
             self.record("method/positive_similarity", (embeddings[0] * embeddings[1]).sum(dim=1).mean())
         offset = rank() * len(batch.sample_id)
-        return nt_xent(embeddings, candidates, offset=offset, temperature=self.cfg.temperature)
+        return nt_xent_lean(embeddings, candidates, offset=offset, temperature=self.cfg.temperature)
 
     def depends_on_processes(self) -> str:
         """It does not: the loss has the images of all processes."""

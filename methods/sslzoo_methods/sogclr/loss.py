@@ -11,21 +11,18 @@ constants.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from math import log
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sslzoo.checks import require
 from sslzoo.nn.compiling import compilable
 from sslzoo.nn.numerics import autocast_off, ieee_matmul, product
+from sslzoo.nn.streaming import stream, with_gradient
 from sslzoo_methods.sogclr.config import FirstVisit, UWrite
-
-# Similarities computed at once by the lean form: 8 MiB in float32, to fit a CPU's last-level cache.
-CHUNK = 2**21
 
 
 class Estimates(NamedTuple):
@@ -158,12 +155,33 @@ def gcl_loss_lean(
     """:func:`gcl_loss` with O(chunk) memory: the gradient is computed in the forward pass, one block of
     anchors at a time, and no similarities are stored. Differentiable once."""
     with autocast_off(anchors), ieee_matmul():
-        first = first_visits(log_u, first_visit)
-        tau = _per_image(temperature, log_u)
-        total, repulsion, log_batch, log_mixed = _Repulsion.apply(
-            anchors, columns, log_u, first, tau, gamma, u_floor, offset
-        )  # type: ignore[misc]
+        views, images, _ = anchors.shape
+        rows, flat, count = anchors.flatten(0, 1), columns.flatten(0, 1), negatives(columns)
+        before, first = log_u.repeat(views), first_visits(log_u, first_visit).repeat(views)
+
+        def mixed(part: slice, log_sum: Tensor) -> Tensor:
+            return mix(before[part], log_sum - log(count), first[part], gamma)
+
+        def weight(part: slice, log_sum: Tensor) -> Tensor:
+            # p is the softmax times this and M. p <= M / gamma, so it cannot overflow.
+            return (log_sum - floored(mixed(part, log_sum), u_floor)).exp() / count
+
+        log_sum, pull, push = stream(
+            rows.detach(),
+            flat.detach(),
+            temperature=temperature.repeat(views) if isinstance(temperature, Tensor) else temperature,
+            exclude=_exclude_own(images, columns.shape[1], offset),
+            weights=weight,
+            pull=True,
+            push=columns.requires_grad,
+        )
+        log_mixed = mixed(slice(None), log_sum).view(views, images)
+        with torch.no_grad():
+            repulsion = (pull * rows).sum(dim=1).view(views, images)
+        gradients = (rows, pull.div_(images)), (flat, push.div_(images))
+        log_batch = log_sum.view(views, images) - log(count)
         positive = positives(anchors, columns, offset)
+        total = with_gradient(repulsion.sum(dim=0).mean(), *gradients)
         loss = total - positive.sum(dim=0).mean()
         return loss, _estimates(log_batch, log_mixed, repulsion, positive, temperature, u_write, gamma)
 
@@ -186,12 +204,27 @@ def gcl_columns_loss(
     (FastCLIP, arXiv:2407.01445). Its value is meaningless.
     """
     with autocast_off(own), ieee_matmul():
-        tau = _per_image(temperature, log_mixed[0])
-        rows = slice(offset, offset + own.shape[1])
-        repulsion = _ColumnRepulsion.apply(own, anchors, floored(log_mixed, u_floor), tau, offset)
+        views, images, _ = own.shape
+        flat = own.flatten(0, 1)
+        scale = 1 / (images * views * (anchors.shape[1] - 1))
+        rows, divisor = anchors.flatten(0, 1), floored(log_mixed, u_floor).flatten()
+
+        def weight(part: slice, log_sum: Tensor) -> Tensor:
+            return (log_sum - divisor[part]).exp() * scale
+
+        push = stream(
+            rows,
+            flat.detach(),
+            temperature=temperature.repeat(len(anchors)) if isinstance(temperature, Tensor) else temperature,
+            exclude=_exclude_own(anchors.shape[1], images, -offset),
+            weights=weight,
+            pull=False,
+            push=True,
+        ).push
+        repulsion = with_gradient((push * flat.detach()).sum(), (flat, push))
         # This rank's anchors are constant here; their gradient comes from gcl_loss.
-        positive = positives(anchors[:, rows], own, 0)
-        return repulsion - positive.sum(dim=0).mean()  # type: ignore[no-any-return]
+        positive = positives(anchors[:, offset : offset + images], own, 0)
+        return repulsion - positive.sum(dim=0).mean()
 
 
 @compilable
@@ -225,93 +258,15 @@ def _estimates(
     return Estimates(log_u, log_mixed, log_batch, positive.detach(), slope)
 
 
-def _per_image(temperature: float | Tensor, like: Tensor) -> Tensor:
-    return temperature if isinstance(temperature, Tensor) else torch.full_like(like, temperature)
+def _exclude_own(images: int, batch: int, offset: int) -> Callable[[slice, Tensor], None]:
+    """For :func:`stream`: removes the columns of a row's own image. Rows are views of ``images`` images, columns views
+    of ``batch`` images, of which number i + ``offset``, if there is one, is the rows' number i."""
 
+    def exclude(part: slice, logits: Tensor) -> None:
+        for first in range(0, part.stop, images):  # of each view
+            start, stop = max(part.start, first), min(part.stop, first + images)
+            if start < stop:
+                own = logits[start - part.start : stop - part.start].unflatten(1, (-1, batch))
+                own.diagonal(start - first + offset, dim1=0, dim2=2).fill_(-torch.inf)
 
-def _blocks(
-    anchors: Tensor, columns: Tensor, tau: Tensor, offset: int
-) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """Yield blocks of anchors: (view, rows, peak (R,), e (R, V*B)), where e = exp(s / tau - peak), and 0 for the
-    anchor's own image. The peak is the largest exponent of the row, so nothing overflows at any temperature; a
-    row without any other image among the columns is 0."""
-    views, batch, _ = columns.shape
-    flat = columns.flatten(0, 1).T
-    step = max(1, CHUNK // (views * batch))
-    buffer = anchors.new_empty(min(step, anchors.shape[1]), views * batch)
-    for g in range(anchors.shape[0]):
-        for start in range(0, anchors.shape[1], step):
-            rows = slice(start, min(start + step, anchors.shape[1]))
-            scaled = anchors[g, rows] / tau[rows, None]
-            e = torch.mm(scaled, flat, out=buffer[: scaled.shape[0]])
-            e.view(-1, views, batch).diagonal(start + offset, dim1=0, dim2=2).fill_(-torch.inf)
-            peak = e.amax(dim=1).clamp(min=torch.finfo(e.dtype).min)  # finite, also with no other image
-            yield g, rows, peak, e.sub_(peak[:, None]).exp_()
-
-
-class _Repulsion(torch.autograd.Function):
-    """1/b sum_i sum_v 1/M sum_j p_j s_j; computes its gradient in the forward pass too."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchors: Tensor,
-        columns: Tensor,
-        log_u: Tensor,
-        first: Tensor,
-        tau: Tensor,
-        gamma: float,
-        u_floor: float | None,
-        offset: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        count, flat = negatives(columns), columns.flatten(0, 1)
-        log_batch = anchors.new_empty(anchors.shape[:2])
-        log_mixed, repulsion = torch.empty_like(log_batch), torch.empty_like(log_batch)
-        grad_anchors = torch.empty_like(anchors)
-        grad_columns = torch.zeros_like(flat) if ctx.needs_input_grad[1] else None
-        for g, rows, peak, e in _blocks(anchors, columns, tau, offset):
-            log_batch[g, rows] = peak + e.sum(dim=1).log() - log(count)
-            log_mixed[g, rows] = mix(log_u[rows], log_batch[g, rows], first[rows], gamma)
-            # p = e * scale. p <= M / gamma, so the scale cannot overflow.
-            scale = (peak - floored(log_mixed[g, rows], u_floor)).exp()[:, None] / count
-            pulled = (e @ flat) * scale  # (R, D)
-            repulsion[g, rows] = (pulled * anchors[g, rows]).sum(dim=1)
-            grad_anchors[g, rows] = pulled
-            if grad_columns is not None:
-                grad_columns.addmm_(e.T, anchors[g, rows] * scale)
-        ctx.images = anchors.shape[1]
-        ctx.save_for_backward(grad_anchors, None if grad_columns is None else grad_columns.view_as(columns))
-        ctx.mark_non_differentiable(repulsion, log_batch, log_mixed)
-        return repulsion.sum(dim=0).mean(), repulsion, log_batch, log_mixed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grad_anchors, grad_columns = ctx.saved_tensors
-        grad = grad / ctx.images
-        return grad_anchors * grad, None if grad_columns is None else grad_columns * grad, *[None] * 6
-
-
-class _ColumnRepulsion(torch.autograd.Function):
-    """1/b sum over all ranks' anchors of 1/M sum_j p_j s_j, where j runs over this rank's columns."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, own: Tensor, anchors: Tensor, log_divisor: Tensor, tau: Tensor, offset: int
-    ) -> Tensor:
-        views, images, _ = own.shape
-        scale = 1 / (images * views * (anchors.shape[1] - 1))
-        flat = own.flatten(0, 1)
-        grad_own = torch.zeros_like(flat)
-        # The image of anchor row r is this rank's column r - offset.
-        for g, rows, peak, e in _blocks(anchors, own, tau, -offset):
-            weight = (peak - log_divisor[g, rows]).exp()[:, None] * scale
-            grad_own.addmm_(e.T, anchors[g, rows] * weight)
-        ctx.save_for_backward(grad_own.view_as(own))
-        return (grad_own * flat).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_own,) = ctx.saved_tensors
-        return grad_own * grad, None, None, None, None
+    return exclude
