@@ -1,5 +1,5 @@
 """What data-loader workers run: from positions to uint8 pixels and the drawn parameters of the views, which are applied
-on the device."""
+on the device, or to finished views."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torchvision.transforms.v2 import functional as TF
 
-from sslzoo.data.crops import channels_last, crop_image, evaluation_crop
+from sslzoo.data.crops import channels_last, crop_into, evaluation_crop
 from sslzoo.data.disk import DataError
 from sslzoo.data.packing import Layout, pack
+from sslzoo.data.photometric import normalize_
 from sslzoo.data.sampler import Item, stand_ins
 from sslzoo.data.sources import ArraySource, ImageSource, UnreadableImageError
-from sslzoo.data.views import ViewDraws, draw_boxes, draw_uniforms, draw_view
+from sslzoo.data.views import (
+    ViewDraws,
+    apply_to_image,
+    draw_boxes,
+    draw_images,
+    draw_uniforms,
+    draw_view,
+)
 from sslzoo.recipe.sections import PlainView, ViewConfig
 
 log = logging.getLogger("sslzoo")
@@ -40,7 +47,7 @@ class RawBatch(NamedTuple):
 
     images: tuple[Tensor, ...]  # uint8: whole images once (array source), or the crops of every view
     draws: Tensor  # the parameters of every view, ViewDraws, packed according to
-    layout: Layout
+    layout: Layout | None  # None: the images are finished views, normalised float32
     sample_id: Tensor  # (N,)
     label: Tensor | None
     bad: tuple[Bad, ...]  # met on the way
@@ -179,6 +186,14 @@ class WatchedLoader(DataLoader[Any]):
             yield batch
 
 
+@dataclass(frozen=True)
+class Normalization:
+    """Mean and standard deviation of the channels, for images in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 def _labels(source: ImageSource, sample_id: Tensor) -> Tensor | None:
     return None if source.labels is None else torch.from_numpy(source.labels[sample_id.numpy()])
 
@@ -194,9 +209,12 @@ class ViewDataset(Dataset[RawBatch]):
         global_batch_size: int,
         reader: ImageReader | None = None,
         among: Tensor | None = None,
+        finish: Normalization | None = None,
     ) -> None:
-        """``among``: a mask (N,) of the samples that may stand in for unreadable ones; None: all."""
+        """``among``: a mask (N,) of the samples that may stand in for unreadable ones; None: all. ``finish``: apply the
+        views to the crops of files too, and normalise them; None: that is left to the device."""
         self.source, self.views, self.seed, self.among = source, tuple(views), seed, among
+        self.finish = finish
         self.global_batch_size = global_batch_size
         self.reader = ImageReader(source) if reader is None else reader
 
@@ -219,7 +237,7 @@ class ViewDataset(Dataset[RawBatch]):
                 u = draw_uniforms(self.seed, epoch, k, sample_id)
                 drawn.append(draw_view(view, u, self.source.channels, draw_boxes(view, u, height, width)))
             return self._batch((self.source.batch(sample_id),), drawn, sample_id)
-        crops: list[list[Tensor]] = [[] for _ in self.views]
+        images = tuple(self._empty(len(sample_id), view.size) for view in self.views)
         uniforms: list[list[Tensor]] = [[] for _ in self.views]
         kept: list[int] = []
         bad: list[Bad] = []
@@ -231,19 +249,50 @@ class ViewDataset(Dataset[RawBatch]):
             ) as error:  # as a value: raised in a worker it would arrive as a traceback in words
                 return error
             ids = torch.tensor([i for i, _ in read])
-            height = torch.tensor([image.shape[1] for _, image in read])
-            width = torch.tensor([image.shape[2] for _, image in read])
             kept += ids.tolist()
-            for k, view in enumerate(self.views):
+            for k in range(len(self.views)):
                 u = draw_uniforms(self.seed, epoch, k, ids)
                 uniforms[k].append(u)
-                for (_, image), box in zip(read, draw_boxes(view, u, height, width).tolist(), strict=True):
-                    crops[k].append(crop_image(image, box, view.size, view.interpolation))
+                self._fill(images[k][start:], k, [image for _, image in read], u)
+        if self.finish is not None:
+            nothing = torch.empty(0, dtype=torch.uint8)
+            kept_id = torch.tensor(kept)
+            return RawBatch(images, nothing, None, kept_id, _labels(self.source, kept_id), tuple(bad))
         drawn = [
             draw_view(view, torch.cat(u), self.source.channels)
             for view, u in zip(self.views, uniforms, strict=True)
         ]
-        return self._batch(tuple(torch.stack(crop) for crop in crops), drawn, torch.tensor(kept), bad)
+        return self._batch(images, drawn, torch.tensor(kept), bad)
+
+    def _empty(self, n: int, size: int) -> Tensor:
+        """Memory for a view of ``n`` images: uint8 crops, channels-last, or finished views in float32. A worker's is
+        shared with the main process, which spares a copy."""
+        dtype = torch.uint8 if self.finish is None else torch.float32
+        count = n * size * size * self.source.channels
+        if get_worker_info() is None:
+            flat = torch.empty(count, dtype=dtype)
+        else:
+            storage = torch.UntypedStorage._new_shared(count * dtype.itemsize, device="cpu")
+            flat = torch.empty(0, dtype=dtype).set_(storage, 0, (count,))  # type: ignore[call-overload]
+        if self.finish is None:
+            return flat.view(n, size, size, -1).permute(0, 3, 1, 2)
+        return flat.view(n, -1, size, size)
+
+    def _fill(self, out: Tensor, k: int, images: Sequence[Tensor], u: Tensor) -> None:
+        """Write the ``k``-th view of ``images``, drawn by ``u`` (n, DRAWS), to ``out`` (at least n, C, S, S)."""
+        view, finish = self.views[k], self.finish
+        height, width = (torch.tensor([image.shape[dim] for image in images]) for dim in (1, 2))
+        boxes = draw_boxes(view, u, height, width).tolist()
+        if finish is None:
+            for crop, image, box in zip(out, images, boxes, strict=False):
+                crop_into(crop, image, box, view.interpolation)
+            return
+        crop = torch.empty((view.size, view.size, self.source.channels), dtype=torch.uint8).permute(2, 0, 1)
+        for one, image, box, draws in zip(
+            out, images, boxes, draw_images(view, u, self.source.channels), strict=False
+        ):
+            crop_into(crop, image, box, view.interpolation)
+            normalize_(apply_to_image(view, one.copy_(crop).div_(255), draws), finish.mean, finish.std)
 
     def _batch(
         self, images: tuple[Tensor, ...], drawn: list[ViewDraws], sample_id: Tensor, bad: Sequence[Bad] = ()
@@ -316,8 +365,8 @@ class EvalDataset(Dataset[RawEvalBatch]):
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 to float32 in [0, 1]."""
-    return TF.to_dtype(images.contiguous(), torch.float32, scale=True)
+    """uint8 to float32 in [0, 1], contiguous."""
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def shard(positions: Tensor, rank: int, world_size: int, batch_size: int) -> list[list[int]]:

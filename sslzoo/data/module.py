@@ -23,6 +23,7 @@ from sslzoo.data.loading import (
     BadImages,
     EvalDataset,
     ImageReader,
+    Normalization,
     RawBatch,
     RawEvalBatch,
     ViewDataset,
@@ -31,7 +32,7 @@ from sslzoo.data.loading import (
     shard,
     to_unit,
 )
-from sslzoo.data.photometric import normalize
+from sslzoo.data.photometric import normalize, normalize_
 from sslzoo.data.sampler import GlobalBatchSampler, Item
 from sslzoo.data.sources import ArraySource, FakeSource, ImageSource
 from sslzoo.data.views import ViewDraws, apply_view, expand_views
@@ -68,7 +69,8 @@ class SSLDataModule(LightningDataModule):
     """Training batches from ``views`` and evaluation batches from a plain view.
 
     Workers decode, crop to uint8, and draw the parameters of the views, which are applied on the device to the
-    whole batch. Images in memory need no workers and are cropped on the device too. ``position`` counts the
+    whole batch, or, with ``data.augment_on`` = worker, by them. Images in memory need no workers and are cropped on the
+    device too. ``position`` counts the
     micro-batches finished in the whole run: a run's callback adds one after each, and the order of samples
     continues from there after a resume.
     """
@@ -191,6 +193,14 @@ class SSLDataModule(LightningDataModule):
         return 0 if isinstance(source, ArraySource) else self.data.workers
 
     @property
+    def augments_in_workers(self) -> bool:
+        """Whether the data workers finish the views, or the main process without workers; otherwise the device does."""
+        if isinstance(self.train_source, ArraySource):
+            return False
+        place = self.data.augment_on
+        return self._device.type == "cpu" if place is None else place == "worker"
+
+    @property
     def _device(self) -> torch.device:
         return self.device if self.trainer is None else self.trainer.strategy.root_device
 
@@ -249,7 +259,8 @@ class SSLDataModule(LightningDataModule):
 
     def _view_dataset(self, among: Tensor | None = None) -> ViewDataset:
         size, source = self.plan.global_batch_size, self.train_source
-        return ViewDataset(source, self.views, self.seed, size, self._reader_of(source), among)
+        finish = Normalization(self.data.mean, self.data.std) if self.augments_in_workers else None
+        return ViewDataset(source, self.views, self.seed, size, self._reader_of(source), among, finish)
 
     def _loader(self, dataset: ViewDataset | EvalDataset, batches: Any, *, persistent: bool) -> WatchedLoader:
         workers = self._workers_for(dataset.source)
@@ -382,6 +393,15 @@ class SSLDataModule(LightningDataModule):
     def _finish(self, batch: RawBatch) -> Batch:
         global_views: list[Tensor] = []
         local_views: list[Tensor] = []
+        for view, images in zip(self.views, self._views(batch), strict=True):
+            (global_views if view.role == "global" else local_views).append(images)
+        return Batch(tuple(global_views), tuple(local_views), batch.sample_id, batch.label)
+
+    def _views(self, batch: RawBatch) -> Iterable[Tensor]:
+        """Every view of the batch, (N, C, S, S)."""
+        if batch.layout is None:
+            yield from batch.images
+            return
         drawn: tuple[ViewDraws, ...] = batch.layout.unpack(batch.draws)
         for k, (view, draws) in enumerate(zip(self.views, drawn, strict=True)):
             if isinstance(self.train_source, ArraySource):
@@ -390,9 +410,7 @@ class SSLDataModule(LightningDataModule):
                 )
             else:
                 crops = to_unit(batch.images[k])
-            views = global_views if view.role == "global" else local_views
-            views.append(self._normalized(apply_view(view, crops, draws)))
-        return Batch(tuple(global_views), tuple(local_views), batch.sample_id, batch.label)
+            yield normalize_(apply_view(view, crops, draws), self.data.mean, self.data.std)
 
     @torch.no_grad()
     def finish(self, raw: RawBatch, device: torch.device | str = "cpu") -> Batch:

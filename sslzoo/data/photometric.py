@@ -1,11 +1,13 @@
-"""Colour changes, blur, solarisation and flip of batches, with separate parameters per sample.
+"""Colour changes, blur and solarisation of images in float32 with values in [0, 1].
 
-Images are float32 (N, C, H, W) in [0, 1]; parameters are (N,). Every operation equals the functional one of
-torchvision v2 with the same parameter. Saturation, hue and grayscale do not change single-channel images.
+Images are (..., C, H, W); functions ending in ``_`` change them in place. A parameter is a number, for all images, or a
+tensor that broadcasts, such as (N, 1, 1, 1) for N images. Every operation equals the functional one of torchvision v2
+with the same parameter. Saturation and hue need RGB images.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -15,75 +17,74 @@ from torch import Tensor
 from sslzoo.data.crops import reflected_index, resample
 
 _LUMA = (0.2989, 0.587, 0.114)
+# In standard deviations: where a Gaussian is cut off, which leaves out 7e-6 of its sum.
+_CUT = 4.5
+# Of red, green and blue: at which sixth of the circle the other two are alike, and how the value changes from there.
+_HUES = ((3.0, 2.0, 4.0), (1.0, -1.0, -1.0), (-1.0, 2.0, 2.0))
 
-
-def _per_sample(factor: Tensor) -> Tensor:
-    return factor[:, None, None, None]
+Parameter = float | Tensor
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """Luma (N, 1, H, W); single-channel images are returned unchanged."""
-    if images.shape[1] == 1:
+    """Luma (..., 1, H, W); single-channel images are returned unchanged."""
+    if images.shape[-3] == 1:
         return images
-    red, green, blue = images.unbind(dim=1)
-    return (_LUMA[0] * red).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])[:, None]
+    red, green, blue = images.unbind(dim=-3)
+    return (_LUMA[0] * red).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).unsqueeze(-3)
 
 
-def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """``factor * images + (1 - factor) * other``, clamped to [0, 1]."""
-    factor = _per_sample(factor)
-    return torch.addcmul(other * (1 - factor), images, factor).clamp_(0, 1)
+def blend_(
+    images: Tensor, factor: Parameter, *, luma: Parameter | None = None, mean: Parameter | None = None
+) -> Tensor:
+    """``factor`` times the images, plus ``luma`` times the luma of each pixel and ``mean`` times the mean luma of each
+    image, clamped to [0, 1].
+
+    ``factor`` alone changes the brightness, with ``luma`` = 1 - factor the saturation, with ``mean`` = 1 - factor the
+    contrast.
+    """
+    if luma is None and mean is None:
+        return images.mul_(factor).clamp_(0, 1)
+    grey = grayscale(images)
+    other = 0 if mean is None else _mean(grey) * mean
+    if luma is not None:
+        other = (grey * luma).add_(other)
+    return images.mul_(factor).add_(other).clamp_(0, 1)
 
 
-def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Scale the brightness; factor 0 is black."""
-    return (images * _per_sample(factor)).clamp_(0, 1)
+def _mean(grey: Tensor) -> Tensor:
+    """The mean of each image, (..., 1, 1, 1)."""
+    if (
+        grey.ndim == 3
+    ):  # Torch would divide the sum among threads, and its rounding would depend on their number.
+        return grey.mean(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)
+    return grey.mean(dim=(-3, -2, -1), keepdim=True)
 
 
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean luma of the image, which is the result for factor 0."""
-    return _blend(images, grayscale(images).mean(dim=(1, 2, 3), keepdim=True), factor)
+def shift_hue_(images: Tensor, shift: Parameter) -> Tensor:
+    """Shift the hue in HSV by ``shift``, as a fraction of a full circle; value and saturation do not change.
 
-
-def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the luma of the image, which is the result for factor 0."""
-    return images if images.shape[1] == 1 else _blend(images, grayscale(images), factor)
-
-
-def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Shift the hue in HSV by ``shift``, as a fraction of a full circle; value and saturation do not change."""
-    if images.shape[1] == 1:
-        return images
-    low, high = images.aminmax(dim=1)
+    Without ``where`` and reductions over the channels, which are slow on CPUs.
+    """
+    red, green, blue = images.unbind(dim=-3)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low  # value times saturation
-    red, green, blue = images.unbind(dim=1)
-    divisor = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
-    sector = torch.where(
-        high == red,
-        (green - blue) / divisor,
-        torch.where(high == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
-    )
-    sector = sector + 6 * shift[:, None, None]
-    # Red, green, blue from hue without branches: value - chroma * trapezium(n + sector).
-    offset = torch.arange(5.0, 0.0, -2.0, device=images.device)[:, None, None]  # 5, 3, 1
-    k = sector[:, None] + offset
-    k = torch.sub(k, (k / 6).floor_(), alpha=6)  # k modulo 6; remainder() is slow
-    return torch.addcmul(high[:, None], torch.minimum(k, 4 - k).clamp_(0, 1), chroma[:, None], value=-1)
-
-
-def to_grayscale(images: Tensor) -> Tensor:
-    """The luma in every channel."""
-    return grayscale(images).expand_as(images)
+    # The hue in sixths of the circle times chroma, by the channel that is lowest.
+    hue = torch.add(red - blue, chroma, alpha=5)  # green
+    hue.addcmul_(red.clone().eq_(low), torch.add(blue - green, chroma, alpha=3).sub_(hue))
+    hue.addcmul_(blue.clone().eq_(low), torch.add(green - red, chroma).sub_(hue))
+    hue.div_(chroma.clamp(min=1e-30))  # a grey pixel has no hue, and any will do
+    hue = hue.unsqueeze(-3).add_(6 * shift)
+    hue.sub_((hue / 6).floor_(), alpha=6)
+    # From low to high: red |hue - 3| - 1, green 2 - |hue - 2|, blue 2 - |hue - 4|.
+    centre, sign, offset = (_per_channel(v, images.device) for v in _HUES)
+    torch.sub(hue, centre, out=images).abs_().mul_(sign).add_(offset).clamp_(0, 1)
+    return images.mul_(chroma.unsqueeze(-3)).add_(low.unsqueeze(-3))
 
 
 def solarize(images: Tensor, threshold: float) -> Tensor:
     """Invert values at or above ``threshold``."""
     return torch.where(images >= threshold, 1 - images, images)
-
-
-def horizontal_flip(images: Tensor) -> Tensor:
-    """Mirror left and right."""
-    return images.flip(-1)
 
 
 @lru_cache(maxsize=32)
@@ -110,9 +111,34 @@ def gaussian_blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
     return resample(images, rows, rows if height == width else blur_matrix(sigma, width, taps))
 
 
+def blur_(image: Tensor, sigma: float, taps: int) -> Tensor:
+    """The same for one image (C, H, W), in place: one dimension after the other, with the taps that matter. Faster than
+    :func:`gaussian_blur` on a CPU."""
+    reach = min(taps // 2, math.ceil(_CUT * sigma))
+    weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(reach + 1)]
+    total = weights[0] + 2 * sum(weights[1:])
+    for dim in (-1, -2):
+        size = image.shape[dim]
+        if reach < size:
+            pad = (reach, reach, 0, 0) if dim == -1 else (0, 0, reach, reach)
+            padded = F.pad(image[None], pad, mode="reflect")[0]
+        else:
+            padded = image.index_select(dim, reflected_index(size, reach, image.device))
+        torch.mul(padded.narrow(dim, reach, size), weights[0] / total, out=image)
+        for i in range(1, reach + 1):
+            for start in (reach - i, reach + i):
+                image.add_(padded.narrow(dim, start, size), alpha=weights[i] / total)
+    return image
+
+
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """``(images - mean) / std`` per channel."""
-    return (images - _per_channel(mean, images.device)) / _per_channel(std, images.device)
+    return (images - _per_channel(mean, images.device)).div_(_per_channel(std, images.device))
+
+
+def normalize_(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """The same in place."""
+    return images.sub_(_per_channel(mean, images.device)).div_(_per_channel(std, images.device))
 
 
 @lru_cache(maxsize=32)

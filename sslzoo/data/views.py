@@ -1,7 +1,8 @@
 """Draw the random parameters of views, and apply them to images.
 
-Parameters are drawn on the CPU for a whole batch, as a function of (seed, epoch, sample_id, view) only, and
-applied on the device of the images.
+Parameters are drawn on the CPU for a whole batch, as a function of (seed, epoch, sample_id, view) only. They are
+applied to the batch on its device (``draw_view``, ``apply_view``), or on the CPU to one image after the other, while it
+is in the cache (``draw_images``, ``apply_to_image``). Both give the same views but for rounding.
 """
 
 from __future__ import annotations
@@ -25,33 +26,50 @@ JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, BLUR, SIGMA, SOLARIZE,
 DRAWS = ORDER + 4
 
 _FACTORS = (("brightness", BRIGHTNESS), ("contrast", CONTRAST), ("saturation", SATURATION), ("hue", HUE))
-_JITTER = {
-    "brightness": ph.adjust_brightness,
-    "contrast": ph.adjust_contrast,
-    "saturation": ph.adjust_saturation,
-    "hue": ph.adjust_hue,
-}
 _COLOURLESS = ("brightness", "contrast")  # the jitter operations that affect single-channel images
 
 
-class JitterPass(NamedTuple):
-    """A jitter operation and the samples to which it is applied at this point, since the order is random."""
+class Blend(NamedTuple):
+    """Changes of brightness, contrast and saturation, each image's own: the arguments of ``photometric.blend_`` for the
+    images from ``start`` to ``stop``."""
 
-    operation: str
-    rows: Tensor  # (n,) int64
-    factor: Tensor  # (n,) float32
+    start: int
+    stop: int
+    factor: Tensor  # (n, 1, 1, 1), as the following
+    luma: Tensor | None  # None: no saturation is changed
+    mean: Tensor | None
+
+
+class Jitter(NamedTuple):
+    """The colour jitter of a batch. Its operations come in a random order, but the hue is shifted once, for all images
+    together: they are sorted by the number of operations before that, the most first."""
+
+    rows: Tensor  # (n,): the images with jitter, in this order
+    before: tuple[Blend, ...]  # start and stop count the images with jitter
+    hue: Tensor | None  # (n, 1, 1, 1)
+    after: tuple[Blend, ...]
 
 
 class ViewDraws(NamedTuple):
     """The random parameters of one view of N samples; index tensors (n,) are the rows to which an operation applies."""
 
-    jitter: tuple[JitterPass, ...]
+    jitter: Jitter | None
     grayscale: Tensor
     blur: Tensor
     sigma: Tensor  # of the Gaussian in pixels, for each row in blur
     solarize: Tensor
     flip: Tensor
     boxes: Tensor  # crop boxes (N, 4), or (0, 4) if the images are already cropped
+
+
+class ImageDraws(NamedTuple):
+    """The random parameters of one view of one image."""
+
+    jitter: tuple[tuple[str, float], ...]  # operations and their factors, in order
+    grayscale: bool
+    sigma: float  # of the blur, in pixels; 0: none
+    solarize: bool
+    flip: bool
 
 
 def expand_views(views: Sequence[ViewConfig]) -> tuple[ViewConfig, ...]:
@@ -80,25 +98,62 @@ def jitter_factor(cfg: ViewConfig, name: str, u: Tensor) -> Tensor:
     return (low + (high - low) * u).float()
 
 
-def _draw_jitter(cfg: ViewConfig, u: Tensor, channels: int) -> tuple[JitterPass, ...]:
+class _Operations(NamedTuple):
+    """Jitter operations of N samples, A of them active: their names, factors and ranks in the random order."""
+
+    names: tuple[str, ...]
+    factor: Tensor  # (N, A) float32
+    rank: Tensor  # (N, A) int64
+
+
+def _operations(cfg: ViewConfig, u: Tensor, channels: int) -> _Operations:
     active = [
         (name, column)
         for name, column in _FACTORS
         if getattr(cfg, name) > 0 and (channels > 1 or name in _COLOURLESS)
     ]
+    names = tuple(name for name, _ in active)
+    factors = [jitter_factor(cfg, name, u[:, column]) for name, column in active]
+    order = u[:, [ORDER + column - BRIGHTNESS for _, column in active]].argsort(dim=1, stable=True)
+    return _Operations(names, torch.stack(factors, dim=1) if factors else u[:, :0], order.argsort(dim=1))
+
+
+def _draw_jitter(cfg: ViewConfig, u: Tensor, channels: int) -> Jitter | None:
     rows = (u[:, JITTER] < cfg.jitter_p).nonzero()[:, 0]
-    if not active or len(rows) == 0:
-        return ()
-    u = u[rows]
-    columns = [ORDER + column - BRIGHTNESS for _, column in active]
-    rank = u[:, columns].argsort(dim=1, stable=True).argsort(dim=1)  # position of each operation in the order
-    passes = []
-    for place in range(len(active)):
-        for k, (name, column) in enumerate(active):
-            here = (rank[:, k] == place).nonzero()[:, 0]
-            if len(here):
-                passes.append(JitterPass(name, rows[here], jitter_factor(cfg, name, u[here, column])))
-    return tuple(passes)
+    names, factor, rank = _operations(cfg, u[rows], channels)
+    if not names or len(rows) == 0:
+        return None
+    hue = names.index("hue") if "hue" in names else None
+    blends = [k for k in range(len(names)) if k != hue]
+    place = torch.full_like(rows, len(blends)) if hue is None else rank[:, hue]  # blends before the hue
+    order = place.argsort(descending=True, stable=True)
+    rows, factor, rank, place = rows[order], factor[order], rank[order], place[order]
+    sequence = rank[:, blends].argsort(dim=1)  # of each row, as indices into blends
+    used = [names[k] for k in blends]
+
+    def blend(start: int, stop: int, turn: Tensor) -> Blend:
+        """The blend at each row's ``turn`` (n, 1)."""
+        operation = sequence[start:stop].gather(1, turn)
+        factors = factor[start:stop, blends].gather(1, operation)[:, :, None, None]
+        operation = operation[:, :, None, None]
+
+        def share(name: str) -> Tensor:
+            return torch.where(operation == used.index(name), 1 - factors, 0.0)
+
+        luma, mean = (share(name) if name in used else None for name in ("saturation", "contrast"))
+        return Blend(start, stop, factors, luma, mean)
+
+    n, before, after = len(rows), [], []
+    for k in range(len(blends)):
+        stop = int((place > k).sum())
+        if stop:
+            before.append(blend(0, stop, torch.full((stop, 1), k)))
+    for k in range(len(blends)):
+        start = int((place >= len(blends) - k).sum())
+        if start < n:
+            after.append(blend(start, n, place[start:, None] + k))
+    shift = None if hue is None else factor[:, hue, None, None, None]
+    return Jitter(rows, tuple(before), shift, tuple(after))
 
 
 def draw_view(cfg: ViewConfig, u: Tensor, channels: int, boxes: Tensor | None = None) -> ViewDraws:
@@ -108,29 +163,88 @@ def draw_view(cfg: ViewConfig, u: Tensor, channels: int, boxes: Tensor | None = 
         return (u[:, column] < p).nonzero()[:, 0]
 
     blur = rows(BLUR, cfg.blur_p)
-    low, high = cfg.blur_sigma
     return ViewDraws(
         jitter=_draw_jitter(cfg, u, channels),
         grayscale=rows(GRAYSCALE, cfg.grayscale_p if channels > 1 else 0.0),
         blur=blur,
-        sigma=(low + (high - low) * u[blur, SIGMA]).float(),
+        sigma=_sigma(cfg, u[blur]),
         solarize=rows(SOLARIZE, cfg.solarize_p),
         flip=rows(FLIP, cfg.flip_p),
         boxes=torch.empty((0, 4), dtype=torch.int64) if boxes is None else boxes,
     )
 
 
+def draw_images(cfg: ViewConfig, u: Tensor, channels: int) -> list[ImageDraws]:
+    """The same for one image after the other."""
+    names, factor, rank = _operations(cfg, u, channels)
+    chosen = [(u[:, column] < p).tolist() for column, p in (
+        (JITTER, cfg.jitter_p), (GRAYSCALE, cfg.grayscale_p if channels > 1 else 0.0), (BLUR, cfg.blur_p),
+        (SOLARIZE, cfg.solarize_p), (FLIP, cfg.flip_p),
+    )]  # fmt: skip
+    order, factors, sigmas = rank.argsort(dim=1).tolist(), factor.tolist(), _sigma(cfg, u).tolist()
+    return [
+        ImageDraws(
+            jitter=tuple((names[k], factors[i][k]) for k in order[i]) if jitter else (),
+            grayscale=grey,
+            sigma=sigmas[i] if blur else 0.0,
+            solarize=solarize,
+            flip=flip,
+        )
+        for i, (jitter, grey, blur, solarize, flip) in enumerate(zip(*chosen, strict=True))
+    ]
+
+
+def _sigma(cfg: ViewConfig, u: Tensor) -> Tensor:
+    low, high = cfg.blur_sigma
+    return (low + (high - low) * u[:, SIGMA]).float()
+
+
 def apply_view(cfg: ViewConfig, images: Tensor, draws: ViewDraws) -> Tensor:
     """Apply jitter, grayscale, blur, solarisation and flip to float32 crops (N, C, S, S) in place."""
-    for operation, rows, factor in draws.jitter:
-        images.index_copy_(0, rows, _JITTER[operation](images[rows], factor))
+    if draws.jitter is not None:
+        rows, before, hue, after = draws.jitter
+        jittered = images[rows]
+        for blend in before:
+            _apply_blend(jittered, blend)
+        if hue is not None:
+            ph.shift_hue_(jittered, hue)
+        for blend in after:
+            _apply_blend(jittered, blend)
+        images.index_copy_(0, rows, jittered)
     if len(draws.grayscale):
-        images.index_copy_(0, draws.grayscale, ph.to_grayscale(images[draws.grayscale]))
+        grey = ph.grayscale(images[draws.grayscale])
+        images.index_copy_(0, draws.grayscale, grey.expand(-1, images.shape[1], -1, -1))
     if len(draws.blur):
         blurred = ph.gaussian_blur(images[draws.blur], draws.sigma, cfg.blur_kernel)
         images.index_copy_(0, draws.blur, blurred)
     if len(draws.solarize):
         images.index_copy_(0, draws.solarize, ph.solarize(images[draws.solarize], cfg.solarize_threshold))
     if len(draws.flip):
-        images.index_copy_(0, draws.flip, ph.horizontal_flip(images[draws.flip]))
+        images.index_copy_(0, draws.flip, images[draws.flip].flip(-1))
     return images
+
+
+def _apply_blend(images: Tensor, blend: Blend) -> None:
+    ph.blend_(images[blend.start : blend.stop], blend.factor, luma=blend.luma, mean=blend.mean)
+
+
+def apply_to_image(cfg: ViewConfig, image: Tensor, draws: ImageDraws) -> Tensor:
+    """The same for one crop (C, S, S), in place."""
+    for name, factor in draws.jitter:
+        if name == "brightness":
+            ph.blend_(image, factor)
+        elif name == "contrast":
+            ph.blend_(image, factor, mean=1 - factor)
+        elif name == "saturation":
+            ph.blend_(image, factor, luma=1 - factor)
+        else:
+            ph.shift_hue_(image, factor)
+    if draws.grayscale:
+        image.copy_(ph.grayscale(image).expand_as(image))
+    if draws.sigma:
+        ph.blur_(image, draws.sigma, cfg.blur_kernel)
+    if draws.solarize:
+        image.copy_(ph.solarize(image, cfg.solarize_threshold))
+    if draws.flip:
+        image.copy_(image.flip(-1))
+    return image

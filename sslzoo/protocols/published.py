@@ -13,7 +13,7 @@ from sslzoo.recipe.sections import Recipe
 
 # What decides on the encoder, apart from chance and the number of devices.
 SECTIONS = ("backbone", "method", "data", "views", "optim")
-FREE = ("data.root", "data.workers", "data.timeout", "data.max_bad_fraction")
+FREE = ("data.root", "data.workers", "data.augment_on", "data.timeout", "data.max_bad_fraction")
 ALSO = ("trainer.max_epochs", "trainer.accumulate_grad_batches", "trainer.sync_batchnorm")
 
 

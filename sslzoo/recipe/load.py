@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from sslzoo.checks import ConfigError, check_plugin_name, did_you_mean, shown
+from sslzoo.checks import ConfigError, check_field, check_plugin_name, did_you_mean, shown
 from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import DATASETS, DatasetInfo, dataset_info
 from sslzoo.recipe.plan import plan_of
@@ -154,6 +154,7 @@ def _load(
         if "name" not in values:
             recipe = replace(recipe, name=source.stem)
         _check_data(recipe)
+        recipe = _place_augmentation(recipe)
         derived = _derive(recipe)
     except ConfigError as error:
         where = f"{source}:{_line(lines, error.field)}"
@@ -287,7 +288,8 @@ def _origins(recipe: Recipe, values: dict[str, Any], overridden: set[str], known
         elif _stated(values, key.split(".")):
             origins[key] = "override" if _touched(key, overridden) else "recipe"
         else:
-            origins[key] = "derived" if key == "name" else "default"
+            chosen = key == "data.augment_on" and recipe.data.augment_on is not None
+            origins[key] = "derived" if key == "name" or chosen else "default"
     return origins
 
 
@@ -349,6 +351,27 @@ def _check_data(recipe: Recipe) -> None:
             "probe.layers",
             f"no layer {', '.join(unknown)} to probe: {recipe.method.name} publishes {', '.join(published)}",
         )
+
+
+def _place_augmentation(recipe: Recipe) -> Recipe:
+    """The recipe with the place of augmentation that follows from its device and data, if it leaves that out. Nothing
+    follows where a device is chosen when the run starts, or a plug-in opens the data."""
+    data, accelerator = recipe.data, recipe.trainer.get("accelerator", "auto")
+    in_memory = not (dataset_info(data.dataset).in_files or registry.is_plugin(data.dataset))
+    if data.augment_on is not None:
+        check_field(
+            data.augment_on == "device" or not in_memory,
+            "data.augment_on",
+            f"must be device or left out: {data.dataset} is in memory and needs no workers",
+        )
+        return recipe
+    if in_memory:
+        place = "device"
+    elif accelerator == "auto" or registry.is_plugin(data.dataset):
+        return recipe
+    else:
+        place = "worker" if accelerator == "cpu" else "device"
+    return replace(recipe, data=replace(data, augment_on=place))
 
 
 def _derive(recipe: Recipe) -> dict[str, int | float]:

@@ -170,6 +170,9 @@ class DataConfig(SourceConfig):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     workers: int = 0  # processes per device that decode image files; images in memory need none
+    # Where colour, blur, solarisation and flip are applied to crops of image files: by the data workers to one after
+    # the other, or on the device to a batch. None: by the workers if the device is a CPU.
+    augment_on: Literal["worker", "device"] | None = None
     max_bad_fraction: float = 0.01  # the run stops if a larger fraction of the images is unreadable
     timeout: float = 300.0  # seconds without a batch from the workers that stop the run, also in evaluation
 

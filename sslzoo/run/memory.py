@@ -119,5 +119,7 @@ def shared_memory(recipe: Recipe, micro_batch_size: int, devices: int) -> int:
     """Bytes of shared memory that the data workers of a machine with ``devices`` processes fill with batches."""
     if not dataset_info(recipe.data.dataset).in_files:
         return 0
-    image = sum(view.count * view.size * view.size * len(recipe.data.mean) for view in recipe.views)  # uint8
+    image = sum(view.count * view.size * view.size * len(recipe.data.mean) for view in recipe.views)
+    if recipe.data.augment_on == "worker":
+        image *= torch.float32.itemsize  # otherwise uint8
     return image * micro_batch_size * recipe.data.workers * PREFETCHED * devices

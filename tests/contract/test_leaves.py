@@ -47,6 +47,7 @@ IDLE = {
     "data.split": "the images here are generated",
     "data.classes": "the images here are generated",
     "data.workers": "processes: speed alone",
+    "data.augment_on": "where views are made: the same but for rounding; a test of the data compares them",
     "data.timeout": "how long the data may fail to come; here it comes",
     "data.max_bad_fraction": "counts images that cannot be read; there are none here",
     "eval.batch_size": "of evaluation, whose features do not depend on their neighbours",

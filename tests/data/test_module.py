@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from sslzoo.batch import Batch
-from sslzoo.data.crops import crop_image
+from sslzoo.data.crops import crop_into
 from sslzoo.data.datasets import open_source
 from sslzoo.data.disk import DataError
 from sslzoo.data.module import EvalSet, SSLDataModule
@@ -181,6 +181,33 @@ def test_position_counts_with_persistent_workers(photos: Path) -> None:
         assert all(equal(a, b) for a, b in zip(got, batches(alone), strict=True))
 
 
+def test_workers_and_device_augment_alike(photos: Path) -> None:
+    """And what is left out follows the device."""
+    views = (
+        WEAK,
+        replace(STRONG, solarize_p=0.0, solarize_threshold=0.5),
+        replace(WEAK, padding=2, scale=None),
+    )
+
+    def module(workers: int, augment_on: Any) -> SSLDataModule:
+        return build(colour_data(root=photos, workers=workers, augment_on=augment_on), views)
+
+    alone = module(0, "worker")
+    assert alone.augments_in_workers and not module(0, "device").augments_in_workers
+    want = batches(alone)
+    assert all(equal(a, b) for a, b in zip(batches(module(2, "worker")), want, strict=True))
+    for a, b in zip(batches(module(2, "device")), want, strict=True):
+        assert torch.equal(a.sample_id, b.sample_id)
+        for one, other in zip(a.global_views, b.global_views, strict=True):
+            assert one.is_contiguous() and (one - other).abs().max() < 1e-4
+    left_out = module(0, None)
+    assert left_out.augments_in_workers
+    left_out.device = torch.device("cuda")
+    assert not left_out.augments_in_workers
+    memory = build(colour_data(augment_on="worker"), source=fake_source(24, 3, 16, 0))
+    assert not memory.augments_in_workers
+
+
 def test_loading_leaves_the_global_generator_alone(photos: Path) -> None:
     before = torch.get_rng_state()
     batches(build(colour_data(root=photos, workers=1)))
@@ -205,9 +232,9 @@ def test_sample_id_and_label_belong_to_the_image(photos: Path) -> None:
             image = source.read(i)
             u = draw_uniforms(1, 0, 0, torch.tensor([i]))
             box = draw_boxes(plain, u, *(torch.tensor([s]) for s in image.shape[1:]))[0].tolist()
-            want = TF.normalize(
-                crop_image(image, box, 16, "bilinear").float() / 255, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-            )
+            crop = torch.empty((3, 16, 16), dtype=torch.uint8)
+            crop_into(crop, image, box, "bilinear")
+            want = TF.normalize(crop.float() / 255, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
             assert (batch.global_views[0][k] - want).abs().max() < 1.5 / 255 / 0.2
             assert batch.label is not None and source.labels is not None
             assert batch.label[k] == source.labels[i]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,16 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from sslzoo.data import photometric as ph
-from sslzoo.data.crops import CROP_DRAWS, channels_last, crop_batch, crop_image, evaluation_crop
-from sslzoo.data.views import apply_view, draw_boxes, draw_uniforms, draw_view, expand_views
+from sslzoo.data.crops import CROP_DRAWS, channels_last, crop_batch, crop_into, evaluation_crop
+from sslzoo.data.views import (
+    apply_to_image,
+    apply_view,
+    draw_boxes,
+    draw_images,
+    draw_uniforms,
+    draw_view,
+    expand_views,
+)
 from sslzoo.recipe.sections import PlainView, ViewConfig
 
 STRONG = ViewConfig(
@@ -45,22 +55,24 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
 
 
 OPERATIONS = {
-    "brightness": (ph.adjust_brightness, TF.adjust_brightness, (0.0, 1.8)),
-    "contrast": (ph.adjust_contrast, TF.adjust_contrast, (0.0, 1.8)),
-    "saturation": (ph.adjust_saturation, TF.adjust_saturation, (0.0, 1.8)),
-    "hue": (ph.adjust_hue, TF.adjust_hue, (-0.5, 0.5)),
+    "brightness": (ph.blend_, TF.adjust_brightness, (0.0, 1.8)),
+    "contrast": (lambda x, f: ph.blend_(x, f, mean=1 - f), TF.adjust_contrast, (0.0, 1.8)),
+    "saturation": (lambda x, f: ph.blend_(x, f, luma=1 - f), TF.adjust_saturation, (0.0, 1.8)),
+    "hue": (ph.shift_hue_, TF.adjust_hue, (-0.5, 0.5)),
 }
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "channels"), [*((name, 3) for name in OPERATIONS), ("brightness", 1), ("contrast", 1)]
+)
 def test_colour_equals_torchvision(name: str, channels: int) -> None:
     ours, theirs, (low, high) = OPERATIONS[name]
     x = images(16, channels, 20, 26).float() / 255
     factor = torch.linspace(low, high, 16)
     want = torch.stack([theirs(x[i], float(factor[i])) for i in range(16)])
-    close(ours(x, factor), want)
-    assert channels == 1 or (ours(x, factor) - x).abs().max() > 0.05
+    close(ours(x.clone(), factor[:, None, None, None]), want)
+    close(torch.stack([ours(x[i].clone(), float(factor[i])) for i in range(16)]), want)
+    assert (want - x).abs().max() > 0.05
 
 
 @pytest.mark.parametrize(("size", "taps"), [((28, 28), 23), ((20, 31), 23), ((12, 12), 23), ((40, 40), 3)])
@@ -70,19 +82,21 @@ def test_blur_equals_torchvision(size: tuple[int, int], taps: int, channels: int
     sigma = torch.tensor([0.1, 0.2, 0.5, 1.0, 1.5, 2.0])
     want = torch.stack([TF.gaussian_blur(x[i], [taps, taps], [float(sigma[i])]) for i in range(6)])
     close(ph.gaussian_blur(x, sigma, taps), want)
+    one_by_one = torch.stack([ph.blur_(x[i].clone(), float(sigma[i]), taps) for i in range(6)])
+    close(one_by_one, want, 2e-5)  # taps are cut off
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_blur_longer_than_the_image_keeps_the_mean_of_a_constant(size: int) -> None:
     x = torch.full((2, 3, size, size), 0.25)
     close(ph.gaussian_blur(x, torch.tensor([0.5, 2.0]), 23), x)
+    close(ph.blur_(x[0].clone(), 2.0, 23), x[0])
 
 
-def test_grayscale_solarize_flip_and_normalize_equal_torchvision() -> None:
+def test_grayscale_solarize_and_normalize_equal_torchvision() -> None:
     x = images(8, 3, 21, 21).float() / 255
-    close(ph.to_grayscale(x), TF.rgb_to_grayscale(x, num_output_channels=3))
+    close(ph.grayscale(x), TF.rgb_to_grayscale(x))
     close(ph.solarize(x, 128 / 255), TF.solarize(x, 128 / 255), 0)
-    close(ph.horizontal_flip(x), TF.horizontal_flip(x), 0)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     close(ph.normalize(x, mean, std), TF.normalize(x, list(mean), list(std)), 1e-6)
 
@@ -136,6 +150,14 @@ def test_crops_of_arrays_equal_torchvision(shape: tuple[int, ...], out: int, int
     close(crop_batch(x, boxes, out, interpolation), want)
 
 
+def cropped(x: Tensor, boxes: Tensor, size: int, interpolation: str) -> Tensor:
+    """Crops of images of files."""
+    crops = torch.empty((len(x), size, size, x.shape[1]), dtype=torch.uint8).permute(0, 3, 1, 2)
+    for crop, image, box in zip(crops, x, boxes.tolist(), strict=True):
+        crop_into(crop, channels_last(image), box, interpolation)
+    return crops
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_crops_of_files_are_within_a_grey_level(channels: int, interpolation: str) -> None:
@@ -143,10 +165,7 @@ def test_crops_of_files_are_within_a_grey_level(channels: int, interpolation: st
     cfg = ViewConfig(size=32, scale=(0.05, 1.0))
     h, w = torch.full((12,), 75), torch.full((12,), 60)
     boxes = draw_boxes(cfg, draw_uniforms(0, 0, 0, torch.arange(12)), h, w)
-    got = torch.stack(
-        [crop_image(channels_last(x[i]), boxes[i].tolist(), 32, interpolation) for i in range(12)]
-    )
-    assert got.dtype == torch.uint8
+    got = cropped(x, boxes, 32, interpolation)
     for i, (top, left, height, width) in enumerate(boxes.tolist()):
         # Columns, then rows, rounded and clipped in between: uint8 keeps no overshoot of bicubic.
         want = x[i, :, top : top + height, left : left + width].float()
@@ -189,11 +208,42 @@ def test_the_chain_equals_torchvision(channels: int) -> None:
     x = images(64, channels, 24, 24).float() / 255
     u = draw_uniforms(7, 2, 1, torch.arange(64))
     want = torch.stack([chain(STRONG, x[i], u[i].tolist()) for i in range(64)])
-    got = apply_view(STRONG, x.clone(), draw_view(STRONG, u, channels))
-    # Solarisation is discontinuous at its threshold: rounding may put a pixel on the other side.
-    differ = (got - want).abs() > 2e-5
-    assert differ.float().mean() < 1e-4
-    assert ((got - x).abs().amax(dim=(1, 2, 3)) > 1e-3).float().mean() > 0.9
+    together = apply_view(STRONG, x.clone(), draw_view(STRONG, u, channels))
+    draws = draw_images(STRONG, u, channels)
+    alone = torch.stack([apply_to_image(STRONG, x[i].clone(), draws[i]) for i in range(64)])
+    for got in (together, alone):
+        # Solarisation is discontinuous at its threshold: rounding may put a pixel on the other side.
+        differ = (got - want).abs() > 2e-5
+        assert differ.float().mean() < 1e-4
+        assert ((got - x).abs().amax(dim=(1, 2, 3)) > 1e-3).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("off", ["brightness", "contrast", "saturation", "hue", "jitter_p"])
+def test_both_ways_of_applying_a_view_agree_whatever_is_left_out(off: str) -> None:
+    idle = ["brightness", "contrast", "saturation", "hue"] if off == "jitter_p" else []
+    cfg = replace(STRONG, solarize_p=0.0, **dict.fromkeys([off, *idle], 0.0))
+    x = images(32, 3, 24, 24).float() / 255
+    u = draw_uniforms(7, 2, 1, torch.arange(32))
+    alone = torch.stack(
+        [apply_to_image(cfg, x[i].clone(), draws) for i, draws in enumerate(draw_images(cfg, u, 3))]
+    )
+    close(apply_view(cfg, x, draw_view(cfg, u, 3)), alone, 2e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views_of_an_image_do_not_depend_on_the_number_of_threads(channels: int) -> None:
+    """Workers have one, and the main process, which does their work without them, has more."""
+    x = images(4, channels, 224, 224).float() / 255
+    cfg = replace(STRONG, size=224, jitter_p=1.0, contrast=1.0)
+    draws = draw_images(cfg, draw_uniforms(0, 0, 0, torch.arange(4)), channels)
+    before, views = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            views.append(torch.stack([apply_to_image(cfg, x[i].clone(), draws[i]) for i in range(4)]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*views)
 
 
 def test_a_view_that_states_nothing_changes_nothing() -> None:
@@ -212,10 +262,13 @@ def test_probabilities_and_ranges_of_the_draws() -> None:
         assert abs(len(rows) / 20_000 - p) < 0.015
     assert draws.sigma.min() >= 0.1 and draws.sigma.max() <= 2.0 and abs(draws.sigma.mean() - 1.05) < 0.02
     # 16,000 jittered samples, each of the four operations at each of the four places for a quarter of them.
-    assert len(draws.jitter) == 16
-    for step in draws.jitter:
-        assert abs(len(step.rows) / 4_000 - 1) < 0.1
-    hue = torch.cat([step.factor for step in draws.jitter if step.operation == "hue"])
+    jitter = [d.jitter for d in draw_images(STRONG, u, 3) if d.jitter]
+    assert abs(len(jitter) / 16_000 - 1) < 0.015
+    for place in range(4):
+        for name in OPERATIONS:
+            assert abs(sum(operations[place][0] == name for operations in jitter) / 4_000 - 1) < 0.1
+    assert draws.jitter is not None and draws.jitter.hue is not None
+    hue = draws.jitter.hue
     assert -0.1 <= hue.min() < -0.099 and 0.099 < hue.max() <= 0.1
 
 
@@ -237,11 +290,7 @@ def test_padded_crops_equal_torchvision() -> None:
         [image[:, t + 2 : t + 10, l + 2 : l + 10] for image, (t, l, *_) in zip(padded, boxes, strict=True)]
     )
     close(crop_batch(x, boxes, 8, "bilinear", 2), want.float() / 255, 0.0)
-    got = [
-        crop_image(channels_last(image), box, 8, "bilinear")
-        for image, box in zip(x, boxes.tolist(), strict=True)
-    ]
-    assert torch.equal(torch.stack(got), want)
+    assert torch.equal(cropped(x, boxes, 8, "bilinear"), want)
     with pytest.raises(
         ValueError, match="a crop of 14 px does not fit into an image of 9 px with 2 px of padding"
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -170,6 +171,29 @@ def test_every_written_value_carries_its_origin(write) -> None:
         ["lr:", "1.0", "#", "override"]
     ]
     assert sum(not line.startswith("#") and "#" in line for line in lines) == len(loaded.origins)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place", "origin"),
+    [
+        ((), "device", "derived"),  # in memory
+        (("data.dataset=folder", "trainer.accelerator=cpu"), "worker", "derived"),
+        (("data.dataset=folder", "trainer.accelerator=gpu"), "device", "derived"),
+        (("data.dataset=folder", "trainer.accelerator=auto"), None, "default"),
+        (("data.dataset=folder", "trainer.accelerator=cpu", "data.augment_on=device"), "device", "override"),
+    ],
+)
+def test_where_views_are_made(write, overrides: Sequence[str], place: str | None, origin: str) -> None:
+    loaded = load_recipe(write(), ["data.root=photos", "data.split=train", *overrides])
+    assert (loaded.recipe.data.augment_on, loaded.origins["data.augment_on"]) == (place, origin)
+    assert load_recipe(write(loaded.to_yaml())).recipe == loaded.recipe
+
+
+def test_images_in_memory_need_no_workers(write) -> None:
+    with pytest.raises(
+        RecipeError, match=r"data\.augment_on: must be device or left out: cifar10 is in memory"
+    ):
+        load_recipe(write(), ["data.augment_on=worker"])
 
 
 def test_derived_values(write) -> None:
