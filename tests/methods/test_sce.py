@@ -437,9 +437,11 @@ def test_multicrop_form_equals_the_dense_one(variant: str, symmetric: bool, weig
     torch.testing.assert_close(got, torch.autograd.grad(slow, raw), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_queue_longer_than_a_tile(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles, the last one shorter, with the positive's column in any of them."""
+def test_queue_longer_than_a_tile(variant: str, shifted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles, the last one shorter, with the positive's column in any of them, and with exponentials relative to
+    a maximum as at small temperatures."""
     options = candidates(variant, n=8, size=200)
     raw = features_of(n=8)
     whole = _loss_and_grad(raw, options)
@@ -447,6 +449,7 @@ def test_queue_longer_than_a_tile(variant: str, monkeypatch: pytest.MonkeyPatch)
     original = loss_module._mask_column
     monkeypatch.setattr(loss_module, "TILE", {"cpu": 16 * 3})
     monkeypatch.setattr(loss_module, "MIN_WIDTH", 3)
+    monkeypatch.setattr("sslzoo.nn.streaming.UNSHIFTED", 0.0 if shifted else 100.0)
     monkeypatch.setattr(loss_module, "_mask_column", lambda *a: (calls.append(1), original(*a))[1])
     torch.testing.assert_close(_loss_and_grad(raw, options), whole, rtol=1e-12, atol=1e-13)
     assert len(calls) > 1 or options["keys"] is None
@@ -459,7 +462,7 @@ def _loss_and_grad(raw: list[Tensor], options: dict[str, Any], weight: float = 0
         weights=TermWeights.sce(weight),
         **options,
     )
-    return [out.terms.loss.detach(), *torch.autograd.grad(out.terms.loss, raw)]
+    return [out.terms.loss.detach(), out.target_top1, *torch.autograd.grad(out.terms.loss, raw)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -22,6 +22,7 @@ from torch import Tensor
 from sslzoo.checks import require
 from sslzoo.nn.compiling import compilable
 from sslzoo.nn.numerics import at_least_float32, autocast_off, ieee_matmul, product
+from sslzoo.nn.streaming import needs_shift
 from sslzoo_methods.sce.config import PairWeighting, TargetPositive
 
 # Logits per tile: on a CPU as many as its cache holds; elsewhere 2**23 (32 MiB), because kernel launches are costly.
@@ -199,10 +200,11 @@ def sce_multicrop_loss(
         k = [at_least_float32(x.detach()) for x in target]
         n, crops = q[0].shape[0], len(q)
         scaled_q, scaled_k = [x / temperature for x in q], [x / target_temperature for x in k]
+        shifted = needs_shift(min(temperature, target_temperature))
         shared: list[_Spread] = []  # of all rows over the queue: crops, then momentum views
         if queue is not None:
             rows = torch.cat([*scaled_q, *scaled_k])
-            shared = _Spread(*_spread(rows, at_least_float32(queue.detach()), None)).split(n)
+            shared = _spread(rows, queue, None, shifted=shifted, targets=len(k) * n).split(n)
         online_spread: dict[tuple[int, int], _Spread] = {}
         target_spread: dict[int, _Spread] = {}
         for i in dict.fromkeys(pair.target for pair in pairs):
@@ -211,7 +213,7 @@ def sce_multicrop_loss(
             if keys is not None:
                 rows = torch.cat([*(scaled_q[j] for j in partners), scaled_k[i]])
                 own = torch.arange(first_row, first_row + n, device=rows.device).repeat(len(partners) + 1)
-                batch = _Spread(*_spread(rows, at_least_float32(keys[i].detach()), own)).split(n)
+                batch = _spread(rows, keys[i], own, shifted=shifted, targets=n).split(n)
                 spreads = [a.join(b) for a, b in zip(spreads, batch, strict=True)] if spreads else batch
             online_spread |= {(i, j): s for j, s in zip(partners, spreads[:-1], strict=True)}
             target_spread[i] = spreads[-1]
@@ -252,7 +254,7 @@ class _Spread(NamedTuple):
 
     log_sum: Tensor  # (R,) log-sum-exp; the only one with a gradient
     centre: Tensor  # (R, D) softmax-weighted mean of the keys, which is the gradient of log_sum
-    largest: Tensor  # (R,) largest logit
+    largest: Tensor  # (R,) largest logit, in rows of targets
 
     def split(self, rows: int) -> list[_Spread]:
         """Split into blocks of ``rows`` rows."""
@@ -268,10 +270,13 @@ class _Spread(NamedTuple):
 
 
 class _SpreadFunction(torch.autograd.Function):
-    """Computes the softmax summary tile by tile with a running maximum, and saves only the mean of the keys."""
+    """Computes the softmax summary tile by tile, and saves only the mean of the keys. Exponentials are relative to a
+    running maximum if they could leave the range of float32 otherwise (``shifted``)."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, bank: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, rows: Tensor, bank: Tensor, skip: Tensor | None, shifted: bool, targets: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         r, d = rows.shape
         x = rows.detach()
         tile = TILE.get(x.device.type, 2**23)
@@ -279,19 +284,29 @@ class _SpreadFunction(torch.autograd.Function):
         buffer = x.new_empty(r * width)
         # The lowest finite number, not -inf, because a row may have no candidate in a tile or in the whole bank.
         largest = x.new_full((r, 1), torch.finfo(x.dtype).min)
+        highest = x.new_zeros(targets, 1)  # exponentials of the targets' largest logits
         total, centre = x.new_zeros(r, 1), x.new_zeros(r, d)
         for start in range(0, bank.shape[0], width):
             part = bank[start : start + width]
             logits = torch.mm(x, part.T, out=buffer[: r * len(part)].view(r, len(part)))
             if skip is not None:
                 _mask_column(logits, skip - start)
-            new = torch.maximum(largest, logits.amax(dim=1, keepdim=True))
-            weights = logits.sub_(new).exp_()
-            shrink = (largest - new).exp_()
-            total = total.mul_(shrink).add_(weights.sum(dim=1, keepdim=True))
-            centre = centre.mul_(shrink).addmm_(weights, part)
-            largest = new
-        log_sum = (largest + total.log()).squeeze(1)
+            if shifted:
+                new = torch.maximum(largest, logits.amax(dim=1, keepdim=True))
+                weights, shrink = logits.sub_(new).exp_(), (largest - new).exp_()
+                total.mul_(shrink)
+                centre.mul_(shrink)
+                largest = new
+            else:
+                weights = logits.exp_()
+                highest = torch.maximum(highest, weights[r - targets :].amax(dim=1, keepdim=True))
+            total.add_(weights.sum(dim=1, keepdim=True))
+            centre.addmm_(weights, part)
+        if shifted:
+            log_sum = (largest + total.log()).squeeze(1)
+        else:
+            log_sum = total.log().squeeze(1)
+            largest[r - targets :] = highest.log()
         centre = centre / total.clamp(min=torch.finfo(x.dtype).tiny)
         largest = largest.squeeze(1)
         ctx.save_for_backward(centre)
@@ -301,13 +316,14 @@ class _SpreadFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None, None]:
         (centre,) = ctx.saved_tensors
-        return None if grad is None else grad[:, None] * centre, None, None
+        return None if grad is None else grad[:, None] * centre, None, None, None, None
 
 
-def _spread(rows: Tensor, bank: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _SpreadFunction.apply(rows, bank.to(rows.dtype), skip)  # type: ignore[no-any-return]
+def _spread(rows: Tensor, bank: Tensor, skip: Tensor | None, *, shifted: bool, targets: int) -> _Spread:
+    """The summary of ``rows``, of which the last ``targets`` are those of momentum views."""
+    return _Spread(*_SpreadFunction.apply(rows, bank.detach().to(rows.dtype), skip, shifted, targets))
 
 
 def _mask_column(logits: Tensor, column: Tensor) -> None:
