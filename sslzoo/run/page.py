@@ -114,7 +114,7 @@ def _tiles(record: Record) -> Iterator[Tile]:
         if figure is not None:
             ends = record.interval(key)
             within = f"95 % interval {100 * ends[0]:.1f} to {100 * ends[1]:.1f}; " if ends else ""
-            best = record.best(key)
+            (best,) = record.best(key)
             yield Tile(
                 label=words,
                 value=f"{100 * figure:.1f} %",

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sslzoo.evaluate.figures import FEATURES, LAYER, data_of, is_accuracy, layer_of
 from sslzoo.exits import ExitCode
 from sslzoo.run.lock import is_alive
 
 State = Literal["running", "done", "pre-empted", "interrupted", "diverged", "failed", "killed"]
+STATE_NAMES: tuple[State, ...] = get_args(State)
 STATES: dict[int, State] = {
     ExitCode.DONE: "done",
     ExitCode.PREEMPTED: "pre-empted",
@@ -32,6 +33,7 @@ COLUMNS = {
     "knn_top1": "k-NN",
     "online_top1": "online",
 }
+TAIL = 65_536  # bytes at the end of a file that surely hold its last line
 Series = dict[str, tuple[list[int], list[float]]]  # steps and values by metric
 
 
@@ -106,6 +108,26 @@ class Record:
         return max((steps[-1] for steps, _ in self.metrics.values()), default=0)
 
     @property
+    def newest(self) -> tuple[int, int]:
+        """Step and epoch, from 0, of the last complete row in ``metrics.csv``; zeros without. Reads only its end."""
+        with suppress(OSError, ValueError, IndexError), (self.path / "metrics.csv").open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL))
+            step, epoch, *_ = file.read().rpartition(b"\n")[0].splitlines()[-1].split(b",")
+            return int(step), int(epoch)
+        return 0, 0
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The tags that the recipe gives the run, for W&B and for lists of runs."""
+        return tuple(self.recipe.get("logging.wandb.tags") or ())
+
+    @property
+    def notes(self) -> str:
+        """The notes in the recipe, likewise."""
+        return str(self.recipe.get("logging.wandb.notes") or "")
+
+    @property
     def seconds(self) -> float:
         """Training time over all starts of the run."""
         return sum(start.get("training_seconds") or 0.0 for start in self.manifest.get("sessions", []))
@@ -125,16 +147,20 @@ class Record:
 
     def figure(self, key: str) -> float | None:
         """An accuracy of the final evaluation, such as ``linear_top1``, or of the last in training; None without."""
-        if isinstance(self.summary.get(key), float):
-            return self.summary[key]
         _, values = self.metrics.get(f"val/{key}", ([], []))
-        return values[-1] if values else None
+        return next(iter([*self._final(key), *values[-1:]]), None)
 
-    def best(self, key: str) -> float | None:
-        """The largest value of an accuracy, of the final evaluation and those in training."""
-        _, values = self.metrics.get(f"val/{key}", ([], []))
-        known = [v for v in (*values, self.figure(key)) if v is not None and math.isfinite(v)]
-        return max(known, default=None)
+    def best(self, *keys: str) -> list[float | None]:
+        """The largest value of each accuracy, of the final evaluation and those in training. Fast for many runs."""
+        columns = _columns(self.path / "metrics.csv", [f"val/{key}" for key in keys])
+        return [
+            max(filter(math.isfinite, [*values, *self._final(key)]), default=None)
+            for key, values in zip(keys, columns, strict=True)
+        ]
+
+    def _final(self, key: str) -> list[float]:
+        value = self.summary.get(key)
+        return [value] if isinstance(value, float) else []
 
     def interval(self, key: str) -> tuple[float, float] | None:
         """The 95 % interval of an accuracy of the final evaluation."""
@@ -185,6 +211,24 @@ def read_metrics(path: Path) -> Series:
                     steps.append(int(row[at]))
                     values.append(float(row[i]))
     return series
+
+
+def _columns(path: Path, names: Sequence[str]) -> list[list[float]]:
+    """The values in these columns of a metrics file, whose cells contain no commas, in a tenth of the time of
+    :func:`read_metrics`; an incomplete last line is left out."""
+    found: list[list[float]] = [[] for _ in names]
+    with suppress(OSError):
+        head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [""]
+        header = head.split(",")
+        places = [
+            (header.index(name), values) for name, values in zip(names, found, strict=True) if name in header
+        ]
+        for line in lines if places else ():
+            cells = line.split(",")
+            for place, values in places:
+                if cells[place]:
+                    values.append(float(cells[place]))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
