@@ -45,7 +45,7 @@ class Server:
 
     def __init__(self) -> None:
         self.runs: dict[str, KeptRun] = {}
-        self.views: list[dict[str, Any]] = []
+        self.views: dict[str, dict[str, Any]] = {}  # by name
         self.artifacts: list[str] = []  # names
         self.url = ""
         self._lock = threading.Lock()
@@ -89,8 +89,14 @@ class Server:
                 viewer = {"id": "U", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}
                 return {"viewer": viewer, "serverInfo": {}}
             if "upsertView" in query:
-                self.views.append(variables)
-                return {"upsertView": {"view": {"id": "V1", "name": name}, "inserted": True}}
+                known = variables["name"] in self.views
+                self.views[variables["name"]] = variables
+                view = {"id": f"V-{variables['name']}", "name": variables["name"]}
+                return {"upsertView": {"view": view, "inserted": not known}}
+            if "allViews" in query:
+                view = self.views.get(variables["viewName"])
+                nodes = [] if view is None else [{"id": f"V-{view['name']}"} | view]
+                return {"project": {"allViews": {"edges": [{"node": node} for node in nodes]}}}
             return {"project": {"id": "P", "internalId": "UHJvamVjdEludGVybmFsSWQ6MQ==", "name": "p"}}
 
     def _bucket(self, name: str) -> dict[str, Any]:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 
 from sslzoo.recipe import registry
 from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.cluster import profile_path, read_profile
+from sslzoo.run.login import logged_in, reachable, server_url
 from sslzoo.run.placement import devices_per_node, world_size_of
 
 FINE, NOTE, BROKEN = "fine", "note", "broken"
 SHARED_MEMORY_NEEDED = 1 << 30  # bytes; data workers pass batches through shared memory
-WANDB_HOST = "api.wandb.ai"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,20 +201,29 @@ def _workers_need(recipe: Recipe) -> int:
 
 
 def wandb(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Check whether Weights & Biases runs, if it is installed, will be online or offline."""
+    """Check whether Weights & Biases runs, if it is installed, will be online or offline, and recommend what works."""
     if find_spec("wandb") is None:
         return
+    url, push = server_url(environ), "sslzoo wandb push RUN"
     if environ.get("WANDB_MODE") in ("offline", "disabled"):
         yield Finding(subject="wandb", detail=f"{environ['WANDB_MODE']}, by WANDB_MODE")
-    elif environ.get("WANDB_API_KEY") or _in_netrc(environ):
-        yield Finding(subject="wandb", detail="logged in")
-    else:
+    elif not logged_in(environ):
         yield Finding(
             subject="wandb",
-            detail="not logged in; runs are kept offline in their own folder",
+            detail=f"no login for {url}; runs are kept offline in their own folder",
             state=NOTE,
-            fix="run wandb login; wandb sync RUN_DIR/wandb/offline-* uploads earlier runs",
+            fix=f"run wandb login, with --host URL for a server of your own; {push} then sends earlier runs",
         )
+    elif not reachable(url):
+        yield Finding(
+            subject="wandb",
+            detail=f"there is a login for {url}, but no connection from here",
+            state=NOTE,
+            fix=f"set logging.wandb.mode=offline, so that runs do not wait for it, and call {push} on a machine with a "
+            "connection, such as the login node, also while they train",
+        )
+    else:
+        yield Finding(subject="wandb", detail=f"online, with a login for {url}")
 
 
 def cluster(environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -244,12 +251,3 @@ def cluster(environ: Mapping[str, str]) -> Iterator[Finding]:
             state=NOTE,
             fix=f"write partition, account and time to {path} if jobs need them",
         )
-
-
-def _in_netrc(environ: Mapping[str, str]) -> bool:
-    """Whether the netrc file, in which ``wandb login`` stores logins, has an entry. The key itself is not read."""
-    path = Path(environ.get("NETRC") or Path.home() / ("_netrc" if sys.platform == "win32" else ".netrc"))
-    try:
-        return WANDB_HOST in netrc(path).hosts
-    except (OSError, NetrcParseError):
-        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from sslzoo.cli.main import main
 from sslzoo.recipe import registry
 from sslzoo.run import doctor
 from sslzoo.run.doctor import BROKEN, FINE, NOTE, Finding
+from sslzoo.run.login import reachable
 
 
 def test_findings_that_are_not_fine_say_how_to_repair() -> None:
@@ -98,22 +100,43 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is recommended, for W&B's server and one's own: online, offline, or to send runs afterwards."""
     login = tmp_path / "netrc"
-    nobody = {"NETRC": str(login)}
+    nobody = {"NETRC": str(login), "HOME": str(tmp_path)}
+    monkeypatch.chdir(tmp_path)
 
     def found(**more: str) -> Finding:
         (finding,) = doctor.wandb({**nobody, **more})
         return finding
 
-    assert found().state == NOTE
-    assert found(WANDB_API_KEY="x").detail == "logged in"
+    connections: list[str] = []
+    monkeypatch.setattr(doctor, "reachable", lambda url: connections.append(url) or "away" not in url)
+    assert found().state == NOTE and found().detail.startswith("no login for https://api.wandb.ai;")
+    assert "sslzoo wandb push RUN" in found().fix
     assert found(WANDB_MODE="offline").detail == "offline, by WANDB_MODE"
-    login.write_text(f"machine {doctor.WANDB_HOST} login user password x\n")
-    assert found().detail == "logged in"
+    assert found(WANDB_API_KEY="x").detail == "online, with a login for https://api.wandb.ai"
+    login.write_text(
+        "machine api.wandb.ai login user password x\nmachine wandb.lab:8080 login user password y\n"
+    )
+    assert found().detail == "online, with a login for https://api.wandb.ai"
+    (tmp_path / ".config/wandb").mkdir(parents=True)
+    (tmp_path / ".config/wandb/settings").write_text("[default]\nbase_url = http://wandb.lab:8080/\n")
+    assert found().detail == "online, with a login for http://wandb.lab:8080"
+    assert connections == ["https://api.wandb.ai"] * 2 + ["http://wandb.lab:8080"]
+    other = found(WANDB_BASE_URL="https://away.org", WANDB_API_KEY="x")
+    assert other.state == NOTE and "no connection from here" in other.detail and "mode=offline" in other.fix
+    assert found(WANDB_BASE_URL="https://elsewhere.org").state == NOTE
     login.write_text("this is no netrc")
     assert found().state == NOTE
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     assert not list(doctor.wandb(nobody))
+
+
+def test_a_server_is_reachable_if_it_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert reachable(url)
+    assert not reachable(url)
 
 
 def test_the_profile_of_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
