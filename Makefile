@@ -8,10 +8,13 @@ READY := $(VENV)/.ready
 WORKERS = $(shell $(BIN)/python -c "import os; print(min(8, 1 + (os.cpu_count() or 1)))")
 PYTEST = $(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-slow test-all check format bench wheel clean
+.PHONY: quickstart zoo test test-slow test-all check format bench wheel clean
 
 quickstart: $(READY)  ## train SCE on embedded real images on the CPU, in under four minutes
 	$(BIN)/sslzoo fit --recipe quickstart.yaml
+
+zoo: $(READY)  ## train six methods with three seeds in under 40 minutes on two cores, and write docs/results.md
+	$(BIN)/python docs/results/zoo.py
 
 test: $(READY)  ## the tests that every change must pass
 	$(PYTEST) -m "not slow and not gpu"
