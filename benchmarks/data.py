@@ -162,14 +162,13 @@ def measure() -> list[Result]:
         return Image.fromarray(colour.read(i).permute(1, 2, 0).numpy())
 
     blurred = replace(SMALL, size=28, blur_p=0.5)
-    results = compare("28 px grey in memory", grey, grey_image, [blurred] * 2, 256, whole=15)
+    results = compare("28 px grey in memory", grey, grey_image, [blurred] * 2, 256, whole=18)
     for title, view in {
         "32 px in memory": SMALL,
         "32 px, bicubic": replace(SMALL, interpolation="bicubic"),
         "32 px, bicubic, blur": replace(SMALL, interpolation="bicubic", blur_p=0.5),
     }.items():
-        bound = 6.0 if title == "32 px in memory" else None
-        results += compare(title, colour, colour_image, [view] * 2, 256, whole=bound)
+        results += compare(title, colour, colour_image, [view] * 2, 256, whole=7.5)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_photographs(folder, PHOTOGRAPHS)
@@ -182,9 +181,9 @@ def measure() -> list[Result]:
                 return file.convert("RGB")
 
         two = [replace(LARGE, count=2)]
-        results += compare("224 px JPEG", files, photograph, two, PHOTOGRAPHS, whole=None, worker=4.5)
+        results += compare("224 px JPEG", files, photograph, two, PHOTOGRAPHS, whole=2.3, worker=5)
         results += compare(
-            "multi-crop JPEG", files, photograph, MULTI_CROP, PHOTOGRAPHS, whole=None, worker=5.5
+            "multi-crop JPEG", files, photograph, MULTI_CROP, PHOTOGRAPHS, whole=2.3, worker=6.7
         )
     return results
 
