@@ -9,7 +9,9 @@ import pytest
 
 from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.registry import recipes
+from sslzoo.recipe.sections import Recipe
 from sslzoo.run.dry_run import build_rehearsal, known_of_data, train
+from sslzoo_methods.metaug.alexnet import HalfAlexNet
 
 # Of a family that differs in rates, lengths, devices and classes alone (see tests/recipe/test_header.py), in the size
 # of its crops (Tiny-ImageNet), or, like MetAug's on ImageNet-100, in an optimiser that another of the method has.
@@ -26,25 +28,30 @@ SAME = {
     "simclr_tiny_imagenet",
     "sogclr_tiny_imagenet",
 }
-SIZE = 64
+SIZE = 32
+FEATURES = 64  # of the last layer of MetAug's AlexNets; evaluations factorise matrices of that width
 
 
 def test_there_are_recipes():
     assert {"quickstart", "sce_in1k", "simclr_cifar10"} | SAME <= set(recipes())
 
 
-def smaller(name: str) -> list[str]:
-    """Overrides that shrink large crops to 64 px, unless the encoder takes images of one size."""
+def smaller(name: str) -> tuple[Recipe, int]:
+    """The recipe with large crops shrunk, unless the encoder takes images of one size, and a number of images."""
     recipe = load_recipe(name).recipe
     if "vit" in recipe.backbone.name or recipe.backbone.name.endswith("AlexNet"):
-        return []
+        return recipe, 2
     sizes = [f"views.{i}.size={SIZE}" for i, view in enumerate(recipe.views) if view.size > SIZE]
-    return [*sizes, f"eval.size={min(recipe.eval.size, SIZE)}", "eval.resize=null"]
+    sizes += [f"eval.size={min(recipe.eval.size, SIZE)}", "eval.resize=null"]
+    splits = getattr(recipe.method, "momentum_batchnorm", None) == "split"
+    return load_recipe(name, sizes).recipe, 8 if splits else 4
 
 
 @pytest.mark.parametrize("name", sorted(recipes().keys() - SAME))
-def test_trains_evaluates_and_saves(name: str, tmp_path: Path) -> None:
-    built = build_rehearsal(load_recipe(name, smaller(name)).recipe, tmp_path)
+def test_trains_evaluates_and_saves(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HalfAlexNet, "num_features", FEATURES)
+    recipe, images = smaller(name)
+    built = build_rehearsal(recipe, tmp_path, images=images)
     reached: list[bool] = []  # a published schedule may start at a learning rate of 0
     for p in built.method.backbone.parameters():
         if p.requires_grad:
