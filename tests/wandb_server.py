@@ -46,7 +46,7 @@ class Server:
     def __init__(self) -> None:
         self.runs: dict[str, KeptRun] = {}
         self.views: dict[str, dict[str, Any]] = {}  # by name
-        self.artifacts: list[str] = []  # names
+        self.artifacts: list[tuple[str, str]] = []  # types and names
         self.url = ""
         self._lock = threading.Lock()
 
@@ -88,6 +88,17 @@ class Server:
             if "viewer" in query:
                 viewer = {"id": "U", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}
                 return {"viewer": viewer, "serverInfo": {}}
+            if "createArtifact(" in query:
+                about = variables["input"]
+                self.artifacts.append((about["artifactTypeName"], about["artifactCollectionName"]))
+                artifact = {
+                    "id": "A",
+                    "state": "COMMITTED",
+                    "artifactSequence": {"id": "S", "latestArtifact": None},
+                }
+                return {"createArtifact": {"artifact": artifact}}
+            if "ArtifactType(" in query:
+                return {"project": None}
             if "upsertView" in query:
                 known = variables["name"] in self.views
                 self.views[variables["name"]] = variables

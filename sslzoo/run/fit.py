@@ -321,14 +321,14 @@ class _Life:
                 self.session.run.conclude(ending, self.stopwatch.seconds(), unreadable)
             except (OSError, RunError) as error:
                 trouble = f"the manifest does not record this end: {one_line(error)}"
+        if leader and self.begun:
+            self._draw_page()
         if self.dashboards is not None:
             assert self.session is not None
             self.dashboards.end(ending, self.session.built.method.optimizer_steps)
         if self.lock is not None:
             with suppress(OSError):  # the directory itself may be gone
                 self.lock.release()
-        if leader and self.begun:
-            self._draw_page()
         self._print_last_words(ending, trouble)
         self.messages.close()
         end_workers()

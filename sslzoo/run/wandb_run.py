@@ -30,6 +30,7 @@ from sslzoo.run.ending import Ending
 from sslzoo.run.history import Row, current_pictures, last_values, read_rows
 from sslzoo.run.lock import refuse_if_owned
 from sslzoo.run.login import logged_in, server_url
+from sslzoo.run.page import PAGE
 from sslzoo.terminal import OUT
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 20.0  # seconds to reach the server
 UPLOAD = 30.0  # seconds that the end of a run waits for what is not uploaded yet
-UPLOAD_ARTIFACT = 600  # the same for the exported encoder
+UPLOAD_ARTIFACT = 600.0  # the same for the exported encoder
 PAUSE = 15.0  # seconds between two times that rows are sent
 _STANDING = """
 query RunResumeStatus($project: String, $entity: String, $name: String!) {
@@ -219,16 +220,18 @@ class Sender:
         latest = last_values(read_rows(self.run.path, self.sent))
         figures = {f"eval/{key}": value for key, value in figures_of(self.run.evaluation).items()}
         pictures = {key: wandb.Image(str(path)) for key, path in current_pictures(self.run.path).items()}
-        self.connection.summary.update(latest | figures | pictures)
+        page = self.run.path / PAGE
+        report = (
+            {"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)} if page.exists() else {}
+        )
+        self.connection.summary.update(latest | figures | pictures | report)
 
     def _send_export(self, folder: Path) -> None:
         import wandb
 
         artifact = wandb.Artifact(f"{self.recipe.name}-{self.connection.id}", type="model")
         artifact.add_dir(str(folder))
-        logged = self.connection.log_artifact(artifact)
-        if not self.connection.offline:
-            logged.wait(timeout=UPLOAD_ARTIFACT)
+        self.connection.log_artifact(artifact)
 
     def _line(self, row: Row) -> dict[str, Any]:
         import numpy as np
@@ -323,7 +326,11 @@ def _open(
         mode=mode,
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(
-            silent=True, console="off", disable_git=True, init_timeout=PATIENCE, finish_timeout=UPLOAD
+            silent=True,
+            console="off",
+            disable_git=True,
+            init_timeout=PATIENCE,
+            finish_timeout=UPLOAD_ARTIFACT if cfg.artifact else UPLOAD,
         ),
     )
     for axis in ("step", "epoch", "images"):

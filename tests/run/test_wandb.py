@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -138,6 +140,8 @@ def test_what_is_said_of_a_run(finished: Path, server: Server, tmp_path: Path) -
     server.runs.pop(name, None)
     (folder / "run/pictures").mkdir()
     shutil.copy(folder / "run/views.png", folder / "run/pictures/map-step=6.png")
+    recipe = folder / "run/recipe.yaml"
+    recipe.write_text(re.sub(r"artifact: false", "artifact: true", recipe.read_text()))
     push = _push(folder, server, "--project", "other", "--entity", "team")
     assert push.wait() == 0 and push.out == f"{server.url}/team/other/runs/{name}\n", push.said
     kept = server.runs[name]
@@ -152,6 +156,8 @@ def test_what_is_said_of_a_run(finished: Path, server: Server, tmp_path: Path) -
     }  # fmt: skip
     assert kept.summary["eval/linear_top1"] == pytest.approx(kept.summary["val/linear_top1"], abs=0.5)
     assert kept.summary["pictures/views"]["_type"] == "image-file"
+    assert kept.summary["report"]["_type"] == "html-file"
+    assert server.artifacts == [("model", f"tiny-{name}")]
     (drawn,) = [line for line in kept.history if "pictures/map" in line]
     assert drawn["step"] == 6 and "sys/images_per_s" in kept.history[0]
 
@@ -252,3 +258,35 @@ def _impatient() -> None:
 
     wandb_run.PATIENCE = 1.0
     short_evaluation()
+
+
+def _hurried() -> None:
+    from sslzoo.run import wandb_run
+
+    wandb_run.UPLOAD = 1.0
+    _eager()
+
+
+@pytest.mark.slow
+def test_an_outage_while_it_trains_ends_no_run(tmp_path: Path, server: Server) -> None:
+    write_recipe(tmp_path)
+    with serving() as lost:
+        run = fork(
+            tmp_path, "fit", "--recipe", "tiny.yaml", "--out", "run", "logging.wandb={}", "trainer.max_epochs=2",
+            environment=lost.environment, before=_hurried, faults={"pause": 0.05},
+        )  # fmt: skip
+        assert until(lambda: run.ended or lost.runs), run.said
+    assert run.wait() == 0, run.said
+    assert _push(tmp_path, server).wait() == 0
+    assert _at_wandb(server.runs[manifest(tmp_path / "run")["run_id"]]) == _in_file(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_is_shown_and_raises_an_alert(tmp_path: Path, server: Server) -> None:
+    write_recipe(tmp_path)
+    run = _fit(tmp_path, server, mode="online", faults={"nan_at": 4})
+    assert run.wait() == ExitCode.NAN, run.said
+    kept = server.runs[manifest(tmp_path / "run")["run_id"]]
+    assert kept.alerts == ["The loss is not finite"] and kept.exit_code == ExitCode.NAN
+    assert [line["step"] for line in kept.history] == [1, 2, 3, 4, 5]
+    assert math.isnan(kept.history[-1]["train/loss"])
