@@ -59,7 +59,8 @@ def test_compiled_steps_are_the_same(name: str, compiler: Compiler) -> None:
     plain, names = two_steps(name, None)
     compiled, others = two_steps(name, compiler)
     assert names == others
-    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+    rounding = 1e-5 if name == "mmcl" else 0.0
+    torch.testing.assert_close(compiled, plain, rtol=rounding, atol=rounding)
 
 
 def test_encoders_and_losses_are_compiled() -> None:

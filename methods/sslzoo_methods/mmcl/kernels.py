@@ -10,10 +10,11 @@ Shapes: M and N rows, D embedding width; sigma is the bandwidth.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sslzoo.nn.numerics import autocast_off, normalize, product
 from sslzoo_methods.mmcl.config import KernelName, SigmaRule
@@ -79,9 +80,8 @@ def bandwidth(pool: Tensor, *, sigma: float, rule: SigmaRule) -> float | Tensor:
 def _cosine_gap(a: Tensor, b: Tensor, centre: Tensor) -> Tensor:
     """a.b - 1 = -(|a-b|^2 + (1-|a|^2) + (1-|b|^2)) / 2, from centred rows, to be accurate for similar features."""
     a_c, b_c = a - centre, b - centre
-    squares = a_c.square().sum(dim=1)[:, None] + b_c.square().sum(dim=1)
-    ends = _shortness(a)[:, None] + _shortness(b)
-    return product(a_c, b_c.T, addend=(squares + ends) / -2)
+    half_a, half_b = ((c.square().sum(dim=1) + _shortness(x)) / -2 for c, x in ((a_c, a), (b_c, b)))
+    return product(a_c, b_c.T, addend=half_a[:, None] + half_b)
 
 
 def _shortness(x: Tensor) -> Tensor:
@@ -97,9 +97,7 @@ def _sigma(kernel: Kernel) -> float | Tensor:
 
 def _of_gap(gap: Tensor, kernel: Kernel) -> Tensor:
     if kernel.name == "rbf":
-        exponent = 2 * gap / _sigma(kernel)
-        # The derivative of expm1 is computed as its result + 1, which is inaccurate for small kernel values.
-        return torch.where(exponent > -0.5, exponent.expm1(), exponent.exp() - 1)
+        return _ShiftedRBF.apply(gap, 2 / _sigma(kernel))  # type: ignore[no-any-return]
     if kernel.name == "linear":
         return gap
     if kernel.name == "poly":  # (gap + 1.5)^3 - 1.5^3
@@ -107,6 +105,24 @@ def _of_gap(gap: Tensor, kernel: Kernel) -> Tensor:
     # tanh p - tanh q = tanh(p - q) (1 - tanh p tanh q)
     sigma = _sigma(kernel)
     return torch.tanh(sigma * gap) * (1 - torch.tanh(sigma * (gap + 1)) * kernel_shift(kernel))
+
+
+class _ShiftedRBF(torch.autograd.Function):
+    """exp(rate * gap) - 1. Torch computes the derivative of expm1 as its result + 1, which is inaccurate for small
+    kernel values; here it is an exponential of its own. Differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, gap: Tensor, rate: float | Tensor) -> Tensor:
+        exponent = gap * rate
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(exponent.exp().mul_(rate))
+        return exponent.expm1_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None
 
 
 def _overlap(a: Tensor, b: Tensor) -> Tensor:
