@@ -1,0 +1,64 @@
+"""sslzoo bench measures data, model and both, and says what follows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from sslzoo.cli.main import main
+from sslzoo.run.bench import Report, Speed
+
+SMALL = (
+    "backbone.name=tests.tiny:TinyEncoder", "views.0.size=12", "views.0.blur_kernel=5", "data.global_batch_size=8",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["", "data", "model", "step"])
+def test_a_recipe(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [part] if part else []
+    assert main(["bench", *words, "simclr_fashion_mnist", *SMALL, "--steps", "2"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("8 images in a step on one device, cpu")
+    assert ("images in memory, views on the device" in first) == (part != "model")
+    assert [line.split()[0] for line in lines] == ([part] if part else ["data", "model", "step"])
+    assert all(float(line.split()[1].replace(",", "")) > 0 for line in lines)
+    assert ("waiting for data" in lines[-1]) == (part in ("", "step"))
+
+
+def test_advice() -> None:
+    report = Report(
+        speeds=(Speed(part="data", rate=200.0), Speed(part="model", rate=300.0)),
+        images=4,
+        device="cpu",
+        workers=2,
+        in_workers=True,
+        processors=8,
+    )
+    enough = "A worker delivers 100.0 images/s, and the device takes 300.0: data.workers=4 is enough"
+    assert report.lines()[-1] == enough
+    few = replace(report, processors=3, in_workers=False).lines()
+    assert few[-2].endswith("data.workers=3 is what 3 processors per device allow; 4 would be needed")
+    assert few[-1] == "On a CPU, data.augment_on=worker is faster"
+    assert enough not in replace(report, workers=None).lines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["simclr_fashion_mnist", "data"], "give one recipe, got 2"),
+        (["data", "simclr_fashion_mnist", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (
+            ["data", "simclr_in1k"],
+            "trainer.accelerator=gpu is not available here; set trainer.accelerator=cpu",
+        ),
+        (
+            ["data", "simclr_fashion_mnist", "data.global_batch_size=6000"],
+            "lower --steps or data.global_batch_size",
+        ),
+    ],
+)
+def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and error.startswith("sslzoo bench: ")
