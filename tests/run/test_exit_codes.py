@@ -1,6 +1,7 @@
-"""The exit code of a real process, the same code in its manifest, and the word at its end.
+"""The exit code of a process, the same code in its manifest, and the word at its end.
 
-What a signal to one rank of two does is in ``test_leaving.py``, by forks.
+The runs that a signal ends, and those of two ranks, are real processes. The others are forks, which take a fifth of the
+time. What a signal to one rank of two does is in ``test_leaving.py``, by forks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pytest
 
 from sslzoo.exits import ExitCode
 from sslzoo.run.record import STATES
-from tests.command import Command, children, manifest, saved, shell, until, write_recipe
+from tests.command import Command, children, fork, manifest, saved, shell, until, write_recipe
 
 LIMIT = 180.0  # seconds; most of a run is its imports
 
@@ -62,6 +63,7 @@ CASES = {
 }
 # Forks show the same in ``test_leaving.py``, in a third of the time.
 LONG = {"group", "killed"}
+REAL = {"term", "second", *LONG}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory):
     @cache
     def go_through(name: str) -> tuple[Path, int, Command]:
         case, run = CASES[name], folder / name
-        command = shell(
+        command = (shell if name in REAL else fork)(
             folder,
             "fit",
             "--recipe",
@@ -146,7 +148,7 @@ def test_a_rank_that_the_kernel_kills_is_the_cause_and_not_its_neighbours_connec
 
 def test_a_continued_run_says_where_from(ended) -> None:
     run, _, _ = ended("term")
-    again = shell(
+    again = fork(
         run.parent, "fit", "--recipe", "tiny.yaml", "--out", run.name, "--resume", "auto", name="again"
     )
     assert again.wait(LIMIT) == 0, again.said
