@@ -179,12 +179,13 @@ class Picture:
 
     data: bytes
     caption: str
+    wide: bool = True  # as wide as the page; otherwise as a chart
 
     def html(self, charts: list[dict[str, Any]]) -> str:
         """See :class:`Block`."""
         caption = escape(self.caption)
         return (
-            f'<figure class="wide"><img src="{data_uri(self.data)}" alt="{caption}">'
+            f'<figure class="{"wide" if self.wide else "plain"}"><img src="{data_uri(self.data)}" alt="{caption}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
 

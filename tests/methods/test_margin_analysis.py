@@ -35,6 +35,7 @@ from sslzoo_methods.margin.analysis.config import MarginsConfig
 from sslzoo_methods.margin.analysis.margins import Margins
 from sslzoo_methods.margin.analysis.observe import Seen, margin_statistics, observe, per_sample
 from sslzoo_methods.margin.analysis.report import _moments
+from sslzoo_methods.margin.analysis.words import WORDS
 from sslzoo_methods.margin.factors import Margin
 from sslzoo_methods.margin.method import MarginContrast
 from sslzoo_methods.sce.method import SCE
@@ -360,6 +361,9 @@ def test_analyze_writes_scalars_table_pictures_and_page(tmp_path: Path, capsys: 
     assert sum(float(row["theta"]) for row in rows) / 1024 == pytest.approx(mean, rel=1e-5)
     page = (out / "index.html").read_text()
     assert page.count("data:image/png;base64,") == len(PICTURES)
+    for value in summary["checkpoints"][-1]["margins"].values():
+        assert value.keys() <= WORDS.keys(), "every scalar has words"
+    assert "probability P⁰ of the positive, without the margin (%)" in page and ">p0<" not in page
     for name in PICTURES:
         with Image.open(out / f"{name}.png") as picture:
             assert picture.width >= 1000

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import gzip
-import html
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +16,12 @@ from matplotlib import rc_context
 from torch import Tensor
 
 from sslzoo.analysis import Look
+from sslzoo.pages.page import Code, Picture, Section, Table, Text, render
 from sslzoo.recipe.load import plain
 from sslzoo.recipe.sections import Recipe
 from sslzoo_methods.margin.analysis.observe import Observation, Seen, per_sample
 from sslzoo_methods.margin.analysis.plots import STYLE, Snapshot, all_plots
+from sslzoo_methods.margin.analysis.words import described, formatted, titled
 from sslzoo_methods.margin.factors import NO_MARGIN, Margin
 
 PAIRS = (
@@ -126,18 +126,14 @@ def _write_pictures(
         "Software": "sslzoo analyze margins",
         "Description": json.dumps({key: summary[key] for key in ("temperature", "seed", "recipe")}),
     }
-    sections = []
+    pictures: list[Picture] = []
     for name, (figure, caption) in figures.items():
         data = io.BytesIO()
         with rc_context(STYLE):
             figure.savefig(data, format="png", metadata=note)
         (out / f"{name}.png").write_bytes(data.getvalue())
-        image = base64.b64encode(data.getvalue()).decode()
-        sections.append(
-            f'<figure><img src="data:image/png;base64,{image}" alt="{html.escape(caption)}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        )
-    (out / "index.html").write_text(_page(summary, sections), encoding="utf-8")
+        pictures.append(Picture(data=data.getvalue(), caption=caption, wide=False))
+    (out / "index.html").write_text(_page(summary, pictures), encoding="utf-8")
 
 
 def _moments(summary: Mapping[str, Any], shown: str) -> list[Snapshot]:
@@ -153,43 +149,37 @@ def _moments(summary: Mapping[str, Any], shown: str) -> list[Snapshot]:
     return [Snapshot(r["step"], r["epoch"], r["histogram"], r["margins"]) for r in records]
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Margin analysis: {name}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-main {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.5rem }}
-figure {{ margin: 0 }} img {{ width: 100% }} figcaption {{ font-size: .9rem; color: #444 }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
-th:first-child {{ text-align: left }}
-pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .8rem }}
-</style>
-<h1>Margin analysis: {name}</h1>
-<p>{samples:,} samples of the training data at optimiser step {step:,}; τ = {temperature:g}; seed {seed}.
-Angles in degrees. All margins are evaluated on the same embeddings: {pairs}.</p>
-<table>{rows}</table>
-<main>{figures}</main>
-<h2>Recipe</h2><pre>{recipe}</pre>
-</html>
-"""
-
-
-def _page(summary: Mapping[str, Any], sections: Sequence[str]) -> str:
+def _page(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     last = summary["checkpoints"][-1]
-    names = list(last["margins"])
-    rows = ["<tr><th></th>" + "".join(f"<th>{html.escape(n)}</th>" for n in names) + "</tr>"]
-    for key in last["margins"][names[0]]:
-        cells = [last["margins"][n].get(key) for n in names]
-        text = "".join(f"<td>{'' if c is None else f'{c:.4g}'}</td>" for c in cells)
-        rows.append(f"<tr><th>{html.escape(key)}</th>{text}</tr>")
-    return PAGE.format(
-        name=html.escape(summary["recipe"]["name"]),
-        samples=summary["samples"],
-        step=last["step"],
-        temperature=summary["temperature"],
-        seed=summary["seed"],
-        pairs=html.escape(summary["pairs"]),
-        rows="\n".join(rows),
-        figures="\n".join(sections),
-        recipe=html.escape(json.dumps(summary["recipe"], indent=1)),
+    recipe = summary["recipe"]
+    about = (
+        f"{summary['samples']:,} samples of the training data at optimiser step {last['step']:,}; "
+        f"τ = {summary['temperature']:g}; seed {summary['seed']}"
     )
+    scalars = [_scalars(f"pairs of {kind} views", part) for kind, part in _kinds(last)]
+    sections = [
+        Section(
+            title="Scalars",
+            blocks=[Text(f"All margins are evaluated on the same embeddings: {PAIRS}."), *scalars],
+        ),
+        Section(title="Pictures", blocks=list(pictures)),
+        Section(title="Recipe", blocks=[Code(title="the recipe", text=json.dumps(recipe, indent=1))]),
+    ]
+    return render(f"Margin analysis: {recipe['name']}", about, sections)
+
+
+def _kinds(checkpoint: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Mapping[str, float | None]]]]:
+    """The scalars by kind of pair and margin, of global views first."""
+    others = [(kind, part["margins"]) for kind, part in checkpoint.items() if _has_margins(part)]
+    return [("global", checkpoint["margins"]), *others]
+
+
+def _has_margins(part: Any) -> bool:
+    return isinstance(part, dict) and "margins" in part
+
+
+def _scalars(caption: str, margins: Mapping[str, Mapping[str, float | None]]) -> Table:
+    names = list(margins)
+    keys = dict.fromkeys(key for name in names for key in margins[name])
+    rows = [[described(key), *(formatted(key, margins[name].get(key)) for name in names)] for key in keys]
+    return Table(head=[caption, *map(titled, names)], rows=rows)
