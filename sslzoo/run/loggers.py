@@ -62,7 +62,7 @@ def build_dashboards(recipe: Recipe, run: Run) -> Dashboards:
         tensorboard=TensorBoard(run.path, sections(recipe.method.name, recipe.method.panels))
         if cfg.tensorboard
         else None,
-        wandb=None if cfg.wandb is None or mode == "disabled" else WandB(run, recipe, cfg.wandb, mode),
+        wandb=None if cfg.wandb is None or mode == "disabled" else WandB(run, cfg.wandb, mode),
     )
 
 
@@ -72,7 +72,7 @@ def show_evaluations(recipe: Recipe, run: Run, step: int) -> None:
     if recipe.logging.tensorboard:
         _attempt("TensorBoard", lambda: _write_evaluations(run, step))
     if (cfg := recipe.logging.wandb) is not None:
-        _attempt("W&B", lambda: update(run, recipe, cfg))
+        _attempt("W&B", lambda: update(run, cfg))
 
 
 def _write_evaluations(run: Run, step: int) -> None:

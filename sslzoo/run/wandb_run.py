@@ -14,17 +14,18 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
 
 from sslzoo.callbacks.meter import Follower
 from sslzoo.exits import ExitCode, RunError
 from sslzoo.files import write_json
 from sslzoo.posthoc.results import figures_of
-from sslzoo.recipe.load import load_recipe, plain
-from sslzoo.recipe.sections import Recipe, WandbConfig
+from sslzoo.recipe.sections import WandbConfig
 from sslzoo.run.directory import Run
 from sslzoo.run.ending import Ending
 from sslzoo.run.history import Row, current_pictures, last_values, read_rows
@@ -102,16 +103,16 @@ def push(path: Path, *, project: str | None, entity: str | None) -> str:
     run = Run(path.absolute(), "")
     manifest = run.read_manifest()
     run = Run(run.path, manifest["run_id"])
-    recipe = load_recipe(str(run.recipe)).recipe
+    stored: dict[str, Any] = read_recipe(run)["logging"]["wandb"] or {}
     if not logged_in():
         raise RunError(f"there is no login for {server_url()}: run wandb login, or set WANDB_API_KEY")
     if Sent.read(run).online:
         refuse_if_owned(run.path)  # it sends its rows itself
-    cfg = recipe.logging.wandb or WandbConfig()
-    cfg = replace(cfg, project=project or cfg.project, entity=entity or cfg.entity)
+    named = {key: value for key, value in (("project", project), ("entity", entity)) if value is not None}
+    cfg = WandbConfig(**stored | {"tags": tuple(stored.get("tags", ()))} | named)
     code = manifest["exit_code"]
     final = len(read_rows(run.path)) if code in (ExitCode.DONE, ExitCode.NAN) else _rows_of_checkpoint(run)
-    sender = connect(run, recipe, cfg, final)
+    sender = connect(run, cfg, final)
     sender.send(final)
     sender.end(code or 0)
     return str(sender.connection.url)
@@ -128,10 +129,8 @@ def _rows_of_checkpoint(run: Run) -> int:
 class WandB(Follower):
     """Sends a run while it trains. Without a server, everything stays in the run's files, and nothing fails."""
 
-    def __init__(
-        self, run: Run, recipe: Recipe, cfg: WandbConfig, mode: Literal["online", "offline"]
-    ) -> None:
-        self.run, self.recipe, self.cfg, self.mode = run, recipe, cfg, mode
+    def __init__(self, run: Run, cfg: WandbConfig, mode: Literal["online", "offline"]) -> None:
+        self.run, self.cfg, self.mode = run, cfg, mode
         self._final = 0  # rows that are final
         self._sender: Sender | None = None
         self._sent_at = 0.0
@@ -165,14 +164,14 @@ class WandB(Follower):
             if not self._said:  # nothing was left to train
                 self.begin(self._final)
         if self.mode == "offline" and self._said:
-            write_segment(self.run, self.recipe, self.cfg, self._final, ending)
+            write_segment(self.run, self.cfg, self._final, ending)
         elif self._sender is not None:
             self._sender.send(self._final)
             self._sender.end(int(ending.code), ending)
 
     def _connect(self) -> None:
         try:
-            self._sender = sender = connect(self.run, self.recipe, self.cfg, self._final)
+            self._sender = sender = connect(self.run, self.cfg, self._final)
             sender.send(self._final)
         except Exception as error:  # not installed, logged out, unreachable, a full disk: never fatal
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -187,8 +186,9 @@ class WandB(Follower):
 class Sender:
     """A connection to a run at W&B, which has the first ``sent`` rows."""
 
-    def __init__(self, connection: Connection, run: Run, recipe: Recipe, cfg: WandbConfig, sent: int) -> None:
-        self.connection, self.run, self.recipe, self.cfg, self.sent = connection, run, recipe, cfg, sent
+    def __init__(self, connection: Connection, run: Run, cfg: WandbConfig, sent: int) -> None:
+        self.recipe = read_recipe(run)
+        self.connection, self.run, self.cfg, self.sent = connection, run, cfg, sent
 
     def send(self, rows: int) -> None:
         """Send the first ``rows`` rows, without those that W&B has."""
@@ -205,7 +205,7 @@ class Sender:
         try:
             self._summarize()
             if ending is not None and (title := _ALERTS.get(code)) is not None:
-                text = f"{self.recipe.name}, {self.run.run_id}: {ending.message}"
+                text = f"{self.recipe['name']}, {self.run.run_id}: {ending.message}"
                 self.connection.alert(title, text, level="WARN" if code == ExitCode.PREEMPTED else "ERROR")
             if code == ExitCode.PREEMPTED:
                 self.connection.mark_preempting()
@@ -229,7 +229,7 @@ class Sender:
     def _send_export(self, folder: Path) -> None:
         import wandb
 
-        artifact = wandb.Artifact(f"{self.recipe.name}-{self.connection.id}", type="model")
+        artifact = wandb.Artifact(f"{self.recipe['name']}-{self.connection.id}", type="model")
         artifact.add_dir(str(folder))
         self.connection.log_artifact(artifact)
 
@@ -237,7 +237,11 @@ class Sender:
         import numpy as np
         import wandb
 
-        axes = {"step": row.step, "epoch": row.epoch, "images": row.step * self.recipe.data.global_batch_size}
+        axes = {
+            "step": row.step,
+            "epoch": row.epoch,
+            "images": row.step * self.recipe["data"]["global_batch_size"],
+        }
         histograms = {
             histogram.name: wandb.Histogram(
                 np_histogram=(np.array(histogram.counts), np.array(histogram.edges))
@@ -248,7 +252,7 @@ class Sender:
         return {**axes, **row.values, **histograms, **pictures}
 
 
-def connect(run: Run, recipe: Recipe, cfg: WandbConfig, final: int) -> Sender:
+def connect(run: Run, cfg: WandbConfig, final: int) -> Sender:
     """A connection to ``run`` at the server, whose first ``final`` rows are final. If what the server has is not the
     beginning of these, as after going back to an older checkpoint, the run gets a new id there.
 
@@ -259,18 +263,16 @@ def connect(run: Run, recipe: Recipe, cfg: WandbConfig, final: int) -> Sender:
     state = Sent.read(run)
     _drop_segments(run)  # the server gets their rows now
     Sent(state.id, online=True).write(run)
-    return Sender(_open(run, recipe, cfg, state.id, "online"), run, recipe, cfg, sent)
+    return Sender(_open(run, cfg, state.id, "online"), run, cfg, sent)
 
 
-def write_segment(
-    run: Run, recipe: Recipe, cfg: WandbConfig, final: int, ending: Ending | None = None
-) -> None:
+def write_segment(run: Run, cfg: WandbConfig, final: int, ending: Ending | None = None) -> None:
     """Write the final rows that are in no segment yet into a new one, for ``wandb sync``. Rows of a run that was ever
     online are left to ``sslzoo wandb push``, because only the server knows which ones it has."""
     state = Sent.read(run)
     if state.online:
         return
-    sender = Sender(_open(run, recipe, cfg, state.id, "offline"), run, recipe, cfg, state.rows)
+    sender = Sender(_open(run, cfg, state.id, "offline"), run, cfg, state.rows)
     folder = Path(sender.connection.dir).parent.name
     sender.send(final)
     sender.end(0 if ending is None else int(ending.code), ending)
@@ -278,17 +280,17 @@ def write_segment(
     state.write(run)
 
 
-def update(run: Run, recipe: Recipe, cfg: WandbConfig) -> None:
+def update(run: Run, cfg: WandbConfig) -> None:
     """Send new evaluations of a run that ended before."""
     mode = mode_of(cfg)
     code = run.read_manifest()["exit_code"] or 0
     final = len(read_rows(run.path)) if code in (ExitCode.DONE, ExitCode.NAN) else Sent.read(run).rows
     if mode == "online":
-        sender = connect(run, recipe, cfg, final)
+        sender = connect(run, cfg, final)
         sender.send(final)
         sender.end(code)
     elif mode == "offline":
-        write_segment(run, recipe, cfg, final)
+        write_segment(run, cfg, final)
 
 
 def _standing(run: Run, cfg: WandbConfig, final: int) -> int | None:
@@ -308,20 +310,18 @@ def _standing(run: Run, cfg: WandbConfig, final: int) -> int | None:
     return count if follows and last.get("step") == rows[count - 1].step else None
 
 
-def _open(
-    run: Run, recipe: Recipe, cfg: WandbConfig, name: str, mode: Literal["online", "offline"]
-) -> Connection:
-    wandb = _library()
+def _open(run: Run, cfg: WandbConfig, name: str, mode: Literal["online", "offline"]) -> Connection:
+    wandb, recipe = _library(), read_recipe(run)
     connection = wandb.init(
         project=cfg.project,
         entity=cfg.entity,
         id=name,
-        name=f"{recipe.name}/{name}",
-        group=recipe.name,
+        name=f"{recipe['name']}/{name}",
+        group=recipe["name"],
         job_type="pretrain",
         tags=list(cfg.tags),
         notes=cfg.notes or None,
-        config=dict(_config(run, recipe)),
+        config=recipe | {"run": _facts(run)},
         dir=str(run.path),
         mode=mode,
         resume="allow" if mode == "online" else None,
@@ -339,11 +339,14 @@ def _open(
     return connection
 
 
-def _config(run: Run, recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """The resolved recipe, and under ``run`` the manifest and what follows from recipe and data."""
-    yield from plain(recipe).items()
-    manifest = run.read_manifest()
-    yield "run", {key: value for key, value in manifest.items() if key not in _LEFT_OUT}
+def read_recipe(run: Run) -> dict[str, Any]:
+    """The resolved recipe, without the code that it names: that of a plug-in may be elsewhere."""
+    return yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """The manifest, with what follows from recipe and data."""
+    return {key: value for key, value in run.read_manifest().items() if key not in _LEFT_OUT}
 
 
 def _library() -> Any:

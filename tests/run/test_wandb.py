@@ -237,6 +237,7 @@ def test_three_kills(tmp_path: Path, server: Server, mode: str) -> None:
         assert last.out.count(f"/runs/{name}") == 1 and kept.alerts == ["Pre-empted"]
 
 
+@pytest.mark.slow
 def test_without_a_server_nothing_is_lost(tmp_path: Path, server: Server) -> None:
     write_recipe(tmp_path)
     away = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
