@@ -108,8 +108,9 @@ def push(path: Path, *, project: str | None, entity: str | None) -> str:
         raise RunError(f"there is no login for {server_url()}: run wandb login, or set WANDB_API_KEY")
     if Sent.read(run).online:
         refuse_if_owned(run.path)  # it sends its rows itself
-    named = {key: value for key, value in (("project", project), ("entity", entity)) if value is not None}
-    cfg = WandbConfig(**stored | {"tags": tuple(stored.get("tags", ()))} | named)
+    stored |= {"tags": tuple(stored.get("tags", ()))}
+    stored |= {key: value for key, value in (("project", project), ("entity", entity)) if value is not None}
+    cfg = WandbConfig(**stored)
     code = manifest["exit_code"]
     final = len(read_rows(run.path)) if code in (ExitCode.DONE, ExitCode.NAN) else _rows_of_checkpoint(run)
     sender = connect(run, cfg, final)
