@@ -188,7 +188,12 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The recipe's optimiser over :meth:`parameter_groups`; the learning rate is set at every step."""
-        return build_optimizer(self.parameter_groups(), self.optim)
+        return self.build_optimizer()
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """The recipe's optimiser over :meth:`parameter_groups`, for methods with optimisers of their own too."""
+        scaled = self._trainer is not None and self._scaler is not None
+        return build_optimizer(self.parameter_groups(), self.optim, scaled=scaled)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None

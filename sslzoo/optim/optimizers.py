@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from sslzoo.recipe.sections import LARSConfig, OptimConfig, SGDConfig
 
+FUSED = ("cpu", "cuda")  # devices on which torch updates all parameters by one kernel per group
+
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888) in the form SSL papers use.
@@ -110,11 +112,12 @@ def split_decay(
     return decayed, plain
 
 
-def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig, *, scaled: bool) -> torch.optim.Optimizer:
     """Build the optimiser that ``cfg`` describes for ``groups`` (see ``SSLMethod.parameter_groups``).
 
     Each group is split by weight decay; its other keys are kept. The learning rate is 0 until
-    :func:`set_learning_rate` sets it, before every step.
+    :func:`set_learning_rate` sets it, before every step. ``scaled``: whether fp16's loss scaler is in use, with which
+    torch's fused kernels would not let gradients be clipped.
     """
     decay_1d = not isinstance(cfg, LARSConfig) and cfg.decay_1d
     split: list[dict[str, Any]] = []
@@ -137,7 +140,8 @@ def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.opt
     if isinstance(cfg, SGDConfig):
         return torch.optim.SGD(split, lr=0.0, momentum=cfg.momentum, nesterov=cfg.nesterov)
     adam = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
-    return adam(split, lr=0.0, betas=cfg.betas)
+    fused = not scaled and all(p.device.type in FUSED for group in split for p in group["params"])
+    return adam(split, lr=0.0, betas=cfg.betas, fused=fused)
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

@@ -14,7 +14,7 @@ from sslzoo.batch import Batch, Contrast
 from sslzoo.method import SSLMethod
 from sslzoo.nn.heads import build_head
 from sslzoo.nn.numerics import autocast_off
-from sslzoo.optim.optimizers import build_optimizer, set_learning_rate
+from sslzoo.optim.optimizers import set_learning_rate
 from sslzoo.optim.schedules import interpolate, learning_rate
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import OptimConfig
@@ -54,7 +54,7 @@ class MetAug(SSLMethod[MetAugConfig]):
 
     def configure_optimizers(self) -> Any:
         """The recipe's optimiser for the encoder, and another one for the generators if they are trained."""
-        encoder, meta = build_optimizer(self.parameter_groups(), self.optim), self.cfg.meta
+        encoder, meta = self.build_optimizer(), self.cfg.meta
         return encoder if meta is None else [encoder, generator_optimizer(self.generators, meta.optimizer)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
