@@ -1,8 +1,8 @@
 """Compare runs: what differs between their recipes, and their figures side by side.
 
-RUN is a run directory or a folder with runs. Runs whose recipes differ only in the seed are one group: its figures are
-mean and standard deviation over the runs. Groups that share seeds with the first are compared with it seed by seed,
-with a t-interval. The page (html) also has curves, with a band over the runs of a group.
+RUN is a run directory, a folder with runs, or a pattern such as 'runs/*/a*'. Runs whose recipes differ only in the seed
+are one group: its figures are mean and standard deviation over the runs. Groups that share seeds with the first are
+compared with it seed by seed, with a t-interval. The page (html) also has curves, with a band over the runs of a group.
 
   sslzoo compare runs/RECIPE runs/OTHER
   sslzoo compare runs/sweep --format html --out comparison.html

@@ -120,6 +120,11 @@ def _tiles(record: Record) -> Iterator[Tile]:
                 value=f"{100 * figure:.1f} %",
                 note=f"{within}best {100 * (best if best is not None else figure):.1f}",
             )
+    if record.figure("linear_top1") is None:
+        _, ranks = record.metrics.get("repr/rankme", ([], []))
+        if ranks:
+            note = f"largest {max(ranks):.1f}"
+            yield Tile(label="effective rank of the features", value=f"{ranks[-1]:.1f}", note=note)
     _, losses = record.metrics.get("train/loss", ([], []))
     if losses:
         yield Tile(label="pre-training loss", value=f"{losses[-1]:.4g}", note=f"lowest {min(losses):.4g}")

@@ -169,13 +169,15 @@ class Record:
 
 
 def records(paths: Sequence[Path]) -> list[Record]:
-    """The runs in ``paths``, each a run directory or a folder with runs at any depth, in order of their names.
+    """The runs in ``paths``: run directories, folders with runs at any depth, or patterns such as ``runs/*/a*``.
 
     Raises ``ValueError`` if a path does not exist or contains no run.
     """
     found: dict[Path, None] = {}
     for path in paths:
-        runs = list(_runs_in(path)) if path.is_dir() else []
+        root = Path(path.anchor)
+        folders = [path] if path.exists() else sorted(root.glob(str(path.relative_to(root))))
+        runs = [run for folder in folders if folder.is_dir() for run in _runs_in(folder)]
         if not runs:
             raise ValueError(f"{path} is no run directory and contains none; name one such as runs/RECIPE/ID")
         found |= dict.fromkeys(runs)

@@ -124,3 +124,4 @@ def test_runs_are_found_at_any_depth_once(tmp_path: Path) -> None:
     one, two = run_with_summary(tmp_path / "x" / "one"), run_with_summary(tmp_path / "x" / "y" / "z" / "two")
     found = records([tmp_path, one])
     assert [record.path for record in found] == [one.resolve(), two.resolve()]
+    assert [record.path for record in records([tmp_path / "x" / "o*"])] == [one.resolve()]
