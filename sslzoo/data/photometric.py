@@ -53,9 +53,8 @@ def blend_(
 
 def _mean(grey: Tensor) -> Tensor:
     """The mean of each image, (..., 1, 1, 1)."""
-    if (
-        grey.ndim == 3
-    ):  # Torch would divide the sum among threads, and its rounding would depend on their number.
+    if grey.ndim == 3:
+        # Torch divides the sum over a whole tensor among threads, and its rounding depends on their number.
         return grey.mean(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)
     return grey.mean(dim=(-3, -2, -1), keepdim=True)
 
