@@ -142,7 +142,7 @@ def _gathered(rows: Tensor, counts: list[int]) -> Tensor:
     """The rows (M, ...) of all ranks, which have ``counts`` of them."""
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
-    parts = gather_detached(padded).split(max(counts))
+    parts = gather_detached(padded).view(len(counts), *padded.shape)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 

@@ -70,9 +70,8 @@ class SSLDataModule(LightningDataModule):
 
     Workers decode, crop to uint8, and draw the parameters of the views, which are applied on the device to the
     whole batch, or, with ``data.augment_on`` = worker, by them. Images in memory need no workers and are cropped on the
-    device too. ``position`` counts the
-    micro-batches finished in the whole run: a run's callback adds one after each, and the order of samples
-    continues from there after a resume.
+    device too. ``position`` counts the micro-batches finished in the whole run: a run's callback adds one after each,
+    and the order of samples continues from there after a resume.
     """
 
     def __init__(
