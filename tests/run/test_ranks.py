@@ -18,6 +18,7 @@ from sslzoo.testing.ranks import free_port
 from tests.command import (
     Command,
     codes,
+    fork,
     group,
     manifest,
     shell,
@@ -84,7 +85,7 @@ def test_another_number_of_processes_than_planned_is_refused(starter: str, folde
 
 
 def test_several_machines_that_nobody_connects_are_refused_at_once(folder: Path) -> None:
-    command = shell(folder, "fit", "--recipe", "tiny.yaml", TWO, "trainer.num_nodes=2")
+    command = fork(folder, "fit", "--recipe", "tiny.yaml", TWO, "trainer.num_nodes=2")
     assert command.wait() == ExitCode.USAGE
     assert len(command.err.splitlines()) == 1
     assert "torchrun --nnodes 2 --nproc-per-node 2" in command.err and "srun" in command.err, command.said
