@@ -113,7 +113,7 @@ class Column:
     title: str
     measure: Callable[[Record], float | None]
     factor: float = 1.0
-    digits: int = 1
+    digits: int | None = 1  # after the point; None: three significant ones
     key: str = ""
 
 
@@ -132,7 +132,12 @@ class Comparison:
         ranked = sorted(keys, key=lambda key: order.index(key) if key in order else len(order))
         columns = [Column(title=_title(key), measure=_figure(key), factor=100.0, key=key) for key in ranked]
         columns += [
-            Column(title=panel.title, measure=_last(panel.curves[0].key), digits=3)
+            Column(
+                title=f"{panel.title} (%)" if panel.unit == "%" else panel.title,
+                measure=_last(panel.curves[0].key),
+                factor=100.0 if panel.unit == "%" else 1.0,
+                digits=1 if panel.unit == "%" else None,
+            )
             for section in panels.FRAMEWORK
             if section.name == "representation"
             for panel in section.panels
@@ -260,11 +265,16 @@ def _cell(group: Group, column: Column) -> str:
     spread = group.spread(column.measure)
     if spread is None:
         return "-"
-    text = f"{column.factor * spread.mean:,.{column.digits}f}"
+    text = _number(column, spread.mean)
     if spread.sd is not None:
-        return f"{text} ± {column.factor * spread.sd:.{column.digits}f}"
+        return f"{text} ± {_number(column, spread.sd)}"
     ends = group.runs[0].interval(column.key) if column.key and len(group.runs) == 1 else None
     return f"{text} ±{50 * (ends[1] - ends[0]):.1f}" if ends else text
+
+
+def _number(column: Column, value: float) -> str:
+    value *= column.factor
+    return f"{value:.3g}" if column.digits is None else f"{value:,.{column.digits}f}"
 
 
 def _gap(difference: Difference | None) -> str:

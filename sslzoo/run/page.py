@@ -258,8 +258,8 @@ def _pictures(record: Record) -> Iterator[Block]:
     yield Rows(
         title=f"Nearest neighbours after epoch {gallery['epoch']}",
         rows=[_neighbours(row, names) for row in gallery["neighbours"]],
-        note="Left: the same images at every evaluation. Right: the training images with the largest cosine. The "
-        "colour of the frame says whether the class is the same.",
+        note="Left: the same images at every evaluation. Right: the training images with the largest cosine."
+        + (" The colour of the frame says whether the class is the same." if names else ""),
     )
     yield _map(gallery, names)
 
@@ -302,12 +302,13 @@ def _map(gallery: Mapping[str, Any], names: Sequence[str]) -> Scatter:
     )
     if len(coloured) < len(present):
         note += f" {len(coloured)} of {len(present)} classes have a colour."
+    groups = [coloured.index(label) if label in coloured else -1 for label in points["label"]]
     return Scatter(
         title=f"Map of the features after epoch {gallery['epoch']}",
         x=points["x"],
         y=points["y"],
-        group=[coloured.index(label) if label in coloured else -1 for label in points["label"]],
-        names=[str(names[label]) for label in coloured],
+        group=groups if present else [0] * len(groups),
+        names=[str(names[label]) for label in coloured] or ["images without a label"],
         note=note,
     )
 
