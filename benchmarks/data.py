@@ -162,7 +162,7 @@ def measure() -> list[Result]:
         return Image.fromarray(colour.read(i).permute(1, 2, 0).numpy())
 
     blurred = replace(SMALL, size=28, blur_p=0.5)
-    results = compare("28 px grey in memory", grey, grey_image, [blurred] * 2, 256, whole=18)
+    results = compare("28 px grey in memory", grey, grey_image, [blurred] * 2, 256, whole=17)
     for title, view in {
         "32 px in memory": SMALL,
         "32 px, bicubic": replace(SMALL, interpolation="bicubic"),
