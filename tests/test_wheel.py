@@ -64,6 +64,8 @@ def test_carries_cards_licences_and_embedded_data(installed: Path):
         assert (installed / "sslzoo_methods" / path.parent.name / "README.md").is_file()
     assert (installed / "sslzoo/data/embedded/LICENSE").is_file()
     assert list((installed / "sslzoo/data/embedded").glob("*.npz"))
+    assets = {path.name for path in (installed / "sslzoo/pages/assets").iterdir()}
+    assert {"LICENSE", "page.css", "page.js", "uPlot.iife.min.js", "uPlot.min.css"} <= assets
 
 
 def test_trains_a_step_outside_the_repository(installed: Path, tmp_path: Path):
