@@ -32,6 +32,7 @@ from sslzoo.run.history import Row, current_pictures, last_values, read_rows
 from sslzoo.run.lock import refuse_if_owned
 from sslzoo.run.login import logged_in, server_url
 from sslzoo.run.page import PAGE
+from sslzoo.run.record import Record
 from sslzoo.terminal import OUT
 
 if TYPE_CHECKING:
@@ -145,7 +146,8 @@ class WandB(Follower):
             if Sent.read(self.run).rows > rows:
                 _start_anew(self.run)
             self._said = True
-            OUT.print(f"W&B: kept offline; send with: {push_command(self.run)}", soft_wrap=True)
+            why = "" if logged_in() else f", because there is no login for {server_url()}"
+            OUT.print(f"W&B: kept offline{why}; send with: {push_command(self.run)}", soft_wrap=True)
         else:
             self._connect()
 
@@ -225,7 +227,8 @@ class Sender:
         report = (
             {"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)} if page.exists() else {}
         )
-        self.connection.summary.update(latest | figures | pictures | report)
+        verdict = {f"verdict/{key}": value for key, value in Record(self.run.path).verdict.items()}
+        self.connection.summary.update(latest | figures | verdict | pictures | report)
 
     def _send_export(self, folder: Path) -> None:
         import wandb

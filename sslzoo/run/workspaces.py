@@ -29,6 +29,7 @@ PINNED = (
     "summary:eval/linear_top1",
     "summary:eval/knn_top1",
     "summary:repr/rankme",
+    "summary:verdict/state",
     "summary:sys/images_per_s",
 )
 _OPEN = ("learning", "evaluation", "method")  # sections that are open at first
