@@ -11,13 +11,14 @@ LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class ExitCode(IntEnum):
-    """Exit codes that a job script can act on: requeue on 75, inspect the run on 76."""
+    """Exit codes that a job script can act on: requeue on 75, inspect the run on 76 and 77."""
 
     DONE = 0
     FAILURE = 1  # an error at run time
     USAGE = 2  # invalid command line, recipe, data or directory; nothing was started
     PREEMPTED = 75  # stopped by a signal; `--resume auto` continues
     NAN = 76  # the loss is not finite; the checkpoints predate that
+    COLLAPSED = 77  # the representation has collapsed, and eval.stop_on_collapse is set
     INTERRUPT = 130  # Ctrl-C
 
 
@@ -51,3 +52,9 @@ class Diverged(Leave):
     """The loss is not finite."""
 
     exit_code = ExitCode.NAN
+
+
+class Collapsed(Leave):
+    """The representation has collapsed, and the recipe asks to stop then."""
+
+    exit_code = ExitCode.COLLAPSED

@@ -133,6 +133,19 @@ FRAMEWORK = (
                 unit="%",
             ),
             panel(
+                "repr/embedding_std",
+                "deviation of embeddings",
+                "The same of the projector's output, which the loss sees: a collapse shows here first.",
+            ),
+            panel(
+                "repr/embedding_rankme",
+                "effective rank of embeddings",
+                "About how many directions the projector's output uses. Losses tend to lower it as they fall.",
+            ),
+            panel(
+                "repr/embedding_width", "width of embeddings", "The most that the rank of embeddings can be."
+            ),
+            panel(
                 "repr/width",
                 "number of features",
                 "The width of the features, and the most their rank can be.",

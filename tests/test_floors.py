@@ -23,6 +23,7 @@ FLOORS = (
         "randomness",
         "streams",
         "terminal",
+        "verdict",
     ),
     ("pages", "recipe"),
     ("nn", "optim"),

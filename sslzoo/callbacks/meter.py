@@ -57,6 +57,7 @@ class Meter(Callback):
         self.every_steps = every_steps
         self.followers: list[Follower] = []
         self.latest: dict[str, float] = {}  # last reported value by key, for the progress display
+        self.loss: Tensor | None = None  # of this rank's last micro-batch
         self._file = MetricsFile(Path(folder) / "metrics.csv")
         self._system = MetricsFile(Path(folder) / "system.csv")
         self._histograms = Path(folder) / "histograms.jsonl"
@@ -103,6 +104,7 @@ class Meter(Callback):
 
     def _collect(self, recorded: dict[str, Tensor]) -> None:
         if recorded:
+            self.loss = recorded.get("train/loss")
             self._shapes |= {key: value.shape for key, value in recorded.items()}
             values = torch.cat([value.reshape(-1) for value in recorded.values()])
             self._step.append((tuple(recorded), values))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from typing import Any
+from datetime import datetime
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, TaskID
 from rich.table import Column
+from torch import Tensor
 
 from sslzoo.callbacks.meter import find_meter
 from sslzoo.recipe.plan import TrainingPlan
@@ -21,18 +25,22 @@ LINE_EVERY = 60.0  # seconds between lines inside an epoch
 
 
 class ProgressDisplay(Callback):
-    """Shows loss, images/s, linear probe, k-NN and remaining time, on rank 0.
+    """Shows loss, images/s, the time spent waiting for data, linear probe, k-NN and remaining time, on rank 0.
 
     If stderr is a terminal, it shows bars: epochs, and below them the steps of the epoch or the batches of an
     evaluation. If stdout is not a terminal, it prints one line at the end of each epoch, and one per minute in
     long epochs. The line of each epoch also goes to the log (``train.log``) in any case. Results of an earlier
-    evaluation are shown with its epoch.
+    evaluation are shown with its epoch. With ``lines="json"`` there are no bars, and each line on stdout is an object.
 
-    Reads only values that Meter has reported, so it needs no synchronisation.
+    Reads values that Meter has reported. Before the first of them it shows the loss of this rank's last micro-batch,
+    which is copied from the device without waiting.
     """
 
-    def __init__(self, *, out: Console = OUT, err: Console = ERR) -> None:
-        self._out, self._err = out, err
+    def __init__(
+        self, *, lines: Literal["text", "json"] = "text", out: Console = OUT, err: Console = ERR
+    ) -> None:
+        self._json, self._out, self._err = lines == "json", out, err
+        self._first_loss = _Glimpse()
         self._bars: Bars | None = None
         self._epochs = self._steps = TaskID(0)
         self._lines = False  # whether this process prints lines
@@ -47,8 +55,8 @@ class ProgressDisplay(Callback):
         """Open the bars if there is a terminal."""
         self._started, self._started_step = time.perf_counter(), pl_module.optimizer_steps
         self._printed = self._started
-        self._lines = trainer.is_global_zero and not redraws(self._out)
-        if trainer.is_global_zero and redraws(self._err):
+        self._lines = trainer.is_global_zero and (self._json or not redraws(self._out))
+        if trainer.is_global_zero and redraws(self._err) and not self._json:
             plan = pl_module.plan
             # Wide enough for the counts of steps and epochs, and of most evaluations.
             width = 2 * len(str(max(plan.max_epochs, plan.steps_per_epoch))) + 1
@@ -64,20 +72,22 @@ class ProgressDisplay(Callback):
     ) -> None:
         """Update the bars, at most every half second; print a line if the last one was more than a minute ago."""
         now = time.perf_counter()
+        meter = find_meter(trainer)
+        if trainer.is_global_zero and meter is not None and "train/loss" not in meter.latest:
+            self._first_loss.offer(meter.loss)
         if self._bars is not None and now - self._shown >= REFRESH:
             self._show_steps(trainer, pl_module)
         if self._lines and now - self._printed >= LINE_EVERY:
             closes_epoch = pl_module.optimizer_steps % pl_module.plan.steps_per_epoch == 0
             if not closes_epoch:  # otherwise the line of the epoch comes next
-                self._print(self._line(trainer, pl_module))
+                self._print_line(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Log, and print if necessary, the line of the epoch."""
         if trainer.is_global_zero:
-            line = self._line(trainer, pl_module)
-            log.info(line)
+            log.info(self._line(trainer, pl_module))
             if self._lines:
-                self._print(line)
+                self._print_line(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Close the bars."""
@@ -144,7 +154,7 @@ class ProgressDisplay(Callback):
             description="step",
             total=plan.steps_per_epoch,
             completed=step - max(0, _epoch_of(step, plan) - 1) * plan.steps_per_epoch,
-            text=self._speed(trainer),
+            text=self._speed(trainer, pl_module),
         )
 
     def _show_evaluation(self) -> None:
@@ -159,43 +169,118 @@ class ProgressDisplay(Callback):
             text="evaluating …" if self._batches < self._all_batches else "measuring …",
         )
 
-    def _print(self, line: str) -> None:
+    def _print_line(self, trainer: Trainer, pl_module: Any) -> None:
         self._printed = time.perf_counter()
-        self._out.print(line, markup=False, soft_wrap=True)  # rich flushes
+        line = json.dumps(self._values(trainer, pl_module)) if self._json else self._line(trainer, pl_module)
+        self._out.print(line, markup=False, highlight=False, soft_wrap=True)  # rich flushes
+
+    def _values(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        """What a line says, as numbers; without what is not known yet."""
+        plan, step, latest = pl_module.plan, pl_module.optimizer_steps, self._latest(trainer, pl_module)
+        values = {
+            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "epoch": _epoch_of(step, plan),
+            "epochs": plan.max_epochs,
+            "step": step,
+            "steps": plan.total_steps,
+            "loss": latest.get("train/loss"),
+            "images_per_s": latest.get("sys/images_per_s"),
+            "data_wait": latest.get("sys/data_wait"),
+            "linear_top1": latest.get("val/linear_top1"),
+            "knn_top1": latest.get("val/knn_top1"),
+            "rankme": latest.get("repr/rankme"),
+            "evaluated_epoch": _epoch_of(self._evaluated_step, plan) if self._evaluated_step else None,
+            "seconds_left": self._seconds_left(pl_module),
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
     def _line(self, trainer: Trainer, pl_module: Any) -> str:
         plan, step = pl_module.plan, pl_module.optimizer_steps
         return _joined(
             f"epoch {_fraction(_epoch_of(step, plan), plan.max_epochs)}",
             f"step {_fraction(step, plan.total_steps)}",
-            self._speed(trainer),
+            self._speed(trainer, pl_module),
             self._figures(trainer, pl_module),
             self._time_left(pl_module),
         )
 
-    @staticmethod
-    def _speed(trainer: Trainer) -> str:
-        shown = (("train/loss", "loss {:.4f}"), ("sys/images_per_s", "{:.0f} images/s"))
+    def _speed(self, trainer: Trainer, pl_module: Any) -> str:
+        shown = (
+            ("train/loss", "loss {:.4f}", 1),
+            ("sys/images_per_s", "{:.0f} images/s", 1),
+            ("sys/data_wait", "{:.0f} % data wait", 100),
+        )
+        latest = self._latest(trainer, pl_module)
+        return _joined(*(form.format(unit * latest[key]) for key, form, unit in shown if key in latest))
+
+    def _latest(self, trainer: Trainer, pl_module: Any) -> dict[str, float]:
+        """Meter's values, and before its first row the loss, and the speed since the start."""
         latest = _latest(trainer)
-        return _joined(*(form.format(latest[key]) for key, form in shown if key in latest))
+        first: dict[str, float] = {}
+        if "train/loss" not in latest and (loss := self._first_loss.value) is not None:
+            first["train/loss"] = loss
+        done = pl_module.optimizer_steps - self._started_step
+        if "sys/images_per_s" not in latest and done > 0:
+            passed = max(time.perf_counter() - self._started, 1e-6)
+            first["sys/images_per_s"] = done * pl_module.plan.global_batch_size / passed
+        return first | latest
 
     def _figures(self, trainer: Trainer, pl_module: Any) -> str:
-        """Linear probe and k-NN, with their epoch unless they were measured at this step."""
+        """Linear probe and k-NN, or the rank of the features without labels, with their epoch unless they were measured
+        at this step."""
         shown = (("val/linear_top1", "probe {:.1f} %"), ("val/knn_top1", "k-NN {:.1f} %"))
         latest = _latest(trainer)
         figures = ", ".join(form.format(100 * latest[key]) for key, form in shown if key in latest)
+        if not figures and "repr/rankme" in latest:
+            figures = f"rank {latest['repr/rankme']:.1f} of {latest['repr/width']:.0f}"
         unknown = self._evaluated_step == 0  # resumed from a checkpoint without this information
         if not figures or unknown or self._evaluated_step == pl_module.optimizer_steps:
             return figures
         return f"{figures} (epoch {_epoch_of(self._evaluated_step, pl_module.plan)})"
 
     def _time_left(self, pl_module: Any) -> str:
+        seconds = self._seconds_left(pl_module)
+        if seconds is None:
+            return ""
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+
+    def _seconds_left(self, pl_module: Any) -> int | None:
         done = pl_module.optimizer_steps - self._started_step
         left = pl_module.plan.total_steps - pl_module.optimizer_steps
         if done <= 0 or left <= 0:
-            return ""
-        seconds = round((time.perf_counter() - self._started) / done * left)
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+            return None
+        return round((time.perf_counter() - self._started) / done * left)
+
+
+class _Glimpse:
+    """The newest scalar of a device that has arrived on the host, without ever waiting for one."""
+
+    def __init__(self) -> None:
+        self._known: float | None = None
+        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def offer(self, scalar: Tensor | None) -> None:
+        """Copy ``scalar``, unless an earlier one is still on its way."""
+        if scalar is None or self._is_coming():
+            return
+        if scalar.device.type != "cuda":
+            self._known = float(scalar)
+            return
+        host, copied = torch.empty((), dtype=scalar.dtype, pin_memory=True), torch.cuda.Event()
+        host.copy_(scalar, non_blocking=True)
+        copied.record()
+        self._coming = host, copied
+
+    @property
+    def value(self) -> float | None:
+        """None before the first has arrived."""
+        self._is_coming()
+        return self._known
+
+    def _is_coming(self) -> bool:
+        if self._coming is not None and self._coming[1].query():
+            self._known, self._coming = float(self._coming[0]), None
+        return self._coming is not None
 
 
 def _latest(trainer: Trainer) -> dict[str, float]:

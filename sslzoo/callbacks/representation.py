@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sslzoo.distributed import broadcast_from_zero, gather_detached, world_size
+from sslzoo.evaluate.figures import LAYER
 from sslzoo.evaluate.representation import (
     PAIRS,
     SAMPLES,
     VIEWS,
     Neighbours,
+    measure_embeddings,
     measure_plain,
     measure_views,
     objects,
@@ -37,7 +40,11 @@ FIGURES = (
     "separation",
     "alignment",
     "lidar",
+    "embedding_width",
+    "embedding_std",
+    "embedding_rankme",
 )
+EMBEDDING = "projector"  # the layer that the loss sees, by the name that methods publish it under
 
 
 class Representation:
@@ -81,29 +88,40 @@ class Representation:
             self._before = Neighbours(*(ids.cpu() for ids in plain.neighbours))
             if trainer.is_global_zero:
                 self._write(pl_module.optimizer_steps, trainer.current_epoch, plain.spectrum.tolist())
-        views = self._in_views(trainer, pl_module, len(of.source))
+        chosen = subset(self.seed, len(of.source), objects(len(of.source), x.shape[1]))
+        views, embedded = self._in_views(trainer, pl_module, chosen)
         if len(views) > 1:
             figures |= measure_views(views)
+            figures |= measure_embeddings(embedded) if embedded.shape[1] else {}
         return _of_rank_zero(figures, pl_module.device)
 
-    def _in_views(self, trainer: Any, pl_module: SSLMethod[Any], size: int) -> Tensor:
-        """Features (n, q, F) of n of the ``size`` training images in q views each. Collective."""
+    def _in_views(self, trainer: Any, pl_module: SSLMethod[Any], chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (n, q, F) of the training images ``chosen`` (n,) in q views each, and embeddings (n q, D) of all
+        these views, D = 0 if the method has none. Collective."""
         data = trainer.datamodule
         per_draw = sum(view.role == "global" for view in data.views)
         draws = -(-VIEWS // per_draw)
-        chosen = subset(self.seed, size, objects(size, pl_module.feature_dim))
         none = torch.zeros(0, dtype=torch.int64, device=pl_module.device)
-        features, ids = [torch.zeros(0, pl_module.feature_dim, device=pl_module.device)], [none]
+        rows, ids, widths = list[Tensor](), [none], torch.tensor([0, 0], device=pl_module.device)
         for batch in data.fixed_views(chosen, draws, pl_module.device):
             for view in trainer.precision_plugin.convert_input(batch.global_views):
                 with trainer.precision_plugin.forward_context():
-                    features.append(pl_module(view).detach().float())
+                    layers = pl_module.features(view)
+                features = layers[LAYER]
+                embeddings = layers.get(EMBEDDING, features[:, :0])
+                widths = widths.new_tensor([features.shape[1], embeddings.shape[1]])
+                rows.append(torch.cat([features.float(), embeddings.float()], dim=1))
                 ids.append(batch.sample_id)
-        x, _, sample_id = _of_all_ranks(torch.cat(features), None, torch.cat(ids))
+        if world_size() > 1:
+            dist.all_reduce(widths, dist.ReduceOp.MAX)
+        width, embedding_width = widths.tolist()
+        rows.append(torch.zeros(0, width + embedding_width, device=pl_module.device))
+        x, _, sample_id = _of_all_ranks(torch.cat(rows), None, torch.cat(ids))
         # A sample that stands in for an unreadable one may be there more or less often than the others.
         _, count = sample_id.unique_consecutive(return_counts=True)
         whole = count == draws * per_draw
-        return x[whole.repeat_interleave(count)].view(int(whole.sum()), draws * per_draw, x.shape[1])
+        x = x[whole.repeat_interleave(count)]
+        return x[:, :width].view(int(whole.sum()), draws * per_draw, width), x[:, width:]
 
     def _write(self, step: int, epoch: int, spectrum: list[float]) -> None:
         """Add a row to the file, in place of those of this step and later ones, which an earlier start has left."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ def final_evaluation(
     seconds: float,
     evaluated_before: float = 0.0,
     progress: EvaluationProgress | None = None,
+    verdict: Mapping[str, Any] | None = None,
     brief: bool = False,
 ) -> dict[str, Any]:
     """Evaluate, write ``folder/summary.json`` on rank 0 and return its content on all ranks. Collective.
@@ -51,8 +52,9 @@ def final_evaluation(
     as it was before training; ``seconds`` is the training time over all starts of the run, ``evaluated_before``
     the time that earlier starts spent in this function. With ``eval.baselines``, the trained encoder, the
     initial one, raw pixels and their first 64 principal components are evaluated with the same linear probe,
-    linear evaluation by SGD, and k-NN, on the first labelled data set. Accuracies are fractions; keys of
-    figures that were not measured are absent. ``brief`` does a single step of everything, for dry runs.
+    linear evaluation by SGD, and k-NN, on the first labelled data set. ``verdict`` says whether the run is healthy,
+    None if that is unknown. Accuracies are fractions; keys of figures that were not measured are
+    absent. ``brief`` does a single step of everything, for dry runs.
     """
     start = time.perf_counter()
     measured = Measured({}, {}, {}) if last is None else last
@@ -69,6 +71,7 @@ def final_evaluation(
         "evaluation_seconds": round(evaluated_before + time.perf_counter() - start, 1),
         "seed": recipe.seed,
     }
+    summary |= {} if verdict is None else {"verdict": dict(verdict)}
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", summary)

@@ -78,6 +78,18 @@ def measure_views(x: Tensor) -> dict[str, float]:
     return {"alignment": alignment(normalised(x)), "lidar": lidar(x)}
 
 
+@torch.no_grad()
+def measure_embeddings(x: Tensor) -> dict[str, float]:
+    """``embedding_width`` (D), ``embedding_std`` and ``embedding_rankme`` of what the loss sees, ``x`` (N, D), float64
+    and finite: a collapse shows there first, and may leave the features as they began."""
+    of_x, _ = singular_values(x)
+    return {
+        "embedding_width": float(x.shape[1]),
+        "embedding_std": deviation(normalised(x)),
+        "embedding_rankme": effective_rank(of_x),
+    }
+
+
 def normalised(x: Tensor) -> Tensor:
     """``x`` (..., F) with rows of length 1; rows of zeros stay zero."""
     return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
@@ -155,17 +167,20 @@ def separation(z: Tensor, label: Tensor) -> float | None:
     """1 - (mean cosine distance within classes) / (mean cosine distance over all), classes weighted equally, for
     normalised ``z`` (N, F): 0 where classes are mixed, 1 where each is a point (Kornblith et al., arXiv:2010.16402).
 
-    Means over pairs of samples, a sample with itself included, are dot products of class means. None if there is one
-    class alone, or if all samples are alike.
+    Unlike there, no sample is compared with itself, so that it is 0 by chance however few images a class has; classes
+    of one image are left out. None if there is no second class, or if all samples are alike.
     """
-    classes, index = label.unique(return_inverse=True)
+    index = label.unique(return_inverse=True)[1]
     count = torch.bincount(index).to(z.dtype)
-    means = z.new_zeros(len(classes), z.shape[1]).index_add_(0, index, z) / count[:, None]
-    within = 1 - means.square().sum(1).mean()
-    over_all = 1 - means.mean(0).square().sum()
-    if len(classes) < 2 or float(over_all) <= 1e-12:
+    sums = z.new_zeros(len(count), z.shape[1]).index_add_(0, index, z)
+    own = z.new_zeros(len(count)).index_add_(0, index, z.square().sum(1))  # of samples with themselves
+    count, sums, own = (part[count > 1] for part in (count, sums, own))
+    within = 1 - (sums.square().sum(1) - own) / (count * (count - 1))
+    means = sums / count[:, None]
+    distance = (1 - means @ means.T).fill_diagonal_(0) + within.diag()
+    if len(count) < 2 or float(distance.mean()) <= 1e-12:
         return None
-    return float(1 - within / over_all)
+    return float(1 - within.mean() / distance.mean())
 
 
 def alignment(z: Tensor) -> float:

@@ -494,6 +494,7 @@ class EvalConfig:
     test_split: str = "test"
     # Add raw pixels, their PCA, random initialisation and linear evaluation by SGD to the final table.
     baselines: bool = False
+    stop_on_collapse: bool = False  # end the run, with exit code 77, at an evaluation that finds a collapse
     # More evaluations after the final table: knn, logistic, or protocols of linear evaluation, as in `sslzoo eval`.
     after: tuple[str, ...] = ()
 
@@ -565,6 +566,7 @@ class LoggingConfig:
     every_steps: int = 50  # optimiser steps between rows
     checkpoint_every_steps: int = 500  # optimiser steps between saves; the end of each epoch is saved too
     keep_epochs: tuple[int, ...] = ()  # epochs whose checkpoint is never deleted
+    lines: Literal["text", "json"] = "text"  # progress on stdout; json: an object a line, and no bars
     tensorboard: bool = False
     wandb: WandbConfig | None = None
 

@@ -19,6 +19,7 @@ from sslzoo.callbacks.batchnorm import BroadcastBatchNormStats
 from sslzoo.callbacks.cadence import EvaluationCadence
 from sslzoo.callbacks.checkpoint import ExactCheckpoint
 from sslzoo.callbacks.evaluation import KNN, FeatureEvaluation, Judge, LinearProbe
+from sslzoo.callbacks.health import Health
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.callbacks.page import PageRefresh
@@ -47,6 +48,7 @@ from sslzoo.run.page import write_page
 from sslzoo.run.placement import ALONE, Placement
 from sslzoo.run.preemption import Preemption
 from sslzoo.run.trainer import build_trainer
+from sslzoo.terminal import OUT
 
 if TYPE_CHECKING:
     from sslzoo.method import SSLMethod
@@ -84,6 +86,7 @@ class Callbacks:
     analyses: tuple[Watch, ...]
     meter: Meter  # after everything that records metrics
     page: PageRefresh  # after meter, whose files it reads
+    health: Health  # after Meter, whose file it reads, and page, which shows a run that it stops
     progress: ProgressDisplay  # last, because it shows what Meter reported
 
     def __iter__(self) -> Iterator[Callback]:
@@ -93,7 +96,7 @@ class Callbacks:
             yield self.online_probe
         yield self.evaluation
         yield from self.analyses
-        yield from (self.meter, self.page, self.progress)
+        yield from (self.meter, self.page, self.health, self.progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +272,10 @@ def _build_callbacks(
         analyses=tuple(Watch(analysis) for analysis in _build_analyses(recipe)),
         meter=Meter(run.path, every_steps=recipe.logging.every_steps),
         page=PageRefresh(lambda: write_page(run.path)),
-        progress=ProgressDisplay(out=quiet, err=quiet) if brief else ProgressDisplay(),
+        health=Health(run.metrics, stop=recipe.eval.stop_on_collapse, out=quiet if brief else OUT),
+        progress=ProgressDisplay(out=quiet, err=quiet)
+        if brief
+        else ProgressDisplay(lines=recipe.logging.lines),
     )
 
 

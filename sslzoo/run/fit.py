@@ -43,7 +43,8 @@ from sslzoo.run.resize import obstacle
 from sslzoo.run.stopwatch import Stopwatch
 from sslzoo.run.summary import run_summary, trained_parameters
 from sslzoo.run.words import last_words
-from sslzoo.terminal import OUT
+from sslzoo.terminal import OUT, redraws
+from sslzoo.verdict import judge_file
 
 log = logging.getLogger(__name__)
 
@@ -247,6 +248,7 @@ class _Life:
         built.method.to(built.trainer.strategy.root_device)  # Lightning moves it to the CPU after training
         leader = self.placement.is_leader
         before = {phase: run.seconds_before(phase) if leader else 0.0 for phase in ("training", "evaluation")}
+        verdict = judge_file(run.metrics) if leader else None
         summary = final_evaluation(
             built.method,
             built.data,
@@ -257,9 +259,12 @@ class _Life:
             seconds=before["training"] + self.stopwatch.seconds()["training"],
             evaluated_before=before["evaluation"],
             progress=EvaluationProgress(shown=leader),
+            verdict=None if verdict is None else verdict.as_json(),
         )
         if leader:
             OUT.print(*results_tables(summary), sep="\n")
+            if verdict is not None:
+                OUT.print(verdict.sentence, soft_wrap=not redraws(OUT), markup=False)
         summary = evaluate_at_end(
             built.method,
             built.data,

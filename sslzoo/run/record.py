@@ -18,12 +18,13 @@ from sslzoo.evaluate.figures import FEATURES, LAYER, data_of, is_accuracy, layer
 from sslzoo.exits import ExitCode
 from sslzoo.run.lock import is_alive
 
-State = Literal["running", "done", "pre-empted", "interrupted", "diverged", "failed", "killed"]
+State = Literal["running", "done", "pre-empted", "interrupted", "diverged", "collapsed", "failed", "killed"]
 STATE_NAMES: tuple[State, ...] = get_args(State)
 STATES: dict[int, State] = {
     ExitCode.DONE: "done",
     ExitCode.PREEMPTED: "pre-empted",
     ExitCode.NAN: "diverged",
+    ExitCode.COLLAPSED: "collapsed",
     ExitCode.INTERRUPT: "interrupted",
 }
 COLUMNS = {

@@ -33,10 +33,13 @@ def last_words(
 
 def _what_next(ending: Ending, placement: Placement, run: Run, loaded: LoadedRecipe) -> Iterator[str]:
     saved = sorted(run.checkpoints.glob("step=*.ckpt"))
-    # These two cases need a changed recipe, so resuming is no option.
+    # These cases need a changed recipe, so resuming is no option.
     if ending.kind == "Diverged":
         spoilt = f"; even the weights in {saved[-1].name} may already be unusable" if saved else ""
         yield f"lower optim.lr or raise optim.warmup_epochs, and start a new run with a different --out{spoilt}"
+        return
+    if ending.kind == "Collapsed":
+        yield "change the recipe, and start a new run with a different --out; eval.stop_on_collapse=false trains on"
         return
     if ending.kind == "OutOfMemoryError" and "eval.batch_size" not in ending.message:
         start = f", initialised with --init-from {run.path}" if saved else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
@@ -121,7 +123,7 @@ def test_a_run_in_a_terminal_shows_steps_then_its_evaluation_then_steps(tmp_path
     display = ProgressDisplay(out=out, err=err)
     watch = Watch(display)
     # Six steps an epoch; 100 training and 20 test images in batches of 32.
-    monkeypatch.setattr("sslzoo.run.build.ProgressDisplay", lambda: display)
+    monkeypatch.setattr("sslzoo.run.build.ProgressDisplay", lambda **_: display)
     monkeypatch.setattr(kills, "_Disturbance", lambda *_: watch)
     kills.fit(tiny_job(epochs=2), tmp_path, None)
 
@@ -135,7 +137,10 @@ def test_a_run_in_a_terminal_shows_steps_then_its_evaluation_then_steps(tmp_path
     for i, row in enumerate(rows[6 : 6 + batches]):
         assert row == f"batch  {i}/{batches} evaluating …"
     assert rows[6 + batches] == f"batch  {batches}/{batches} measuring …"
-    assert re.fullmatch(r"step  6/6 loss \d+\.\d{4}  \d+ images/s", rows[-1])
+    assert re.fullmatch(r"step  6/6 loss \d+\.\d{4}  \d+ images/s  \d+ % data wait", rows[-1])
+    assert all(
+        re.match(r"step  \d/6 loss \d+\.\d{4}  \d+ images/s", row) for row in rows[:6]
+    )  # from the first on
 
     probe = r"probe \d+\.\d %, k-NN \d+\.\d %"
     top = [upper for _, (upper, _) in first]
@@ -216,6 +221,49 @@ def test_lines_are_whole_and_on_disk_at_once(tmp_path):
         run.end_epoch()
         lines = (tmp_path / "job.out").read_text().splitlines()
     assert len(lines) == 1 and lines[0].endswith("left")
+
+
+def test_loss_and_speed_are_there_before_the_first_row_of_metrics(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    run = Run(tmp_path, terminal=False).start()
+    clock.now += 64
+    run.meter.loss, run.method.optimizer_steps = torch.tensor(3.5), 1
+    run.display.on_train_batch_end(run.trainer, run.method, None, None, 0)
+    assert run.lines[0].startswith("epoch 1/3  step  1/30  loss 3.5000  0 images/s")
+    clock.now += 64
+    run.meter.latest["sys/data_wait"] = 0.126
+    run.steps(1)
+    assert "loss 2.0000  512 images/s  13 % data wait" in run.lines[1]
+
+
+def test_without_labels_the_rank_is_shown(tmp_path):
+    run = Run(tmp_path, terminal=False).start()
+    run.steps(10)
+    run.evaluate()
+    for key in FIGURES:
+        del run.meter.latest[key]
+    run.meter.latest |= {"repr/rankme": 12.34, "repr/width": 256.0}
+    run.end_epoch()
+    assert "  rank 12.3 of 256" in run.lines[0]
+
+
+def test_lines_of_json_are_objects_with_what_is_known(tmp_path):
+    run = Run(tmp_path, terminal=True)
+    run.out = _console(terminal=True, width=40)
+    run.display = ProgressDisplay(lines="json", out=run.out, err=run.err)
+    run.start().steps(10)
+    run.end_epoch()
+    run.steps(10)
+    run.evaluate()
+    run.end_epoch()
+    first, second = map(json.loads, run.lines)
+    assert {"time", "seconds_left"} <= first.keys()
+    known = {"epoch": 1, "epochs": 3, "step": 10, "steps": 30, "loss": 2.0, "images_per_s": 512.3}
+    assert {key: first[key] for key in known} == known
+    assert "linear_top1" not in first and "data_wait" not in first
+    assert (second["linear_top1"], second["knn_top1"], second["evaluated_epoch"]) == (0.731, 0.702, 2)
+    assert _written(run.err) == ""
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -55,6 +55,7 @@ IDLE = {
     "logging.checkpoint_every_steps": "only the newest checkpoint stays; tests of resuming count on it",
     "probe.layers": "the method's; a layer that it does not publish is refused",
     "probe.data": "another data set, which is not generated here",
+    "logging.lines": "how progress is written on the screen",
     "logging.tensorboard": "one more place for the same numbers",
     "logging.wandb": "one more place for the same numbers",
     "trainer.accelerator": "where it runs",

@@ -21,6 +21,7 @@ from sslzoo.callbacks.batchnorm import BroadcastBatchNormStats
 from sslzoo.callbacks.cadence import EvaluationCadence
 from sslzoo.callbacks.checkpoint import ExactCheckpoint
 from sslzoo.callbacks.evaluation import FeatureEvaluation
+from sslzoo.callbacks.health import Health
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.callbacks.page import PageRefresh
@@ -46,6 +47,7 @@ ORDER = (
     Watch,
     Meter,  # writes what those before it recorded
     PageRefresh,  # reads what the meter has written
+    Health,  # reads the meter's file
     ProgressDisplay,  # shows what the meter has written
 )
 

@@ -174,6 +174,7 @@ sys.exit(int(code))
         (75, "absent", "PENDING", "requeue job JOB: see the lines above"),  # while it was starting
         (1, "1", "FAILED", "not requeued, the run ended with exit code 1: SIGUSR2: saved"),
         (1, "76", "FAILED", "not requeued, the run ended with exit code 76"),
+        (77, "77", "FAILED", "not requeued, the run ended with exit code 77"),
         (2, "absent", "FAILED", "not requeued, the run ended with exit code 2: see the lines above"),
         (137, "null", "FAILED", "not requeued, the run ended with exit code 137: all processes were killed"),
     ],

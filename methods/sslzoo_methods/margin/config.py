@@ -335,6 +335,11 @@ class MarginConfig(MethodConfig):
     effects: Effects = Whole()
     projector: HeadConfig
 
+    @property
+    def published_layers(self) -> tuple[str, ...]:
+        """Features before and after the projector."""
+        return ("backbone", "projector")
+
     def __post_init__(self) -> None:
         predictor = getattr(self.base, "predictor", None)
         check_field(

@@ -44,8 +44,8 @@ class MarginContrast(SSLMethod[MarginConfig]):
         """Mean over all pairs of a query view and another global key view, scaled as in the base framework."""
         views = len(batch.global_views)
         features = [self.backbone(view) for view in (*batch.global_views, *batch.local_views)]
-        self.publish(backbone=features[0])
         projected = [self.projector(h) for h in features]
+        self.publish(backbone=features[0], projector=projected[0])
         queries = [self.predictor(z) for z in projected]
         temperature = self._temperature(projected[:views])
         crops = Crops(batch.global_views, projected, queries, self.seed, self.step)
@@ -129,6 +129,11 @@ class MarginContrast(SSLMethod[MarginConfig]):
             (lambda x: self.projector(self.backbone(x))) if self.target is None else self.target,
             temperature=self.cfg.base.temperature,
         )
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:
+        """Features ``backbone`` (N, F) and ``projector`` (N, D)."""
+        h = self.backbone(x)
+        return {"backbone": h, "projector": self.projector(h)}
 
     def after_step(self, step: int) -> None:
         """Update the base's momentum encoder and queue."""

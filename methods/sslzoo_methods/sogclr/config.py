@@ -170,6 +170,11 @@ class SogCLRConfig(MethodConfig):
     projector: HeadConfig
     crop_batching: CropBatching = "joint"
 
+    @property
+    def published_layers(self) -> tuple[str, ...]:
+        """Features before and after the projector."""
+        return ("backbone", "projector")
+
     def __post_init__(self) -> None:
         check_positive(self, "temperature")
         rule = None if isinstance(self.loss, NTXent) else self.loss.temperature_rule

@@ -124,6 +124,11 @@ class SogCLR(SSLMethod[SogCLRConfig]):
             batch, lambda x: self.projector(self.backbone(x)), temperature=self.cfg.temperature
         )
 
+    def features(self, x: Tensor) -> dict[str, Tensor]:
+        """Features ``backbone`` (N, F) and ``projector`` (N, D)."""
+        h = self.backbone(x)
+        return {"backbone": h, "projector": self.projector(h)}
+
     def after_step(self, step: int) -> None:
         """Keep the learnable temperature above its lower bound."""
         if isinstance(self.rule, LearnableTemperature):
@@ -150,7 +155,7 @@ class SogCLR(SSLMethod[SogCLRConfig]):
         """Normalised embeddings (V, b, D)."""
         views = (*batch.global_views, *batch.local_views)
         features, z = forward_crops(self.backbone, self.projector, views, self.cfg.crop_batching)
-        self.publish(backbone=features[0])
+        self.publish(backbone=features[0], projector=z[0])
         return normalize(torch.stack(z))
 
     def _temperature(self, table: EstimatorTable, index: Tensor) -> float | Tensor:

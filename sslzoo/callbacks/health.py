@@ -1,0 +1,53 @@
+"""Tells in the first epochs that a run goes wrong, and stops one that has collapsed if the recipe asks for it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from rich.console import Console
+
+from sslzoo.distributed import broadcast_from_zero
+from sslzoo.exits import Collapsed
+from sslzoo.terminal import OUT, redraws
+from sslzoo.verdict import Verdict, judge_file
+
+log = logging.getLogger(__name__)
+
+
+class Health(Callback):
+    """Judges ``metrics.csv`` after each evaluation, and says so when the verdict changes.
+
+    ``verdict`` is that of the last evaluation, on rank 0. With ``stop``, :class:`Collapsed` is raised on all ranks.
+    """
+
+    def __init__(self, metrics: Path, *, stop: bool, out: Console = OUT) -> None:
+        self.metrics, self.stop, self._out = metrics, stop, out
+        self.verdict: Verdict | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """What earlier starts of the run have said is not repeated."""
+        if trainer.is_global_zero:
+            self.verdict = judge_file(self.metrics)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Judge, say and stop."""
+        if trainer.is_global_zero:
+            before, self.verdict = self.verdict, judge_file(self.metrics)
+            if self.verdict is not None and self.verdict.state != (before.state if before else "healthy"):
+                self._say(self.verdict)
+        if self.stop:
+            collapsed = self.verdict is not None and self.verdict.state == "collapsed"
+            if int(broadcast_from_zero(torch.tensor(int(collapsed), device=pl_module.device))):
+                raise Collapsed(self.verdict.sentence if self.verdict else "rank 0 found a collapse")
+
+    def _say(self, verdict: Verdict) -> None:
+        """A collapse is a warning; the rest goes to stdout, with the progress, and to the log."""
+        if verdict.state == "collapsed":
+            log.warning("%s", verdict.sentence)
+        else:
+            log.info("%s", verdict.sentence)
+            self._out.print(verdict.sentence, markup=False, highlight=False, soft_wrap=not redraws(self._out))
