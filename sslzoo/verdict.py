@@ -104,7 +104,7 @@ def _find(evaluations: Sequence[Evaluation]) -> Finding | None:
 # Spread of normalised vectors, as a fraction of 1/sqrt(width), below which all are alike.
 NO_SPREAD = 0.15
 NO_SPREAD_OF_FEATURES = 0.05  # which have a common part after a ReLU
-NO_RANK, LOW_RANK = 2.5, 7.0  # directions that embeddings or features use
+NO_RANK, LOW_RANK = 2.5, 15.0  # directions used by embeddings or features: a collapse; by features: few
 VIEWS_ALIKE = 0.03  # mean squared distance of two views of an image
 UNMOVED = 0.8  # share of neighbours kept at each evaluation since the first
 FALLING = 0.7  # of the spread of embeddings at its best
@@ -129,11 +129,12 @@ def _no_spread(evaluations: Sequence[Evaluation]) -> Finding | None:
 
 
 def _no_rank(evaluations: Sequence[Evaluation]) -> Finding | None:
+    """Healthy embeddings may use as few as five directions, features use more."""
     figures = evaluations[-1].figures
     causes = "a rate far too high, or a loss that hardly pushes images apart"
-    for part, of in (("embedding_", "embeddings"), ("", "features")):
+    for part, of, least in (("embedding_", "embeddings", NO_RANK), ("", "features", LOW_RANK)):
         width, rank = figures.get(f"repr/{part}width"), figures.get(f"repr/{part}rankme")
-        if width is None or rank is None or rank >= LOW_RANK or width < 4 * LOW_RANK:
+        if width is None or rank is None or rank >= least or width < 4 * least:
             continue
         used = f"{of} use {rank:.1f} of {width:.0f} directions"
         if rank < NO_RANK:

@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 
-from sslzoo.distributed import broadcast_from_zero
+from sslzoo.distributed import world_size
 from sslzoo.exits import Collapsed
 from sslzoo.terminal import OUT, redraws
 from sslzoo.verdict import Verdict, judge_file
@@ -41,8 +41,11 @@ class Health(Callback):
                 self._say(self.verdict)
         if self.stop:
             collapsed = self.verdict is not None and self.verdict.state == "collapsed"
-            if int(broadcast_from_zero(torch.tensor(int(collapsed), device=pl_module.device))):
-                raise Collapsed(self.verdict.sentence if self.verdict else "rank 0 found a collapse")
+            said = [self.verdict.sentence if self.verdict is not None and collapsed else ""]
+            if world_size() > 1:
+                dist.broadcast_object_list(said, src=0, device=pl_module.device)
+            if said[0]:
+                raise Collapsed(said[0])
 
     def _say(self, verdict: Verdict) -> None:
         """A collapse is a warning; the rest goes to stdout, with the progress, and to the log."""

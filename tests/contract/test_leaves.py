@@ -51,6 +51,7 @@ IDLE = {
     "data.timeout": "how long the data may fail to come; here it comes",
     "data.max_bad_fraction": "counts images that cannot be read; there are none here",
     "eval.batch_size": "of evaluation, whose features do not depend on their neighbours",
+    "eval.stop_on_collapse": "ends runs that collapse; tests/callbacks/test_health.py has one",
     "eval.test_split": "the images here are generated",
     "logging.checkpoint_every_steps": "only the newest checkpoint stays; tests of resuming count on it",
     "probe.layers": "the method's; a layer that it does not publish is refused",
