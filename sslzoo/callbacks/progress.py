@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from datetime import datetime
 from typing import Any, Literal
@@ -257,30 +258,21 @@ class _Glimpse:
 
     def __init__(self) -> None:
         self._known: float | None = None
-        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+        self._coming: Tensor | None = None  # NaN until it has arrived
 
     def offer(self, scalar: Tensor | None) -> None:
         """Copy ``scalar``, unless an earlier one is still on its way."""
-        if scalar is None or self._is_coming():
+        if scalar is None or (self._coming is not None and math.isnan(self._coming)):
             return
-        if scalar.device.type != "cuda":
-            self._known = float(scalar)
-            return
-        host, copied = torch.empty((), dtype=scalar.dtype, pin_memory=True), torch.cuda.Event()
-        host.copy_(scalar, non_blocking=True)
-        copied.record()
-        self._coming = host, copied
+        self._known = self.value
+        self._coming = torch.full((), torch.nan, dtype=scalar.dtype, pin_memory=torch.cuda.is_available())
+        self._coming.copy_(scalar, non_blocking=True)
 
     @property
     def value(self) -> float | None:
         """None before the first has arrived."""
-        self._is_coming()
-        return self._known
-
-    def _is_coming(self) -> bool:
-        if self._coming is not None and self._coming[1].query():
-            self._known, self._coming = float(self._coming[0]), None
-        return self._coming is not None
+        arrived = self._coming is not None and not math.isnan(self._coming)
+        return float(self._coming) if arrived and self._coming is not None else self._known
 
 
 def _latest(trainer: Trainer) -> dict[str, float]:
