@@ -196,10 +196,14 @@ class FeatureEvaluation(Callback):
         if self.pictures is None:
             return
         drawn = gallery(task, train, test)
-        if drawn is not None:
+        if drawn is None:
+            return
+        at = {"step": pl_module.optimizer_steps, "epoch": trainer.current_epoch + 1}
+        try:
             self.pictures.parent.mkdir(parents=True, exist_ok=True)
-            at = {"step": pl_module.optimizer_steps, "epoch": trainer.current_epoch + 1}
             write_json(self.pictures, at | drawn)
+        except OSError as error:  # pictures must not end a run
+            log.warning("%s could not be written: %s", self.pictures, error)
 
     def _task(self, train: EvalSet, test: EvalSet, layer: str, device: torch.device) -> Task:
         """The collected features of a data set. Collective."""
