@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 
+from sslzoo.callbacks.meter import find_meter
 from sslzoo.distributed import world_size
 from sslzoo.exits import Collapsed
 from sslzoo.terminal import OUT, redraws
@@ -38,7 +39,7 @@ class Health(Callback):
         if trainer.is_global_zero:
             before, self.verdict = self.verdict, judge_file(self.metrics)
             if self.verdict is not None and self.verdict.state != (before.state if before else "healthy"):
-                self._say(self.verdict)
+                self._say(trainer, self.verdict)
         if self.stop:
             collapsed = self.verdict is not None and self.verdict.state == "collapsed"
             said = [self.verdict.sentence if self.verdict is not None and collapsed else ""]
@@ -47,10 +48,13 @@ class Health(Callback):
             if said[0]:
                 raise Collapsed(said[0])
 
-    def _say(self, verdict: Verdict) -> None:
-        """A collapse is a warning; the rest goes to stdout, with the progress, and to the log."""
+    def _say(self, trainer: Trainer, verdict: Verdict) -> None:
+        """A collapse is a warning, and an alert of dashboards; the rest goes to stdout, with the progress, and to the
+        log."""
         if verdict.state == "collapsed":
             log.warning("%s", verdict.sentence)
+            if (meter := find_meter(trainer)) is not None:
+                meter.alert("Collapsed", verdict.sentence)
         else:
             log.info("%s", verdict.sentence)
             self._out.print(verdict.sentence, markup=False, highlight=False, soft_wrap=not redraws(self._out))

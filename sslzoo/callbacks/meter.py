@@ -38,6 +38,9 @@ class Follower:
     def saved(self, rows: int) -> None:
         """A checkpoint was written; the first ``rows`` rows are final."""
 
+    def alert(self, title: str, text: str) -> None:
+        """Something has happened that somebody should know at once."""
+
 
 class Meter(Callback):
     """Writes what methods record to ``metrics.csv``, averaged over micro-batches and ranks.
@@ -197,7 +200,11 @@ class Meter(Callback):
         """Tell the followers that a checkpoint includes everything that was written so far."""
         self._tell("saved", self._file.rows - self._file.missing)
 
-    def _tell(self, event: Literal["begin", "add", "saved"], *arguments: Any) -> None:
+    def alert(self, title: str, text: str) -> None:
+        """Tell the followers something that somebody should know at once."""
+        self._tell("alert", title, text)
+
+    def _tell(self, event: Literal["begin", "add", "saved", "alert"], *arguments: Any) -> None:
         for follower in list(self.followers):
             try:
                 getattr(follower, event)(*arguments)

@@ -51,6 +51,8 @@ query RunResumeStatus($project: String, $entity: String, $name: String!) {
   }
 }
 """
+# Ends after which all rows are sent, because such a run is finished, or not continued as it is.
+COMPLETE = (ExitCode.DONE, ExitCode.NAN, ExitCode.COLLAPSED)
 _ALERTS = {
     int(ExitCode.NAN): "The loss is not finite",
     int(ExitCode.PREEMPTED): "Pre-empted",
@@ -113,7 +115,7 @@ def push(path: Path, *, project: str | None, entity: str | None) -> str:
     stored |= {key: value for key, value in (("project", project), ("entity", entity)) if value is not None}
     cfg = WandbConfig(**stored)
     code = manifest["exit_code"]
-    final = len(read_rows(run.path)) if code in (ExitCode.DONE, ExitCode.NAN) else _rows_of_checkpoint(run)
+    final = len(read_rows(run.path)) if code in COMPLETE else _rows_of_checkpoint(run)
     sender = connect(run, cfg, final)
     sender.send(final)
     sender.end(code or 0)
@@ -158,10 +160,14 @@ class WandB(Follower):
             self._sender.send(rows)
             self._sent_at = time.monotonic()
 
+    def alert(self, title: str, text: str) -> None:
+        """Raise an alert at W&B, which sends it by mail or Slack as the user has chosen there."""
+        if self._sender is not None:
+            self._sender.alert(title, text)
+
     def end(self, ending: Ending) -> None:
-        """Send the rest, and how the run ended. After a loss that is not finite that includes the rows which show it,
-        because such a run is not continued."""
-        complete = ending.code in (ExitCode.DONE, ExitCode.NAN)
+        """Send the rest, and how the run ended."""
+        complete = ending.code in COMPLETE
         if complete:
             self._final = len(read_rows(self.run.path))
             if not self._said:  # nothing was left to train
@@ -208,14 +214,17 @@ class Sender:
         try:
             self._summarize()
             if ending is not None and (title := _ALERTS.get(code)) is not None:
-                text = f"{self.recipe['name']}, {self.run.run_id}: {ending.message}"
-                self.connection.alert(title, text, level="WARN" if code == ExitCode.PREEMPTED else "ERROR")
+                self.alert(title, ending.message, level="WARN" if code == ExitCode.PREEMPTED else "ERROR")
             if code == ExitCode.PREEMPTED:
                 self.connection.mark_preempting()
             if self.cfg.artifact and code == ExitCode.DONE:
                 self._send_export(self.run.path / "exported")
         finally:  # uploads what is left
             self.connection.finish(exit_code=code)
+
+    def alert(self, title: str, text: str, *, level: Literal["WARN", "ERROR"] = "ERROR") -> None:
+        """Raise an alert that names the run."""
+        self.connection.alert(title, f"{self.recipe['name']}, {self.run.run_id}: {text}", level=level)
 
     def _summarize(self) -> None:
         import wandb
@@ -288,7 +297,7 @@ def update(run: Run, cfg: WandbConfig) -> None:
     """Send new evaluations of a run that ended before."""
     mode = mode_of(cfg)
     code = run.read_manifest()["exit_code"] or 0
-    final = len(read_rows(run.path)) if code in (ExitCode.DONE, ExitCode.NAN) else Sent.read(run).rows
+    final = len(read_rows(run.path)) if code in COMPLETE else Sent.read(run).rows
     if mode == "online":
         sender = connect(run, cfg, final)
         sender.send(final)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import re
@@ -291,3 +292,20 @@ def test_a_loss_that_is_not_finite_is_shown_and_raises_an_alert(tmp_path: Path, 
     assert kept.alerts == ["The loss is not finite"] and kept.exit_code == ExitCode.NAN
     assert [line["step"] for line in kept.history] == [1, 2, 3, 4, 5]
     assert math.isnan(kept.history[-1]["train/loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_collapse_raises_an_alert(tmp_path: Path, server: Server, stop: bool) -> None:
+    write_recipe(tmp_path)
+    projector = "temperature: 0.2, projector: {widths: [32, 32]}"
+    run = _fit(
+        tmp_path, server, f"method={{name: 'tests.data.verdict.record:NoNegatives', {projector}}}", "probe={}",
+        "trainer.max_epochs=4", f"eval.stop_on_collapse={json.dumps(stop)}", mode="online",
+    )  # fmt: skip
+    code = ExitCode.COLLAPSED if stop else ExitCode.DONE
+    assert run.wait() == code, run.said
+    kept = server.runs[manifest(tmp_path / "run")["run_id"]]
+    assert kept.alerts == ["Collapsed"] and kept.exit_code == code
+    assert _at_wandb(kept) == _in_file(tmp_path / "run")
+    assert stop or kept.summary["verdict/state"] == "collapsed"
