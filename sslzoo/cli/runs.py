@@ -1,6 +1,6 @@
 """List runs: state, epoch, best figures, tags and notes.
 
-A run is running while its lock is renewed; pre-empted, interrupted, diverged and failed runs say why. A run that is
+A run is running while its lock is renewed; one that ended before its time says why. A run that is
 neither running nor has recorded its end was killed. Nothing is written, so that the folder may be mounted from another
 machine, read-only too.
 
