@@ -368,6 +368,7 @@ def difference(got: list[Tensor], expected: list[Tensor]) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_is_finite_and_close(tmp_path: Path, autocast: bool) -> None:
     """The first step's loss, and where it takes the encoder. Later losses are of other weights."""
@@ -432,6 +433,7 @@ def _meta_scalars(rank: int, world: int) -> tuple[float, float, list[int]]:
     return float(seen["method/generator_gradient"]), float(seen["method/second_order_share"]), sent
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 @pytest.mark.parametrize(("every", "due"), [(None, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])
 def test_the_generators_step_when_due(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None, due: list[int]

@@ -15,13 +15,19 @@ from sslzoo_methods.margin.loss import margin_loss, positive_factor
 
 @torch.no_grad()
 def health(
-    terms: Sequence[Term], margin: Margin, sums: Tensor, *, cfg: MarginConfig, temperature: float | Tensor
+    terms: Sequence[Term],
+    margin: Margin,
+    sums: Tensor,
+    *,
+    images: int,
+    cfg: MarginConfig,
+    temperature: float | Tensor,
 ) -> dict[str, Tensor]:
     """Means over queries from global crops, and separately, with suffix ``_local``, from local crops, whose angles
     are wider.
 
-    Compare runs with different margins by ``method/loss_without_margin``. ``sums`` (T, 2) are the global
-    pull_sums of the T terms.
+    Compare runs with different margins by ``method/loss_without_margin``. ``sums`` (T, 2) are the
+    pull_sums of the T terms over all ``images`` of the micro-batch.
     """
     report: dict[str, Tensor] = {}
     for local in (False, True):
@@ -50,6 +56,5 @@ def health(
         suffix = "_local" if local else ""
         report |= {f"method/{name}{suffix}": torch.stack(v).mean() for name, v in rows.items()}
         # Mean pulls with and without the margin: a ratio, in the form of sslzoo.nn.measurements.
-        pulls = torch.stack([s for _, s in kind]).mean(dim=0) / len(kind[0][0].pairs.theta)
-        report[f"method/emphasis_factor{suffix}"] = pulls
+        report[f"method/emphasis_factor{suffix}"] = torch.stack([s for _, s in kind]).mean(dim=0) / images
     return report

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sslzoo.batch import Batch, Contrast
-from sslzoo.distributed import all_reduce_mean, all_reduce_sum
+from sslzoo.distributed import all_reduce_mean, all_reduce_sum, world_size
 from sslzoo.method import SSLMethod
 from sslzoo.nn.heads import build_head
 from sslzoo.optim.schedules import interpolate
@@ -55,7 +55,9 @@ class MarginContrast(SSLMethod[MarginConfig]):
         losses = [self._term_loss(t, margin, s, temperature) for t, s in zip(terms, sums, strict=True)]
         self.setting("method/angular_margin", margin.angular)
         self.setting("method/subtractive_margin", margin.subtractive)
-        for name, value in health(terms, margin, sums, cfg=self.cfg, temperature=temperature).items():
+        images = len(batch.sample_id) * world_size()
+        report = health(terms, margin, sums, images=images, cfg=self.cfg, temperature=temperature)
+        for name, value in report.items():
             self.record(name, value)
         return self.base.total(torch.stack(losses).mean())
 
