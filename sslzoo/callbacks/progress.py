@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from datetime import datetime
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, TaskID
 from rich.table import Column
-from torch import Tensor
 
 from sslzoo.callbacks.meter import find_meter
 from sslzoo.recipe.plan import TrainingPlan
@@ -34,14 +31,13 @@ class ProgressDisplay(Callback):
     evaluation are shown with its epoch. With ``lines="json"`` there are no bars, and each line on stdout is an object.
 
     Reads values that Meter has reported. Before the first of them it shows the loss of this rank's last micro-batch,
-    which is copied from the device without waiting.
+    for which it waits when it draws, at most twice a second.
     """
 
     def __init__(
         self, *, lines: Literal["text", "json"] = "text", out: Console = OUT, err: Console = ERR
     ) -> None:
         self._json, self._out, self._err = lines == "json", out, err
-        self._first_loss = _Glimpse()
         self._bars: Bars | None = None
         self._epochs = self._steps = TaskID(0)
         self._lines = False  # whether this process prints lines
@@ -73,9 +69,6 @@ class ProgressDisplay(Callback):
     ) -> None:
         """Update the bars, at most every half second; print a line if the last one was more than a minute ago."""
         now = time.perf_counter()
-        meter = find_meter(trainer)
-        if trainer.is_global_zero and meter is not None and "train/loss" not in meter.latest:
-            self._first_loss.offer(meter.loss)
         if self._bars is not None and now - self._shown >= REFRESH:
             self._show_steps(trainer, pl_module)
         if self._lines and now - self._printed >= LINE_EVERY:
@@ -218,8 +211,9 @@ class ProgressDisplay(Callback):
         """Meter's values, and before its first row the loss, and the speed since the start."""
         latest = _latest(trainer)
         first: dict[str, float] = {}
-        if "train/loss" not in latest and (loss := self._first_loss.value) is not None:
-            first["train/loss"] = loss
+        meter = find_meter(trainer)
+        if "train/loss" not in latest and meter is not None and meter.loss is not None:
+            first["train/loss"] = float(meter.loss)
         done = pl_module.optimizer_steps - self._started_step
         if "sys/images_per_s" not in latest and done > 0:
             passed = max(time.perf_counter() - self._started, 1e-6)
@@ -251,28 +245,6 @@ class ProgressDisplay(Callback):
         if done <= 0 or left <= 0:
             return None
         return round((time.perf_counter() - self._started) / done * left)
-
-
-class _Glimpse:
-    """The newest scalar of a device that has arrived on the host, without ever waiting for one."""
-
-    def __init__(self) -> None:
-        self._known: float | None = None
-        self._coming: Tensor | None = None  # NaN until it has arrived
-
-    def offer(self, scalar: Tensor | None) -> None:
-        """Copy ``scalar``, unless an earlier one is still on its way."""
-        if scalar is None or (self._coming is not None and math.isnan(self._coming)):
-            return
-        self._known = self.value
-        self._coming = torch.full((), torch.nan, dtype=scalar.dtype, pin_memory=torch.cuda.is_available())
-        self._coming.copy_(scalar, non_blocking=True)
-
-    @property
-    def value(self) -> float | None:
-        """None before the first has arrived."""
-        arrived = self._coming is not None and not math.isnan(self._coming)
-        return float(self._coming) if arrived and self._coming is not None else self._known
 
 
 def _latest(trainer: Trainer) -> dict[str, float]:
