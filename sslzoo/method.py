@@ -80,7 +80,8 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         :meth:`after_step`. Weights, buffers and tables are already as before the step."""
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
-        """Named features of a plain view ``x`` (N, C, H, W), each (N, F); must include ``backbone``."""
+        """Named features of a plain view ``x`` (N, C, H, W), each (N, F); must include ``backbone``. Those called
+        ``projector`` are measured as what the loss sees (docs/representation.md), and tell of a collapse first."""
         return {"backbone": self.backbone(x)}
 
     def contrasted(self, batch: Batch) -> Contrast:
