@@ -716,8 +716,8 @@ def test_histograms_on_request(tmp_path):
     method = _method("bimodal")
     method.cfg = replace(PLAIN, loss=BimodalGCL(gamma=0.8, histogram_every_epochs=2))
     meter = Meter(tmp_path, every_steps=1)
-    method._trainer = SimpleNamespace(callbacks=[meter])  # type: ignore[assignment]
     _train(method, range(method.plan.steps_per_epoch), 1, slice(0, BATCH))
+    method._trainer = SimpleNamespace(callbacks=[meter])  # type: ignore[assignment]
     method.on_train_epoch_end()
     assert read_histograms(tmp_path) == []
     method.optimizer_steps = 2 * method.plan.steps_per_epoch
