@@ -56,6 +56,7 @@ def test_a_run_killed_six_times_equals_the_run_never_killed(name, tmp_path: Path
     _same(resumed, undisturbed(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_kills_at_random_moments(name, tmp_path: Path, undisturbed):
     resumed = run(tiny_job(**JOBS[name], pause=0.15), tmp_path, random_kills=6, seed=5)

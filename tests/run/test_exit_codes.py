@@ -61,9 +61,9 @@ CASES = {
     ),
     "killed": Case(ExitCode.FAILURE, "rank 1 was killed by SIGKILL", SLOW, TWO, _rank(1, signal.SIGKILL)),
 }
-# Forks show the same in ``test_leaving.py``, in a third of the time.
-LONG = {"group", "killed"}
-REAL = {"term", "second", *LONG}
+# Forks show most of this in ``test_leaving.py`` and ``test_ranks.py``, in a third of the time.
+LONG = {"group", "second", "killed"}
+REAL = {"term", *LONG}
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,7 @@ def test_exit_code_manifest_and_last_words(name: str, ended) -> None:
         assert re.search(kept["error"]["message"][:40], (run / "train.log").read_text()) or name == "killed"
 
 
+@pytest.mark.slow
 def test_the_rank_that_failed_first_is_named_and_alone_on_the_terminal(ended) -> None:
     run, _, command = ended("second")
     assert manifest(run)["error"] | {"host": ""} == {
