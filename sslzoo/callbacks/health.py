@@ -23,10 +23,11 @@ class Health(Callback):
     """Judges ``metrics.csv`` after each evaluation, and says so when the verdict changes.
 
     ``verdict`` is that of the last evaluation, on rank 0. With ``stop``, :class:`Collapsed` is raised on all ranks.
+    With ``silent``, nothing is said.
     """
 
-    def __init__(self, metrics: Path, *, stop: bool, out: Console = OUT) -> None:
-        self.metrics, self.stop, self._out = metrics, stop, out
+    def __init__(self, metrics: Path, *, stop: bool, silent: bool = False, out: Console = OUT) -> None:
+        self.metrics, self.stop, self.silent, self._out = metrics, stop, silent, out
         self.verdict: Verdict | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -38,7 +39,8 @@ class Health(Callback):
         """Judge, say and stop."""
         if trainer.is_global_zero:
             before, self.verdict = self.verdict, judge_file(self.metrics)
-            if self.verdict is not None and self.verdict.state != (before.state if before else "healthy"):
+            state = before.state if before is not None else "healthy"
+            if self.verdict is not None and self.verdict.state != state and not self.silent:
                 self._say(trainer, self.verdict)
         if self.stop:
             collapsed = self.verdict is not None and self.verdict.state == "collapsed"

@@ -204,6 +204,11 @@ def lidar(x: Tensor) -> float:
     w = within.T @ within / (n * q) + DELTA * torch.eye(width, dtype=x.dtype, device=x.device)
     between = (means - means.mean(0)).T / n**0.5  # (F, n)
     # With W = L L^T, the eigenvalues are the squared singular values of L^-1 between.
-    scaled = torch.linalg.solve_triangular(torch.linalg.cholesky(w), between, upper=False)
+    root, failed = torch.linalg.cholesky_ex(w)
+    if bool(failed):  # features so large that their rounding errors exceed 1e-4
+        variance, axes = torch.linalg.eigh(w)
+        scaled = (axes.T @ between) / variance.clamp_min(DELTA).sqrt()[:, None]
+    else:
+        scaled = torch.linalg.solve_triangular(root, between, upper=False)
     eigenvalues = torch.linalg.svdvals(scaled).square()
     return effective_rank(torch.cat([eigenvalues, eigenvalues.new_zeros(width - len(eigenvalues))]))

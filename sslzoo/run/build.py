@@ -48,7 +48,6 @@ from sslzoo.run.page import write_page
 from sslzoo.run.placement import ALONE, Placement
 from sslzoo.run.preemption import Preemption
 from sslzoo.run.trainer import build_trainer
-from sslzoo.terminal import OUT
 
 if TYPE_CHECKING:
     from sslzoo.method import SSLMethod
@@ -272,7 +271,8 @@ def _build_callbacks(
         analyses=tuple(Watch(analysis) for analysis in _build_analyses(recipe)),
         meter=Meter(run.path, every_steps=recipe.logging.every_steps),
         page=PageRefresh(lambda: write_page(run.path)),
-        health=Health(run.metrics, stop=recipe.eval.stop_on_collapse, out=quiet if brief else OUT),
+        # The few images of a dry run always look collapsed.
+        health=Health(run.metrics, stop=recipe.eval.stop_on_collapse and not brief, silent=brief),
         progress=ProgressDisplay(out=quiet, err=quiet)
         if brief
         else ProgressDisplay(lines=recipe.logging.lines),

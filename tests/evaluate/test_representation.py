@@ -219,6 +219,13 @@ def test_lidar_counts_directions_that_views_leave_alone() -> None:
     assert lidar(image + noise) == pytest.approx(4, rel=0.02)
 
 
+def test_lidar_of_features_as_large_as_in_a_run_that_diverges() -> None:
+    """Rounding errors of their variances exceed the 1e-4 that is added."""
+    image, noise = torch.randn(40, 1, 3).double(), torch.randn(40, 4, 3).double()
+    x = 1e8 * (image + 0.1 * noise) @ torch.randn(3, 32).double()
+    assert 1 <= lidar(x) <= 32
+
+
 def test_few_images_are_shown_in_few_views() -> None:
     assert objects(12_000, 256) == 512
     assert objects(1_281_167, 2048) == 2048

@@ -52,7 +52,10 @@ def _nothing_is_left(folder: Path, temporary: Path) -> bool:
     [
         ((), "on 8 generated images, one validation batch, probe and k-NN, a checkpoint of"),
         (("trainer.accumulate_grad_batches=2",), "on 16 generated images, one validation batch"),
-        (("eval.baselines=true",), "probe and k-NN, the final table, a checkpoint of"),
+        (
+            ("eval.baselines=true", "eval.stop_on_collapse=true"),
+            "probe and k-NN, the final table, a checkpoint of",
+        ),
         (
             ("data.dataset=folder", "probe={}"),
             "on 8 generated images without labels, one validation batch, representation, a checkpoint of",
