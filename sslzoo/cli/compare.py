@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             write_text(args.out, text)
             print(args.out)
+    except BrokenPipeError:  # for main
+        raise
     except (ValueError, OSError) as error:
         print(f"sslzoo compare: {error}", file=sys.stderr)
         return 2

@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parse(arguments)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # so that a closed pipe is noticed here, and not when Python exits
+        return code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # such as `sslzoo ls | head`

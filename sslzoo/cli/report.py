@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         for record in records(args.runs):
             print(write_page(record.path))
+    except BrokenPipeError:  # for main
+        raise
     except (ValueError, OSError) as error:
         print(f"sslzoo report: {error}", file=sys.stderr)
         return 2

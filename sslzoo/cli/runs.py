@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
             head = f"{time.strftime('%H:%M:%S')}, again every {args.watch:g} s; Ctrl-C ends"
             print(clear + "\n".join([head, *lines]), flush=True)
             time.sleep(args.watch)
+    except BrokenPipeError:  # for main
+        raise
     except (ValueError, OSError) as error:
         print(f"sslzoo runs: {error}", file=sys.stderr)
         return 2

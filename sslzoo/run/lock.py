@@ -121,7 +121,8 @@ def read_lock(folder: Path) -> dict[str, Any] | None:
 
 def _content(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

@@ -73,7 +73,8 @@ class Record:
     @property
     def recipe(self) -> Mapping[str, Any]:
         """The recipe's values by dotted key."""
-        return self.manifest.get("recipe", {})
+        recipe = self.manifest.get("recipe")
+        return recipe if isinstance(recipe, dict) else {}
 
     @property
     def name(self) -> str:
@@ -95,7 +96,7 @@ class Record:
         if self.state == "killed":
             return "it ended without a word: killed, or its machine is gone"
         error = self.manifest.get("error")
-        return error.get("message", "") if isinstance(error, dict) else ""
+        return str(error.get("message") or "") if isinstance(error, dict) else ""
 
     @property
     def verdict(self) -> Mapping[str, Any]:
@@ -178,59 +179,73 @@ def records(paths: Sequence[Path]) -> list[Record]:
     for path in paths:
         root = Path(path.anchor)
         folders = [path] if path.exists() else sorted(root.glob(str(path.relative_to(root))))
-        runs = [run for folder in folders if folder.is_dir() for run in _runs_in(folder)]
+        runs = [run for folder in folders if folder.is_dir() for run in _runs_in(folder.resolve(), set())]
         if not runs:
             raise ValueError(f"{path} is no run directory and contains none; name one such as runs/RECIPE/ID")
         found |= dict.fromkeys(runs)
     return [Record(path) for path in found]
 
 
-def _runs_in(folder: Path) -> Iterator[Path]:
-    """Run directories contain no further ones."""
+def _runs_in(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Run directories in ``folder``, a resolved path; they contain no further ones. A subfolder that cannot be read, or
+    that is deleted meanwhile, is passed over, and one in ``seen``, to which links lead again, too."""
+    if folder in seen:
+        return
+    seen.add(folder)
     with os.scandir(folder) as entries:
         children = {entry.name: entry for entry in entries}
     if "manifest.json" in children:
-        yield folder.resolve()
+        yield folder
         return
     for name in sorted(children):
-        if children[name].is_dir():
-            yield from _runs_in(folder / name)
+        with suppress(OSError):
+            if children[name].is_dir():
+                yield from _runs_in(Path(os.path.realpath(children[name])), seen)
 
 
 def read_metrics(path: Path) -> Series:
-    """Read ``metrics.csv``: optimiser steps and values by metric, without empty cells; empty if there is no file."""
+    """Read ``metrics.csv``: optimiser steps and values by metric, without empty cells and damaged
+    rows; empty if there is no file."""
     series: Series = {}
-    with suppress(FileNotFoundError), path.open(newline="") as file:
+    with suppress(FileNotFoundError, csv.Error), path.open(newline="", errors="replace") as file:
         rows = csv.reader(file)
         names = next(rows, [])
         columns = [(i, name) for i, name in enumerate(names) if name not in ("step", "epoch")]
-        at = names.index("step") if names else 0
+        at = names.index("step") if "step" in names else 0
         for row in rows:
             if len(row) != len(names):  # the last line, of a run that is writing it
                 continue
-            for i, name in columns:
-                if row[i]:
-                    steps, values = series.setdefault(name, ([], []))
-                    steps.append(int(row[at]))
-                    values.append(float(row[i]))
+            try:
+                step, cells = int(row[at]), [(name, float(row[i])) for i, name in columns if row[i]]
+            except ValueError:  # such as NULs, where the machine crashed
+                continue
+            for name, value in cells:
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
     return series
 
 
 def _columns(path: Path, names: Sequence[str]) -> list[list[float]]:
     """The values in these columns of a metrics file, whose cells contain no commas, in a tenth of the time of
-    :func:`read_metrics`; an incomplete last line is left out."""
+    :func:`read_metrics`; incomplete and damaged lines are left out."""
     found: list[list[float]] = [[] for _ in names]
     with suppress(OSError):
-        head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [""]
+        head, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
         header = head.split(",")
         places = [
             (header.index(name), values) for name, values in zip(names, found, strict=True) if name in header
         ]
         for line in lines if places else ():
             cells = line.split(",")
+            if len(cells) != len(header):
+                continue
             for place, values in places:
                 if cells[place]:
-                    values.append(float(cells[place]))
+                    try:
+                        values.append(float(cells[place]))
+                    except ValueError:
+                        break
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from sslzoo.cli.main import main
 from sslzoo.files import write_json
 from sslzoo.run.lock import LOCK, RunLock
+from sslzoo.run.record import read_metrics
 from tests.command import ROOT
 
 MANIFEST = {
@@ -126,3 +128,45 @@ def test_watching_lists_again_until_it_is_interrupted(
     assert main(["runs", str(tmp_path), "--watch", "3"]) == 130
     assert slept == [3.0, 3.0]
     assert capsys.readouterr().out.count("r/a") == 2
+
+
+def test_damaged_directories_leave_the_others_in_the_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "r" / "good", 1)
+    (tmp_path / "r" / "loop").symlink_to(tmp_path)
+    (tmp_path / "r" / "itself").symlink_to("itself")
+    (write_run(tmp_path / "r" / "lock", None) / LOCK).write_text("[1]")
+    write_json(write_run(tmp_path / "r" / "recipe", 1) / "manifest.json", {"recipe": None, "exit_code": 1})
+    head = ROWS.splitlines()[0]
+    lines = [head, "4,0,1.0,0.5", "8,1", "\0\0\0,,,\0\0", "12,2,0.5,0.25", ""]
+    (write_run(tmp_path / "r" / "rows", 1) / "metrics.csv").write_text("\n".join(lines))
+    (tmp_path / "r" / "gone").mkdir()
+    scandir = os.scandir
+
+    def some(path: Path) -> Any:
+        if path.name == "gone":
+            raise PermissionError
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", some)
+    found = lines_of(capsys, str(tmp_path))
+    assert [name for name in sorted(found) if name.startswith("r/")] == [
+        f"r/{name}" for name in ("good", "lock", "recipe", "rows")
+    ]
+    assert found["r/rows"][3] == "50.0"
+    assert read_metrics(tmp_path / "r" / "rows" / "metrics.csv")["val/linear_top1"] == ([4, 12], [0.5, 0.25])
+
+
+@pytest.mark.parametrize("verb", ["runs", "report"])
+def test_a_closed_pipe_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    class Closed(io.StringIO):
+        def flush(self, *_: object) -> None:
+            raise BrokenPipeError
+
+    write_run(tmp_path / "r" / "a", 0)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main([verb, str(tmp_path)]) == 0
+    monkeypatch.setattr(sys.stdout, "write", Closed().flush)
+    assert main([verb, str(tmp_path)]) == 0
