@@ -111,7 +111,7 @@ class Stopwatch(Callback):
 def bare(steps: int) -> float:
     """CPU ms per step of a hand-written loop."""
     net, plan = backbone(), plan_of(steps)
-    optimizer: Any = build_optimizer([{"named": list(net.named_parameters())}], OPTIM, scaled=False)
+    optimizer: Any = build_optimizer([{"named": list(net.named_parameters())}], OPTIM, fused=True)
     one, warm, begun = batch(), steps // 10, 0.0
     for step in range(steps):
         if step == warm:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from sslzoo.batch import Batch, Contrast, EvalBatch
@@ -193,8 +194,16 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """The recipe's optimiser over :meth:`parameter_groups`, for methods with optimisers of their own too."""
-        scaled = self._trainer is not None and self._scaler is not None
-        return build_optimizer(self.parameter_groups(), self.optim, scaled=scaled)
+        return build_optimizer(self.parameter_groups(), self.optim, fused=self._may_fuse())
+
+    def _may_fuse(self) -> bool:
+        """Whether Adam's fused kernels fit. They unscale gradients themselves, which the loss scaler must do, and
+        Lightning refuses to clip gradients with them under mixed precision."""
+        if self._trainer is None:
+            return True
+        clipped = bool(self.trainer.gradient_clip_val)
+        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
+        return self._scaler is None and not (mixed and clipped)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"sslzoo views: {error}", file=sys.stderr)
         return 2
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"sslzoo views: {error}", file=sys.stderr)
         return 1
     print(

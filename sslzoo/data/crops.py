@@ -151,7 +151,8 @@ def crop_batch(images: Tensor, boxes: Tensor, size: int, interpolation: str, pad
     on all sides first, for boxes that leave the image by up to so much.
     """
     if padding:
-        images, boxes = F.pad(images, [padding] * 4), boxes + boxes.new_tensor([padding, padding, 0, 0])
+        images = F.pad(images, [padding] * 4)
+        boxes = torch.cat([boxes[:, :2] + padding, boxes[:, 2:]], dim=1)
     starts, lengths = boxes[:, :2].T, boxes[:, 2:].T  # of rows and columns, (2, N)
     if images.shape[2] == images.shape[3]:
         both = interpolation_matrix(starts.flatten(), lengths.flatten(), images.shape[2], size, interpolation)

@@ -242,18 +242,19 @@ class ViewDataset(Dataset[RawBatch]):
         kept: list[int] = []
         bad: list[Bad] = []
         for start in range(0, len(sample_id), _CHUNK):
+            # Errors are returned as values: raised in a worker they would arrive as a traceback in words.
             try:
                 read = [self._read(epoch, i, bad) for i in sample_id[start : start + _CHUNK].tolist()]
-            except (
-                DataError
-            ) as error:  # as a value: raised in a worker it would arrive as a traceback in words
+                ids = torch.tensor([i for i, _ in read])
+                kept += ids.tolist()
+                for k in range(len(self.views)):
+                    u = draw_uniforms(self.seed, epoch, k, ids)
+                    uniforms[k].append(u)
+                    self._fill(images[k][start:], k, [image for _, image in read], u)
+            except DataError as error:
                 return error
-            ids = torch.tensor([i for i, _ in read])
-            kept += ids.tolist()
-            for k in range(len(self.views)):
-                u = draw_uniforms(self.seed, epoch, k, ids)
-                uniforms[k].append(u)
-                self._fill(images[k][start:], k, [image for _, image in read], u)
+            except ValueError as error:  # an image that does not suit the view
+                return DataError(str(error))
         if self.finish is not None:
             nothing = torch.empty(0, dtype=torch.uint8)
             kept_id = torch.tensor(kept)
@@ -361,7 +362,11 @@ class EvalDataset(Dataset[RawEvalBatch]):
             except UnreadableImageError as error:
                 bad.append((position, str(error)))
                 continue
-            yield position, evaluation_crop(image, self.view)
+            try:
+                image = evaluation_crop(image, self.view)
+            except ValueError as error:
+                raise DataError(f"{self.source.where(position)}: {error}") from error
+            yield position, image
 
 
 def to_unit(images: Tensor) -> Tensor:

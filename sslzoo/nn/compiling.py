@@ -50,7 +50,12 @@ def compilable(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def compile_encoders(method: nn.Module, backbone: nn.Module, compiler: Compiler) -> None:
-    """Compile ``backbone`` and its copies in ``method``, such as a momentum encoder's. Weights keep their names."""
+    """Compile ``backbone`` and its copies in ``method``, such as a momentum encoder's. Weights keep their names, and
+    dropout draws what it draws uncompiled."""
+    if compiler == "inductor":
+        from torch._inductor import config
+
+        config.fallback_random = True
     # torch's compiler looks at this attribute of all inputs.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for module in method.modules():

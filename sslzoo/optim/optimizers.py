@@ -112,12 +112,12 @@ def split_decay(
     return decayed, plain
 
 
-def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig, *, scaled: bool) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
     """Build the optimiser that ``cfg`` describes for ``groups`` (see ``SSLMethod.parameter_groups``).
 
     Each group is split by weight decay; its other keys are kept. The learning rate is 0 until
-    :func:`set_learning_rate` sets it, before every step. ``scaled``: whether fp16's loss scaler is in use, with which
-    torch's fused kernels would not let gradients be clipped.
+    :func:`set_learning_rate` sets it, before every step. ``fused``: whether torch's fused kernels may be used for Adam
+    and AdamW.
     """
     decay_1d = not isinstance(cfg, LARSConfig) and cfg.decay_1d
     split: list[dict[str, Any]] = []
@@ -140,7 +140,7 @@ def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig, *, scaled: b
     if isinstance(cfg, SGDConfig):
         return torch.optim.SGD(split, lr=0.0, momentum=cfg.momentum, nesterov=cfg.nesterov)
     adam = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
-    fused = not scaled and all(p.device.type in FUSED for group in split for p in group["params"])
+    fused = fused and all(p.device.type in FUSED for group in split for p in group["params"])
     return adam(split, lr=0.0, betas=cfg.betas, fused=fused)
 
 

@@ -636,8 +636,11 @@ def test_mistakes_are_named(photos: Path) -> None:
     small = build(colour_data(), source=fake_source(40, 3, 24, 5), eval=replace(EVAL, size=64))
     with pytest.raises(ValueError, match=r"eval\.size=64 .*24 px"):
         small.val_dataloader()
-    with pytest.raises(ValueError, match=r"eval\.size=64 is larger"):
+    with pytest.raises(DataError, match=r"train/cat/00\.jpg: eval\.size=64 is larger"):
         evaluated(build(colour_data(root=photos), eval=replace(EVAL, size=64)))
+    padded = ViewConfig(size=640, padding=4)
+    with pytest.raises(DataError, match="does not fit into an image of"):
+        batches(build(colour_data(root=photos), views=(padded,)))
     (photos / "val/dog").rename(photos / "val/wolf")
     with pytest.raises(ValueError, match="different classes"):
         build(colour_data(root=photos)).eval_sets()

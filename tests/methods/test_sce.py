@@ -260,7 +260,7 @@ def _train_loop(case: GoldenCase, precision: str, *, dense: bool) -> Arrays:
         if h["optimizer"] == "sgd"
         else LARSConfig(**common, trust_coefficient=h.get("trust_coefficient", 0.001))
     )
-    optimizer = build_optimizer([{"named": named}], optim, scaled=False)
+    optimizer = build_optimizer([{"named": named}], optim, fused=True)
     crops, symmetric = h["num_global_crops"] + h["num_local_crops"], h["symmetric"]
     views = h["num_global_crops"] if symmetric else 1
     pairs = crop_pairs(views, crops, symmetric=symmetric, weighting="flat")

@@ -123,7 +123,7 @@ def test_split_decay_and_groups() -> None:
     assert [p.ndim for p in plain] == [1, 1, 1]
     assert len(split_decay(model.named_parameters(), decay_1d=True)[0]) == 4
     groups = [{"named": list(model[0].named_parameters()), "lr_factor": 10.0, "mark": "x"}]
-    optimizer = build_optimizer(groups, SGDConfig(**BASE), scaled=False)
+    optimizer = build_optimizer(groups, SGDConfig(**BASE), fused=True)
     assert [(g["weight_decay"], g["lr_factor"], g["mark"]) for g in optimizer.param_groups] == [
         (0.1, 10.0, "x"),
         (0.0, 10.0, "x"),
@@ -143,18 +143,18 @@ def test_split_decay_and_groups() -> None:
 )
 def test_optimizers_by_config(config: OptimConfig, kind: type) -> None:
     model = nn.Linear(2, 2)
-    optimizer = build_optimizer([{"named": list(model.named_parameters())}], config, scaled=False)
+    optimizer = build_optimizer([{"named": list(model.named_parameters())}], config, fused=True)
     assert type(optimizer) is kind
     assert all(g["lr"] == 0.0 for g in optimizer.param_groups)
     assert [g["lr_factor"] for g in optimizer.param_groups] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_adam_is_fused_unless_a_scaler_looks_at_gradients(name: Any) -> None:
+def test_adam_is_fused_where_it_may_be(name: Any) -> None:
     named = [{"named": list(nn.Linear(2, 2).named_parameters())}]
-    for scaled in (False, True):
-        optimizer = build_optimizer(named, AdamConfig(**BASE, name=name), scaled=scaled)
-        assert [group["fused"] for group in optimizer.param_groups] == [not scaled] * 2
+    for fused in (False, True):
+        optimizer = build_optimizer(named, AdamConfig(**BASE, name=name), fused=fused)
+        assert [group["fused"] for group in optimizer.param_groups] == [fused] * 2
 
 
 def test_sgd_with_decay_1d_decays_everything() -> None:
@@ -162,7 +162,7 @@ def test_sgd_with_decay_1d_decays_everything() -> None:
     optimizer = build_optimizer(
         [{"named": list(model.named_parameters())}],
         SGDConfig(**BASE, decay_1d=True, momentum=0.0),
-        scaled=False,
+        fused=True,
     )
     set_learning_rate(optimizer, 1.0)
     with torch.no_grad():

@@ -51,6 +51,10 @@ def _nothing_is_left(folder: Path, temporary: Path) -> bool:
     ("overrides", "said"),
     [
         ((), "on 8 generated images, one validation batch, probe and k-NN, a checkpoint of"),
+        (
+            ("trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0"),
+            "on 8 generated images, one validation batch, probe and k-NN, a checkpoint of",
+        ),
         (("trainer.accumulate_grad_batches=2",), "on 16 generated images, one validation batch"),
         (
             ("eval.baselines=true", "eval.stop_on_collapse=true"),

@@ -52,7 +52,7 @@ PANELS = (
     panel(
         "method/second_order_share",
         "share of the second-order part",
-        "Length of the gradient through the virtual step, relative to the whole; 0 at first order.",
-        log_scale=True,
+        "Share of the generators' gradient that comes through the virtual step: 0 at first order, negative where it "
+        "points the other way.",
     ),
 )
