@@ -84,6 +84,8 @@ def _evaluations(rows: Iterable[Mapping[str, str]]) -> tuple[list[Evaluation], i
     """The evaluations, and the epoch, from 1, of the first loss that is not finite."""
     found: list[Evaluation] = []
     for row in rows:
+        if None in row.values():  # an incomplete line, of a run that is writing it
+            continue
         epoch = int(row["epoch"]) + 1
         if row.get("train/loss") and not math.isfinite(float(row["train/loss"])):
             return found, epoch

@@ -50,7 +50,7 @@ def _epochs(record: Record) -> str:
 
 def _remarks(record: Record) -> str:
     """Why it ended, what the verdict is unless healthy, tags and notes."""
-    verdict = record.verdict.get("state")
+    verdict = record.final_verdict.get("state")
     parts = [
         record.reason,
         f"verdict: {verdict}" if verdict not in (None, "healthy") else "",

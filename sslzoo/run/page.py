@@ -195,6 +195,8 @@ def _baselines(record: Record, panel: panels.Panel, factor: float) -> list[Level
 
 def _tables(record: Record) -> list[Block]:
     blocks: list[Block] = []
+    if record.summary and not record.final:
+        blocks.append(Text("The run was continued since: the final evaluation is that of its earlier end."))
     for name, about in record.summary.get("data_sets", {}).items():
         columns, rows = figure_table(record.summary, name)
         blocks.append(

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from sslzoo.evaluate.figures import FEATURES, LAYER, data_of, is_accuracy, layer_of
 from sslzoo.exits import ExitCode
 from sslzoo.run.lock import is_alive
+from sslzoo.verdict import judge_file
 
 State = Literal["running", "done", "pre-empted", "interrupted", "diverged", "collapsed", "failed", "killed"]
 STATE_NAMES: tuple[State, ...] = get_args(State)
@@ -98,11 +99,31 @@ class Record:
         error = self.manifest.get("error")
         return str(error.get("message") or "") if isinstance(error, dict) else ""
 
+    @cached_property
+    def final(self) -> Mapping[str, Any]:
+        """The summary; empty if the run has been continued since, or trained on, and not finished again."""
+        path = self.path / "eval" / "summary.json"
+        if self.summary and self.manifest.get("exit_code") != ExitCode.DONE:
+            with suppress(OSError):
+                if path.stat().st_mtime_ns < (self.path / "metrics.csv").stat().st_mtime_ns:
+                    return {}
+        return self.summary
+
     @property
-    def verdict(self) -> Mapping[str, Any]:
-        """What the summary says about the health of the run: state, reason and since_epoch; empty without one."""
-        verdict = self.summary.get("verdict")
+    def final_verdict(self) -> Mapping[str, Any]:
+        """What the final summary says about the health of the run: state, reason and since_epoch; empty without one."""
+        verdict = self.final.get("verdict")
         return verdict if isinstance(verdict, dict) else {}
+
+    @cached_property
+    def verdict(self) -> Mapping[str, Any]:
+        """The final verdict, or before it that of ``metrics.csv``; empty before the first evaluation."""
+        if self.final_verdict:
+            return self.final_verdict
+        with suppress(OSError, ValueError, KeyError, TypeError, csv.Error):
+            verdict = judge_file(self.path / "metrics.csv")
+            return verdict.as_json() if verdict is not None else {}
+        return {}
 
     @property
     def step(self) -> int:
@@ -155,18 +176,19 @@ class Record:
     def best(self, *keys: str) -> list[float | None]:
         """The largest value of each accuracy, of the final evaluation and those in training. Fast for many runs."""
         columns = _columns(self.path / "metrics.csv", [f"val/{key}" for key in keys])
+        final = [[value] if isinstance(value := self.summary.get(key), float) else [] for key in keys]
         return [
-            max(filter(math.isfinite, [*values, *self._final(key)]), default=None)
-            for key, values in zip(keys, columns, strict=True)
+            max(filter(math.isfinite, [*values, *last]), default=None)
+            for values, last in zip(columns, final, strict=True)
         ]
 
     def _final(self, key: str) -> list[float]:
-        value = self.summary.get(key)
+        value = self.final.get(key)
         return [value] if isinstance(value, float) else []
 
     def interval(self, key: str) -> tuple[float, float] | None:
         """The 95 % interval of an accuracy of the final evaluation."""
-        ends = self.summary.get("interval_95", {}).get(key)
+        ends = self.final.get("interval_95", {}).get(key)
         return (ends[0], ends[1]) if ends else None
 
 

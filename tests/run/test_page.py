@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sslzoo.cli.main import main
 from sslzoo.files import write_json
 from sslzoo.run.page import page, write_page
 from sslzoo.run.record import Record, records
+from tests.command import ROOT
 
 RECIPE = {
     "method.name": "sce",
@@ -125,3 +127,26 @@ def test_runs_are_found_at_any_depth_once(tmp_path: Path) -> None:
     found = records([tmp_path, one])
     assert [record.path for record in found] == [one.resolve(), two.resolve()]
     assert [record.path for record in records([tmp_path / "x" / "o*"])] == [one.resolve()]
+
+
+@pytest.mark.parametrize("code", [None, 77])
+def test_a_run_without_a_final_evaluation_is_judged_by_its_rows(tmp_path: Path, code: int | None) -> None:
+    run = write_run(tmp_path, exit_code=code)
+    rows = (ROOT / "tests/data/verdict/no-negatives-42.csv").read_text()
+    (run / "metrics.csv").write_text(rows + "99,")
+    assert Record(run).verdict["state"] == "collapsed"
+    assert "complete collapse; usual causes" in page(Record(run))
+    assert not Record(run).final_verdict, "lists of runs do not judge"
+
+
+def test_a_continued_run_shows_its_newest_figures(tmp_path: Path) -> None:
+    run = run_with_summary(tmp_path / "recipe" / "id")
+    assert Record(run).figure("linear_top1") == 0.9
+    write_run(run, exit_code=None)
+    os.utime(run / "eval" / "summary.json", (1, 1))
+    record = Record(run)
+    assert (record.figure("linear_top1"), record.interval("linear_top1")) == (0.75, None)
+    assert record.best("linear_top1") == [0.9]
+    assert "that of its earlier end" in page(record)
+    os.utime(run / "eval" / "summary.json")
+    assert Record(run).figure("linear_top1") == 0.9, "evaluated at its new end"
