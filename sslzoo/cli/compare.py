@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
 def as_text(comparison: Comparison) -> str:
     """The tables for a terminal, with a column for each group, because there are more figures than groups."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     turned = [_turned(grid) for grid in (comparison.table(), comparison.differences())]
@@ -69,12 +70,12 @@ def as_text(comparison: Comparison) -> str:
             if rows:
                 table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
                 for number, title in enumerate(head):
-                    table.add_column(title, justify="right" if number else "left", overflow="fold")
+                    table.add_column(escape(title), justify="right" if number else "left", overflow="fold")
                 for row in rows:
-                    table.add_row(*row)
+                    table.add_row(*map(escape, row))
                 console.print(table)
                 console.print()
-        console.print(" ".join(comparison.notes()))
+        console.print(" ".join(comparison.notes()), markup=False)
     return capture.get()
 
 

@@ -32,6 +32,7 @@ ASIDE = (
     "logging.",
     "eval.after",
     "trainer.devices",
+    "trainer.num_nodes",
 )
 SHORT = 48  # characters of a value
 FEW = 6  # keys that may stand beside the figures
@@ -94,6 +95,7 @@ class Group:
 
     label: str
     runs: tuple[Record, ...]
+    superseded: int = 0  # unfinished runs of seeds that a finished one has, which are not in runs
 
     def spread(self, measure: Callable[[Record], float | None]) -> Spread | None:
         """A figure of all runs that have it; None if none has."""
@@ -101,9 +103,13 @@ class Group:
         return Spread(values) if values else None
 
     def by_seed(self, measure: Callable[[Record], float | None]) -> dict[int, float]:
-        """The same by seed."""
-        found = ((run.recipe.get("seed"), measure(run)) for run in self.runs)
-        return {seed: value for seed, value in found if seed is not None and value is not None}
+        """The same by seed; the mean of several runs of a seed."""
+        found: dict[int, list[float]] = {}
+        for run in self.runs:
+            seed, value = run.recipe.get("seed"), measure(run)
+            if seed is not None and value is not None:
+                found.setdefault(seed, []).append(value)
+        return {seed: fmean(values) for seed, values in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +207,9 @@ class Comparison:
                 "Differences are paired by seed, with half of the 95 % t-interval over the seeds, which says nothing "
                 "about other test images."
             )
+        superseded = sum(group.superseded for group in self.groups)
+        if superseded:
+            notes.append(f"Unfinished runs left out, because a finished one has their seed: {superseded}.")
         return notes
 
 
@@ -221,8 +230,15 @@ def compare(records: Sequence[Record]) -> Comparison:
         for name, runs in zip(names, groups, strict=True)
     ]
     return Comparison(
-        tuple(Group(label, tuple(runs)) for label, runs in zip(labels, groups, strict=True)), tuple(differing)
+        tuple(_group(label, runs) for label, runs in zip(labels, groups, strict=True)), tuple(differing)
     )
+
+
+def _group(label: str, runs: Sequence[Record]) -> Group:
+    """Without unfinished runs of seeds that a finished run has."""
+    done = {run.recipe.get("seed") for run in runs if run.state == "done"}
+    kept = tuple(run for run in runs if run.state == "done" or run.recipe.get("seed") not in done)
+    return Group(label, kept, superseded=len(runs) - len(kept))
 
 
 def _told_apart(name: str, run: Record, differing: Sequence[str]) -> str:
@@ -231,9 +247,13 @@ def _told_apart(name: str, run: Record, differing: Sequence[str]) -> str:
 
 
 def _accuracies(run: Record) -> Iterator[str]:
-    """Keys of the trained encoder's top-1 accuracies, in the summary and in training."""
+    """Keys of the trained encoder's top-1 accuracies, in the summary, by ``sslzoo eval`` and in training."""
     prefixes = tuple(filter(None, FEATURES))
-    for key in (*run.summary, *(k.removeprefix("val/") for k in run.metrics if k.startswith("val/"))):
+    for key in (
+        *run.summary,
+        *run.later,
+        *(k.removeprefix("val/") for k in run.metrics if k.startswith("val/")),
+    ):
         if is_accuracy(key) and "_top1" in key and not key.startswith(prefixes):
             yield key
 

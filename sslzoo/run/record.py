@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sslzoo.evaluate.figures import FEATURES, LAYER, data_of, is_accuracy, layer_of
+from sslzoo.evaluate.figures import FEATURES, LAYER, data_of, figure_key, is_accuracy, layer_of
 from sslzoo.exits import ExitCode
 from sslzoo.run.lock import is_alive
 from sslzoo.verdict import judge_file
@@ -168,10 +168,23 @@ class Record:
             return datetime.fromisoformat(self.manifest["started"])
         return None
 
+    @cached_property
+    def later(self) -> dict[str, tuple[float, float, float]]:
+        """Top-1 by ``sslzoo eval`` and ``eval.after`` and the ends of its 95 % interval, by key as in the summary."""
+        found: dict[str, tuple[float, float, float]] = {}
+        for result in self.results:
+            with suppress(KeyError, TypeError, AttributeError, StopIteration):
+                first = next(iter(result["data_sets"]))
+                for row in result["results"]:
+                    key = figure_key(f"{row['key']}_top1", row["data"], row["layer"], first=first)
+                    found[key] = (row["top1"], row["top1_low"], row["top1_high"])
+        return found
+
     def figure(self, key: str) -> float | None:
-        """An accuracy of the final evaluation, such as ``linear_top1``, or of the last in training; None without."""
+        """An accuracy of the final evaluation, such as ``linear_top1``, of ``sslzoo eval``, or of the last evaluation
+        in training; None without."""
         _, values = self.metrics.get(f"val/{key}", ([], []))
-        return next(iter([*self._final(key), *values[-1:]]), None)
+        return next(iter([*self._final(key), *self.later.get(key, ())[:1], *values[-1:]]), None)
 
     def best(self, *keys: str) -> list[float | None]:
         """The largest value of each accuracy, of the final evaluation and those in training. Fast for many runs."""
@@ -187,8 +200,10 @@ class Record:
         return [value] if isinstance(value, float) else []
 
     def interval(self, key: str) -> tuple[float, float] | None:
-        """The 95 % interval of an accuracy of the final evaluation."""
+        """The 95 % interval of an accuracy of the final evaluation or of ``sslzoo eval``."""
         ends = self.final.get("interval_95", {}).get(key)
+        if not ends and not self._final(key):
+            ends = self.later.get(key, ())[1:]
         return (ends[0], ends[1]) if ends else None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.markup import escape
 from rich.table import Table
 
 from sslzoo.evaluate.figures import FEATURES
@@ -44,14 +45,17 @@ def _results_table(summary: Mapping[str, Any], name: str) -> Table:
     ]
     if name == next(iter(summary["data_sets"])):
         lines.append(f"Trained in {duration(summary['seconds'])}.")
-    table = Table(title=f"Evaluation of the features on {data_set['dataset']} (%)", caption=" ".join(lines))
+    table = Table(
+        title=f"Evaluation of the features on {escape(data_set['dataset'])} (%)",
+        caption=escape(" ".join(lines)),
+    )
     columns, rows = figure_table(summary, name)
     table.add_column("features", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
         style = "bold" if row.trained else ""
-        table.add_row(row.title, *(percent(summary, key) for key in row.keys), style=style)
+        table.add_row(escape(row.title), *(percent(summary, key) for key in row.keys), style=style)
     return table
 
 

@@ -132,3 +132,30 @@ def test_the_command_needs_two_runs(six: Path, capsys: pytest.CaptureFixture[str
 def test_an_unfinished_run_is_said_to_be_one(six: Path) -> None:
     write_json(six / "0.1-1" / "manifest.json", Record(six / "0.1-1").manifest | {"exit_code": 75})
     assert compared(six).table()[1][0][2] == "3 (1 unfinished)"
+
+
+def test_finished_runs_of_a_seed_count_with_their_mean_and_unfinished_ones_not(six: Path) -> None:
+    write_run(six / "zz-again", accuracy=0.90, seed=1, method__temperature=0.1, trainer__num_nodes=2)
+    write_run(six / "zz-stopped", accuracy=0.10, seed=2, method__temperature=0.1)
+    stopped = six / "zz-stopped" / "manifest.json"
+    write_json(stopped, Record(stopped.parent).manifest | {"exit_code": 75})
+    comparison = compared(six)
+    assert [len(group.runs) for group in comparison.groups] == [4, 3]
+    by_seed = comparison.groups[0].by_seed(lambda run: run.figure("linear_top1"))
+    assert by_seed == pytest.approx({1: 0.85, 2: 0.82, 3: 0.81})
+    assert comparison.notes()[-1].endswith("has their seed: 1.")
+
+
+def test_later_evaluations_count_and_names_are_no_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"key": "honest", "data": "data", "layer": "backbone"}
+    row |= {"top1": 0.6, "top1_low": 0.5, "top1_high": 0.7}
+    result = {"how": "", "data_sets": {"data": {}}, "results": [row, row | {"layer": "layer3", "top1": 0.4}]}
+    for name in ("w[v1]", "x[/y]"):
+        write_run(tmp_path / name, accuracy=0.81, seed=1, name=name, method__name=name)
+        write_json(tmp_path / name / "eval" / "honest.json", result)
+    assert main(["compare", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "w[v1]" in out and "x[/y]" in out
+    assert "60.0 ±10.0" in out and "honest (data, layer3)" in out
