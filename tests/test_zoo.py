@@ -29,7 +29,12 @@ def finish(plan: Any) -> None:
         (out / "eval").mkdir(parents=True)
         method = arguments[2].partition("_")[0]
         seed = int(next(a for a in arguments if a.startswith("seed=")).removeprefix("seed="))
-        recipe = {"name": arguments[2], "method.name": method, "seed": seed}
+        recipe = {
+            "name": arguments[2],
+            "method.name": method,
+            "seed": seed,
+            "trainer.max_epochs": plan.epochs,
+        }
         write_json(out / "manifest.json", {"recipe": recipe, "exit_code": 0, "versions": {"torch": "9.9"}})
         figures = {"linear_top1": 0.8 + number / 100, "knn_top1": 0.75, "raw_pixels_linear_top1": 0.7}
         write_json(out / "eval" / "summary.json", figures)
@@ -85,3 +90,14 @@ def test_finished_runs_are_kept_and_failures_named(tmp_path: Path, monkeypatch: 
 def test_readme_has_a_place_for_the_table() -> None:
     text = (ROOT / "README.md").read_text()
     assert text.count(zoo.BEGIN) == text.count(zoo.END) == 1
+
+
+@pytest.mark.parametrize("options", [["--write"], []])
+def test_runs_of_another_budget_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    finish(zoo.Plan(tmp_path, ("simclr",), (1,)))
+    common = ["--folder", str(tmp_path), "--methods", "simclr", "--seeds", "1", "--epochs", "9", "--try"]
+    assert zoo.main([*common, *options]) == 2
+    folder = tmp_path / "simclr_fashion_mnist" / "seed-1"
+    assert f"{folder} has trainer.max_epochs=6, not 9" in capsys.readouterr().err

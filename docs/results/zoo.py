@@ -60,8 +60,22 @@ class Plan:
         ]  # fmt: skip
 
 
+def check_budget(plan: Plan) -> None:
+    """``ValueError`` if a run that is there has another number of epochs than ``plan``."""
+    for out, _ in plan.runs():
+        epochs = Record(out).recipe.get("trainer.max_epochs", plan.epochs)
+        if epochs != plan.epochs:
+            raise ValueError(
+                f"{out} has trainer.max_epochs={epochs}, not {plan.epochs}; give another --folder, or --epochs {epochs}"
+            )
+
+
 def train(plan: Plan, workers: int) -> list[Path]:
-    """Train what is not finished; returns the runs that failed. After Ctrl-C, running ones save and no other starts."""
+    """Train what is not finished; returns the runs that failed. After Ctrl-C, running ones save and no other starts.
+
+    Raises ``ValueError`` before training if a run that is there has another budget.
+    """
+    check_budget(plan)
     left = [(out, arguments) for out, arguments in plan.runs() if Record(out).state != "done"]
     stopped = threading.Event()
 
@@ -92,7 +106,9 @@ def train(plan: Plan, workers: int) -> list[Path]:
 
 
 def results(plan: Plan) -> tuple[str, str]:
-    """The content of ``docs/results.md``, and README's table; ``ValueError`` if a run is missing."""
+    """The content of ``docs/results.md``, and README's table; ``ValueError`` if a run is missing or has another
+    budget."""
+    check_budget(plan)
     records = [Record(out) for out, _ in plan.runs()]
     unfinished = [record.name for record in records if record.state != "done"]
     if unfinished:
