@@ -198,7 +198,7 @@ class Meter(Callback):
 
     def saved(self) -> None:
         """Tell the followers that a checkpoint includes everything that was written so far."""
-        self._tell("saved", self._file.rows - self._file.missing)
+        self._tell("saved", self._file.rows)
 
     def alert(self, title: str, text: str) -> None:
         """Tell the followers something that somebody should know at once."""
@@ -278,7 +278,7 @@ class Meter(Callback):
             self._restore(state, pl_module)
         if trainer.is_global_zero:
             self._rewind_histograms(pl_module.optimizer_steps)
-        self._tell("begin", self._file.rows - self._file.missing)
+        self._tell("begin", self._file.rows)
 
     def _rewind_histograms(self, step: int) -> None:
         """Remove the histograms of steps after ``step``."""

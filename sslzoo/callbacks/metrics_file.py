@@ -26,18 +26,18 @@ class MetricsFile:
         self.path = path
         self.columns: list[str] = ["step", "epoch"]
         self.rows = 0
-        self.missing = 0  # rows from before the checkpoint that the file lacks, as in a new directory
         self.writes = True  # False on ranks other than 0, which only count rows
         self._file: Any = None
 
     def rewind(self, rows: int, columns: Sequence[str]) -> None:
-        """Truncate the file to its first ``rows`` rows and to ``columns``, and open it for appending."""
+        """Truncate the file to its first ``rows`` rows and to ``columns``, and open it for appending. If it has fewer
+        rows, as in the directory of a new run that continues another one, only those that it has count."""
         self.columns, self.rows = list(columns), rows
         if self.writes:
             old = self._read()[1 : rows + 1]
-            self.missing = rows - len(old)
-            if self.missing:
-                log.warning("%s lacks %d rows from before the checkpoint", self.path, self.missing)
+            self.rows = len(old)
+            if self.rows < rows:
+                log.warning("%s lacks %d rows from before the checkpoint", self.path, rows - self.rows)
             self._replace([row[: len(columns)] for row in old])
 
     def resume(self) -> None:

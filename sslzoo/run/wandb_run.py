@@ -29,7 +29,7 @@ from sslzoo.recipe.sections import WandbConfig
 from sslzoo.run.directory import Run
 from sslzoo.run.ending import Ending
 from sslzoo.run.history import Row, current_pictures, last_values, read_rows
-from sslzoo.run.lock import refuse_if_owned
+from sslzoo.run.lock import is_alive, refuse_if_owned
 from sslzoo.run.login import logged_in, server_url
 from sslzoo.run.page import PAGE
 from sslzoo.run.record import Record
@@ -114,12 +114,37 @@ def push(path: Path, *, project: str | None, entity: str | None) -> str:
     stored |= {"tags": tuple(stored.get("tags", ()))}
     stored |= {key: value for key, value in (("project", project), ("entity", entity)) if value is not None}
     cfg = WandbConfig(**stored)
-    code = manifest["exit_code"]
-    final = len(read_rows(run.path)) if code in COMPLETE else _rows_of_checkpoint(run)
+    return str(_send_from_files(run, cfg, manifest["exit_code"]).connection.url)
+
+
+def update(run: Run, cfg: WandbConfig) -> None:
+    """Send new evaluations of a run that has ended. One that is alive sends them itself when it ends."""
+    if is_alive(run.path):
+        return
+    mode = mode_of(cfg)
+    ended: int | None = run.read_manifest()["exit_code"]
+    if mode == "online":
+        _send_from_files(run, cfg, ended)
+    elif mode == "offline":
+        final = len(read_rows(run.path)) if ended in COMPLETE else Sent.read(run).rows
+        write_segment(run, cfg, final, _shown_code(run, ended))
+
+
+def _send_from_files(run: Run, cfg: WandbConfig, ended: int | None) -> Sender:
+    """Send what the server lacks of a run that has ended with the exit code ``ended``, or None."""
+    final = len(read_rows(run.path)) if ended in COMPLETE else _rows_of_checkpoint(run)
     sender = connect(run, cfg, final)
     sender.send(final)
-    sender.end(code or 0)
-    return str(sender.connection.url)
+    sender.end(_shown_code(run, ended))
+    return sender
+
+
+def _shown_code(run: Run, ended: int | None) -> int:
+    """The exit code that W&B shows. A run without one was killed, which is shown as a failure, or still trains; W&B
+    shows that as finished until it ends."""
+    if ended is not None:
+        return ended
+    return int(ExitCode.DONE if is_alive(run.path) else ExitCode.FAILURE)
 
 
 def _rows_of_checkpoint(run: Run) -> int:
@@ -173,7 +198,7 @@ class WandB(Follower):
             if not self._said:  # nothing was left to train
                 self.begin(self._final)
         if self.mode == "offline" and self._said:
-            write_segment(self.run, self.cfg, self._final, ending)
+            write_segment(self.run, self.cfg, self._final, int(ending.code), ending)
         elif self._sender is not None:
             self._sender.send(self._final)
             self._sender.end(int(ending.code), ending)
@@ -217,8 +242,9 @@ class Sender:
                 self.alert(title, ending.message, level="WARN" if code == ExitCode.PREEMPTED else "ERROR")
             if code == ExitCode.PREEMPTED:
                 self.connection.mark_preempting()
-            if self.cfg.artifact and code == ExitCode.DONE:
-                self._send_export(self.run.path / "exported")
+            exported = self.run.path / "exported"  # by a finished run
+            if self.cfg.artifact and code == ExitCode.DONE and exported.is_dir():
+                self._send_export(exported)
         finally:  # uploads what is left
             self.connection.finish(exit_code=code)
 
@@ -279,31 +305,18 @@ def connect(run: Run, cfg: WandbConfig, final: int) -> Sender:
     return Sender(_open(run, cfg, state.id, "online"), run, cfg, sent)
 
 
-def write_segment(run: Run, cfg: WandbConfig, final: int, ending: Ending | None = None) -> None:
-    """Write the final rows that are in no segment yet into a new one, for ``wandb sync``. Rows of a run that was ever
-    online are left to ``sslzoo wandb push``, because only the server knows which ones it has."""
+def write_segment(run: Run, cfg: WandbConfig, final: int, code: int, ending: Ending | None = None) -> None:
+    """Write the final rows that are in no segment yet into a new one, for ``wandb sync``, and the exit code. Rows of a
+    run that was ever online are left to ``sslzoo wandb push``, because only the server knows which ones it has."""
     state = Sent.read(run)
     if state.online:
         return
     sender = Sender(_open(run, cfg, state.id, "offline"), run, cfg, state.rows)
     folder = Path(sender.connection.dir).parent.name
     sender.send(final)
-    sender.end(0 if ending is None else int(ending.code), ending)
+    sender.end(code, ending)
     state.rows, state.segments = sender.sent, [*state.segments, folder]
     state.write(run)
-
-
-def update(run: Run, cfg: WandbConfig) -> None:
-    """Send new evaluations of a run that ended before."""
-    mode = mode_of(cfg)
-    code = run.read_manifest()["exit_code"] or 0
-    final = len(read_rows(run.path)) if code in COMPLETE else Sent.read(run).rows
-    if mode == "online":
-        sender = connect(run, cfg, final)
-        sender.send(final)
-        sender.end(code)
-    elif mode == "offline":
-        write_segment(run, cfg, final)
 
 
 def _standing(run: Run, cfg: WandbConfig, final: int) -> int | None:

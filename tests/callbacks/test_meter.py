@@ -216,6 +216,7 @@ def test_followers_learn_which_rows_are_final(tmp_path, meter_in):
         assert told[-1] == ("begin", rows)
         resumed.saved()
         assert told[-1] == ("saved", rows)
+        assert resumed.state_dict()["rows"] == rows
     assert told[:2] == [("begin", 0), ("saved", 2)]
     (kept,) = read_histograms(tmp_path)
     assert kept.step == 2 and sum(kept.counts) == 2

@@ -14,13 +14,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sslzoo.exits import ExitCode
+from sslzoo.recipe.sections import WandbConfig
+from sslzoo.run import wandb_run
+from sslzoo.run.directory import Run
 from sslzoo.run.history import read_rows
+from sslzoo.run.lock import RunLock
 from tests.command import Command, fork, manifest, saved, short_evaluation, until, write_recipe
 from tests.wandb_server import KeptRun, Server, serving
 
@@ -184,6 +190,57 @@ def test_another_history_at_the_server_is_not_continued(
     assert f"sent anew as {name}-v2" in push.err and len(push.err.splitlines()) == 1
     assert len(server.runs[name].history) == 2  # is left alone
     assert _at_wandb(server.runs[f"{name}-v2"]) == _in_file(folder / "run")
+
+
+@pytest.fixture
+def connection(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """A connection to a server that has two rows of the run ``r``."""
+    connection = Mock(dir="offline-run-1/files")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setitem(sys.modules, "wandb", Mock())
+    monkeypatch.setattr(wandb_run, "_open", lambda *_: connection)
+    monkeypatch.setattr(wandb_run, "_standing", lambda run, cfg, final: 2 if final >= 2 else None)
+    return connection
+
+
+def _three_rows(folder: Path, code: int | None, *, online: bool) -> Run:
+    """A run that has ended with ``code``, of whose three rows two are in the checkpoint and at W&B."""
+    run = Run(folder, "r")
+    run.checkpoints.mkdir()
+    (folder / "wandb").mkdir()
+    state = {"id": "r", "online": online, "rows": 0 if online else 2}
+    (folder / "wandb/sent.json").write_text(json.dumps(state))
+    run.manifest.write_text(json.dumps({"run_id": "r", "recipe": {}, "world_size": 1, "exit_code": code}))
+    run.recipe.write_text("{name: tiny, data: {global_batch_size: 4}}")
+    run.metrics.write_text("step,epoch,train/loss\n1,0,3.0\n2,0,2.0\n3,0,1.0\n")
+    content = {"state_dict": {}, "optimizer_steps": 2, "callbacks": {"Meter": {"rows": 2}}}
+    torch.save(content, run.checkpoints / "step=2.ckpt")
+    return run
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+@pytest.mark.parametrize(
+    ("code", "shown", "steps"),
+    [
+        (ExitCode.PREEMPTED, ExitCode.PREEMPTED, []),
+        (None, ExitCode.FAILURE, []),  # killed
+        (ExitCode.NAN, ExitCode.NAN, [2]),
+    ],
+)
+def test_a_later_evaluation_leaves_the_history_as_it_is(
+    tmp_path: Path, connection: Mock, mode: Any, code: int | None, shown: int, steps: list[int]
+) -> None:
+    run = _three_rows(tmp_path, code, online=mode == "online")
+    cfg = WandbConfig(mode=mode)
+    lock = RunLock(tmp_path, seconds=dict, on_lost=print)
+    lock.acquire()
+    wandb_run.update(run, cfg)  # it lives, and sends its evaluations itself
+    lock.release()
+    assert connection.mock_calls == []
+    wandb_run.update(run, cfg)
+    assert [call.kwargs["step"] for call in connection.log.call_args_list] == steps
+    connection.finish.assert_called_once_with(exit_code=shown)
+    assert wandb_run.Sent.read(run).id == "r"
 
 
 def test_refusals_of_push(finished: Path, tmp_path: Path) -> None:
