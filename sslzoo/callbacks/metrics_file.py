@@ -6,13 +6,16 @@ import csv
 import io
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sslzoo.files import write_text
 
 log = logging.getLogger(__name__)
+
+AXES = ("step", "epoch")  # the columns that say where a row belongs
 
 
 class MetricsFile:
@@ -24,7 +27,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.columns: list[str] = ["step", "epoch"]
+        self.columns: list[str] = [*AXES]
         self.rows = 0
         self.writes = True  # False on ranks other than 0, which only count rows
         self._file: Any = None
@@ -82,6 +85,27 @@ class MetricsFile:
         text = "".join(_line([*row, *[""] * (width - len(row))]) for row in [self.columns, *rows])
         write_text(self.path, text)
         self._file = self.path.open("a", newline="")
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, int, dict[str, float]]]:
+    """Step, epoch and values by column of every row of the file ``path``, without empty cells.
+
+    Damaged rows, and the last one of a run that is writing it, are passed over; there are none without a file.
+    """
+    with suppress(FileNotFoundError, csv.Error), path.open(newline="", errors="replace") as file:
+        rows = csv.reader(line for line in file if line.endswith("\n"))
+        names = next(rows, [])
+        columns = [(i, name) for i, name in enumerate(names) if name not in AXES]
+        if not set(AXES) <= set(names):
+            return
+        step, epoch = map(names.index, AXES)
+        for row in rows:
+            if len(row) == len(names):
+                try:
+                    values = {name: float(row[i]) for i, name in columns if row[i]}
+                    yield int(row[step]), int(row[epoch]), values
+                except ValueError:  # such as NULs, where the machine crashed
+                    continue
 
 
 def _line(cells: Sequence[Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ from sslzoo.randomness import subset
 if TYPE_CHECKING:
     from sslzoo.data.module import EvalSet
     from sslzoo.method import SSLMethod
+
+log = logging.getLogger(__name__)
 
 FIGURES = (
     "width",
@@ -87,7 +90,10 @@ class Representation:
                 figures |= _known(overlap=overlap(self._before, plain.neighbours))
             self._before = Neighbours(*(ids.cpu() for ids in plain.neighbours))
             if trainer.is_global_zero:
-                self._write(pl_module.optimizer_steps, trainer.current_epoch, plain.spectrum.tolist())
+                try:
+                    self._write(pl_module.optimizer_steps, trainer.current_epoch, plain.spectrum.tolist())
+                except OSError as error:  # what only people look at must not end a run
+                    log.warning("%s could not be written: %s", self.path, error)
         chosen = subset(self.seed, len(of.source), objects(len(of.source), x.shape[1]))
         views, embedded = self._in_views(trainer, pl_module, chosen)
         if len(views) > 1:

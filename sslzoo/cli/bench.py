@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from sslzoo.recipe.load import load_recipe
 
-    words = [word for word in args.words if "=" not in word]
-    overrides = [*(word for word in args.words if "=" in word), *args.overrides]
+    given = [word for word in args.words if "=" in word and not Path(word).exists()]
+    words = [word for word in args.words if word not in given]
+    overrides = [*given, *args.overrides]
     part = words.pop(0) if words and words[0] in ("data", "model", "step") else None
     problem = ""
     if len(words) != 1:

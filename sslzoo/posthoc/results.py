@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from sslzoo.evaluate.figures import LAYER, OWN, data_of, is_accuracy
@@ -159,7 +160,8 @@ class Results:
         caption = (
             f"{in_words(self.counts[name])} {self.how} ±: half of the 95 % confidence interval (Wilson)."
         )
-        table = Table(title=f"{self.name} on {self.datasets[name]} (%)", caption=caption, min_width=64)
+        title = escape(f"{self.name} on {self.datasets[name]} (%)")
+        table = Table(title=title, caption=escape(caption), min_width=64)
         columns = {
             "features": lambda row: row.layer,
             "": lambda row: row.title,
@@ -174,7 +176,7 @@ class Results:
         for title in shown:
             table.add_column(title, justify="right" if title.startswith(("top", "published")) else "left")
         for row in zip(*(cells[title] for title in shown), strict=True):
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         return table
 
 

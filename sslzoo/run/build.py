@@ -31,6 +31,7 @@ from sslzoo.checkpoints import load_checkpoint
 from sslzoo.checks import require
 from sslzoo.data.datasets import ImageSource, open_source
 from sslzoo.data.module import SSLDataModule
+from sslzoo.data.sources import ArraySource
 from sslzoo.evaluate.figures import Measured
 from sslzoo.export.encoder import SUFFIX, newest_weights, read_export
 from sslzoo.nn.backbones import build_backbone
@@ -165,7 +166,12 @@ def build_experiment(
     method whose queues and tables are as large as in the real run. With ``start=False``, ``backbone.weights`` is not
     read, because a checkpoint will provide the weights.
     """
-    source = open_source(recipe.data) if source is None else source
+    if source is None:
+        source = open_source(recipe.data)
+        require(
+            recipe.data.augment_on != "worker" or not isinstance(source, ArraySource),
+            f"data.augment_on must be device or left out: {recipe.data.dataset} is in memory and needs no workers",
+        )
     of_source = plan_of(recipe, len(source), world_size)
     data = SSLDataModule(
         data=recipe.data,

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,7 +227,7 @@ class _Life:
         log.info("%s: %s", shlex.join(sys.argv), begins)
         if session.choice.checkpoint is not None:
             OUT.print(begins, soft_wrap=True)
-        _picture_views(built, run.path / "views.png")
+        self._draw_views()
         self._draw_page()
 
     # -- training and after ---------------------------------------------------------------------------
@@ -278,7 +279,7 @@ class _Life:
                 built.method, built.recipe, run.path, manifest=run.read_manifest(), results=summary
             )
             log.info("encoder exported to %s", file)
-            plot_curves(run.metrics, run.path / "curves.png", summary)
+            self._draw("curves.png", lambda path: plot_curves(run.metrics, path, summary))
             figures = [f"{key} {value:.4f}" for key, value in summary.items() if is_accuracy(key)]
             figures += [f"{key} {value:.4g}" for key, value in summary.get("representation", {}).items()]
             log.info("finished: %s", ", ".join(figures) or f"not measured: {summary['not_measured']}")
@@ -338,13 +339,37 @@ class _Life:
         self.messages.close()
         end_workers()
 
-    def _draw_page(self) -> None:
-        """Draw the page of the run as it is now. A failure is logged, because a page must not end a run."""
+    def _draw(self, name: str, draw: Callable[[Path], object]) -> None:
+        """Draw the file ``name`` of the run directory. A failure is logged, because a picture must not end a run."""
         assert self.session is not None
         try:
-            write_page(self.session.run.path)
+            draw(self.session.run.path / name)
         except Exception as error:
-            log.warning("%s could not be drawn: %s: %s", PAGE, type(error).__name__, error)
+            log.warning("%s could not be drawn: %s: %s", name, type(error).__name__, error)
+
+    def _draw_page(self) -> None:
+        """Draw the page of the run as it is now."""
+        self._draw(PAGE, lambda path: write_page(path.parent))
+
+    def _draw_views(self) -> None:
+        """Draw a few images of different classes, and what the recipe's views make of them."""
+        assert self.session is not None
+        data = self.session.built.data
+        source, batch = data.train_source, data.batch_of(data.varied_samples(EXAMPLES))
+        originals: list[Tensor | None] = []
+        titles: list[str] = []
+        for sample in batch.sample_id.tolist():
+            try:
+                originals.append(source.read(sample))
+            except UnreadableImageError:
+                originals.append(None)
+            label = None if source.labels is None else source.labels[sample]
+            titles.append(f"image {sample}" if label is None else source.class_names[label])
+        cfg = self.loaded.recipe.data
+        self._draw(
+            "views.png",
+            lambda path: plot_views(batch, originals, path, mean=cfg.mean, std=cfg.std, titles=titles),
+        )
 
     def _print_last_words(self, ending: Ending, trouble: str) -> None:
         """Print what happened and what to do next as the last lines on the terminal."""
@@ -369,22 +394,6 @@ class _Life:
             "too long; stopping"
         )
         os._exit(ExitCode.FAILURE)
-
-
-def _picture_views(built: BuiltRun, path: Path) -> None:
-    """A few images of different classes, and what the recipe's views make of them."""
-    source, recipe = built.data.train_source, built.recipe
-    batch = built.data.batch_of(built.data.varied_samples(EXAMPLES))
-    originals: list[Tensor | None] = []
-    titles: list[str] = []
-    for sample in batch.sample_id.tolist():
-        try:
-            originals.append(source.read(sample))
-        except UnreadableImageError:
-            originals.append(None)
-        label = None if source.labels is None else source.labels[sample]
-        titles.append(f"image {sample}" if label is None else source.class_names[label])
-    plot_views(batch, originals, path, mean=recipe.data.mean, std=recipe.data.std, titles=titles)
 
 
 def _to_files_only(level: int, text: str) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-AXES = ("step", "epoch")  # the columns of metrics.csv that say where a row belongs
-OF_EPOCHS = (
-    "_epoch"  # ending of means over an epoch, which stay in metrics.csv because they repeat other columns
-)
+from sslzoo.callbacks import metrics_file
+
+# Ending of means over an epoch, which stay in metrics.csv because they repeat other columns.
+OF_EPOCHS = "_epoch"
 HISTOGRAMS = "histograms.jsonl"
 PICTURES = "pictures"
 _NUMBERED = re.compile(r"(?P<name>.+)-step=(?P<step>\d+)")
@@ -47,12 +46,11 @@ def read_rows(folder: Path, count: int | None = None) -> list[Row]:
     also has that step's throughput, the last that ``system.csv`` has for it. Histograms, and pictures named
     ``pictures/NAME-step=N.png``, belong to the first row at their step or later.
     """
-    system = {step: values for step, _, values in _cells(folder / "system.csv")}
-    lines = list(_cells(folder / "metrics.csv"))[:count]
+    system = {step: values for step, _, values in metrics_file.read_rows(folder / "system.csv")}
     rows: list[Row] = []
-    for step, epoch, values in lines:
+    for step, epoch, values in islice(metrics_file.read_rows(folder / "metrics.csv"), count):
         measured = {} if rows and rows[-1].step == step else system.get(step, {})
-        rows.append(Row(step=step, epoch=epoch, values=values | measured))
+        rows.append(Row(step=step, epoch=epoch, values=_shown(values) | measured))
     for histogram in read_histograms(folder):
         if (row := _first_at(rows, histogram.step)) is not None:
             row.histograms.append(histogram)
@@ -94,15 +92,5 @@ def _first_at(rows: Sequence[Row], step: int) -> Row | None:
     return next((row for row in rows if row.step >= step), None)
 
 
-def _cells(path: Path) -> Iterator[tuple[int, int, dict[str, float]]]:
-    """Step, epoch and values of each row; a row that a killed run left unfinished is ignored."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for row in csv.DictReader(line for line in lines if line.endswith("\n")):
-        values: dict[str, Any] = {
-            name: float(cell)
-            for name, cell in row.items()
-            if cell and name not in AXES and not name.endswith(OF_EPOCHS)
-        }
-        yield int(row["step"]), int(row["epoch"]), values
+def _shown(values: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if not name.endswith(OF_EPOCHS)}

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TypeVar
 
 from sslzoo.callbacks.meter import Follower
 from sslzoo.panels import sections
@@ -17,6 +18,7 @@ from sslzoo.run.tensorboard import TensorBoard, write_evaluations
 from sslzoo.run.wandb_run import WandB, mode_of, update
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Key under logging, which is also the name of the package it needs -> argument of pip install.
 PACKAGES = {"tensorboard": "'sslzoo[tensorboard]'", "wandb": "wandb"}
@@ -56,14 +58,19 @@ class Dashboards:
 def build_dashboards(recipe: Recipe, run: Run) -> Dashboards:
     """The dashboards that ``recipe`` asks for; nothing is written or sent before the training starts."""
     cfg = recipe.logging
-    mode = "disabled" if cfg.wandb is None else mode_of(cfg.wandb)
-    return Dashboards(
-        run=run,
-        tensorboard=TensorBoard(run.path, sections(recipe.method.name, recipe.method.panels))
-        if cfg.tensorboard
-        else None,
-        wandb=None if cfg.wandb is None or mode == "disabled" else WandB(run, cfg.wandb, mode),
-    )
+
+    def tensorboard() -> TensorBoard | None:
+        return (
+            TensorBoard(run.path, sections(recipe.method.name, recipe.method.panels))
+            if cfg.tensorboard
+            else None
+        )
+
+    def wandb() -> WandB | None:
+        mode = "disabled" if cfg.wandb is None else mode_of(cfg.wandb)
+        return None if cfg.wandb is None or mode == "disabled" else WandB(run, cfg.wandb, mode)
+
+    return Dashboards(run=run, tensorboard=_attempt("TensorBoard", tensorboard), wandb=_attempt("W&B", wandb))
 
 
 def show_evaluations(recipe: Recipe, run: Run, step: int) -> None:
@@ -80,9 +87,11 @@ def _write_evaluations(run: Run, step: int) -> None:
         write_evaluations(run.path, {f"eval/{key}": value for key, value in figures.items()}, step)
 
 
-def _attempt(name: str, action: Callable[[], None]) -> None:
+def _attempt(name: str, action: Callable[[], T]) -> T | None:
+    """The result of ``action``; None, with a warning, if it fails."""
     try:
-        action()
+        return action()
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning("%s failed: %s", name, reason)
+        return None

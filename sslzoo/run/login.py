@@ -22,10 +22,10 @@ def server_url(environ: Mapping[str, str] = os.environ) -> str:
         return environ["WANDB_BASE_URL"].rstrip("/")
     folder = environ.get("WANDB_CONFIG_DIR") or _home(environ) / ".config" / "wandb"
     for path in (Path(environ.get("WANDB_DIR") or ".") / "wandb" / "settings", Path(folder) / "settings"):
-        parser = ConfigParser()
+        parser = ConfigParser(interpolation=None)
         try:
             parser.read(path)
-        except (OSError, ConfigError):
+        except (OSError, ConfigError, UnicodeDecodeError):
             continue
         if url := parser.get("default", "base_url", fallback=""):
             return url.rstrip("/")
@@ -42,7 +42,7 @@ def logged_in(environ: Mapping[str, str] = os.environ) -> bool:
         return (
             urlsplit(server_url(environ)).netloc in netrc(environ.get("NETRC") or _home(environ) / name).hosts
         )
-    except (OSError, NetrcParseError):
+    except (OSError, NetrcParseError, UnicodeDecodeError):
         return False
 
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sslzoo.callbacks.metrics_file import read_rows
 from sslzoo.evaluate.figures import FEATURES, LAYER, data_of, figure_key, is_accuracy, layer_of
 from sslzoo.exits import ExitCode
 from sslzoo.run.lock import is_alive
@@ -244,22 +245,11 @@ def read_metrics(path: Path) -> Series:
     """Read ``metrics.csv``: optimiser steps and values by metric, without empty cells and damaged
     rows; empty if there is no file."""
     series: Series = {}
-    with suppress(FileNotFoundError, csv.Error), path.open(newline="", errors="replace") as file:
-        rows = csv.reader(file)
-        names = next(rows, [])
-        columns = [(i, name) for i, name in enumerate(names) if name not in ("step", "epoch")]
-        at = names.index("step") if "step" in names else 0
-        for row in rows:
-            if len(row) != len(names):  # the last line, of a run that is writing it
-                continue
-            try:
-                step, cells = int(row[at]), [(name, float(row[i])) for i, name in columns if row[i]]
-            except ValueError:  # such as NULs, where the machine crashed
-                continue
-            for name, value in cells:
-                steps, values = series.setdefault(name, ([], []))
-                steps.append(step)
-                values.append(value)
+    for step, _, row in read_rows(path):
+        for name, value in row.items():
+            steps, values = series.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(value)
     return series
 
 

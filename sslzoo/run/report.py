@@ -11,12 +11,14 @@ from rich.table import Table
 
 from sslzoo.evaluate.figures import FEATURES
 from sslzoo.evaluate.task import Samples
+from sslzoo.files import atomically
 from sslzoo.panels import FRAMEWORK
 from sslzoo.run.record import figure_table, percent, read_metrics
 from sslzoo.terminal import duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from torch import Tensor
 
     from sslzoo.batch import Batch
@@ -108,8 +110,14 @@ def plot_curves(metrics: Path, path: Path, summary: Mapping[str, Any]) -> None:
         axes.set_ylim(min(limits), max(limits))  # the same scale for all panels
         _finish(axes, f"{judges[key][0]}, top-1 on test images (%)", last, ticks=4)
         _write_names(axes, own)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write ``figure`` as PNG, and nothing if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with atomically(path) as part:
+        figure.savefig(part, format="png")
 
 
 def equal_intervals(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
@@ -251,6 +259,5 @@ def plot_views(
                 pixels = image.permute(1, 2, 0).numpy()  # (H, W, C)
                 axes.imshow(pixels.squeeze(2) if len(image) == 1 else pixels, cmap="gray", vmin=0, vmax=1)
     for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+        axes.set_title(title, fontsize=8, parse_math=False)
+    _save(figure, path)

@@ -99,4 +99,4 @@ def _show(axes: Axes, image: Tensor, caption: str) -> None:
     pixels = image.clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=1)
     axes.set_axis_off()
-    axes.set_title(caption, fontsize=6)
+    axes.set_title(caption, fontsize=6, parse_math=False)

@@ -111,8 +111,12 @@ def test_encoder_and_data_set_of_ones_own_stand_beside_the_recipe(tmp_path: Path
             "data.dataset=my_plugins:nothing",
             "data.dataset='my_plugins:nothing' returned NoneType, not an ImageSource",
         ),
+        (
+            "data.dataset=my_plugins:scans data.augment_on=worker",
+            "data.augment_on must be device or left out: my_plugins:scans is in memory",
+        ),
     ):
-        refused = fork(elsewhere, "fit", "--recipe", recipe, "--out", "refused", wrong)
+        refused = fork(elsewhere, "fit", "--recipe", recipe, "--out", "refused", *wrong.split())
         assert refused.wait() == 2 and said in refused.err and len(refused.err.splitlines()) == 1, (
             refused.said
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from sslzoo.cli.main import main
+from sslzoo.recipe.registry import recipes
 from sslzoo.run.bench import Report, Speed
 
 SMALL = (
@@ -47,6 +49,10 @@ def test_advice() -> None:
     ("arguments", "said"),
     [
         (["simclr_fashion_mnist", "data"], "give one recipe, got 2"),
+        (
+            ["data", "{here}/a=b.yaml", "data.global_batch_size=6000"],
+            "lower --steps or data.global_batch_size",
+        ),
         (["data", "simclr_fashion_mnist", "--steps", "0"], "--steps must be at least 1, got 0"),
         (
             ["data", "simclr_in1k"],
@@ -58,7 +64,10 @@ def test_advice() -> None:
         ),
     ],
 )
-def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", *arguments]) == 2
+def test_mistakes(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a=b.yaml").write_text(recipes()["simclr_fashion_mnist"].read_text())
+    assert main(["bench", *(word.format(here=tmp_path) for word in arguments)]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and error.startswith("sslzoo bench: ")

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
+from sslzoo.callbacks.representation import Representation
 from sslzoo.checkpoints import load_checkpoint
 from sslzoo.exits import ExitCode, RunError
 from sslzoo.recipe.load import load_recipe, plain
@@ -336,6 +338,21 @@ def test_a_disk_without_a_byte_left_ends_the_run_in_one_line(folder: Path, tmp_p
     assert "No space left on device" in run.err and "Traceback" not in run.err, run.said
     left = (tmp_path / "left").read_text()
     assert "run.lock" not in left and ".part" not in left, left
+
+
+def test_what_only_people_look_at_ends_no_run(folder: Path, tmp_path: Path) -> None:
+    def full(*args: Any, **keys: Any) -> None:
+        raise OSError("the disk is full")
+
+    def fill() -> None:
+        Figure.savefig = Representation._write = full
+
+    run = fork(tmp_path, "fit", "--recipe", folder / "tiny.yaml", "--out", "run", before=fill)
+    assert run.wait() == 0, run.said
+    for name in ("views.png", "curves.png"):
+        assert f"{name} could not be drawn: OSError: the disk is full" in run.err
+    assert "spectrum.csv could not be written" in run.err
+    assert (tmp_path / "run" / "eval" / "summary.json").exists()
 
 
 def test_a_start_that_found_no_room_does_not_block_the_next(folder: Path, tmp_path: Path) -> None:

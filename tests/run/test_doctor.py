@@ -126,8 +126,10 @@ def test_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     other = found(WANDB_BASE_URL="https://away.org", WANDB_API_KEY="x")
     assert other.state == NOTE and "no connection from here" in other.detail and "mode=offline" in other.fix
     assert found(WANDB_BASE_URL="https://elsewhere.org").state == NOTE
-    login.write_text("this is no netrc")
-    assert found().state == NOTE
+    for nonsense in (b"this is no netrc", b"\xff"):
+        login.write_bytes(nonsense)
+        (tmp_path / ".config/wandb/settings").write_bytes(nonsense)
+        assert found().state == NOTE
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     assert not list(doctor.wandb(nobody))
 

@@ -48,7 +48,9 @@ def _drawn(
     """The panels of the picture."""
     figures: list[Figure] = []
     original = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: (figures.append(self), original(self, path)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **keys: (figures.append(self), original(self, *args, **keys))
+    )
     plot_curves(metrics, out, summary)
     assert out.read_bytes().startswith(PNG)
     figures[0].draw_without_rendering()
@@ -133,7 +135,7 @@ def test_views_are_drawn_denormalised_under_their_original(
         tmp_path / "views.png",
         mean=mean,
         std=std,
-        titles=["cat", "dog", "image 7"],
+        titles=["cat", "us$_$au", "image 7"],
     )
     assert (tmp_path / "views.png").read_bytes().startswith(PNG)
     assert len(shown) == 2 + 3 * 3  # one original cannot be read
