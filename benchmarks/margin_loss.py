@@ -11,7 +11,7 @@ import sys
 from functools import partial
 
 import torch
-from measure import Result, alternating, extra_mebibytes, ratio, report
+from measure import Result, alternating, extra_mebibytes, products_of_similarities, ratio, report
 from torch import Tensor
 
 from sslzoo.batch import Batch
@@ -42,15 +42,6 @@ def gradient(embeddings: Tensor, margin: Margin, chunk: int | None) -> Tensor:
     margin_loss(pairs, margin, temperature=0.2, beta=1.0, detached=False).mean().backward()
     assert z.grad is not None
     return z.grad
-
-
-def products(embeddings: Tensor) -> None:
-    """The matrix products of forward and backward pass, in the blocks of the chunked form."""
-    out = torch.zeros_like(embeddings)
-    for rows in embeddings.split(256):
-        scores = rows @ embeddings.T
-        torch.mm(scores, embeddings)
-        out.addmm_(scores.T, rows)
 
 
 def step(method: MarginContrast, batch: Batch) -> None:
@@ -86,7 +77,12 @@ def measure(batch_size: int = 2048, dim: int = 128, rounds: int = 7) -> list[Res
     memory = [extra_mebibytes(run, small) for run in (dense, chunked)]
     worst = float((dense() - chunked()).abs().max() / dense().abs().max())
     bare = partial(gradient, z, NO_MARGIN, None)
-    losses = {"bare": bare, "dense": dense, "chunked": chunked, "products": partial(products, z)}
+    losses = {
+        "bare": bare,
+        "dense": dense,
+        "chunked": chunked,
+        "products": partial(products_of_similarities, z, 256),
+    }
     loss_times = alternating(losses, rounds)
     views = tuple(torch.randn(2, 256, 1, 20, 20))
     batch = Batch((views[0], views[1]), (), torch.arange(256))

@@ -11,6 +11,9 @@ from pathlib import Path
 from statistics import median
 from time import process_time
 
+import torch
+from torch import Tensor
+
 # Of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
@@ -37,6 +40,16 @@ class Result:
         """The bound in words; empty if there is none."""
         words = (("at least", self.at_least), ("at most", self.at_most))
         return ", ".join(f"{word} {value:g}" for word, value in words if value is not None)
+
+
+def products_of_similarities(embeddings: Tensor, block: int) -> None:
+    """The three matrix products that a contrastive loss of ``embeddings`` (N, D) and its gradient need, ``block`` rows
+    at a time."""
+    out = torch.zeros_like(embeddings)
+    for rows in embeddings.split(block):
+        scores = rows @ embeddings.T
+        torch.mm(scores, embeddings)
+        out.addmm_(scores.T, rows)
 
 
 def table(results: Sequence[Result]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from measure import Result, alternating, extra_mebibytes, ratio, report
+from measure import Result, alternating, extra_mebibytes, products_of_similarities, ratio, report
 from torch import Tensor
 
 from sslzoo.nn.numerics import normalize
@@ -30,16 +30,6 @@ def gradient(form: Callable[..., Tensor], embeddings: Tensor) -> Tensor:
     return z.grad
 
 
-def products(embeddings: Tensor) -> None:
-    """The three matrix products that every implementation needs, in the blocks of the lean form."""
-    flat = embeddings.flatten(0, 1)
-    out = torch.zeros_like(flat)
-    for rows in flat.split(2**21 // len(flat)):
-        scores = rows @ flat.T
-        torch.mm(scores, flat)
-        out.addmm_(scores.T, rows)
-
-
 def measure(batch: int = 4096, dim: int = 128, rounds: int = 5) -> list[Result]:
     """Time relative to the products, memory, and the difference from the gradient in float64."""
     torch.set_num_threads(1)
@@ -52,7 +42,8 @@ def measure(batch: int = 4096, dim: int = 128, rounds: int = 5) -> list[Result]:
     memory = {name: extra_mebibytes(run, small[name]) for name, run in runs.items()}
     few = embeddings[:, : batch // 4]
     exact, lean = gradient(nt_xent, few.double()), gradient(nt_xent_lean, few)
-    seconds = alternating(runs | {"products": partial(products, embeddings)}, rounds)
+    products = partial(products_of_similarities, embeddings.flatten(0, 1), 2**21 // (2 * batch))
+    seconds = alternating(runs | {"products": products}, rounds)
     difference = float((lean - exact).abs().max() / exact.abs().max())
     work = f"SimCLR loss, N={batch}, D={dim}"
     return [

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import Result, alternating, extra_mebibytes, ratio, report
+from measure import Result, alternating, extra_mebibytes, products_of_similarities, ratio, report
 from torch import Tensor
 
 from sslzoo.nn.numerics import normalize
@@ -42,16 +42,6 @@ def gradient(form: Callable[..., Any], embeddings: Tensor, log_u: Tensor) -> Ten
     return z.grad
 
 
-def products(embeddings: Tensor) -> None:
-    """The matrix products that every implementation needs, in the blocks of the lean form."""
-    flat = embeddings.flatten(0, 1)
-    out = torch.zeros_like(flat)
-    for rows in flat.split(256):
-        scores = rows @ flat.T
-        torch.mm(scores, flat)
-        out.addmm_(scores.T, rows)
-
-
 def measure(batch: int = 4096, dim: int = 128, rounds: int = 5) -> list[Result]:
     """Time relative to the products, memory, and agreement with the dense form."""
     torch.set_num_threads(1)
@@ -64,7 +54,8 @@ def measure(batch: int = 4096, dim: int = 128, rounds: int = 5) -> list[Result]:
     small = {name: partial(gradient, form, embeddings[:, :64], log_u[:64]) for name, form in FORMS.items()}
     memory = {name: extra_mebibytes(run, small[name]) for name, run in runs.items()}
     grads = {name: run() for name, run in runs.items()}
-    seconds = alternating(runs | {"products": partial(products, embeddings)}, rounds)
+    products = partial(products_of_similarities, embeddings.flatten(0, 1), 2**21 // (2 * batch))
+    seconds = alternating(runs | {"products": products}, rounds)
     difference = float((grads["dense"] - grads["lean"]).abs().max() / grads["dense"].abs().max())
     work = f"SogCLR loss, N={batch}, D={dim}"
     return [
