@@ -199,6 +199,9 @@ def _healthy(evaluation: Evaluation) -> str:
     shown = (
         ("repr/embedding_std", "embedding deviation {:.2g}"),
         ("repr/rankme", "effective rank {:.1f}"),
-        ("val/linear_top1", "linear top-1 {:.1%}"),
+        ("val/linear_top1", "linear top-1 {:.1f} %"),
     )
-    return ", ".join(form.format(evaluation.figures[key]) for key, form in shown if key in evaluation.figures)
+    figures = {
+        key: value * (100 if key.startswith("val/") else 1) for key, value in evaluation.figures.items()
+    }
+    return ", ".join(form.format(figures[key]) for key, form in shown if key in figures)

@@ -24,7 +24,7 @@ from sslzoo.recipe.registry import recipes
 FOLDER = Path(__file__).parent
 # Keys that may differ from the bundled recipe: they do not change the encoder or its figures.
 FREE = re.compile(
-    r"name|seed|data\.(root|workers|timeout|max_bad_fraction)|logging\..*|trainer\.(devices|accelerator)"
+    r"name|seed|data\.(root|workers|augment_on|timeout|max_bad_fraction)|logging\..*|trainer\.(devices|accelerator)"
 )
 KEPT = ("started", "git", "versions", "world_size", "data_fingerprint")  # of the manifest
 # The protocol `honest` is linear evaluation by SGD, which eval.baselines measures too.

@@ -33,7 +33,7 @@ from sslzoo.pages.page import (
     render,
 )
 from sslzoo.recipe.registry import method_config
-from sslzoo.run.record import Record, figure_table, percent
+from sslzoo.run.record import Record, equal_intervals, figure_table, percent
 from sslzoo.terminal import duration
 
 PAGE = "report.html"
@@ -160,6 +160,8 @@ def panel_chart(record: Record, panel: panels.Panel) -> Chart | None:
     for curve in panel.curves:
         for key, label in ((curve.key, curve.label), *_on_other_data(record, curve)):
             steps, values = record.system.get(key) or record.metrics.get(key) or ([], [])
+            if key == "train/loss":
+                steps, values = equal_intervals(steps, values)
             if any(map(math.isfinite, values)):
                 lines.append(Line(label=label, x=steps, y=[factor * value for value in values]))
     if not lines:

@@ -253,6 +253,28 @@ def read_metrics(path: Path) -> Series:
     return series
 
 
+def equal_intervals(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Means over intervals of equal length, from the rows of a metrics file.
+
+    The end of an epoch splits an interval into two rows, whose means are over fewer steps and thus noisier. Such rows
+    are merged again, and a short interval at the end is merged with the one before it.
+    """
+    lengths = [step - before for before, step in zip([0, *steps], steps, strict=False)]
+    whole = max(lengths, default=1)
+    joined: list[tuple[int, int, float]] = []  # last step, length and sum of each interval
+    for step, length, value in zip(steps, lengths, values, strict=True):
+        row = (step, length, length * value)
+        if joined and joined[-1][1] + length <= whole:
+            _, before, total = joined.pop()
+            row = (step, before + length, total + length * value)
+        joined.append(row)
+    if len(joined) > 1 and 2 * joined[-1][1] < whole:
+        step, length, rest = joined.pop()
+        _, before, total = joined.pop()
+        joined.append((step, before + length, total + rest))
+    return [step for step, _, _ in joined], [total / length for _, length, total in joined]
+
+
 def _columns(path: Path, names: Sequence[str]) -> list[list[float]]:
     """The values in these columns of a metrics file, whose cells contain no commas, in a tenth of the time of
     :func:`read_metrics`; incomplete and damaged lines are left out."""

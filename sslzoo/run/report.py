@@ -13,7 +13,7 @@ from sslzoo.evaluate.figures import FEATURES
 from sslzoo.evaluate.task import Samples
 from sslzoo.files import atomically
 from sslzoo.panels import FRAMEWORK
-from sslzoo.run.record import figure_table, percent, read_metrics
+from sslzoo.run.record import equal_intervals, figure_table, percent, read_metrics
 from sslzoo.terminal import duration
 
 if TYPE_CHECKING:
@@ -118,28 +118,6 @@ def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomically(path) as part:
         figure.savefig(part, format="png")
-
-
-def equal_intervals(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
-    """Means over intervals of equal length, from the rows of a metrics file.
-
-    The end of an epoch splits an interval into two rows, whose means are over fewer steps and thus noisier. Such rows
-    are merged again, and a short interval at the end is merged with the one before it.
-    """
-    lengths = [step - before for before, step in zip([0, *steps], steps, strict=False)]
-    whole = max(lengths, default=1)
-    joined: list[tuple[int, int, float]] = []  # last step, length and sum of each interval
-    for step, length, value in zip(steps, lengths, values, strict=True):
-        row = (step, length, length * value)
-        if joined and joined[-1][1] + length <= whole:
-            _, before, total = joined.pop()
-            row = (step, before + length, total + length * value)
-        joined.append(row)
-    if len(joined) > 1 and 2 * joined[-1][1] < whole:
-        step, length, rest = joined.pop()
-        _, before, total = joined.pop()
-        joined.append((step, before + length, total + rest))
-    return [step for step, _, _ in joined], [total / length for _, length, total in joined]
 
 
 def _draw_accuracy(

@@ -17,8 +17,8 @@ from rich.console import Console
 from sslzoo.batch import Batch
 from sslzoo.callbacks.metrics_file import MetricsFile
 from sslzoo.evaluate.task import Samples
-from sslzoo.run.record import read_metrics
-from sslzoo.run.report import equal_intervals, plot_curves, plot_views, results_tables, spread
+from sslzoo.run.record import equal_intervals, read_metrics
+from sslzoo.run.report import plot_curves, plot_views, results_tables, spread
 from sslzoo.terminal import duration
 
 PNG = b"\x89PNG\r\n"
