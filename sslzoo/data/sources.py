@@ -22,6 +22,7 @@ from sslzoo.randomness import FAKE, hash64, key
 
 __all__ = [
     "ArraySource",
+    "EncodedSource",
     "FakeSource",
     "FileSource",
     "ImageSource",
@@ -165,10 +166,21 @@ def resized(source: ImageSource, side: int) -> ImageSource:
     return source if same else ResizedImages(source, side)
 
 
-class FileSource(ImageSource):
-    """Image files under ``root``, decoded on demand; ``paths`` are relative to it, as text or bytes."""
+class EncodedSource(ImageSource):
+    """Images that are stored as the bytes of image files, wherever these are, and decoded on demand."""
 
     is_array = False
+
+    @abstractmethod
+    def encoded(self, sample_id: int) -> bytes:
+        """The bytes of one image file; raises ``UnreadableImageError`` with the reason if there are none."""
+
+    def read(self, sample_id: int) -> Tensor:
+        return decode(self.encoded(sample_id), self.channels)
+
+
+class FileSource(EncodedSource):
+    """Image files under ``root``; ``paths`` are relative to it, as text or bytes."""
 
     def __init__(
         self,
@@ -203,8 +215,8 @@ class FileSource(ImageSource):
     def _path(self, sample_id: int) -> Path:
         return self.root / self._paths[sample_id].decode("utf-8", "surrogateescape")
 
-    def read(self, sample_id: int) -> Tensor:
-        return decode(read_file(self._path(sample_id), self.root), self.channels)
+    def encoded(self, sample_id: int) -> bytes:
+        return read_file(self._path(sample_id), self.root)
 
 
 class FakeSource(ArraySource):

@@ -25,6 +25,7 @@ class DatasetInfo:
     class_list: str = ""  # the key of CLASS_LISTS that defines the data set, if any
     sizes: Mapping[str, int] = field(default_factory=dict)  # images per split; empty: depends on the folder
     labelled: tuple[str, ...] | None = None  # splits with labels; None: all
+    decoded_by_workers: bool = False  # one by one, from files of any size; otherwise all images are in memory
 
     def has_labels(self, split: str) -> bool:
         """Whether the images of ``split`` have labels."""
@@ -33,11 +34,6 @@ class DatasetInfo:
     @property
     def channels(self) -> int:
         return len(self.mean) or 3
-
-    @property
-    def in_files(self) -> bool:
-        """Whether each image is a file, which data workers decode; otherwise all images are in memory."""
-        return any(mark in self.layout for mark in ("<image>", ".JPEG"))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -126,6 +122,7 @@ DATASETS: dict[str, DatasetInfo] = {
         std=_IMAGENET_STD,
         classes=200,
         sizes={"train": 100_000, "test": 10_000},
+        decoded_by_workers=True,
     ),
     "imagenet100": DatasetInfo(
         reader=_READERS + "imagenet",
@@ -137,6 +134,7 @@ DATASETS: dict[str, DatasetInfo] = {
         classes=100,
         class_list="imagenet100_cmc",
         sizes=CLASS_LISTS["imagenet100_cmc"].sizes,
+        decoded_by_workers=True,
     ),
     "imagenet1k": DatasetInfo(
         reader=_READERS + "imagenet",
@@ -147,12 +145,14 @@ DATASETS: dict[str, DatasetInfo] = {
         std=_IMAGENET_STD,
         classes=1000,
         sizes={"train": 1_281_167, "test": 50_000},
+        decoded_by_workers=True,
     ),
     "imagefolder": DatasetInfo(
         reader=_READERS + "imagefolder",
         description="your images, a folder per split and class",
         layout="<split>/<class>/<image>",
         splits=(),
+        decoded_by_workers=True,
     ),
     "folder": DatasetInfo(
         reader=_READERS + "folder",
@@ -160,6 +160,7 @@ DATASETS: dict[str, DatasetInfo] = {
         layout="<image> or <folders>/<image>",
         splits=(),
         labelled=(),
+        decoded_by_workers=True,
     ),
 }
 

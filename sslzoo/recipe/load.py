@@ -357,7 +357,7 @@ def _place_augmentation(recipe: Recipe) -> Recipe:
     """The recipe with the place of augmentation that follows from its device and data, if it leaves that out. Nothing
     follows where a device is chosen when the run starts, or a plug-in opens the data."""
     data, accelerator = recipe.data, recipe.trainer.get("accelerator", "auto")
-    in_memory = not (dataset_info(data.dataset).in_files or registry.is_plugin(data.dataset))
+    in_memory = not (dataset_info(data.dataset).decoded_by_workers or registry.is_plugin(data.dataset))
     if data.augment_on is not None:
         check_field(
             data.augment_on == "device" or not in_memory,

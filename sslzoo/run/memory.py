@@ -117,7 +117,7 @@ def device_memory(first: BuiltRun, second: BuiltRun, train: Callable[[BuiltRun],
 
 def shared_memory(recipe: Recipe, micro_batch_size: int, devices: int) -> int:
     """Bytes of shared memory that the data workers of a machine with ``devices`` processes fill with batches."""
-    if not dataset_info(recipe.data.dataset).in_files:
+    if not dataset_info(recipe.data.dataset).decoded_by_workers:
         return 0
     image = sum(view.count * view.size * view.size * len(recipe.data.mean) for view in recipe.views)
     if recipe.data.augment_on == "worker":

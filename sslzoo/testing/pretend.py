@@ -698,7 +698,7 @@ def _small(job: Job, images: Path) -> tuple[Recipe, ImageSource]:
         recipe = replace(recipe, views=views)
     count = STEPS * recipe.data.global_batch_size
     channels = len(recipe.data.mean)
-    if not dataset_info(recipe.data.dataset).in_files:
+    if not dataset_info(recipe.data.dataset).decoded_by_workers:
         return recipe, FakeSource(count, channels, PIXELS, CLASSES)
     if not images.exists():
         _write_images(images, count)
