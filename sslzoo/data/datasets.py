@@ -42,7 +42,7 @@ def open_source(cfg: SourceConfig, channels: int = 0) -> ImageSource:
         raise ValueError(f"{cfg.dataset} has the splits {', '.join(info.splits)}; got split {cfg.split!r}")
     # An empty root would mean the working directory.
     if info.layout and not (cfg.root and Path(cfg.root).is_dir()):
-        _wrong_layout(cfg, f"{cfg.root!r} is not a folder")
+        wrong_layout(cfg, f"{cfg.root!r} is not a folder")
     source = plugin(info.reader, "data.dataset")(cfg, channels)
     if not isinstance(source, ImageSource):
         raise ValueError(f"data.dataset={cfg.dataset!r} returned {type(source).__name__}, not an ImageSource")
@@ -75,7 +75,7 @@ def _check_labels(cfg: SourceConfig, images: int, labels: NDArray[Any], classes:
         )
 
 
-def _wrong_layout(cfg: SourceConfig, problem: str) -> NoReturn:
+def wrong_layout(cfg: SourceConfig, problem: str) -> NoReturn:
     raise ValueError(
         f"cannot open {cfg.dataset} (split {cfg.split!r}): {problem}. Expected under data.root={cfg.root!r}: "
         f"{dataset_info(cfg.dataset).layout}; set root to the folder that contains it"
@@ -87,7 +87,7 @@ def _found(cfg: SourceConfig, *candidates: str) -> Path:
     for candidate in candidates:
         if (Path(cfg.root) / candidate).exists():
             return Path(cfg.root) / candidate
-    _wrong_layout(cfg, f"there is no {' or '.join(candidates)}")
+    wrong_layout(cfg, f"there is no {' or '.join(candidates)}")
 
 
 def _class_order(cfg: SourceConfig, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -114,15 +114,25 @@ def _in_memory(
                 f"classes cannot be selected in {cfg.dataset} split {cfg.split!r}: it has no labels"
             )
         return ArraySource(cfg.dataset, cfg.split, images, None)
-    labels = labels.astype(np.int64)
     _check_labels(cfg, len(images), labels, len(names))
-    kept = _class_order(cfg, names)
-    if kept != names:
-        new_label = np.full(len(names), -1, dtype=np.int64)
-        new_label[[names.index(c) for c in kept]] = np.arange(len(kept))
-        labels = new_label[labels]
-        images, labels = images[labels >= 0], labels[labels >= 0]
-    return ArraySource(cfg.dataset, cfg.split, images, labels, kept)
+    kept, labels, classes = choose_classes(cfg, labels.astype(np.int64), names)
+    return ArraySource(cfg.dataset, cfg.split, images if kept is None else images[kept], labels, classes)
+
+
+def choose_classes(
+    cfg: SourceConfig, labels: NDArray[np.int64], names: tuple[str, ...]
+) -> tuple[NDArray[np.int64] | None, NDArray[np.int64], tuple[str, ...]]:
+    """The images of the classes that the recipe keeps, out of ``names``: their indices (None: all), labels and classes.
+
+    ``labels`` are checked to be between 0 and the number of ``names``.
+    """
+    classes = _class_order(cfg, names)
+    if classes == names:
+        return None, labels, names
+    new_label = np.full(len(names), -1, dtype=np.int64)
+    new_label[[names.index(c) for c in classes]] = np.arange(len(classes))
+    kept = np.flatnonzero(new_label[labels] >= 0)
+    return kept, new_label[labels[kept]], classes
 
 
 def fashion_mnist_12k(cfg: SourceConfig, channels: int) -> ImageSource:
@@ -227,12 +237,12 @@ def _from_class_folders(cfg: SourceConfig, folder: Path, channels: int, subfolde
     """Images with one folder per class; labels follow the sorted folder names, or the order of ``classes``."""
     names = class_folders(folder)
     if not names:
-        _wrong_layout(cfg, f"{folder} has no class folders")
+        wrong_layout(cfg, f"{folder} has no class folders")
     kept = _class_order(cfg, names)
     paths, counts = image_files(folder, [f"{name}/{subfolder}" if subfolder else name for name in kept])
     for name, count in zip(kept, counts, strict=True):
         if not count:
-            _wrong_layout(cfg, f"{legible(folder / name / subfolder)} contains no images")
+            wrong_layout(cfg, f"{legible(folder / name / subfolder)} contains no images")
     labels = np.repeat(np.arange(len(kept), dtype=np.int64), counts)
     return FileSource(cfg.dataset, cfg.split, folder, paths, labels, kept, channels)
 
@@ -245,7 +255,7 @@ def tiny_imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
     folder = train.parent / "val"
     table = folder / "val_annotations.txt"
     if not table.is_file():
-        _wrong_layout(cfg, f"there is no {table}")
+        wrong_layout(cfg, f"there is no {table}")
     try:
         lines = [line.split("\t") for line in table.read_text().splitlines() if line]
         rows = sorted((name, wnid) for name, wnid, *_ in lines if wnid in kept)
@@ -254,7 +264,7 @@ def tiny_imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
             f"{table} is damaged: it must have lines of a file's name, a tab and its class; download it again"
         ) from error
     if not rows:
-        _wrong_layout(cfg, f"{table} names no image of the classes")
+        wrong_layout(cfg, f"{table} names no image of the classes")
     labels = np.array([kept.index(wnid) for _, wnid in rows], dtype=np.int64)
     return FileSource(
         cfg.dataset, cfg.split, folder, [f"images/{name}" for name, _ in rows], labels, kept, channels
@@ -282,7 +292,7 @@ def folder(cfg: SourceConfig, channels: int) -> ImageSource:
     root = Path(cfg.root)
     paths = image_files(root).paths
     if not len(paths):
-        _wrong_layout(cfg, f"no file in it ends in {', '.join(sorted(EXTENSIONS))}")
+        wrong_layout(cfg, f"no file in it ends in {', '.join(sorted(EXTENSIONS))}")
     if cfg.class_names:
         raise ValueError(
             "classes cannot be selected in data.dataset=folder: it has no labels; use imagefolder"

@@ -26,18 +26,19 @@ def legible(path: object) -> str:
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def read_file(path: Path, root: Path) -> bytes:
-    """Read the file ``path`` of a data set in ``root``, retrying after temporary errors.
+def read_file(path: Path, root: Path, offset: int = 0, length: int | None = None) -> bytes:
+    """Read the file ``path`` of a data set in ``root``, or ``length`` bytes of it from ``offset`` on, retrying after
+    temporary errors.
 
     Raises:
-        UnreadableImageError: the file is missing, is not a regular file, or cannot be read.
+        UnreadableImageError: the file is missing, is not a regular file, cannot be read, or ends too early.
         DataError: the folder of the images is gone.
     """
     for pause in (*PAUSES, None):
         try:
             if not S_ISREG(path.stat().st_mode):
                 raise UnreadableImageError("not a regular file")
-            return path.read_bytes()
+            return path.read_bytes() if length is None else _part(path, offset, length)
         except UnreadableImageError:
             raise
         except OSError as error:
@@ -51,6 +52,14 @@ def read_file(path: Path, root: Path) -> bytes:
                 raise UnreadableImageError(error.strerror) from error
             time.sleep(pause)
     raise AssertionError
+
+
+def _part(path: Path, offset: int, length: int) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        data = os.pread(file.fileno(), length, offset)
+    if len(data) < length:
+        raise UnreadableImageError(f"the file has ended after {len(data)} of its {length} bytes")
+    return data
 
 
 def _has_entries(folder: Path) -> bool:

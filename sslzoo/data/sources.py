@@ -171,6 +171,18 @@ class EncodedSource(ImageSource):
 
     is_array = False
 
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        channels: int,
+        labels: NDArray[np.int64] | None,
+        class_names: Sequence[str] = (),
+    ) -> None:
+        super().__init__(name, split, channels, labels, class_names)
+        if channels not in (1, 3):
+            raise ValueError(f"image files are read with 1 or 3 channels; data.mean has {channels}")
+
     @abstractmethod
     def encoded(self, sample_id: int) -> bytes:
         """The bytes of one image file; raises ``UnreadableImageError`` with the reason if there are none."""
@@ -200,8 +212,6 @@ class FileSource(EncodedSource):
             if isinstance(paths, np.ndarray)
             else np.array([p.encode("utf-8", "surrogateescape") for p in paths])
         )
-        if channels not in (1, 3):
-            raise ValueError(f"image files are read with 1 or 3 channels; data.mean has {channels}")
 
     def __len__(self) -> int:
         return len(self._paths)
