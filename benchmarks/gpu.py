@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader
 from sslzoo.callbacks.batchnorm import BroadcastBatchNormStats
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.seeding import StepSeeding
+from sslzoo.data.bundling import bundle
 from sslzoo.data.loading import RawBatch, ViewDataset
 from sslzoo.data.module import EvalSet, SSLDataModule
-from sslzoo.data.packing import pack
 from sslzoo.data.sampler import GlobalBatchSampler
 from sslzoo.data.sources import FileSource, ImageSource
 from sslzoo.data.views import draw_uniforms, draw_view
@@ -102,7 +102,7 @@ class Crops(SSLDataModule):
             drawn = [
                 draw_view(view, draw_uniforms(self.seed, 0, k, ids), 3) for k, view in enumerate(self.views)
             ]
-            batches.append(RawBatch(images, *pack(tuple(drawn)), ids, ids % CLASSES, ()))
+            batches.append(RawBatch(images, *bundle(tuple(drawn)), ids, ids % CLASSES, ()))
         schedule: list[RawBatch] = [batches[k % len(batches)] for k in range(self.steps)]
         return DataLoader(schedule, batch_size=None, pin_memory=True)  # type: ignore[arg-type]
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from sslzoo.data.bundling import Layout, bundle
 from sslzoo.data.crops import channels_last, crop_into, evaluation_crop
 from sslzoo.data.disk import DataError
-from sslzoo.data.packing import Layout, pack
 from sslzoo.data.photometric import normalize_
 from sslzoo.data.sampler import Item, stand_ins
 from sslzoo.data.sources import ArraySource, ImageSource, UnreadableImageError
@@ -46,7 +46,7 @@ class RawBatch(NamedTuple):
     """A training batch as workers hand it over."""
 
     images: tuple[Tensor, ...]  # uint8: whole images once (array source), or the crops of every view
-    draws: Tensor  # the parameters of every view, ViewDraws, packed according to
+    draws: Tensor  # the parameters of every view, ViewDraws, bundled according to
     layout: Layout | None  # None: the images are finished views, normalised float32
     sample_id: Tensor  # (N,)
     label: Tensor | None
@@ -298,7 +298,7 @@ class ViewDataset(Dataset[RawBatch]):
     def _batch(
         self, images: tuple[Tensor, ...], drawn: list[ViewDraws], sample_id: Tensor, bad: Sequence[Bad] = ()
     ) -> RawBatch:
-        draws, layout = pack(tuple(drawn))
+        draws, layout = bundle(tuple(drawn))
         return RawBatch(images, draws, layout, sample_id, _labels(self.source, sample_id), tuple(bad))
 
     def _read(self, epoch: int, sample_id: int, bad: list[Bad]) -> tuple[int, Tensor]:

@@ -401,7 +401,7 @@ class SSLDataModule(LightningDataModule):
         if batch.layout is None:
             yield from batch.images
             return
-        drawn: tuple[ViewDraws, ...] = batch.layout.unpack(batch.draws)
+        drawn: tuple[ViewDraws, ...] = batch.layout.unbundle(batch.draws)
         for k, (view, draws) in enumerate(zip(self.views, drawn, strict=True)):
             if isinstance(self.train_source, ArraySource):
                 crops = crop_batch(

@@ -24,17 +24,17 @@ class Layout:
     def __init__(self, values: Any) -> None:
         self._values = values  # nested tuples, with a place for each tensor
 
-    def unpack(self, packed: Tensor) -> Any:
-        """The values that :func:`pack` got, as views of ``packed`` (B,) uint8, on its device."""
+    def unbundle(self, bundled: Tensor) -> Any:
+        """The values that :func:`bundle` got, as views of ``bundled`` (B,) uint8, on its device."""
 
         def part(place: _Place) -> Tensor:
             size = torch.Size(place.shape).numel() * place.dtype.itemsize
-            return packed[place.start : place.start + size].view(place.dtype).view(place.shape)
+            return bundled[place.start : place.start + size].view(place.dtype).view(place.shape)
 
         return _replace(self._values, _Place, part)
 
 
-def pack(values: Any) -> tuple[Tensor, Layout]:
+def bundle(values: Any) -> tuple[Tensor, Layout]:
     """The tensors in nested tuples ``values`` as one tensor (B,) uint8, and their places in it. Other leaves, such as
     names, stay in the layout."""
     parts: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Packed tensors come back as they were, from one tensor, also when its batch moves as a whole."""
+"""Bundled tensors come back as they were, from one tensor, also when its batch moves as a whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from sslzoo.data.packing import pack
+from sslzoo.data.bundling import bundle
 
 
 class Draws(NamedTuple):
@@ -40,22 +40,22 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_the_values_come_back_as_views_of_one_tensor() -> None:
-    packed, layout = pack(VALUES)
-    assert packed.dtype == torch.uint8 and packed.ndim == 1
-    got = pickle.loads(pickle.dumps(layout)).unpack(packed)  # as from a worker
+    bundled, layout = bundle(VALUES)
+    assert bundled.dtype == torch.uint8 and bundled.ndim == 1
+    got = pickle.loads(pickle.dumps(layout)).unbundle(bundled)  # as from a worker
     assert same(got, VALUES)
-    packed.zero_()
+    bundled.zero_()
     assert got[0].rows.tolist() == [0, 0, 0]
 
 
-def test_nothing_to_pack_is_an_empty_tensor() -> None:
-    packed, layout = pack((("a",), ()))
-    assert len(packed) == 0
-    assert layout.unpack(packed) == (("a",), ())
+def test_nothing_to_bundle_is_an_empty_tensor() -> None:
+    bundled, layout = bundle((("a",), ()))
+    assert len(bundled) == 0
+    assert layout.unbundle(bundled) == (("a",), ())
 
 
 def test_what_moves_a_batch_passes_the_layout_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)  # there is no GPU
-    packed, layout = pack(VALUES)
-    for moved in (move_data_to_device((packed, layout), "cpu"), pin_memory((packed, layout))):
-        assert torch.equal(moved[0], packed) and moved[1] is layout
+    bundled, layout = bundle(VALUES)
+    for moved in (move_data_to_device((bundled, layout), "cpu"), pin_memory((bundled, layout))):
+        assert torch.equal(moved[0], bundled) and moved[1] is layout
