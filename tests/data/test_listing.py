@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sslzoo.data import listing
+from sslzoo.data import kept, listing
 from sslzoo.data.datasets import open_source
 from sslzoo.data.listing import image_files
 from sslzoo.recipe.sections import SourceConfig
@@ -67,7 +67,7 @@ ANCIENT = (1_000_000_000, 1_000_000_000)  # seconds
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Class folders that have not changed for long; listings of any size are kept."""
-    monkeypatch.setattr(listing, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(kept, "WORTH_KEEPING", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("cat/1.png", "cat/more/2.png", f"dog/{os.fsdecode(bytes([255]))}.png"):
         (tmp_path / "data/train" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -124,8 +124,8 @@ def test_a_listing_is_read_again_until_a_folder_changes(root: Path, monkeypatch:
 
 def test_a_damaged_listing_is_replaced(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _opened(root)
-    kept = next(path for path in root.parent.iterdir() if path.is_file())
-    content = kept.read_bytes()
+    file = next(path for path in root.parent.iterdir() if path.is_file())
+    content = file.read_bytes()
     walked = _walks(monkeypatch)
     for damaged in (
         b"",
@@ -133,7 +133,7 @@ def test_a_damaged_listing_is_replaced(root: Path, monkeypatch: pytest.MonkeyPat
         content[: len(content) // 2],
         content.replace(b"cat/1.png", b"cat/7.png"),
     ):
-        kept.write_bytes(damaged)
+        file.write_bytes(damaged)
         assert _opened(root) == first
     assert len(walked) == 4
     assert _opened(root) == first and len(walked) == 4
@@ -143,7 +143,7 @@ def test_data_that_cannot_be_written_to_have_their_listing_in_the_cache(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        listing, "_places", lambda *_: [Path("/proc/none.npz"), root.parents[1] / "cache/a/b.npz"]
+        kept, "_places", lambda *_: [Path("/proc/none.npz"), root.parents[1] / "cache/a/b.npz"]
     )
     walked = _walks(monkeypatch)
     assert _opened(root) == _opened(root) and len(walked) == 1
@@ -157,7 +157,7 @@ def test_a_folder_that_has_just_changed_is_listed_again_later(
     walked = _walks(monkeypatch)
     assert _opened(root) == _opened(root) and len(walked) == 1  # the processes of one start
     now = time.time()
-    monkeypatch.setattr(listing.time, "time", lambda: now + 2 * listing.UNCERTAIN)
+    monkeypatch.setattr(kept.time, "time", lambda: now + 2 * kept.UNCERTAIN)
     _opened(root)
     assert len(walked) == 2
     _opened(root)
@@ -172,6 +172,6 @@ def test_processes_wait_for_the_one_that_lists(root: Path, monkeypatch: pytest.M
 
 
 def test_short_listings_leave_nothing_behind(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "WORTH_KEEPING", 4)
+    monkeypatch.setattr(kept, "WORTH_KEEPING", 4)
     _opened(root)
     assert list(root.parent.iterdir()) == [root] and not (root.parents[1] / "cache").exists()
