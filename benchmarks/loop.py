@@ -26,16 +26,16 @@ from sslzoo.callbacks.batchnorm import BroadcastBatchNormStats
 from sslzoo.callbacks.checkpoint import ExactCheckpoint
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.online_probe import OnlineProbe
+from sslzoo.callbacks.preemption import Preemption
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.data.module import EvalSet
 from sslzoo.method import SSLMethod
 from sslzoo.optim.optimizers import build_optimizer, set_learning_rate
 from sslzoo.optim.schedules import learning_rate
+from sslzoo.processes.departure import Departure
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import AdamConfig, MethodConfig, ProbeConfig
-from sslzoo.run.departure import Departure
-from sslzoo.run.preemption import Preemption
 from sslzoo.run.trainer import build_trainer
 
 BATCH, WIDTH, CLASSES = 64, 32, 10

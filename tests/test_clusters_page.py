@@ -31,7 +31,7 @@ import json, os, sys
 from pathlib import Path
 from sslzoo.cli.main import _parse, main
 from sslzoo.recipe.load import load_recipe
-from sslzoo.run.placement import check_world_size, place
+from sslzoo.processes.placement import check_world_size, place
 args = _parse(sys.argv[1:])
 if args.verb == "doctor":
     sys.exit(0)
@@ -112,7 +112,7 @@ def test_no_command_escapes_the_test() -> None:
 
 
 def test_the_profile_on_the_page_is_valid(tmp_path: Path) -> None:
-    from sslzoo.run.cluster import read_profile
+    from sslzoo.launch.cluster import read_profile
 
     (text,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
     (tmp_path / "cluster.yaml").write_text(text)

@@ -22,8 +22,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from sslzoo.files import write_text
-from sslzoo.run.compare import Comparison, Group, as_markdown, compare
-from sslzoo.run.record import Record
+from sslzoo.records.compare import Comparison, Group, as_markdown, compare
+from sslzoo.records.record import Record
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("simclr", "sce", "mmcl", "sogclr", "metaug", "margin")

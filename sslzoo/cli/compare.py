@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sslzoo.run.compare import Comparison, Grid
+    from sslzoo.records.compare import Comparison, Grid
 
 FORMATS = ("text", "csv", "markdown", "html")
 
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from sslzoo.checks import require
     from sslzoo.files import write_text
-    from sslzoo.run.compare import as_csv, as_markdown, as_page, compare
-    from sslzoo.run.record import records
+    from sslzoo.records.compare import as_csv, as_markdown, as_page, compare
+    from sslzoo.records.record import records
 
     try:
         found = records(args.runs)

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sslzoo.run import workspaces
+    from sslzoo.dashboards import workspaces
 
     try:
         workspaces.require_package()

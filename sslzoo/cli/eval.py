@@ -89,10 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from sslzoo.checks import require
+    from sslzoo.launch.launcher import end_with_parent, launch
+    from sslzoo.processes.departure import leave_while_importing
+    from sslzoo.processes.placement import place, processes_here
     from sslzoo.recipe.load import RecipeError
-    from sslzoo.run.departure import leave_while_importing
-    from sslzoo.run.launcher import end_with_parent, launch
-    from sslzoo.run.placement import place, processes_here
 
     outlive_readers()
     leave_while_importing()

@@ -54,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and return the exit code."""
+    from sslzoo.launch.launcher import end_with_parent, launch
+    from sslzoo.processes.departure import leave_while_importing
+    from sslzoo.processes.placement import devices_per_node, place, world_size_of
     from sslzoo.recipe.load import load_recipe
-    from sslzoo.run.departure import leave_while_importing
-    from sslzoo.run.launcher import end_with_parent, launch
-    from sslzoo.run.placement import devices_per_node, place, world_size_of
 
     loaded = load_recipe(
         args.recipe, args.overrides

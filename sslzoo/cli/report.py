@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sslzoo.run.page import write_page
-    from sslzoo.run.record import records
+    from sslzoo.records.page import write_page
+    from sslzoo.records.record import records
 
     try:
         for record in records(args.runs):

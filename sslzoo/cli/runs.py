@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     import time
 
     from sslzoo.checks import did_you_mean, require
-    from sslzoo.run.listing import listing
-    from sslzoo.run.record import STATE_NAMES, records
+    from sslzoo.records.listing import listing
+    from sslzoo.records.record import STATE_NAMES, records
 
     folders = args.folders or [Path("runs")]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from sslzoo.checks import require
 
 if TYPE_CHECKING:
-    from sslzoo.run.slurm import Job
+    from sslzoo.launch.slurm import Job
 
 _FOLDER = re.compile(r"[\w.+-]+")  # values of an array that can be part of a folder's name
 
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Submit, and return the exit code."""
-    from sslzoo.run.slurm import script_of, submit
+    from sslzoo.launch.slurm import script_of, submit
 
     command = ["sslzoo", *args.arguments]
     try:
@@ -106,11 +106,11 @@ def _is_recipe_error(error: ValueError) -> bool:
 
 def _job(args: argparse.Namespace) -> Job:
     """The job that the arguments ask for; raises ``ValueError`` if its run would be refused."""
+    from sslzoo.launch.cluster import read_profile
+    from sslzoo.launch.slurm import Job
     from sslzoo.recipe.load import load_recipe
     from sslzoo.recipe.registry import name_of, recipe_path
-    from sslzoo.run.cluster import read_profile
-    from sslzoo.run.directory import check_recipe, unique_id
-    from sslzoo.run.slurm import Job
+    from sslzoo.records.directory import check_recipe, unique_id
 
     taken = [word for word in args.overrides if word.startswith(("trainer.devices=", "trainer.num_nodes="))]
     require(not taken, f"leave out {' '.join(taken)}: --gpus-per-node and --nodes set it")

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     terminal = logging.StreamHandler()
     terminal.setFormatter(logging.Formatter("warning: %(message)s"))
     logging.getLogger("sslzoo").addHandler(terminal)
-    from sslzoo.run.wandb_run import push
+    from sslzoo.dashboards.wandb_run import push
 
     try:
         url = push(args.path, project=args.project, entity=args.entity)

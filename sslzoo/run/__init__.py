@@ -1,1 +1,1 @@
-"""Running experiments: run directory, processes, signals, training, evaluation and exit."""
+"""Training and evaluating a recipe, trying it out, and measuring its speed."""

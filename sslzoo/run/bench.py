@@ -21,12 +21,12 @@ from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.checks import require
 from sslzoo.data.sources import ArraySource, fake_source
 from sslzoo.data.views import expand_views
+from sslzoo.processes.departure import end_workers
+from sslzoo.processes.placement import devices_per_node, world_size_of
 from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.build import Experiment, build_experiment
-from sslzoo.run.departure import end_workers
 from sslzoo.run.dry_run import known_of_data
-from sslzoo.run.placement import devices_per_node, world_size_of
 from sslzoo.run.trainer import build_trainer
 
 Part = Literal["data", "model", "step"]

@@ -23,6 +23,7 @@ from sslzoo.callbacks.health import Health
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.callbacks.page import PageRefresh
+from sslzoo.callbacks.preemption import Preemption
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.representation import Representation
 from sslzoo.callbacks.seeding import StepSeeding
@@ -39,15 +40,14 @@ from sslzoo.nn.compiling import compile_encoders
 from sslzoo.nn.per_sample import tables_of
 from sslzoo.nn.speed import speed_up
 from sslzoo.posthoc.evaluations import check_suits
+from sslzoo.processes.departure import Departure
+from sslzoo.processes.placement import ALONE, Placement
 from sslzoo.recipe.load import to_yaml
 from sslzoo.recipe.plan import TrainingPlan, plan_of
 from sslzoo.recipe.registry import analysis_class, method_class
 from sslzoo.recipe.sections import Recipe
-from sslzoo.run.departure import Departure
-from sslzoo.run.directory import Run
-from sslzoo.run.page import write_page
-from sslzoo.run.placement import ALONE, Placement
-from sslzoo.run.preemption import Preemption
+from sslzoo.records.directory import Run
+from sslzoo.records.page import write_page
 from sslzoo.run.trainer import build_trainer
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from sslzoo.dashboards.login import logged_in, reachable, server_url
+from sslzoo.launch.cluster import profile_path, read_profile
+from sslzoo.processes.placement import devices_per_node, world_size_of
 from sslzoo.recipe import registry
 from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
-from sslzoo.run.cluster import profile_path, read_profile
-from sslzoo.run.login import logged_in, reachable, server_url
-from sslzoo.run.placement import devices_per_node, world_size_of
 
 FINE, NOTE, BROKEN = "fine", "note", "broken"
 SHARED_MEMORY_NEEDED = 1 << 30  # bytes; data workers pass batches through shared memory

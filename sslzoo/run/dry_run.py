@@ -12,24 +12,24 @@ from rich.console import Group
 from rich.table import Table
 
 from sslzoo.checkpoints import latest
+from sslzoo.dashboards.loggers import require_packages
 from sslzoo.data.datasets import open_source
 from sslzoo.data.module import check_knn
 from sslzoo.data.sources import fake_source
 from sslzoo.evaluate.final import final_evaluation
 from sslzoo.exits import ExitCode
 from sslzoo.export.write import write_at_end
+from sslzoo.processes.departure import Departure
+from sslzoo.processes.explain import REFUSED, explain, one_line
+from sslzoo.processes.placement import devices_per_node, world_size_of
 from sslzoo.randomness import is_holdout
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
+from sslzoo.records.directory import Run
 from sslzoo.run.build import BuiltRun, build_run
-from sslzoo.run.departure import Departure
-from sslzoo.run.directory import Run
 from sslzoo.run.evaluate import evaluate_at_end
-from sslzoo.run.explain import REFUSED, explain, one_line
-from sslzoo.run.loggers import require_packages
 from sslzoo.run.memory import DeviceMemory, device_memory, shared_memory
-from sslzoo.run.placement import devices_per_node, world_size_of
 from sslzoo.run.summary import human_bytes, run_summary, state_memory
 from sslzoo.terminal import OUT
 

@@ -13,12 +13,14 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore
 
 from sslzoo.checks import require
+from sslzoo.dashboards.loggers import show_evaluations
 from sslzoo.data.datasets import open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.distributed import rank, world_size
 from sslzoo.evaluate.progress import EvaluationProgress
 from sslzoo.exits import ExitCode
 from sslzoo.files import write_json
+from sslzoo.launch.words import last_words
 from sslzoo.posthoc.evaluations import Bench, file_stem
 from sslzoo.posthoc.files import check_format, write_features
 from sslzoo.posthoc.options import KEEP
@@ -26,20 +28,18 @@ from sslzoo.posthoc.request import Request
 from sslzoo.posthoc.results import Results
 from sslzoo.posthoc.store import FeatureStore, read_stored
 from sslzoo.posthoc.target import Target, read_target
+from sslzoo.processes.departure import Departure, end_workers
+from sslzoo.processes.ending import Ending
+from sslzoo.processes.explain import explain
+from sslzoo.processes.placement import Placement, place
+from sslzoo.processes.rendezvous import Rendezvous, together
 from sslzoo.recipe.load import LoadedRecipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import Recipe
-from sslzoo.run.departure import Departure, end_workers
-from sslzoo.run.directory import Run
-from sslzoo.run.ending import Ending
-from sslzoo.run.explain import explain
-from sslzoo.run.loggers import show_evaluations
+from sslzoo.records.directory import Run
 from sslzoo.run.messages import Messages
-from sslzoo.run.placement import Placement, place
-from sslzoo.run.rendezvous import Rendezvous, together
 from sslzoo.run.summary import human_bytes
 from sslzoo.run.trainer import TIMEOUT
-from sslzoo.run.words import last_words
 from sslzoo.terminal import OUT
 
 if TYPE_CHECKING:

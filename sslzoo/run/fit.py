@@ -16,34 +16,34 @@ from torch import Tensor
 
 from sslzoo.checkpoints import checkpoints, is_damaged, set_aside
 from sslzoo.checks import require
+from sslzoo.dashboards.loggers import Dashboards, build_dashboards, require_packages
 from sslzoo.data.sources import UnreadableImageError
 from sslzoo.evaluate.figures import is_accuracy
 from sslzoo.evaluate.final import final_evaluation
 from sslzoo.evaluate.progress import EvaluationProgress
 from sslzoo.exits import ExitCode, RunError
 from sslzoo.export.write import write_at_end
+from sslzoo.launch.words import last_words
 from sslzoo.nn.weights import MissingWeights, described
+from sslzoo.processes.departure import Departure, end_workers
+from sslzoo.processes.ending import Ending, tell_launcher
+from sslzoo.processes.explain import explain, one_line, out_of_memory
+from sslzoo.processes.placement import Placement, check_world_size, place
+from sslzoo.processes.rendezvous import Rendezvous, together
 from sslzoo.recipe.load import LoadedRecipe
 from sslzoo.recipe.plan import Division
 from sslzoo.recipe.registry import name_of
 from sslzoo.recipe.sections import Recipe
+from sslzoo.records.directory import Choice, Run, begin, choose
+from sslzoo.records.lock import RunLock
+from sslzoo.records.page import PAGE, write_page
+from sslzoo.records.report import plot_curves, plot_views, results_tables
 from sslzoo.run.build import BuiltRun, Experiment, build_experiment, equip, load_weights, try_analyses
-from sslzoo.run.departure import Departure, end_workers
-from sslzoo.run.directory import Choice, Run, begin, choose
-from sslzoo.run.ending import Ending, tell_launcher
 from sslzoo.run.evaluate import evaluate_at_end
-from sslzoo.run.explain import explain, one_line, out_of_memory
-from sslzoo.run.lock import RunLock
-from sslzoo.run.loggers import Dashboards, build_dashboards, require_packages
 from sslzoo.run.messages import Messages
-from sslzoo.run.page import PAGE, write_page
-from sslzoo.run.placement import Placement, check_world_size, place
-from sslzoo.run.rendezvous import Rendezvous, together
-from sslzoo.run.report import plot_curves, plot_views, results_tables
 from sslzoo.run.resize import obstacle
 from sslzoo.run.stopwatch import Stopwatch
 from sslzoo.run.summary import run_summary, trained_parameters
-from sslzoo.run.words import last_words
 from sslzoo.terminal import OUT, redraws
 from sslzoo.verdict import judge_file
 

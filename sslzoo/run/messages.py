@@ -15,10 +15,10 @@ from typing import IO
 
 from rich.text import Text
 
+from sslzoo.processes.ending import Ending, tell_launcher
+from sslzoo.processes.placement import Placement
 from sslzoo.recipe import registry
-from sslzoo.run.directory import Run
-from sslzoo.run.ending import Ending, tell_launcher
-from sslzoo.run.placement import Placement
+from sslzoo.records.directory import Run
 from sslzoo.terminal import ERR
 
 _FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")

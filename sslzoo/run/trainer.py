@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sslzoo.checkpoints import AtomicCheckpointIO
 from sslzoo.nn.batchnorm import LayerSync
-from sslzoo.run.placement import ALONE, Placement
-from sslzoo.run.rendezvous import connect
+from sslzoo.processes.placement import ALONE, Placement
+from sslzoo.processes.rendezvous import connect
 
 # Timeout of collectives, after which a hanging rank ends the run (torch's default is 30 minutes). Long enough for
 # one rank to evaluate or write a checkpoint while the others wait.
@@ -51,7 +51,7 @@ class NoProfiler(PassThroughProfiler):
 
 
 class PlacedEnvironment(ClusterEnvironment):
-    """Gives Lightning the ranks found by :mod:`sslzoo.run.placement` instead of letting it detect them."""
+    """Gives Lightning the ranks found by :mod:`sslzoo.processes.placement` instead of letting it detect them."""
 
     def __init__(self, placement: Placement) -> None:
         super().__init__()

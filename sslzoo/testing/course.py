@@ -16,10 +16,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.exits import Diverged
 from sslzoo.method import SSLMethod
+from sslzoo.processes.placement import ALONE, place
 from sslzoo.recipe.sections import Recipe
+from sslzoo.records.directory import Run
 from sslzoo.run.build import build_run
-from sslzoo.run.directory import Run
-from sslzoo.run.placement import ALONE, place
 from sslzoo.testing.small import small_images
 
 

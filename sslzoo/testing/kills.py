@@ -25,10 +25,10 @@ from torch import Tensor
 
 from sslzoo.checkpoints import latest, load_checkpoint
 from sslzoo.data.sources import FakeSource
+from sslzoo.processes.placement import place
 from sslzoo.recipe.sections import Recipe
+from sslzoo.records.directory import Run
 from sslzoo.run.build import build_run
-from sslzoo.run.directory import Run
-from sslzoo.run.placement import place
 from sslzoo.testing.ranks import free_port
 
 LIMIT = 60.0  # seconds, more than three times as long as any run here takes

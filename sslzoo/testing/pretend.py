@@ -57,14 +57,14 @@ from sslzoo.checkpoints import latest
 from sslzoo.data.datasets import open_source
 from sslzoo.data.sources import FakeSource, ImageSource
 from sslzoo.nn.batchnorm import to_sync
+from sslzoo.processes.placement import Placement
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.sections import Recipe
+from sslzoo.records.directory import Run
 from sslzoo.run import trainer as launch
 from sslzoo.run.build import build_run
-from sslzoo.run.directory import Run
 from sslzoo.run.dry_run import evaluate
-from sslzoo.run.placement import Placement
 
 CUDA = torch.device("cuda:0")
 CPU = torch.device("cpu")

@@ -16,11 +16,11 @@ import torch
 
 from sslzoo.callbacks.meter import Follower, Meter, log_metrics
 from sslzoo.callbacks.metrics_file import MetricsFile
+from sslzoo.dashboards.history import read_histograms
 from sslzoo.data.loading import ViewDataset
 from sslzoo.data.module import SSLDataModule
 from sslzoo.exits import ExitCode
 from sslzoo.recipe.sections import LoggingConfig
-from sslzoo.run.history import read_histograms
 from sslzoo.testing.contract import small_recipe
 from sslzoo.testing.course import train
 from sslzoo.testing.pretend import CUDA, PretendedGPU

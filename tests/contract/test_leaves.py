@@ -28,8 +28,8 @@ from sslzoo.evaluate.final import final_evaluation
 from sslzoo.optim.schedules import learning_rate
 from sslzoo.recipe.load import RecipeError, leaves, load_recipe
 from sslzoo.recipe.sections import Recipe
+from sslzoo.records.directory import Run
 from sslzoo.run.build import BuiltRun, build_run
-from sslzoo.run.directory import Run
 from sslzoo.run.evaluate import evaluate_at_end
 
 SMALL = (

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslzoo.batch import Batch
 from sslzoo.callbacks.meter import Meter
+from sslzoo.dashboards.history import read_histograms
 from sslzoo.distributed import all_reduce_mean
 from sslzoo.nn.backbones import build_backbone, parameter_count
 from sslzoo.nn.batchnorm import to_sync
@@ -26,7 +27,6 @@ from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.registry import method_class, recipes
 from sslzoo.recipe.sections import HeadConfig, LARSConfig
 from sslzoo.run.build import load_weights
-from sslzoo.run.history import read_histograms
 from sslzoo.testing.golden import DTYPES, GoldenCase
 from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.sogclr.bimodal import bimodal_loss, global_temperature_loss

@@ -32,8 +32,8 @@ from sslzoo.protocols.run import evaluate_linear
 from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import BackboneConfig, PlainView, Recipe, ViewConfig
+from sslzoo.records.directory import Run
 from sslzoo.run.build import build_run
-from sslzoo.run.directory import Run
 from sslzoo.testing.ranks import run_ranks
 from sslzoo_methods.margin.protocols import MARGIN
 from sslzoo_methods.metaug.protocols import METAUG

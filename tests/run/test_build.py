@@ -25,15 +25,15 @@ from sslzoo.callbacks.health import Health
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.callbacks.page import PageRefresh
+from sslzoo.callbacks.preemption import Preemption
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.callbacks.watch import Watch
 from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.sections import AnalysisConfig
+from sslzoo.records.directory import Run
 from sslzoo.run.build import build_experiment, build_run
-from sslzoo.run.directory import Run
 from sslzoo.run.memory import StepMemory
-from sslzoo.run.preemption import Preemption
 from tests.command import fork, write_recipe
 
 ORDER = (

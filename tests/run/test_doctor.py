@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from sslzoo.cli.main import main
+from sslzoo.dashboards.login import reachable
 from sslzoo.recipe import registry
 from sslzoo.run import doctor
 from sslzoo.run.doctor import BROKEN, FINE, NOTE, Finding
-from sslzoo.run.login import reachable
 
 
 def test_findings_that_are_not_fine_say_how_to_repair() -> None:

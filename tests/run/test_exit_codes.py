@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from sslzoo.exits import ExitCode
-from sslzoo.run.record import STATES
+from sslzoo.records.record import STATES
 from tests.command import Command, children, fork, manifest, saved, shell, until, write_recipe
 
 LIMIT = 180.0  # seconds; most of a run is its imports

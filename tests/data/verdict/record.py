@@ -25,8 +25,8 @@ from sslzoo.data.sources import ArraySource
 from sslzoo.exits import Diverged
 from sslzoo.nn.numerics import normalize
 from sslzoo.recipe.load import load_recipe
+from sslzoo.records.directory import Run
 from sslzoo.run.build import build_run
-from sslzoo.run.directory import Run
 from sslzoo_methods.simclr.config import SimCLRConfig
 from sslzoo_methods.simclr.method import SimCLR
 

@@ -1,0 +1,1 @@
+"""What Weights & Biases and TensorBoard show of a run."""

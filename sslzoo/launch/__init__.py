@@ -1,0 +1,1 @@
+"""Starting runs: the ranks on one machine, and jobs on a cluster."""

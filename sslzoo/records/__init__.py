@@ -1,0 +1,1 @@
+"""Run directories: written and locked by a run, read by everything that shows runs."""

@@ -1,0 +1,75 @@
+"""The history that dashboards show, read from the files of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sslzoo.dashboards.history import current_pictures, last_values, read_rows
+from sslzoo.dashboards.tensorboard import TensorBoard, write_evaluations
+from sslzoo.panels import sections
+
+METRICS = """\
+step,epoch,train/loss,train/loss_epoch,val/knn_top1
+2,0,3.0,,
+3,0,,,0.5
+3,0,2.0,2.5,
+5,1,1.0,,
+6,1,"""
+# Step 3 was repeated after a kill, and is not the first row of its step.
+SYSTEM = "step,epoch,sys/data_wait\n2,0,0.1\n3,0,0.2\n3,0,0.3\n5,1,0.4\n"
+
+
+def _files(folder: Path) -> Path:
+    (folder / "metrics.csv").write_text(METRICS)
+    (folder / "system.csv").write_text(SYSTEM)
+    histogram = {"name": "method/u", "step": 3, "counts": [1, 2], "edges": [0.0, 1.0, 2.0]}
+    (folder / "histograms.jsonl").write_text(json.dumps(histogram) + '\n{"name": "unfinis')
+    (folder / "pictures").mkdir()
+    for name in ("views.png", "pictures/map-step=4.png", "pictures/last.png"):
+        Image.new("RGB", (4, 4)).save(folder / name)
+    return folder
+
+
+def test_rows_have_what_belongs_to_their_step(tmp_path: Path) -> None:
+    rows = read_rows(_files(tmp_path))
+    assert [(row.step, row.epoch, row.values) for row in rows] == [
+        (2, 0, {"train/loss": 3.0, "sys/data_wait": 0.1}),
+        (3, 0, {"val/knn_top1": 0.5, "sys/data_wait": 0.3}),
+        (3, 0, {"train/loss": 2.0}),
+        (5, 1, {"train/loss": 1.0, "sys/data_wait": 0.4}),
+    ]  # the last line is unfinished
+    assert [[histogram.name for histogram in row.histograms] for row in rows] == [[], ["method/u"], [], []]
+    assert [list(row.pictures) for row in rows] == [[], [], [], ["pictures/map"]]
+    assert read_rows(tmp_path, 2) == rows[:2]
+    assert last_values(rows) == {"train/loss": 1.0, "val/knn_top1": 0.5, "sys/data_wait": 0.4}
+    assert sorted(current_pictures(tmp_path)) == ["pictures/last", "pictures/views"]
+    assert read_rows(tmp_path / "nothing") == []
+
+
+def test_tensorboard_forgets_what_a_kill_takes_back(tmp_path: Path) -> None:
+    folder = _files(tmp_path)
+    for kept, loss in (
+        (3, 1.0),
+        (3, 0.75),
+    ):  # the second start repeats the step after row 3, with another result
+        board = TensorBoard(folder, sections("simclr", ()))
+        board.begin(kept)
+        board.add(5, {"train/loss": loss, "train/loss_epoch": 9.0})
+        board.end()
+    for accuracy in (0.5, 0.625):
+        write_evaluations(folder, {"eval/knn_top1": accuracy}, 5)
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (2, 3.0),
+        (3, 2.0),
+        (5, 0.75),
+    ]
+    assert [event.value for event in events.Scalars("eval/knn_top1")] == [0.625]
+    assert "train/loss_epoch" not in events.Tags()["scalars"]
+    (histogram,) = events.Histograms("method/u")
+    assert histogram.step == 3 and histogram.histogram_value.num == 3

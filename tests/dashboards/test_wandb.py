@@ -1,0 +1,368 @@
+"""W&B and TensorBoard: what they have is what is in metrics.csv, whatever has happened to the run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sslzoo.dashboards import wandb_run
+from sslzoo.dashboards.history import read_rows
+from sslzoo.exits import ExitCode
+from sslzoo.recipe.sections import WandbConfig
+from sslzoo.records.directory import Run
+from sslzoo.records.lock import RunLock
+from tests.command import Command, fork, manifest, saved, short_evaluation, until, write_recipe
+from tests.wandb_server import KeptRun, Server, serving
+
+Columns = dict[str, list[tuple[int, float]]]  # steps and values of each column
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as server:
+        yield server
+
+
+def _eager() -> None:
+    """Rows are sent at every checkpoint, however short ago the last were."""
+    from sslzoo.dashboards import wandb_run
+
+    wandb_run.PAUSE = 0.0
+    short_evaluation()
+
+
+def _fit(folder: Path, server: Server, *arguments: str, mode: str, **options: Any) -> Command:
+    return fork(
+        folder, "fit", "--recipe", "tiny.yaml", "--out", "run", "logging.tensorboard=true",
+        f"logging.wandb={{mode: {mode}, tags: [a], notes: for a test}}", "logging.every_steps=1",
+        *arguments, environment=server.environment, before=_eager, **options,
+    )  # fmt: skip
+
+
+def _push(folder: Path, server: Server, *more: str, name: str = "push") -> Command:
+    return fork(folder, "wandb", "push", "run", *more, environment=server.environment, name=name)
+
+
+def _sync(folder: Path, server: Server) -> None:
+    """What a user types to send the offline segments."""
+    segments = sorted(str(path) for path in (folder / "run/wandb").glob("offline-run-*"))
+    command = [sys.executable, "-m", "wandb", "sync", *segments]
+    environment = os.environ | server.environment
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def _in_file(run: Path) -> Columns:
+    """Steps and values of each column of metrics.csv, without means over epochs."""
+    found: Columns = {}
+    with (run / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            for name, cell in row.items():
+                if cell and name not in ("step", "epoch") and not name.endswith("_epoch"):
+                    found.setdefault(name, []).append((int(row["step"]), float(cell)))
+    return found
+
+
+def _at_wandb(kept: KeptRun) -> Columns:
+    found: Columns = {}
+    for line in kept.history:
+        for name, value in line.items():
+            if "/" in name and not name.startswith(("sys/", "pictures/")):
+                found.setdefault(name, []).append((line["step"], value))
+    return found
+
+
+def _on_board(run: Path) -> Columns:
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if not name.startswith(("sys/", "eval/"))]
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
+
+
+def _single(columns: Columns) -> Columns:
+    """With values in single precision, which is TensorBoard's."""
+    return {
+        name: [(step, float(np.float32(value))) for step, value in course] for name, course in columns.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Path:
+    """A folder with a finished offline run."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_recipe(folder)
+    run = _fit(folder, server, "trainer.max_epochs=2", mode="offline")
+    assert run.wait() == 0, run.said
+    assert run.err == ""
+    assert run.out.count(f"W&B: kept offline; send with: sslzoo wandb push {folder / 'run'}") == 1, run.said
+    return folder
+
+
+def test_an_offline_run_is_sent_by_either_command(finished: Path, server: Server, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    name = manifest(folder / "run")["run_id"]
+    _sync(folder, server)
+    kept = server.runs[name]
+    assert _at_wandb(kept) == _in_file(folder / "run")
+    assert [line["_step"] for line in kept.history] == list(range(len(read_rows(folder / "run"))))
+    assert {"step": 12, "epoch": 1, "images": 192}.items() <= kept.history[-1].items()
+    before = kept.history
+    for attempt in range(2):  # nothing is sent twice
+        push = _push(folder, server, name=f"push{attempt}")
+        assert push.wait() == 0, push.said
+        assert push.out == f"{server.url}/e/sslzoo/runs/{name}\n"
+        assert push.err == "" and server.runs[name].history == before
+    assert not list((folder / "run/wandb").glob("offline-run-*"))  # they would be sent again by wandb sync
+
+
+def test_tensorboard_has_the_same_history(finished: Path) -> None:
+    assert _on_board(finished / "run") == _single(_in_file(finished / "run"))
+    events = EventAccumulator(str(finished / "run/tensorboard"))
+    events.Reload()
+    assert "eval/linear_top1" in events.Tags()["scalars"]
+    assert "pictures/views" in events.Tags()["images"]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+
+
+def test_what_is_said_of_a_run(finished: Path, server: Server, tmp_path: Path) -> None:
+    """In another project: recipe, manifest, group, final figures, pictures; and every later evaluation."""
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    name = manifest(folder / "run")["run_id"]
+    server.runs.pop(name, None)
+    (folder / "run/pictures").mkdir()
+    shutil.copy(folder / "run/views.png", folder / "run/pictures/map-step=6.png")
+    recipe = folder / "run/recipe.yaml"
+    recipe.write_text(re.sub(r"artifact: false", "artifact: true", recipe.read_text()))
+    push = _push(folder, server, "--project", "other", "--entity", "team")
+    assert push.wait() == 0 and push.out == f"{server.url}/team/other/runs/{name}\n", push.said
+    kept = server.runs[name]
+    expected = {"groupName": "tiny", "jobType": "pretrain", "tags": ["a"], "notes": "for a test"}
+    assert expected.items() <= kept.attributes.items()
+    assert kept.config["optim"]["lr"] == 0.01
+    facts = kept.config["run"]
+    assert facts["data_fingerprint"].startswith("fashion_mnist/train/96/") and facts["world_size"] == 1
+    assert facts["derived"] == {
+        "peak_lr": 0.01, "total_steps": 12, "steps_per_epoch": 6, "training_images": 96,
+        "parameters": facts["derived"]["parameters"],
+    }  # fmt: skip
+    assert kept.summary["eval/linear_top1"] == pytest.approx(kept.summary["val/linear_top1"], abs=0.5)
+    assert kept.summary["pictures/views"]["_type"] == "image-file"
+    assert kept.summary["report"]["_type"] == "html-file"
+    assert server.artifacts == [("model", f"tiny-{name}")]
+    (drawn,) = [line for line in kept.history if "pictures/map" in line]
+    assert drawn["step"] == 6 and "sys/images_per_s" in kept.history[0]
+
+    later = fork(
+        folder, "eval", "knn", "run", "--k", "3", environment=server.environment, before=short_evaluation
+    )
+    assert later.wait() == 0, later.said
+    assert _push(folder, server).wait() == 0
+    assert "eval/knn_k3_top1" in server.runs[name].summary or any(
+        key.startswith("eval/knn") and key != "eval/knn_top1" for key in server.runs[name].summary
+    )
+
+
+def test_another_history_at_the_server_is_not_continued(
+    finished: Path, server: Server, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    name = manifest(folder / "run")["run_id"]
+    server.runs[name] = KeptRun()
+    server.runs[name].streams["history"] = ['{"_step": 0, "step": 50}', '{"_step": 7, "step": 1}']
+    push = _push(folder, server)
+    assert push.wait() == 0, push.said
+    assert f"sent anew as {name}-v2" in push.err and len(push.err.splitlines()) == 1
+    assert len(server.runs[name].history) == 2  # is left alone
+    assert _at_wandb(server.runs[f"{name}-v2"]) == _in_file(folder / "run")
+
+
+@pytest.fixture
+def connection(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """A connection to a server that has two rows of the run ``r``."""
+    connection = Mock(dir="offline-run-1/files")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setitem(sys.modules, "wandb", Mock())
+    monkeypatch.setattr(wandb_run, "_open", lambda *_: connection)
+    monkeypatch.setattr(wandb_run, "_standing", lambda run, cfg, final: 2 if final >= 2 else None)
+    return connection
+
+
+def _three_rows(folder: Path, code: int | None, *, online: bool) -> Run:
+    """A run that has ended with ``code``, of whose three rows two are in the checkpoint and at W&B."""
+    run = Run(folder, "r")
+    run.checkpoints.mkdir()
+    (folder / "wandb").mkdir()
+    state = {"id": "r", "online": online, "rows": 0 if online else 2}
+    (folder / "wandb/sent.json").write_text(json.dumps(state))
+    run.manifest.write_text(json.dumps({"run_id": "r", "recipe": {}, "world_size": 1, "exit_code": code}))
+    run.recipe.write_text("{name: tiny, data: {global_batch_size: 4}}")
+    run.metrics.write_text("step,epoch,train/loss\n1,0,3.0\n2,0,2.0\n3,0,1.0\n")
+    content = {"state_dict": {}, "optimizer_steps": 2, "callbacks": {"Meter": {"rows": 2}}}
+    torch.save(content, run.checkpoints / "step=2.ckpt")
+    return run
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+@pytest.mark.parametrize(
+    ("code", "shown", "steps"),
+    [
+        (ExitCode.PREEMPTED, ExitCode.PREEMPTED, []),
+        (None, ExitCode.FAILURE, []),  # killed
+        (ExitCode.NAN, ExitCode.NAN, [2]),
+    ],
+)
+def test_a_later_evaluation_leaves_the_history_as_it_is(
+    tmp_path: Path, connection: Mock, mode: Any, code: int | None, shown: int, steps: list[int]
+) -> None:
+    run = _three_rows(tmp_path, code, online=mode == "online")
+    cfg = WandbConfig(mode=mode)
+    lock = RunLock(tmp_path, seconds=dict, on_lost=print)
+    lock.acquire()
+    wandb_run.update(run, cfg)  # it lives, and sends its evaluations itself
+    lock.release()
+    assert connection.mock_calls == []
+    wandb_run.update(run, cfg)
+    assert [call.kwargs["step"] for call in connection.log.call_args_list] == steps
+    connection.finish.assert_called_once_with(exit_code=shown)
+    assert wandb_run.Sent.read(run).id == "r"
+
+
+def test_refusals_of_push(finished: Path, tmp_path: Path) -> None:
+    nobody = {"NETRC": str(tmp_path / "none"), "WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    push = fork(finished, "wandb", "push", "run", environment=nobody)
+    assert push.wait() == ExitCode.USAGE
+    assert push.last.startswith(
+        "sslzoo wandb push: there is no login for http://127.0.0.1:9: run wandb login"
+    )
+    push = fork(tmp_path, "wandb", "push", "nothing", environment=nobody)
+    assert push.wait() == ExitCode.USAGE and "manifest.json is gone" in push.last
+
+
+def _until_saved(fit: Command, run: Path, step: int) -> None:
+    assert until(lambda: fit.ended or max(saved(run), default=0) >= step) and not fit.ended, fit.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_three_kills(tmp_path: Path, server: Server, mode: str) -> None:
+    """Between two checkpoints, of the process alone and with wandb's own; offline, segments are sent between."""
+    write_recipe(tmp_path)
+    run = tmp_path / "run"
+    for number, (step, all_of_it) in enumerate([(3, False), (8, True), (13, False)]):
+        fit = _fit(
+            tmp_path, server, "--resume", "auto", mode=mode, faults={"pause": 0.1}, name=f"fit{number}"
+        )
+        _until_saved(fit, run, step)
+        assert until(lambda s=step: read_rows(run)[-1].step > max(saved(run)))
+        (os.killpg if all_of_it else os.kill)(fit.pid, signal.SIGKILL)
+        assert fit.wait() == -signal.SIGKILL, fit.said
+        if mode == "online":
+            name = manifest(run)["run_id"]
+            assert len(server.runs[name].history) <= len(read_rows(run))
+    fit = _fit(tmp_path, server, "--resume", "auto", mode=mode, faults={"pause": 0.1}, name="signalled")
+    _until_saved(fit, run, 15)
+    fit.signal(signal.SIGTERM)
+    assert fit.wait() == ExitCode.PREEMPTED, fit.said
+    if mode == "offline":
+        _sync(tmp_path, server)
+    last = _fit(tmp_path, server, "--resume", "auto", mode=mode, name="last")
+    assert last.wait() == 0 and last.err == "", last.said
+    if mode == "offline":
+        _sync(tmp_path, server)
+    name = manifest(run)["run_id"]
+    kept = server.runs[name]
+    assert kept.exit_code == 0
+    assert _at_wandb(kept) == _in_file(run)
+    assert _on_board(run) == _single(_in_file(run))
+    assert f"{name}-v2" not in server.runs
+    if mode == "online":
+        assert last.out.count(f"/runs/{name}") == 1 and kept.alerts == ["Pre-empted"]
+
+
+@pytest.mark.slow
+def test_without_a_server_nothing_is_lost(tmp_path: Path, server: Server) -> None:
+    write_recipe(tmp_path)
+    away = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    run = fork(
+        tmp_path, "fit", "--recipe", "tiny.yaml", "--out", "run", "logging.wandb={}", "trainer.max_epochs=1",
+        environment=away, before=_impatient,
+    )  # fmt: skip
+    assert run.wait() == 0, run.said
+    (line,) = run.err.splitlines()
+    assert line.startswith("warning: W&B: ") and line.endswith(
+        "send with: sslzoo wandb push " + str(tmp_path / "run")
+    )
+    assert _push(tmp_path, server).wait() == 0
+    assert _at_wandb(server.runs[manifest(tmp_path / "run")["run_id"]]) == _in_file(tmp_path / "run")
+
+
+def _impatient() -> None:
+    from sslzoo.dashboards import wandb_run
+
+    wandb_run.PATIENCE = 1.0
+    short_evaluation()
+
+
+def _hurried() -> None:
+    from sslzoo.dashboards import wandb_run
+
+    wandb_run.UPLOAD = 1.0
+    _eager()
+
+
+@pytest.mark.slow
+def test_an_outage_while_it_trains_ends_no_run(tmp_path: Path, server: Server) -> None:
+    write_recipe(tmp_path)
+    with serving() as lost:
+        run = fork(
+            tmp_path, "fit", "--recipe", "tiny.yaml", "--out", "run", "logging.wandb={}", "trainer.max_epochs=2",
+            environment=lost.environment, before=_hurried, faults={"pause": 0.05},
+        )  # fmt: skip
+        assert until(lambda: run.ended or lost.runs), run.said
+    assert run.wait() == 0, run.said
+    assert _push(tmp_path, server).wait() == 0
+    assert _at_wandb(server.runs[manifest(tmp_path / "run")["run_id"]]) == _in_file(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_is_shown_and_raises_an_alert(tmp_path: Path, server: Server) -> None:
+    write_recipe(tmp_path)
+    run = _fit(tmp_path, server, mode="online", faults={"nan_at": 4})
+    assert run.wait() == ExitCode.NAN, run.said
+    kept = server.runs[manifest(tmp_path / "run")["run_id"]]
+    assert kept.alerts == ["The loss is not finite"] and kept.exit_code == ExitCode.NAN
+    assert [line["step"] for line in kept.history] == [1, 2, 3, 4, 5]
+    assert math.isnan(kept.history[-1]["train/loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_collapse_raises_an_alert(tmp_path: Path, server: Server, stop: bool) -> None:
+    write_recipe(tmp_path)
+    projector = "temperature: 0.2, projector: {widths: [32, 32]}"
+    run = _fit(
+        tmp_path, server, f"method={{name: 'tests.data.verdict.record:NoNegatives', {projector}}}", "probe={}",
+        "trainer.max_epochs=4", f"eval.stop_on_collapse={json.dumps(stop)}", mode="online",
+    )  # fmt: skip
+    code = ExitCode.COLLAPSED if stop else ExitCode.DONE
+    assert run.wait() == code, run.said
+    kept = server.runs[manifest(tmp_path / "run")["run_id"]]
+    assert kept.alerts == ["Collapsed"] and kept.exit_code == code
+    assert _at_wandb(kept) == _in_file(tmp_path / "run")
+    assert stop or kept.summary["verdict/state"] == "collapsed"

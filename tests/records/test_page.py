@@ -1,0 +1,152 @@
+"""The page of a run: what it shows, whatever is missing, and that it never gets large."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sslzoo.cli.main import main
+from sslzoo.files import write_json
+from sslzoo.records.page import page, write_page
+from sslzoo.records.record import Record, records
+from tests.command import ROOT
+
+RECIPE = {
+    "method.name": "sce",
+    "data.dataset": "cifar10",
+    "backbone.name": "resnet18",
+    "trainer.max_epochs": 2,
+}
+SUMMARY = {
+    "linear_top1": 0.9,
+    "random_init_linear_top1": 0.5,
+    "interval_95": {"linear_top1": [0.88, 0.92], "random_init_linear_top1": [0.48, 0.52]},
+    "data_sets": {"data": {"dataset": "cifar10", "protocol": "As always."}},
+}
+
+
+def write_run(folder: Path, *, rows: int = 4, **changes: Any) -> Path:
+    """The files of a finished run with an evaluation, and of one that ``changes`` of the manifest describe."""
+    manifest = {
+        "run_id": "id",
+        "recipe": RECIPE,
+        "world_size": 1,
+        "exit_code": 0,
+        "error": None,
+        "sessions": [],
+    }
+    write_json(folder / "manifest.json", manifest | changes)
+    keys = ["train/loss", "method/momentum", "method/target_count", "method/unheard_of", "val/linear_top1"]
+    lines = [f"{s},0,{8 / (s + 1)},0.99,{s + 1},1.0,{'0.75' if s == rows - 1 else ''}" for s in range(rows)]
+    (folder / "metrics.csv").write_text("\n".join([f"step,epoch,{','.join(keys)}", *lines, ""]))
+    return folder
+
+
+def run_with_summary(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "eval").mkdir()
+    write_json(folder / "eval" / "summary.json", SUMMARY)
+    return write_run(folder)
+
+
+def test_figures_have_intervals_and_curves_have_baselines(tmp_path: Path) -> None:
+    text = page(Record(run_with_summary(tmp_path / "recipe" / "id")))
+    assert "recipe/id" in text
+    for shown in (
+        "90.0 %",
+        "95 % interval 88.0 to 92.0",
+        "90.0 ±2.0",
+        "momentum of the target encoder",
+        "unheard of",
+    ):
+        assert shown in text, shown
+    charts = json.loads(text.partition('id="charts">')[2].partition("</script>")[0])
+    probe = next(chart for chart in charts if chart["series"][0]["label"] == "linear probe, top-1")
+    assert probe["series"][0]["y"] == [75.0]
+    assert probe["levels"] == [{"label": "random init", "y": 50.0}]
+    assert "refresh" not in text
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "shown"),
+    [
+        (75, "SIGTERM: saved at step 4", "pre-empted"),
+        (76, "train/loss is nan by step 4", "diverged"),
+        (1, "RuntimeError: <b>no</b>", "failed"),
+        (None, "", "killed"),
+    ],
+)
+def test_a_run_that_did_not_finish_says_why(tmp_path: Path, code: int | None, error: str, shown: str) -> None:
+    run = write_run(tmp_path, exit_code=code, error={"message": error} if error else None)
+    text = page(Record(run))
+    assert f"<strong>{shown}</strong>" in text
+    assert error.replace("<", "&lt;").replace(">", "&gt;") in text
+    assert "75.0 %" in text, "the last evaluation"
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{")
+    text = page(Record(tmp_path))
+    assert "killed" in text
+    write_json(tmp_path / "manifest.json", {"recipe": {"method.name": "not_installed"}, "exit_code": None})
+    assert "not_installed" in page(Record(tmp_path))
+
+
+def test_a_long_run_has_a_small_page(tmp_path: Path) -> None:
+    path = write_page(write_run(tmp_path, rows=30_000))
+    assert path.stat().st_size < 400_000
+
+
+def test_names_in_files_cannot_add_elements(tmp_path: Path) -> None:
+    run = write_run(tmp_path, recipe=RECIPE | {"data.dataset": "</script><script>alert(1)</script>"})
+    (run / "train.log").write_text("</pre><script>alert(1)</script>")
+    write_json(run / "eval.json", {})
+    assert "<script>alert" not in page(Record(run))
+
+
+def test_the_command_draws_every_run_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("b", "a"):
+        run_with_summary(tmp_path / "runs" / "recipe" / name)
+    assert main(["report", str(tmp_path / "runs")]) == 0
+    pages = [tmp_path / "runs" / "recipe" / name / "report.html" for name in ("a", "b")]
+    assert capsys.readouterr().out.split() == [str(path) for path in pages]
+    assert all(path.exists() for path in pages)
+
+
+def test_the_command_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is no run directory and contains none" in capsys.readouterr().err
+
+
+def test_runs_are_found_at_any_depth_once(tmp_path: Path) -> None:
+    one, two = run_with_summary(tmp_path / "x" / "one"), run_with_summary(tmp_path / "x" / "y" / "z" / "two")
+    found = records([tmp_path, one])
+    assert [record.path for record in found] == [one.resolve(), two.resolve()]
+    assert [record.path for record in records([tmp_path / "x" / "o*"])] == [one.resolve()]
+
+
+@pytest.mark.parametrize("code", [None, 77])
+def test_a_run_without_a_final_evaluation_is_judged_by_its_rows(tmp_path: Path, code: int | None) -> None:
+    run = write_run(tmp_path, exit_code=code)
+    rows = (ROOT / "tests/data/verdict/no-negatives-42.csv").read_text()
+    (run / "metrics.csv").write_text(rows + "99,")
+    assert Record(run).verdict["state"] == "collapsed"
+    assert "complete collapse; usual causes" in page(Record(run))
+    assert not Record(run).final_verdict, "lists of runs do not judge"
+
+
+def test_a_continued_run_shows_its_newest_figures(tmp_path: Path) -> None:
+    run = run_with_summary(tmp_path / "recipe" / "id")
+    assert Record(run).figure("linear_top1") == 0.9
+    write_run(run, exit_code=None)
+    os.utime(run / "eval" / "summary.json", (1, 1))
+    record = Record(run)
+    assert (record.figure("linear_top1"), record.interval("linear_top1")) == (0.75, None)
+    assert record.best("linear_top1") == [0.9]
+    assert "that of its earlier end" in page(record)
+    os.utime(run / "eval" / "summary.json")
+    assert Record(run).figure("linear_top1") == 0.9, "evaluated at its new end"
