@@ -6,6 +6,7 @@ Shapes: Q queries, M samples in the bank, F features, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ QUERIES = 4096  # maximum number of test samples for which the bank is read once
 COMPARED = 512  # maximum number of test samples compared with a chunk of the bank at a time
 BANK = 65536  # maximum number of samples in a chunk of the bank,
 BANK_VALUES = 2**25  # and of their features: 128 MiB, like the similarities
+GROUP = 16  # columns of similarities that are looked at only if the largest of them is among the nearest
 GATHERED = 2**26  # maximum number of neighbours gathered from all ranks at a time: 768 MiB
 
 
@@ -34,6 +36,7 @@ def nearest(queries: Tensor, bank: Features, rows: Tensor, k: int) -> tuple[Tens
     similarity = queries.new_full((len(queries), k), float("-inf"))
     neighbours = rows.new_zeros(len(queries), k)
     size = max(1, min(BANK, BANK_VALUES // max(1, queries.shape[1])))
+    buffer = queries.new_empty(min(COMPARED, len(queries)) * min(size, len(rows)))
     for x, labels in bank.chunks(rows, size):
         part, y = normalize(x), labels
         finite = part.sum(1).isfinite()
@@ -41,11 +44,29 @@ def nearest(queries: Tensor, bank: Features, rows: Tensor, k: int) -> tuple[Tens
             part, y = part[finite], y[finite]
         for start in range(0, len(queries), COMPARED):
             some = slice(start, start + COMPARED)
-            value, index = (queries[some] @ part.T).topk(min(k, len(part)), dim=1)
+            shape = len(queries[some]), len(part)
+            found = torch.mm(queries[some], part.T, out=buffer[: prod(shape)].view(shape))
+            value, index = _largest(found, min(k, len(part)))
             best, order = torch.cat([similarity[some], value], dim=1).topk(k, dim=1)
             neighbours[some] = torch.cat([neighbours[some], y[index]], dim=1).gather(1, order)
             similarity[some] = best
     return similarity, neighbours
+
+
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``scores.topk(k, dim=1)`` in less time: the ``k`` largest of a row are in the ``k`` groups of columns with the
+    largest maxima."""
+    groups = scores.shape[1] // GROUP
+    if groups <= k:
+        return scores.topk(k, dim=1)
+    # A group has columns that are ``groups`` apart.
+    maxima = scores[:, : GROUP * groups].unflatten(1, (GROUP, groups)).amax(1)
+    best = maxima.topk(k, dim=1, sorted=False).indices
+    among = torch.arange(0, GROUP * groups, groups, device=scores.device)[:, None] + best[:, None]
+    rest = torch.arange(GROUP * groups, scores.shape[1], device=scores.device)
+    columns = torch.cat([among.flatten(1), rest.expand(len(scores), -1)], dim=1)
+    value, order = scores.gather(1, columns).topk(k, dim=1)
+    return value, columns.gather(1, order)
 
 
 def vote(similarity: Tensor, labels: Tensor, *, classes: int, temperature: float) -> Tensor:

@@ -59,6 +59,8 @@ def test_equals_the_definition_in_any_chunks(
     expected = by_definition(*problem(), k=k, temperature=temperature, classes=CLASSES)
     assert 0.2 < expected < 1
     assert knn_accuracy(task(*problem()), k=k, temperature=temperature) == expected
+    monkeypatch.setattr(knn, "GROUP", 4)
+    assert knn_accuracy(task(*problem()), k=k, temperature=temperature) == expected
     for name, value in {"QUERIES": 10, "COMPARED": 4, "BANK": 9}.items():
         monkeypatch.setattr(knn, name, value)
     assert knn_accuracy(task(*problem()), k=k, temperature=temperature) == expected
