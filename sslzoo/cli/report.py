@@ -1,7 +1,7 @@
 """Draw the page of a run again: report.html in its directory.
 
-A run draws its page itself, at its start, after evaluations and at its end. This command draws it for older runs, and
-after `sslzoo eval` has added results. The page is one file, which needs no network and may be mailed.
+A run draws its page itself, at its start, after evaluations and at its end, and `sslzoo eval` draws it with the new
+results. This command draws it for older runs. The page is one file, which needs no network and may be mailed.
 
   sslzoo report runs/RECIPE/ID
   sslzoo report runs

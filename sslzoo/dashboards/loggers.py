@@ -12,10 +12,10 @@ from sslzoo.callbacks.meter import Follower
 from sslzoo.dashboards.tensorboard import TensorBoard, write_evaluations
 from sslzoo.dashboards.wandb_run import WandB, mode_of, update
 from sslzoo.panels import sections
-from sslzoo.posthoc.results import figures_of
 from sslzoo.processes.ending import Ending
 from sslzoo.recipe.sections import LoggingConfig, Recipe
 from sslzoo.records.directory import Run
+from sslzoo.records.record import Record
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,11 +46,11 @@ class Dashboards:
         """What the run's meter tells of new values."""
         return [follower for follower in (self.tensorboard, self.wandb) if follower is not None]
 
-    def end(self, ending: Ending, step: int) -> None:
-        """Show the evaluations of the encoder after ``step`` optimiser steps, and that the run has ended."""
+    def end(self, ending: Ending) -> None:
+        """Show the evaluations, and that the run has ended."""
         if (board := self.tensorboard) is not None:
             _attempt("TensorBoard", board.end)
-            _attempt("TensorBoard", lambda: _write_evaluations(self.run, step))
+            _attempt("TensorBoard", lambda: _write_evaluations(self.run))
         if (wandb := self.wandb) is not None:
             _attempt("W&B", lambda: wandb.end(ending))
 
@@ -73,18 +73,20 @@ def build_dashboards(recipe: Recipe, run: Run) -> Dashboards:
     return Dashboards(run=run, tensorboard=_attempt("TensorBoard", tensorboard), wandb=_attempt("W&B", wandb))
 
 
-def show_evaluations(recipe: Recipe, run: Run, step: int) -> None:
-    """Show the evaluations of a run that has ended before, of the encoder after ``step`` optimiser steps, where its
-    recipe asks for it."""
+def show_evaluations(recipe: Recipe, run: Run) -> None:
+    """Show the evaluations of a run that has ended before, where its recipe asks for it."""
     if recipe.logging.tensorboard:
-        _attempt("TensorBoard", lambda: _write_evaluations(run, step))
+        _attempt("TensorBoard", lambda: _write_evaluations(run))
     if (cfg := recipe.logging.wandb) is not None:
         _attempt("W&B", lambda: update(run, cfg))
 
 
-def _write_evaluations(run: Run, step: int) -> None:
-    if figures := figures_of(run.evaluation):
-        write_evaluations(run.path, {f"eval/{key}": value for key, value in figures.items()}, step)
+def _write_evaluations(run: Run) -> None:
+    record = Record(run.path)
+    if figures := record.accuracies:
+        write_evaluations(
+            run.path, {f"eval/{key}": value for key, value in figures.items()}, record.last_step
+        )
 
 
 def _attempt(name: str, action: Callable[[], T]) -> T | None:

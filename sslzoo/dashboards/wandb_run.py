@@ -26,7 +26,6 @@ from sslzoo.dashboards.history import Row, current_pictures, last_values, read_r
 from sslzoo.dashboards.login import logged_in, server_url
 from sslzoo.exits import ExitCode, RunError
 from sslzoo.files import write_json
-from sslzoo.posthoc.results import figures_of
 from sslzoo.processes.ending import Ending
 from sslzoo.recipe.sections import WandbConfig
 from sslzoo.records.directory import Run
@@ -256,13 +255,14 @@ class Sender:
         import wandb
 
         latest = last_values(read_rows(self.run.path, self.sent))
-        figures = {f"eval/{key}": value for key, value in figures_of(self.run.evaluation).items()}
+        record = Record(self.run.path)
+        figures = {f"eval/{key}": value for key, value in record.accuracies.items()}
         pictures = {key: wandb.Image(str(path)) for key, path in current_pictures(self.run.path).items()}
         page = self.run.path / PAGE
         report = (
             {"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)} if page.exists() else {}
         )
-        verdict = {f"verdict/{key}": value for key, value in Record(self.run.path).verdict.items()}
+        verdict = {f"verdict/{key}": value for key, value in record.verdict.items()}
         self.connection.summary.update(latest | figures | verdict | pictures | report)
 
     def _send_export(self, folder: Path) -> None:

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from sslzoo.evaluate.figures import LAYER, OWN, data_of, is_accuracy
+from sslzoo.evaluate.figures import LAYER, OWN, data_of
 from sslzoo.evaluate.metrics import interval
 from sslzoo.files import write_json, write_text
 
@@ -208,17 +207,3 @@ def _percent(value: float | None, n: int) -> str:
         return ""
     low, high = interval(value, n)
     return f"{100 * value:.1f} ±{50 * (high - low):.1f}"
-
-
-def figures_of(folder: Path) -> dict[str, float]:
-    """The accuracies by key of all evaluations whose files are in ``folder``: the final table's, and those of every
-    ``sslzoo eval``."""
-    found: dict[str, float] = {}
-    for path in sorted(folder.glob("*.json"), key=lambda path: path.name != "summary.json"):
-        with suppress(ValueError, OSError):
-            if path.name == "summary.json":
-                summary = json.loads(path.read_text(encoding="utf-8"))
-                found |= {key: value for key, value in summary.items() if is_accuracy(key)}
-            else:
-                found |= Results.read(path).figures()
-    return found

@@ -48,7 +48,8 @@ class Target:
     backbone: nn.Module  # (N, C, H, W) -> (N, F)
     method: SSLMethod[Any] | None = None  # with its heads; None: the weights are the backbone's alone
     step: int | None = None  # optimiser steps of its training; None: not known
-    folder: Path | None = None  # for results; None: weights that belong to no run
+    run: Path | None = None  # its run directory; None: weights that belong to no run
+    folder: Path | None = None  # in that, for results
 
     @property
     def module(self) -> nn.Module:
@@ -145,6 +146,7 @@ def _from_export(file: Path, path: Path, recipe: Recipe) -> Target:
         recipe=recipe,
         backbone=backbone.eval(),
         step=about.step,
+        run=run if in_a_run else None,
         folder=run / "eval" if in_a_run else None,
     )
 
@@ -173,5 +175,6 @@ def _from_checkpoint(file: Path, path: Path, recipe: Recipe) -> Target:
         backbone=backbone.eval(),
         method=method.eval(),
         step=content["optimizer_steps"],
+        run=run,
         folder=None if run is None else (run / "eval").joinpath(*own_folder),
     )

@@ -218,7 +218,7 @@ def _later(record: Record) -> Iterator[Block]:
     """The results of protocols and other evaluations of the trained encoder."""
     rows = [
         [
-            f"{result['name']}{', ' + row['title'] if row.get('title') else ''}",
+            ", ".join(filter(None, [result["name"], row.get("title"), _when(record, result.get("step"))])),
             result["data_sets"].get(row.get("data"), {}).get("dataset", ""),
             str(row.get("layer", "")),
             f"{100 * row['top1']:.1f} ±{50 * (row['top1_high'] - row['top1_low']):.1f}",
@@ -231,8 +231,15 @@ def _later(record: Record) -> Iterator[Block]:
         yield Table(
             head=["evaluation", "data", "features", "top-1 (%)", "published"],
             rows=rows,
-            caption="Evaluations of the trained encoder; eval/ has their conditions.",
+            caption="Evaluations of the last checkpoint, or at the step named; eval/ has their conditions.",
         )
+
+
+def _when(record: Record, step: int | None) -> str:
+    """After how many steps, unless it is at the end."""
+    if step == record.last_step:
+        return ""
+    return "step unknown" if step is None else f"step {step:,}"
 
 
 def _machine(record: Record) -> Block:

@@ -68,8 +68,10 @@ class Record:
 
     @cached_property
     def results(self) -> list[dict[str, Any]]:
-        """The results of ``sslzoo eval`` and of ``eval.after``, as in their files."""
-        found = (_json(path) for path in sorted((self.path / "eval").glob("*.json")))
+        """The results of ``sslzoo eval`` and of ``eval.after``, as in their files: first those of checkpoints that were
+        named, which have folders of their own."""
+        folder = self.path / "eval"
+        found = (_json(path) for path in (*sorted(folder.glob("*=*/*.json")), *sorted(folder.glob("*.json"))))
         return [content for content in found if "results" in content and "how" in content]
 
     @property
@@ -131,6 +133,12 @@ class Record:
         """The last step in ``metrics.csv``."""
         return max((steps[-1] for steps, _ in self.metrics.values()), default=0)
 
+    @cached_property
+    def last_step(self) -> int:
+        """The step of the newest checkpoint, or, without checkpoints, the last in ``metrics.csv``."""
+        names = (path.stem.partition("=")[2] for path in (self.path / "checkpoints").glob("step=*.ckpt"))
+        return max((int(name) for name in names if name.isdecimal()), default=self.step)
+
     @property
     def newest(self) -> tuple[int, int]:
         """Step and epoch, from 0, of the last complete row in ``metrics.csv``; zeros without. Reads only its end."""
@@ -171,19 +179,31 @@ class Record:
 
     @cached_property
     def later(self) -> dict[str, tuple[float, float, float]]:
-        """Top-1 by ``sslzoo eval`` and ``eval.after`` and the ends of its 95 % interval, by key as in the summary."""
+        """Accuracies of the last checkpoint by ``sslzoo eval`` and ``eval.after`` and the ends of their 95 % intervals,
+        by key as in the summary."""
         found: dict[str, tuple[float, float, float]] = {}
         for result in self.results:
+            if result.get("step") != self.last_step:
+                continue
             with suppress(KeyError, TypeError, AttributeError, StopIteration):
                 first = next(iter(result["data_sets"]))
                 for row in result["results"]:
-                    key = figure_key(f"{row['key']}_top1", row["data"], row["layer"], first=first)
-                    found[key] = (row["top1"], row["top1_low"], row["top1_high"])
+                    for name in ("top1", "top5"):
+                        if name in row:
+                            key = figure_key(f"{row['key']}_{name}", row["data"], row["layer"], first=first)
+                            found[key] = (row[name], row[f"{name}_low"], row[f"{name}_high"])
         return found
 
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """All accuracies of the last checkpoint, and of what it is compared with, by key: of the final evaluation and
+        of ``sslzoo eval``. Without those in training."""
+        later = {key: value for key, (value, _, _) in self.later.items()}
+        return later | {key: value for key, value in self.final.items() if is_accuracy(key)}
+
     def figure(self, key: str) -> float | None:
-        """An accuracy of the final evaluation, such as ``linear_top1``, of ``sslzoo eval``, or of the last evaluation
-        in training; None without."""
+        """An accuracy of the final evaluation, such as ``linear_top1``, of ``sslzoo eval`` of the last checkpoint, or
+        of the last evaluation in training; None without."""
         _, values = self.metrics.get(f"val/{key}", ([], []))
         return next(iter([*self._final(key), *self.later.get(key, ())[:1], *values[-1:]]), None)
 

@@ -37,6 +37,8 @@ from sslzoo.recipe.load import LoadedRecipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import Recipe
 from sslzoo.records.directory import Run
+from sslzoo.records.lock import is_alive
+from sslzoo.records.page import PAGE, write_page
 from sslzoo.run.messages import Messages
 from sslzoo.run.summary import human_bytes
 from sslzoo.run.trainer import TIMEOUT
@@ -171,11 +173,15 @@ class _Evaluation:
             )
 
     def _show(self, target: Target, folder: Path) -> None:
-        """Show the results on the run's dashboards, if they are in its directory as those of its newest checkpoint."""
-        run = Run(folder.parent, "")
-        if target.folder == folder and run.evaluation == folder and self.request.names:
-            run = Run(run.path, run.read_manifest()["run_id"])
-            show_evaluations(target.recipe, run, target.step or 0)
+        """Show results in a run's directory on its page and its dashboards. A run that is alive does so itself."""
+        if target.run is None or target.folder != folder or not self.request.names or is_alive(target.run):
+            return
+        try:
+            write_page(target.run)
+        except Exception as error:  # a page must not end an evaluation, whose results are written
+            log.warning("%s could not be drawn: %s: %s", PAGE, type(error).__name__, error)
+        run_id = Run(target.run, "").read_manifest()["run_id"]
+        show_evaluations(target.recipe, Run(target.run, run_id))
 
     def _ending_of(self, error: BaseException) -> Ending:
         recipe = self.loaded.recipe

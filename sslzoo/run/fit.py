@@ -330,8 +330,7 @@ class _Life:
         if leader and self.begun:
             self._draw_page()
         if self.dashboards is not None:
-            assert self.session is not None
-            self.dashboards.end(ending, self.session.built.method.optimizer_steps)
+            self.dashboards.end(ending)
         if self.lock is not None:
             with suppress(OSError):  # the directory itself may be gone
                 self.lock.release()

@@ -25,6 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sslzoo.cli.main import main
 from sslzoo.posthoc import evaluations, store
 from sslzoo.protocols.classifiers import Classifiers
+from sslzoo.records.lock import RunLock
+from sslzoo.run import evaluate
 from sslzoo_methods.sce import protocols
 from tests.command import (
     Command,
@@ -93,6 +95,29 @@ def test_what_is_shown_is_what_is_written(folder: Path) -> None:
     assert (event.step, round(event.value, 6)) == (6, float(row["top1"]))
     kept = sum(path.stat().st_size for path in (folder / "run/eval/features").glob("*.safetensors"))
     assert f"{kept / 1024:.1f} KiB of features are kept in {folder}/run/eval/features; the next" in done.out
+    assert "knn, k=20, T=0.07" in (folder / "run/report.html").read_text()
+
+
+def test_a_page_that_cannot_be_drawn_ends_no_evaluation(folder: Path) -> None:
+    def broken() -> None:
+        short_evaluation()
+        evaluate.write_page = lambda folder: 1 / 0  # type: ignore[assignment]
+
+    done = _eval(folder, "knn", "run", "probe.layers=[backbone]", before=broken)
+    assert done.wait() == 0, done.said
+    assert "warning: report.html could not be drawn: ZeroDivisionError" in done.err
+
+
+def test_the_page_of_a_run_that_is_alive_is_left_to_it(folder: Path) -> None:
+    page, lock = folder / "run/report.html", RunLock(folder / "run", seconds=dict, on_lost=print)
+    before = page.read_text()
+    lock.acquire()
+    try:
+        done = _eval(folder, "knn", "run", "--k", "7", "probe.layers=[backbone]")
+    finally:
+        lock.release()
+    assert done.wait() == 0, done.said
+    assert page.read_text() == before
 
 
 def test_any_number_of_processes_gives_the_same_bytes(folder: Path) -> None:

@@ -151,11 +151,15 @@ def test_later_evaluations_count_and_names_are_no_markup(
 ) -> None:
     row = {"key": "honest", "data": "data", "layer": "backbone"}
     row |= {"top1": 0.6, "top1_low": 0.5, "top1_high": 0.7}
-    result = {"how": "", "data_sets": {"data": {}}, "results": [row, row | {"layer": "layer3", "top1": 0.4}]}
+    result = {"how": "", "step": 4, "data_sets": {"data": {}}}
+    older = result | {"step": 2, "results": [row | {"key": "logistic", "top1": 0.1}]}
+    result |= {"results": [row, row | {"layer": "layer3", "top1": 0.4}]}
     for name in ("w[v1]", "x[/y]"):
         write_run(tmp_path / name, accuracy=0.81, seed=1, name=name, method__name=name)
         write_json(tmp_path / name / "eval" / "honest.json", result)
+        write_json(tmp_path / name / "eval" / "logistic.json", older)
     assert main(["compare", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "w[v1]" in out and "x[/y]" in out
     assert "60.0 ±10.0" in out and "honest (data, layer3)" in out
+    assert "logistic" not in out, "of an older checkpoint"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,33 @@ def test_a_run_that_did_not_finish_says_why(tmp_path: Path, code: int | None, er
     assert f"<strong>{shown}</strong>" in text
     assert error.replace("<", "&lt;").replace(">", "&gt;") in text
     assert "75.0 %" in text, "the last evaluation"
+
+
+def test_evaluations_of_older_checkpoints_are_named_and_no_figures_of_the_run(tmp_path: Path) -> None:
+    run = run_with_summary(tmp_path / "recipe" / "id")
+    row = {
+        "key": "honest",
+        "data": "data",
+        "layer": "backbone",
+        "top1": 0.6,
+        "top1_low": 0.5,
+        "top1_high": 0.7,
+    }
+    result = {"name": "honest", "how": "", "data_sets": {"data": {"dataset": "cifar10"}}, "results": [row]}
+    for step, top1, folder in ((1000, 0.4, "step=000001000"), (2000, 0.6, "step=000002000"), (1000, 0.3, "")):
+        (run / "eval" / folder).mkdir(exist_ok=True)
+        values = result | {"step": step, "results": [row | {"top1": top1}]}
+        write_json(run / "eval" / folder / "honest.json", values)
+    (run / "checkpoints").mkdir()
+    for name in ("step=000002000.ckpt", "step=000001000.ckpt", "step=000003000.ckpt.damaged", "last.ckpt"):
+        (run / "checkpoints" / name).touch()
+    record = Record(run)
+    assert record.figure("honest_top1") == 0.6 and record.interval("honest_top1") == (0.5, 0.7)
+    assert record.accuracies == {"honest_top1": 0.6, "linear_top1": 0.9, "random_init_linear_top1": 0.5}
+    shown = re.findall(r">(honest[^<]*)</th>.*?([\d.]+) ±", page(record))
+    assert shown == [("honest, step 1,000", "40.0"), ("honest", "60.0"), ("honest, step 1,000", "30.0")]
+    (run / "checkpoints" / "step=000003000.ckpt").touch()  # the run continued
+    assert Record(run).figure("honest_top1") is None
 
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
