@@ -7,6 +7,7 @@ in pixels.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +37,8 @@ def sample_boxes(
     are the image sizes.
     """
     height, width = height.double(), width.double()
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[:, :ATTEMPTS])
-    aspect = torch.exp(low + (high - low) * u[:, ATTEMPTS : 2 * ATTEMPTS])
+    fraction, aspect = _attempts(u, scale, ratio)
+    area = (height * width)[:, None] * fraction
     w = (area * aspect).sqrt().round()  # (N, ATTEMPTS); rounds half to even, like Python
     h = (area / aspect).sqrt().round()
     fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
@@ -55,21 +55,77 @@ def sample_boxes(
     return torch.stack(box, dim=1).long()
 
 
+def _attempts(u: Tensor, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """The areas of the attempts, as fractions of the image's, and their aspect ratios, (N, ATTEMPTS)."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    fraction = scale[0] + (scale[1] - scale[0]) * u[:, :ATTEMPTS]
+    return fraction, torch.exp(low + (high - low) * u[:, ATTEMPTS : 2 * ATTEMPTS])
+
+
+class SampledBox(NamedTuple):
+    """A box of :func:`sample_boxes` before the size of its image is known."""
+
+    fractions: list[float]
+    aspects: list[float]
+    ratio: tuple[float, float]
+    top: float  # its place, in [0, 1)
+    left: float
+
+    def on(self, height: int, width: int) -> list[int]:
+        """The box on an image of this size: exactly that of :func:`sample_boxes`."""
+        pixels = height * width
+        for fraction, aspect in zip(self.fractions, self.aspects, strict=True):
+            area = pixels * fraction
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return [int((height - h + 1) * self.top), int((width - w + 1) * self.left), h, w]
+        low, high = self.ratio
+        w = round(height * high) if width / height > high else width
+        h = round(width / low) if width / height < low else height
+        return [(height - h) // 2, (width - w) // 2, h, w]
+
+    @classmethod
+    def drawn(cls, u: Tensor, scale: tuple[float, float], ratio: tuple[float, float]) -> list[SampledBox]:
+        """The boxes of N images, from uniforms ``u`` (N, CROP_DRAWS)."""
+        fractions, aspects = (x.tolist() for x in _attempts(u, scale, ratio))
+        places = u[:, -2:].tolist()
+        return [cls(f, a, ratio, *place) for f, a, place in zip(fractions, aspects, places, strict=True)]
+
+
 def padded_boxes(u: Tensor, height: Tensor, width: Tensor, size: int, padding: int) -> Tensor:
     """Boxes (N, 4) int64 of ``size`` pixels at a random place of images padded on all sides, as in torchvision's
     RandomCrop, from uniforms ``u`` (N, CROP_DRAWS). Coordinates are those of the image without its padding.
 
     Raises ``ValueError`` if the padded image is smaller than ``size``.
     """
-    smallest = int(torch.minimum(height, width).min()) if len(height) else size
-    require(
-        smallest + 2 * padding >= size,
-        f"a crop of {size} px does not fit into an image of {smallest} px with {padding} px of padding",
-    )
+    _check_fits(size, int(torch.minimum(height, width).min()) if len(height) else size, padding)
     top = ((height + 2 * padding - size + 1) * u[:, -2]).floor() - padding
     left = ((width + 2 * padding - size + 1) * u[:, -1]).floor() - padding
     side = torch.full_like(top, size)
     return torch.stack([top, left, side, side], dim=1).long()
+
+
+class PaddedBox(NamedTuple):
+    """A box of :func:`padded_boxes` before the size of its image is known."""
+
+    size: int
+    padding: int
+    top: float  # its place, in [0, 1)
+    left: float
+
+    def on(self, height: int, width: int) -> list[int]:
+        """The box on an image of this size. Raises ``ValueError`` if the padded image is smaller than the box."""
+        _check_fits(self.size, min(height, width), self.padding)
+        room = 2 * self.padding - self.size + 1
+        top, left = int((height + room) * self.top), int((width + room) * self.left)
+        return [top - self.padding, left - self.padding, self.size, self.size]
+
+
+def _check_fits(size: int, side: int, padding: int) -> None:
+    require(
+        side + 2 * padding >= size,
+        f"a crop of {size} px does not fit into an image of {side} px with {padding} px of padding",
+    )
 
 
 def crop_into(crop: Tensor, image: Tensor, box: list[int], interpolation: str) -> None:
@@ -83,7 +139,7 @@ def crop_into(crop: Tensor, image: Tensor, box: list[int], interpolation: str) -
     if min(top, left) < 0 or bottom > image.shape[1] or right > image.shape[2]:
         image = TF.crop_image(image, *box)
     else:
-        image = image[:, top:bottom, left:right]
+        image = image.narrow(1, top, height).narrow(2, left, width)
     if image.shape == crop.shape:
         crop.copy_(image)
     else:

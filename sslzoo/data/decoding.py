@@ -6,6 +6,7 @@ Shapes: C channels, H x W pixels.
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from math import inf
 
@@ -18,6 +19,13 @@ from torchvision.transforms.v2 import functional as TF
 from sslzoo.data.disk import UnreadableImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_START_OF_JPEG = b"\xff\xd8\xff"
+# Markers of JPEG: sequential and progressive frames, and the first scan.
+_FRAMES, _SCAN = (0xC0, 0xC1, 0xC2), 0xDA
+# Tables, comments, and applications' data but those of EXIF and XMP.
+_HARMLESS = frozenset((0xC4, 0xDB, 0xDD, 0xFE, 0xE0, *range(0xE2, 0xF0)))
+_GREY, _RGB = 1, 3  # of torchvision's ImageReadMode
+_FRAME = struct.Struct(">BHHB")  # bits, height, width, channels
 _ORIENTATION = 0x0112  # tag number in TIFF and EXIF
 # Rec. 601 luma in units of 2^-15, rounded down, as libpng converts coloured PNG files.
 _LUMA = (9794, 19234, 3740)
@@ -34,14 +42,40 @@ def decode(data: bytes, channels: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
+            image = _fast(data, channels, luma=channels == 1) if _is_plain_jpeg(data) else None
+            if image is not None:
+                return image
             with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-                image = _fast(file, data, channels) if _is_for_torchvision(file) else None
+                if _is_for_torchvision(file):
+                    luma = channels == 1 and file.format in ("JPEG", "MPO")  # these formats store it
+                    image = _fast(data, channels, luma=luma)
                 image = _thorough(file, channels) if image is None else image
                 return _upright(image, _orientation(file))
         except Image.UnidentifiedImageError as error:
             raise UnreadableImageError("in no known format" if data else "empty") from error
         except Exception as error:
             raise UnreadableImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether these bytes begin like a JPEG that needs nothing but decoding, which spares Pillow's slower look at them:
+    grey or colour of 8 bits, within Pillow's limit of pixels, and without EXIF and XMP, which may rotate it."""
+    if not data.startswith(_START_OF_JPEG):
+        return False
+    at, has_frame = 2, False
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
+        if marker == _SCAN:
+            return has_frame
+        if marker in _FRAMES:
+            bits, height, width, channels = _FRAME.unpack_from(data, at + 4)
+            if bits != 8 or channels not in (1, 3) or not 0 < height * width <= (Image.MAX_IMAGE_PIXELS or 0):
+                return False
+            has_frame = True
+        elif marker not in _HARMLESS or length < 2:
+            return False
+        at += 2 + length
+    return False
 
 
 def _is_for_torchvision(file: ImageFile.ImageFile) -> bool:
@@ -51,16 +85,14 @@ def _is_for_torchvision(file: ImageFile.ImageFile) -> bool:
     return file.format in ("JPEG", "MPO", "WEBP", "GIF") and pixels <= 2 * (Image.MAX_IMAGE_PIXELS or inf)
 
 
-def _fast(file: ImageFile.ImageFile, data: bytes, channels: int) -> Tensor | None:
-    """Decode with torchvision, which is twice as fast as Pillow for JPEG; None if it cannot."""
+def _fast(data: bytes, channels: int, *, luma: bool) -> Tensor | None:
+    """Decode with torchvision, which is faster than Pillow; None if it cannot. ``luma``: only the luma of a JPEG."""
     try:
-        # Deprecated since torchvision 0.29 in favour of a separate package; once it is removed, Pillow decodes.
-        from torchvision.io import ImageReadMode, decode_image
-
-        grey = channels == 1 and file.format in ("JPEG", "MPO")  # these formats store luma
-        mode = ImageReadMode.GRAY if grey else ImageReadMode.RGB
-        image = decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
-    except (RuntimeError, ImportError):
+        # What torchvision.io.decode_image calls, without its warning, which takes time: it is deprecated since
+        # torchvision 0.29 in favour of a separate package. Once it is removed, Pillow decodes.
+        encoded = torch.frombuffer(data, dtype=torch.uint8)
+        image = torch.ops.image.decode_image(encoded, _GREY if luma else _RGB, False)
+    except (RuntimeError, AttributeError):
         return None
     if image.ndim == 4:  # an animation: its first frame
         image = image[0]

@@ -16,15 +16,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sslzoo.data.bundling import Layout, bundle
-from sslzoo.data.crops import channels_last, crop_into, evaluation_crop
+from sslzoo.data.crops import PaddedBox, SampledBox, channels_last, crop_into, evaluation_crop
 from sslzoo.data.disk import DataError
 from sslzoo.data.photometric import normalize_
 from sslzoo.data.sampler import Item, stand_ins
 from sslzoo.data.sources import ArraySource, ImageSource, UnreadableImageError
 from sslzoo.data.views import (
+    ImageDraws,
     ViewDraws,
     apply_to_image,
     draw_boxes,
+    draw_image_boxes,
     draw_images,
     draw_uniforms,
     draw_view,
@@ -33,7 +35,8 @@ from sslzoo.recipe.sections import PlainView, ViewConfig
 
 log = logging.getLogger("sslzoo")
 
-# Decoded images that a worker holds at a time: boxes are drawn for so many at once.
+# Decoded images that a worker holds at a time. Decoding and cropping in turn would take longer: each drives the other's
+# code out of the caches.
 _CHUNK = 32
 # Of a loader's patience, so many parts must pass one by one: a process that was suspended meanwhile loses one of them.
 _PARTS = 5
@@ -101,13 +104,14 @@ class ImageReader:
 
     def __init__(self, source: ImageSource, workers: int = 0) -> None:
         self.source = source
-        # An image that has failed is not tried again: on a sick disk that takes many seconds.
-        self._failed = torch.zeros(len(source), dtype=torch.bool)
-        # By worker: its process, and the sample_id that it reads at the moment, or -1.
-        self._at = torch.full((workers, 2), -1)
+        failed, at = torch.zeros(len(source), dtype=torch.bool), torch.full((workers, 2), -1)
         if workers:
-            self._failed.share_memory_()
-            self._at.share_memory_()
+            failed.share_memory_()
+            at.share_memory_()
+        # An image that has failed is not tried again: on a sick disk that takes many seconds.
+        self._failed = failed.numpy()
+        # By worker: its process, and the sample_id that it reads at the moment, or -1.
+        self._at = at.numpy()
 
     def read(self, sample_id: int) -> Tensor:
         """The image (C, H, W) uint8; ``UnreadableImageError`` where there is none, ``DataError`` without any disk."""
@@ -198,6 +202,20 @@ def _labels(source: ImageSource, sample_id: Tensor) -> Tensor | None:
     return None if source.labels is None else torch.from_numpy(source.labels[sample_id.numpy()])
 
 
+class _Draws(NamedTuple):
+    """What is drawn for a view of N images of files."""
+
+    uniforms: Tensor  # (N, DRAWS)
+    boxes: list[SampledBox | PaddedBox]
+    colours: list[ImageDraws]  # none where the device applies the view
+
+    def replace(self, row: int, other: _Draws) -> None:
+        """Take the one image of ``other`` instead of the one at ``row``."""
+        self.uniforms[row] = other.uniforms[0]
+        self.boxes[row : row + 1] = other.boxes
+        self.colours[row : row + 1] = other.colours
+
+
 class ViewDataset(Dataset[RawBatch]):
     """Training samples. Indexed by a whole micro-batch of (epoch, sample_id) at a time."""
 
@@ -238,32 +256,44 @@ class ViewDataset(Dataset[RawBatch]):
                 drawn.append(draw_view(view, u, self.source.channels, draw_boxes(view, u, height, width)))
             return self._batch((self.source.batch(sample_id),), drawn, sample_id)
         images = tuple(self._empty(len(sample_id), view.size) for view in self.views)
-        uniforms: list[list[Tensor]] = [[] for _ in self.views]
-        kept: list[int] = []
+        drawn = self._draw(epoch, sample_id)
         bad: list[Bad] = []
-        for start in range(0, len(sample_id), _CHUNK):
-            # Errors are returned as values: raised in a worker they would arrive as a traceback in words.
-            try:
-                read = [self._read(epoch, i, bad) for i in sample_id[start : start + _CHUNK].tolist()]
-                ids = torch.tensor([i for i, _ in read])
-                kept += ids.tolist()
-                for k in range(len(self.views)):
-                    u = draw_uniforms(self.seed, epoch, k, ids)
-                    uniforms[k].append(u)
-                    self._fill(images[k][start:], k, [image for _, image in read], u)
-            except DataError as error:
-                return error
-            except ValueError as error:  # an image that does not suit the view
-                return DataError(str(error))
+        # Errors are returned as values: raised in a worker they would arrive as a traceback in words.
+        try:
+            for start in range(0, len(sample_id), _CHUNK):
+                rows = range(start, min(start + _CHUNK, len(sample_id)))
+                read = [self._read(epoch, i, bad) for i in sample_id[rows.start : rows.stop].tolist()]
+                for row, (position, _) in zip(rows, read, strict=True):
+                    if position != sample_id[row]:
+                        sample_id[row] = position
+                        for draws, own in zip(
+                            drawn, self._draw(epoch, sample_id[row : row + 1]), strict=True
+                        ):
+                            draws.replace(row, own)
+                for view, draws, out in zip(self.views, drawn, images, strict=True):
+                    for row, (_, image) in zip(rows, read, strict=True):
+                        self._fill(out[row], view, image, draws, row)
+        except DataError as error:
+            return error
+        except ValueError as error:  # an image that does not suit the view
+            return DataError(str(error))
         if self.finish is not None:
             nothing = torch.empty(0, dtype=torch.uint8)
-            kept_id = torch.tensor(kept)
-            return RawBatch(images, nothing, None, kept_id, _labels(self.source, kept_id), tuple(bad))
-        drawn = [
-            draw_view(view, torch.cat(u), self.source.channels)
-            for view, u in zip(self.views, uniforms, strict=True)
+            return RawBatch(images, nothing, None, sample_id, _labels(self.source, sample_id), tuple(bad))
+        parameters = [
+            draw_view(view, draws.uniforms, self.source.channels)
+            for view, draws in zip(self.views, drawn, strict=True)
         ]
-        return self._batch(images, drawn, torch.tensor(kept), bad)
+        return self._batch(images, parameters, sample_id, bad)
+
+    def _draw(self, epoch: int, sample_id: Tensor) -> list[_Draws]:
+        """What is drawn for every view of these samples (N,) of files."""
+        drawn = []
+        for k, view in enumerate(self.views):
+            u = draw_uniforms(self.seed, epoch, k, sample_id)
+            colours = [] if self.finish is None else draw_images(view, u, self.source.channels)
+            drawn.append(_Draws(u, draw_image_boxes(view, u), colours))
+        return drawn
 
     def _empty(self, n: int, size: int) -> Tensor:
         """Memory for a view of ``n`` images: uint8 crops, channels-last, or finished views in float32. A worker's is
@@ -279,21 +309,16 @@ class ViewDataset(Dataset[RawBatch]):
             return flat.view(n, size, size, -1).permute(0, 3, 1, 2)
         return flat.view(n, -1, size, size)
 
-    def _fill(self, out: Tensor, k: int, images: Sequence[Tensor], u: Tensor) -> None:
-        """Write the ``k``-th view of ``images``, drawn by ``u`` (n, DRAWS), to ``out`` (at least n, C, S, S)."""
-        view, finish = self.views[k], self.finish
-        height, width = (torch.tensor([image.shape[dim] for image in images]) for dim in (1, 2))
-        boxes = draw_boxes(view, u, height, width).tolist()
-        if finish is None:
-            for crop, image, box in zip(out, images, boxes, strict=False):
-                crop_into(crop, image, box, view.interpolation)
+    def _fill(self, out: Tensor, view: ViewConfig, image: Tensor, draws: _Draws, row: int) -> None:
+        """Write a view of ``image``, drawn by a row of ``draws``, to ``out`` (C, S, S)."""
+        box = draws.boxes[row].on(image.shape[1], image.shape[2])
+        if self.finish is None:
+            crop_into(out, image, box, view.interpolation)
             return
         crop = torch.empty((view.size, view.size, self.source.channels), dtype=torch.uint8).permute(2, 0, 1)
-        for one, image, box, draws in zip(
-            out, images, boxes, draw_images(view, u, self.source.channels), strict=False
-        ):
-            crop_into(crop, image, box, view.interpolation)
-            normalize_(apply_to_image(view, one.copy_(crop).div_(255), draws), finish.mean, finish.std)
+        crop_into(crop, image, box, view.interpolation)
+        apply_to_image(view, out.copy_(crop).div_(255), draws.colours[row])
+        normalize_(out, self.finish.mean, self.finish.std)
 
     def _batch(
         self, images: tuple[Tensor, ...], drawn: list[ViewDraws], sample_id: Tensor, bad: Sequence[Bad] = ()

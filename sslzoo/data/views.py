@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sslzoo.data import photometric as ph
-from sslzoo.data.crops import CROP_DRAWS, padded_boxes, sample_boxes
+from sslzoo.data.crops import CROP_DRAWS, PaddedBox, SampledBox, padded_boxes, sample_boxes
 from sslzoo.randomness import view_uniforms
 from sslzoo.recipe.sections import ViewConfig
 
@@ -89,6 +89,15 @@ def draw_boxes(cfg: ViewConfig, u: Tensor, height: Tensor, width: Tensor) -> Ten
         return padded_boxes(u, height, width, cfg.size, cfg.padding)
     assert cfg.scale is not None
     return sample_boxes(u, height, width, cfg.scale, cfg.ratio)
+
+
+def draw_image_boxes(cfg: ViewConfig, u: Tensor) -> list[SampledBox | PaddedBox]:
+    """The same boxes for one image after the other, whose sizes are not known yet."""
+    u = u[:, :CROP_DRAWS]
+    if cfg.padding is not None:
+        return [PaddedBox(cfg.size, cfg.padding, top, left) for top, left in u[:, -2:].tolist()]
+    assert cfg.scale is not None
+    return [*SampledBox.drawn(u, cfg.scale, cfg.ratio)]
 
 
 def jitter_factor(cfg: ViewConfig, name: str, u: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
+from sslzoo.data import decoding
 from sslzoo.data.decoding import decode
 from sslzoo.data.disk import UnreadableImageError
 
@@ -144,15 +145,45 @@ def test_bombs_are_refused_by_their_header() -> None:
         struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
         for name, body in chunks
     )
-    with pytest.raises(UnreadableImageError, match="900000000 pixels"):
-        decode(bomb, 3)
+    photograph = bytearray(stored(COLOUR, "JPEG"))
+    frame = photograph.index(b"\xff\xc0") + 5
+    photograph[frame : frame + 4] = struct.pack(">HH", 30_000, 30_000)
+    for data in (bomb, bytes(photograph)):
+        with pytest.raises(UnreadableImageError, match="900000000 pixels"):
+            decode(data, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_not_looked_at_by_pillow_is_decoded_alike(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain JPEG files, and those that only seem to be."""
+    files = [stored(image, "JPEG", progressive=True, comment=b"!") for image in (COLOUR, GREY)]
+    files += [stored(COLOUR, "JPEG", icc_profile=bytes(200), restart_marker_rows=1)]
+    turned = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    files += [stored(COLOUR.convert("CMYK"), "JPEG"), stored(COLOUR, "JPEG", xmp=turned)]
+    files += [file[:-100] for file in files]
+    found = [outcome(file, channels) for file in files]
+    monkeypatch.setattr(decoding, "_is_plain_jpeg", lambda data: False)
+    assert found == [outcome(file, channels) for file in files]
+    monkeypatch.undo()
+    monkeypatch.setattr(Image, "open", None)
+    assert [isinstance(outcome(file, channels), str) for file in files] == [False] * 3 + [True] * 7
+
+
+def outcome(data: bytes, channels: int) -> Any:
+    """The pixels, or the reason why there are none."""
+    try:
+        return decode(data, channels).tolist()
+    except UnreadableImageError as error:
+        return str(error)
 
 
 def test_of_a_long_animation_only_the_first_frame_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     data = stored(PALETTE, "GIF", save_all=True, append_images=[PALETTE.rotate(90), PALETTE.rotate(180)])
     first = decode(data, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 30)  # three frames are more than twice as many
-    monkeypatch.setattr("torchvision.io.decode_image", None)
+    monkeypatch.setattr(torch.ops.image, "decode_image", None)
     assert torch.equal(decode(data, 3), first)
 
 

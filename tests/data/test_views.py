@@ -16,6 +16,7 @@ from sslzoo.data.views import (
     apply_to_image,
     apply_view,
     draw_boxes,
+    draw_image_boxes,
     draw_images,
     draw_uniforms,
     draw_view,
@@ -129,6 +130,7 @@ def test_boxes_follow_the_rule_and_stay_inside(size: tuple[int, int]) -> None:
     h, w = (torch.full((300,), s) for s in size)
     boxes = draw_boxes(cfg, u, h, w)
     assert boxes.tolist() == [reference_rule(row, *size, cfg) for row in u.tolist()]
+    assert boxes.tolist() == [box.on(*size) for box in draw_image_boxes(cfg, u)]
     top, left, height, width = boxes.unbind(1)
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all()
     assert (top + height <= size[0]).all() and (left + width <= size[1]).all()
@@ -285,16 +287,19 @@ def test_padded_crops_equal_torchvision() -> None:
     boxes = draw_boxes(cfg, u, torch.full((len(x),), 9), torch.full((len(x),), 12))
     assert set(boxes[:, 0].tolist()) == set(range(-2, 4)) and set(boxes[:, 1].tolist()) == set(range(-2, 7))
     assert set(boxes[:, 2:].flatten().tolist()) == {8}
+    assert boxes.tolist() == [box.on(9, 12) for box in draw_image_boxes(cfg, u)]
     padded = TF.pad(x, [2])
     want = torch.stack(
         [image[:, t + 2 : t + 10, l + 2 : l + 10] for image, (t, l, *_) in zip(padded, boxes, strict=True)]
     )
     close(crop_batch(x, boxes, 8, "bilinear", 2), want.float() / 255, 0.0)
     assert torch.equal(cropped(x, boxes, 8, "bilinear"), want)
-    with pytest.raises(
-        ValueError, match="a crop of 14 px does not fit into an image of 9 px with 2 px of padding"
-    ):
-        draw_boxes(ViewConfig(size=14, padding=2), u, torch.full((len(x),), 9), torch.full((len(x),), 12))
+    large = ViewConfig(size=14, padding=2)
+    too_small = "a crop of 14 px does not fit into an image of 9 px with 2 px of padding"
+    with pytest.raises(ValueError, match=too_small):
+        draw_boxes(large, u, torch.full((len(x),), 9), torch.full((len(x),), 12))
+    with pytest.raises(ValueError, match=too_small):
+        draw_image_boxes(large, u)[0].on(9, 12)
 
 
 def test_plain_views_equal_torchvision() -> None:
