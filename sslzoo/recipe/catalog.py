@@ -162,6 +162,13 @@ DATASETS: dict[str, DatasetInfo] = {
         labelled=(),
         decoded_by_workers=True,
     ),
+    "webdataset": DatasetInfo(
+        reader="sslzoo.data.tar_shards:webdataset",
+        description="your images in tar files, WebDataset's layout",
+        layout="<split>/*.tar or *<split>-*.tar, with members KEY.jpg (or .png, ...) and KEY.cls or KEY.json",
+        splits=(),
+        decoded_by_workers=True,
+    ),
 }
 
 

@@ -1,0 +1,288 @@
+"""Images in tar files in WebDataset's layout, read at random.
+
+The files (shards) are indexed once, by the standard library's tarfile: where each image lies, its name and its label.
+An image is then read by its place, so that the shards behave as a folder does. The package webdataset reads shards from
+front to back, without sample ids, and is not used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tarfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sslzoo.data.datasets import choose_classes, wrong_layout
+from sslzoo.data.disk import legible, read_file
+from sslzoo.data.kept import Found, as_bytes, once_per_node, state_of
+from sslzoo.data.listing import EXTENSIONS
+from sslzoo.data.sources import EncodedSource, ImageSource
+from sslzoo.recipe.sections import SourceConfig
+
+CLASSES = "classes.txt"  # in the root: the name of class 0, 1, ... on one line each
+THREADS = 8  # that index shards, because disks answer several at once faster than one after the other
+_COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)")
+_CODECS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# The key ends at the first dot of the file's name; folders belong to it. Hidden files have none.
+_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+_LARGE = 10**10  # bytes of shards from which on indexing is announced
+_LARGEST = 10**6  # number of a class
+
+log = logging.getLogger("sslzoo")
+
+
+class ShardSource(EncodedSource):
+    """Images in the tar files ``shards`` of ``folder``: ``index`` has an item for each image in every array."""
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        folder: Path,
+        shards: NDArray[np.bytes_],
+        index: Mapping[str, NDArray[Any]],
+        labels: NDArray[np.int64] | None,
+        class_names: Sequence[str] = (),
+        channels: int = 3,
+    ) -> None:
+        """``index``: ``shard``, number in ``shards``; ``offset`` and ``length`` in it (bytes); ``member``, its name."""
+        super().__init__(name, split, channels, labels, class_names)
+        self._folder, self._shards = folder, shards
+        self._shard, self._member = index["shard"], index["member"]
+        self._offset, self._length = index["offset"], index["length"]
+
+    def __len__(self) -> int:
+        return len(self._shard)
+
+    def _identity(self) -> bytes:
+        # Not the shards: the same images, divided among other files, stay the same samples.
+        return self._length.tobytes() + b"\0".join(self._member.tolist())
+
+    def where(self, sample_id: int) -> str:
+        return legible(f"{self._path(sample_id)}: {_text(self._member, sample_id)}")
+
+    def _path(self, sample_id: int) -> Path:
+        return self._folder / _text(self._shards, int(self._shard[sample_id]))
+
+    def encoded(self, sample_id: int) -> bytes:
+        place = int(self._offset[sample_id]), int(self._length[sample_id])
+        return read_file(self._path(sample_id), self._folder, *place)
+
+
+def _text(names: NDArray[np.bytes_], index: int) -> str:
+    return names[index].decode("utf-8", "surrogateescape")
+
+
+def webdataset(cfg: SourceConfig, channels: int) -> ImageSource:
+    """Open the shards of a split. Sample ids follow the sorted names of the shards, and the order in each."""
+    folder, names = _shards_of(cfg)
+    index = once_per_node(folder, "index", (cfg.split,), lambda: _index(folder, names))
+    if not len(index["shard"]):
+        wrong_layout(cfg, f"the {len(names)} shards in {legible(folder)} contain no images")
+    arrays = {name: index[name] for name in ("shard", "offset", "length", "member")}
+    labels, classes = _labels(cfg, index["label"])
+    if labels is None:
+        if cfg.class_names:
+            raise ValueError(
+                f"classes cannot be selected in {cfg.dataset} split {cfg.split!r}: it has no labels"
+            )
+    else:
+        kept, labels, classes = choose_classes(cfg, labels, classes)
+        if kept is not None:
+            arrays = {name: array[kept] for name, array in arrays.items()}
+    return ShardSource(cfg.dataset, cfg.split, folder, index["shards"], arrays, labels, classes, channels)
+
+
+def _shards_of(cfg: SourceConfig) -> tuple[Path, list[str]]:
+    """The folder of the split's shards, and their sorted names."""
+    root = Path(cfg.root)
+    splits = ("test", "val", "validation") if cfg.split == "test" else (cfg.split,)
+    for split in splits:
+        folder, pattern = root / split, ""
+        if not folder.is_dir():
+            folder, pattern = root, rf"(^|[-_.]){re.escape(split)}[-_.]"
+        files = [path for path in folder.iterdir() if re.search(pattern, path.name) and path.name[0] != "."]
+        for path in files:
+            if _COMPRESSED.search(path.name):
+                raise ValueError(
+                    f"{legible(path)} is compressed, so that no image of it can be read alone; decompress it to a .tar "
+                    "(images take hardly more room) and remove the compressed file"
+                )
+        shards = sorted(path.name for path in files if path.suffix == ".tar")
+        if shards:
+            return folder, shards
+    return wrong_layout(cfg, f"there are no tar files of the split {' or '.join(splits)}")
+
+
+def _labels(cfg: SourceConfig, labels: NDArray[np.int64]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """Labels and class names; none if no image has a label."""
+    if labels[0] < 0:
+        return None, ()
+    largest = int(labels.max())
+    table = Path(cfg.root) / CLASSES
+    try:
+        names = tuple(line.strip() for line in table.read_text(encoding="utf-8").splitlines() if line.strip())
+    except FileNotFoundError:
+        return labels, tuple(str(label) for label in range(largest + 1))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{legible(table)} cannot be read ({error}); it must have a class name on each line"
+        ) from error
+    if largest >= len(names) or len(set(names)) < len(names):
+        raise ValueError(
+            f"{legible(table)} must have a different name on a line for each of the labels 0 to {largest}, but has "
+            f"{len(names)} lines, {len(set(names))} of them different"
+        )
+    return labels, names
+
+
+# -- indexing --------------------------------------------------------------------------------------------
+
+
+class _Shard(NamedTuple):
+    """The images of a shard, in their order."""
+
+    member: NDArray[np.bytes_]
+    offset: NDArray[np.int64]
+    length: NDArray[np.int64]
+    label: NDArray[np.int64]  # -1: none
+
+
+def _index(folder: Path, names: Sequence[str]) -> Found:
+    began = time.time()
+    paths = ["", *names]
+    state = np.array([state_of((folder / path).stat()) for path in paths], dtype=np.int64)
+    size = state[1:, 1].sum()
+    if size > _LARGE:
+        log.info("indexing %d tar files (%.0f GB) in %s, once", len(names), size / 1e9, legible(folder))
+    with ThreadPoolExecutor(THREADS) as pool:
+        shards = list(pool.map(lambda name: _index_shard(folder / name), names))
+    arrays: dict[str, NDArray[Any]] = {
+        name: np.concatenate([getattr(shard, name) for shard in shards]) for name in _Shard._fields
+    }
+    counts = [len(shard.label) for shard in shards]
+    arrays |= {"shard": np.repeat(np.arange(len(names), dtype=np.int32), counts), "shards": as_bytes(names)}
+    without = np.flatnonzero(arrays["label"] < 0).tolist()
+    if 0 < len(without) < len(arrays["label"]):
+        first, shard = os.fsdecode(arrays["member"][without[0]]), names[int(arrays["shard"][without[0]])]
+        raise ValueError(
+            f"{len(without):,} of {len(arrays['label']):,} images have no label, such as {legible(first)} in "
+            f"{legible(folder / shard)}; give every image a .cls with the number of its class, or none"
+        )
+    return Found(arrays, as_bytes(paths), state, began)
+
+
+def _index_shard(path: Path) -> _Shard:
+    """Where the images of a shard are, and their labels, from ``KEY.cls`` or else from ``label`` of ``KEY.json``."""
+    images: dict[str, tuple[str, int, int]] = {}  # by key: member, offset, length
+    classes: dict[str, int] = {}
+    described: dict[str, int] = {}
+    ignored: dict[str, str] = {}  # images by their suffix, but not by what follows the first dot
+    try:
+        with path.open("rb") as file:
+            for member in _members(file):
+                match = _MEMBER.fullmatch(member.name)
+                if match is None or member.isdir() or "__MACOSX/" in member.name:
+                    continue
+                key, kind = match[1], match[2].lower()
+                if f".{kind}" in EXTENSIONS:
+                    _check_plain(member)
+                    if key in images:
+                        both = f"{images[key][0]} and {member.name}"
+                        raise ValueError(f"two images have the key {key}: {both}; give each its own")
+                    images[key] = member.name, member.offset_data, member.size
+                elif kind == "cls":
+                    if key in classes:
+                        raise ValueError(f"there are two of {member.name}; keep one")
+                    classes[key] = _class_of(member, _content(file, member))
+                elif kind == "json":
+                    label = _described(member, _content(file, member))
+                    if label is not None:
+                        described[key] = label
+                elif Path(kind).suffix in EXTENSIONS:
+                    ignored[key] = member.name
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise ValueError(legible(f"{path}: {error}")) from error
+    for key, name in ignored.items():
+        if key not in images:
+            problem = f"the key of {name} ends at its first dot, and {key} has no other image; rename it"
+            raise ValueError(legible(f"{path}: {problem}"))
+    for key in classes:
+        if key not in images:
+            raise ValueError(legible(f"{path}: {key}.cls has no image; add {key}.jpg or remove it"))
+    return _Shard(
+        as_bytes([member for member, _, _ in images.values()]),
+        np.array([offset for _, offset, _ in images.values()], dtype=np.int64),
+        np.array([length for _, _, length in images.values()], dtype=np.int64),
+        np.array([classes.get(key, described.get(key, -1)) for key in images], dtype=np.int64),
+    )
+
+
+def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file up to its end; ``ValueError`` if that is missing, or not the end of the file."""
+    start = file.read(6)
+    for magic, codec in _CODECS.items():
+        if start.startswith(magic):
+            raise ValueError(f"compressed ({codec}), so that no image of it can be read alone; decompress it")
+    file.seek(0)
+    again = "make or download it again"
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+        while (member := tar.next()) is not None:
+            yield member
+            tar.members = []  # type: ignore[attr-defined]  # it would remember all
+    except tarfile.TarError as error:
+        raise ValueError(f"truncated or damaged ({error}); {again}") from error
+    # Where a header is damaged or missing, tarfile ends as it does after the last member.
+    file.seek(tar.offset)
+    end = file.read(tarfile.BLOCKSIZE)
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise ValueError(f"truncated or damaged at byte {tar.offset:,}; {again}")
+    while rest := file.read(1 << 20):
+        if any(rest):
+            raise ValueError(
+                "goes on after its end, as tar files that were joined do; pack them into one, or apart"
+            )
+
+
+def _check_plain(member: tarfile.TarInfo) -> None:
+    if not member.isreg() or member.issparse():
+        raise ValueError(f"{member.name} is a link or sparse; pack it as a plain file (tar --dereference)")
+
+
+def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    _check_plain(member)
+    return os.pread(file.fileno(), member.size, member.offset_data)
+
+
+def _class_of(member: tarfile.TarInfo, content: bytes) -> int:
+    text = content.strip()
+    if not text.isdigit() or int(text) > _LARGEST:
+        shown = repr(text[:20].decode("utf-8", "backslashreplace"))
+        raise ValueError(
+            f"{member.name} must hold the number of a class, 0 or more, but holds {shown}; names go to {CLASSES} in "
+            "data.root"
+        )
+    return int(text)
+
+
+def _described(member: tarfile.TarInfo, content: bytes) -> int | None:
+    if b'"label"' not in content:
+        return None
+    try:
+        described = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{member.name} is no JSON ({error})") from error
+    label = described.get("label") if isinstance(described, dict) else None
+    return (
+        label if isinstance(label, int) and not isinstance(label, bool) and 0 <= label <= _LARGEST else None
+    )
