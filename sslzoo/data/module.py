@@ -331,7 +331,7 @@ class SSLDataModule(LightningDataModule):
         if train.class_names != test.class_names:
             raise ValueError(
                 f"splits {train.split!r} and {test.split!r} of {train.name} have different classes "
-                f"({train.num_classes} and {test.num_classes}); give both the same class folders"
+                f"({train.num_classes} and {test.num_classes}); give both the same class folders or names"
             )
         for source in (train, test):
             require(
