@@ -144,6 +144,7 @@ def test_unreadable_images_are_counted(tmp_path: Path, caplog: pytest.LogCapture
 
 # -- the kept index ----------------------------------------------------------------------------------------
 
+
 def test_the_index_is_kept_until_a_shard_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "WORTH_KEEPING", 3)
     read: list[str] = []
