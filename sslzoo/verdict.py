@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,10 +37,13 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The figures of one evaluation."""
+    """The figures of one evaluation, and what is compared with those before it."""
 
     epoch: int  # from 1
     figures: Mapping[str, float]
+    first: Mapping[str, float]  # figures of the first evaluation
+    least_overlap: float | None  # of all evaluations up to this one; None before the second
+    best_spread: float | None  # of embeddings, in the same way; None for a method without any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ def judge(rows: Iterable[Mapping[str, str]]) -> Verdict | None:
         return Verdict(state="collapsed", reason=reason, since_epoch=lost)
     if not evaluations:
         return None
-    findings = [_find(evaluations[: i + 1]) for i in range(len(evaluations))]
+    findings = [_find(evaluation) for evaluation in evaluations]
     last, since = findings[-1], evaluations[-1].epoch
     for evaluation, finding in zip(reversed(evaluations), reversed(findings), strict=True):
         if (finding and finding.kind) != (last and last.kind):
@@ -83,6 +86,7 @@ def judge_file(metrics: Path) -> Verdict | None:
 def _evaluations(rows: Iterable[Mapping[str, str]]) -> tuple[list[Evaluation], int | None]:
     """The evaluations, and the epoch, from 1, of the first loss that is not finite."""
     found: list[Evaluation] = []
+    least = best = None
     for row in rows:
         if None in row.values():  # an incomplete line, of a run that is writing it
             continue
@@ -93,14 +97,23 @@ def _evaluations(rows: Iterable[Mapping[str, str]]) -> tuple[list[Evaluation], i
             figures = {
                 key: float(cell) for key, cell in row.items() if cell and key.startswith(("val/", "repr/"))
             }
-            found.append(Evaluation(epoch=epoch, figures=figures))
+            least = min(_known(least, figures.get("repr/overlap")), default=None)
+            best = max(_known(best, figures.get("repr/embedding_std")), default=None)
+            first = found[0].figures if found else figures
+            found.append(
+                Evaluation(epoch=epoch, figures=figures, first=first, least_overlap=least, best_spread=best)
+            )
     return found, None
 
 
-def _find(evaluations: Sequence[Evaluation]) -> Finding | None:
-    """The gravest finding at the last of ``evaluations``; None if there is none."""
+def _known(*values: float | None) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _find(evaluation: Evaluation) -> Finding | None:
+    """The gravest finding at ``evaluation``; None if there is none."""
     rules = (_no_spread, _no_rank, _views_alike, _unmoved, _falling, _labels_unlike)
-    return next((found for rule in rules if (found := rule(evaluations)) is not None), None)
+    return next((found for rule in rules if (found := rule(evaluation)) is not None), None)
 
 
 # Spread of normalised vectors, as a fraction of 1/sqrt(width), below which all are alike.
@@ -108,13 +121,16 @@ NO_SPREAD = 0.15
 NO_SPREAD_OF_FEATURES = 0.05  # which have a common part after a ReLU
 NO_RANK, LOW_RANK = 2.5, 15.0  # directions used by embeddings or features: a collapse; by features: few
 VIEWS_ALIKE = 0.03  # mean squared distance of two views of an image
-UNMOVED = 0.8  # share of neighbours kept at each evaluation since the first
+# Share of neighbours kept at each evaluation since the first, and change of the spectrum's exponent since then, as a
+# fraction of it. Learning encoders keep at most 0.62 at first, and change the exponent by 0.12 or more; frozen ones, in
+# which only the statistics of batch norm change, keep 0.8 and change it by 0.03 at most.
+UNMOVED, SAME_SPECTRUM = 0.75, 0.08
 FALLING = 0.7  # of the spread of embeddings at its best
 BY_CHANCE, MIXED = 4.0, 0.02  # top-5 accuracy over top-1, and separation of classes
 
 
-def _no_spread(evaluations: Sequence[Evaluation]) -> Finding | None:
-    figures = evaluations[-1].figures
+def _no_spread(evaluation: Evaluation) -> Finding | None:
+    figures = evaluation.figures
     for part, of, least in (
         ("embedding_", "embedding", NO_SPREAD),
         ("", "feature", NO_SPREAD_OF_FEATURES),
@@ -130,9 +146,9 @@ def _no_spread(evaluations: Sequence[Evaluation]) -> Finding | None:
     return None
 
 
-def _no_rank(evaluations: Sequence[Evaluation]) -> Finding | None:
+def _no_rank(evaluation: Evaluation) -> Finding | None:
     """Healthy embeddings may use as few as five directions, features use more."""
-    figures = evaluations[-1].figures
+    figures = evaluation.figures
     causes = "a rate far too high, or a loss that hardly pushes images apart"
     for part, of, least in (("embedding_", "embeddings", NO_RANK), ("", "features", LOW_RANK)):
         width, rank = figures.get(f"repr/{part}width"), figures.get(f"repr/{part}rankme")
@@ -147,8 +163,8 @@ def _no_rank(evaluations: Sequence[Evaluation]) -> Finding | None:
     return None
 
 
-def _views_alike(evaluations: Sequence[Evaluation]) -> Finding | None:
-    distance = evaluations[-1].figures.get("repr/alignment")
+def _views_alike(evaluation: Evaluation) -> Finding | None:
+    distance = evaluation.figures.get("repr/alignment")
     if distance is None or distance >= VIEWS_ALIKE:
         return None
     reason = (
@@ -158,31 +174,36 @@ def _views_alike(evaluations: Sequence[Evaluation]) -> Finding | None:
     return Finding(kind="views alike", state="watch", reason=reason)
 
 
-def _unmoved(evaluations: Sequence[Evaluation]) -> Finding | None:
-    """Encoders that learn change most at the beginning."""
-    kept = [e.figures["repr/overlap"] for e in evaluations if "repr/overlap" in e.figures]
-    if not kept or min(kept) < UNMOVED:
+def _unmoved(evaluation: Evaluation) -> Finding | None:
+    """Encoders that learn change most at the beginning, in what lies close together and in their spectrum."""
+    kept, figures = evaluation.least_overlap, evaluation.figures
+    exponent, at_first = figures.get("repr/alpha"), evaluation.first.get("repr/alpha")
+    if kept is None or kept < UNMOVED or exponent is None or not at_first:
+        return None
+    change = abs(exponent / at_first - 1)
+    if change > SAME_SPECTRUM:
         return None
     reason = (
-        f"from the beginning, at least {100 * min(kept):.0f} % of neighbours are those of the evaluation before: "
-        "the encoder hardly changes; usual causes: the backbone is frozen or gets no gradient, or too low a rate"
+        f"from the beginning, at least {100 * kept:.0f} % of neighbours are those of the evaluation before, and the "
+        f"spectrum's exponent is within {100 * change:.0f} % of the first: the encoder hardly changes; usual causes: "
+        "the backbone is frozen or gets no gradient, or too low a rate"
     )
     return Finding(kind="unmoved", state="watch", reason=reason)
 
 
-def _falling(evaluations: Sequence[Evaluation]) -> Finding | None:
-    spreads = [e.figures["repr/embedding_std"] for e in evaluations if "repr/embedding_std" in e.figures]
-    if not spreads or spreads[-1] >= FALLING * max(spreads):
+def _falling(evaluation: Evaluation) -> Finding | None:
+    spread, best = evaluation.figures.get("repr/embedding_std"), evaluation.best_spread
+    if spread is None or best is None or spread >= FALLING * best:
         return None
     reason = (
-        f"embedding deviation has fallen from {max(spreads):.2g} to {spreads[-1]:.2g}: it may be collapsing; usual "
+        f"embedding deviation has fallen from {best:.2g} to {spread:.2g}: it may be collapsing; usual "
         "causes: the loss no longer pushes images apart, or the rate is too high"
     )
     return Finding(kind="falling", state="watch", reason=reason)
 
 
-def _labels_unlike(evaluations: Sequence[Evaluation]) -> Finding | None:
-    figures = evaluations[-1].figures
+def _labels_unlike(evaluation: Evaluation) -> Finding | None:
+    figures = evaluation.figures
     top1, top5 = figures.get("val/linear_top1"), figures.get("val/linear_top5")
     between = figures.get("repr/separation")
     if top1 is None or top5 is None or between is None or top5 < BY_CHANCE * top1 or between >= MIXED:

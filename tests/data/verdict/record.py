@@ -1,4 +1,6 @@
-"""Record the metrics of healthy runs and of failures made on purpose: ``python -m tests.data.verdict.record [NAME…]``.
+"""Record the metrics of healthy runs and of failures made on purpose.
+
+``python -m tests.data.verdict.record [NAME…]`` records all, or the named ones, such as ``rate`` or ``rate-42``.
 
 Each is a short run of a bundled recipe on 1,500 of the embedded images in batches of 64, with an evaluation after every
 epoch. The files ``NAME-SEED.csv`` beside this one hold the rows of evaluations and of epochs' ends.
@@ -135,20 +137,24 @@ def kept(metrics: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-# Name, seed and epochs of each recorded run. Those of seed 42, and margin's of seed 1, calibrated the verdict.
+# Name, seed and epochs of each recorded run. Those of seed 42, and margin's and frozen's of seed 1, calibrated the
+# verdict.
 FAILURES = tuple(name for name in CASES if not name.startswith("healthy-"))
 RUNS = (
     *((name, 42, 5) for name in (*FAILURES, *(f"healthy-{method}" for method in METHODS[:4]))),
     *((f"healthy-{method}", 1, 3) for method in METHODS),
     ("healthy-margin", 2, 3),
+    *((name, seed, 5) for seed in (1, 2) for name in FAILURES),
+    ("frozen", 3, 5),
+    *((f"healthy-{method}", seed, 5) for seed in (3, 4) for method in METHODS),
 )
 
 
 def main(names: list[str]) -> None:
-    """Record the runs of the cases ``names``, or all."""
+    """Record the runs ``names``, or all."""
     warnings.simplefilter("ignore")
     for name, seed, epochs in RUNS:
-        if name in names or not names:
+        if not names or name in names or f"{name}-{seed}" in names:
             with tempfile.TemporaryDirectory() as folder:
                 path = HERE / f"{name}-{seed}.csv"
                 path.write_text(kept(run(CASES[name], seed, Path(folder), epochs=epochs)))
