@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from sslzoo.panels import Panel
 from sslzoo.recipe.sections import AnalysisConfig, Recipe
 
 if TYPE_CHECKING:
@@ -33,12 +34,13 @@ class Look:
 class Analysis(ABC, Generic[ConfigT]):
     """Observes a method on training batches, summarises the observations as numbers, and writes a report.
 
-    A subclass sets ``Config`` and implements :meth:`look`, :meth:`describe` and :meth:`write`; it implements
-    :meth:`metrics` to log numbers during training. If it imports torch only inside its functions, recipes that use it
-    can be checked without torch.
+    A subclass sets ``Config`` and implements :meth:`look`, :meth:`describe` and :meth:`write`; to log numbers during
+    training, it implements :meth:`metrics` and sets ``panels``. If it imports torch only inside its functions, recipes
+    that use it can be checked without torch.
     """
 
     Config: ClassVar[type[AnalysisConfig]]
+    panels: ClassVar[tuple[Panel, ...]] = ()  # how reports and dashboards show what it logs during training
 
     def __init__(self, cfg: ConfigT) -> None:
         self.cfg = cfg
@@ -56,7 +58,8 @@ class Analysis(ABC, Generic[ConfigT]):
         """Summarise the results of :meth:`look` for several batches as numbers, text, and lists and dicts of these."""
 
     def metrics(self, described: Mapping[str, Any]) -> dict[str, float]:
-        """The numbers from :meth:`describe` that are logged to ``metrics.csv`` during training; none by default."""
+        """The numbers from :meth:`describe` that are logged to ``metrics.csv`` during training; none by default. Keys
+        begin with a name of the analysis's own and ``/``."""
         del described
         return {}
 

@@ -1,7 +1,7 @@
 """What to look at in a run: its metrics, arranged in sections of panels.
 
 Reports, W&B workspaces and TensorBoard are all made from these definitions. Those of every run are in ``FRAMEWORK``;
-a method adds its own in ``MethodConfig.panels``.
+a method adds its own in ``MethodConfig.panels``, an analysis in ``Analysis.panels``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Name = Literal["learning", "evaluation", "representation", "method", "system", "run"]
+Name = Literal["learning", "evaluation", "representation", "method", "analysis", "system", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A metric of ``metrics.csv`` or ``system.csv`` in a panel."""
+    """A metric of ``metrics.csv`` or ``system.csv`` in a panel. It stands also for the same metric elsewhere, whose key
+    is longer by ``/`` and where: on another data set, for example."""
 
     key: str
     label: str  # in the legend
@@ -78,9 +79,27 @@ FRAMEWORK = (
                 unit="%",
             ),
             panel(
+                "val/linear_top5",
+                "linear probe, top-5",
+                "Share of test images whose class is among the five that the logistic regression finds most likely.",
+                unit="%",
+            ),
+            panel(
+                "val/linear_l2",
+                "linear probe, penalty",
+                "The penalty on weights that was best on held-out training images.",
+                log_scale=True,
+            ),
+            panel(
                 "val/online_top1",
                 "online probe, top-1",
                 "A classifier that learns beside the encoder, on augmented views; it ends below the linear probe.",
+                unit="%",
+            ),
+            panel(
+                "val/online_top5",
+                "online probe, top-5",
+                "Share of test images whose class is among the five that this classifier finds most likely.",
                 unit="%",
             ),
         ),
@@ -174,26 +193,39 @@ FRAMEWORK = (
         ),
     ),
 )
-ORDER: tuple[Name, ...] = ("learning", "evaluation", "representation", "method", "system", "run")
+ORDER: tuple[Name, ...] = ("learning", "evaluation", "representation", "method", "analysis", "system", "run")
+OURS = ("train", "opt", "val", "repr", "sys", "method")  # beginnings of keys that no analysis has
 
 
-def sections(method: str, own: Iterable[Panel], recorded: Iterable[str] = ()) -> tuple[Section, ...]:
-    """All sections, in order: the framework's, and one with the panels of ``method``, if it has any.
+def sections(
+    method: str,
+    own: Iterable[Panel],
+    recorded: Iterable[str] = (),
+    *,
+    analyses: Iterable[tuple[str, Iterable[Panel]]] = (),
+) -> tuple[Section, ...]:
+    """All sections that have panels, in order: the framework's, one with the panels of ``method``, and one for each of
+    ``analyses``, which are names and panels.
 
-    ``recorded`` are the keys of a run's metrics. Each ``method/...`` key that is in none of the panels ``own`` gets a
-    panel named after it, so that a method without panels shows what it records.
+    ``recorded`` are the keys of a run's metrics. Those of the method and of analyses that are in none of the panels get
+    a panel named after them, so that what has no panels is shown too.
     """
-    panels = tuple(own)
-    known = {curve.key for panel_ in panels for curve in panel_.curves}
-    panels += tuple(panel(key, _words(key)) for key in recorded if _is_measured(key) and key not in known)
-    of_method = (Section(name="method", title=method, panels=panels),) if panels else ()
-    return tuple(sorted((*FRAMEWORK, *of_method), key=lambda section: ORDER.index(section.name)))
+    of_analyses = [
+        Section(name="analysis", title=f"Analysis: {name}", panels=tuple(panels)) for name, panels in analyses
+    ]
+    known = [curve.key for panel_ in own for curve in panel_.curves]
+    known += [curve.key for of in of_analyses for panel_ in of.panels for curve in panel_.curves]
+    rest = [key for key in recorded if not any(key == of or key.startswith(f"{of}/") for of in known)]
+    measured = [key for key in rest if key.startswith("method/") and not key.endswith("_epoch")]  # by Meter
+    analysed = [key for key in rest if "/" in key and not key.startswith(tuple(f"{name}/" for name in OURS))]
+    more = (
+        Section(name="method", title=method, panels=(*own, *(_plain(key, key[7:]) for key in measured))),
+        *of_analyses,
+        Section(name="analysis", title="Analyses", panels=tuple(_plain(key, key) for key in analysed)),
+    )
+    found = (*FRAMEWORK, *(section for section in more if section.panels))
+    return tuple(sorted(found, key=lambda section: ORDER.index(section.name)))
 
 
-def _is_measured(key: str) -> bool:
-    """Whether a method recorded ``key``; Meter adds the means over epochs."""
-    return key.startswith("method/") and not key.endswith("_epoch")
-
-
-def _words(key: str) -> str:
-    return key.partition("/")[2].replace("_", " ")
+def _plain(key: str, name: str) -> Panel:
+    return panel(key, name.replace("/", " ").replace("_", " "))

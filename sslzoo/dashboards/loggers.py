@@ -13,6 +13,7 @@ from sslzoo.dashboards.tensorboard import TensorBoard, write_evaluations
 from sslzoo.dashboards.wandb_run import WandB, mode_of, update
 from sslzoo.panels import sections
 from sslzoo.processes.ending import Ending
+from sslzoo.recipe.registry import analysis_class
 from sslzoo.recipe.sections import LoggingConfig, Recipe
 from sslzoo.records.directory import Run
 from sslzoo.records.record import Record
@@ -60,11 +61,10 @@ def build_dashboards(recipe: Recipe, run: Run) -> Dashboards:
     cfg = recipe.logging
 
     def tensorboard() -> TensorBoard | None:
-        return (
-            TensorBoard(run.path, sections(recipe.method.name, recipe.method.panels))
-            if cfg.tensorboard
-            else None
-        )
+        if not cfg.tensorboard:
+            return None
+        analyses = [(analysis.name, analysis_class(analysis.name).panels) for analysis in recipe.analyses]
+        return TensorBoard(run.path, sections(recipe.method.name, recipe.method.panels, analyses=analyses))
 
     def wandb() -> WandB | None:
         mode = "disabled" if cfg.wandb is None else mode_of(cfg.wandb)

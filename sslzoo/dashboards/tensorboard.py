@@ -75,7 +75,7 @@ def layout(sections: tuple[Section, ...]) -> dict[str, dict[str, list[object]]]:
     """TensorBoard's tab of custom scalars: one category per section, one chart per panel."""
     return {
         section.title: {
-            panel.title: ["Multiline", [f"^{re.escape(curve.key)}$" for curve in panel.curves]]
+            panel.title: ["Multiline", [f"^{re.escape(curve.key)}(/.*)?$" for curve in panel.curves]]
             for panel in section.panels
         }
         for section in sections

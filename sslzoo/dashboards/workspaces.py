@@ -50,11 +50,10 @@ def build(entity: str, project: str) -> list[Any]:
     """The workspaces of ``project``: for comparison, with runs grouped by method and recipe, then one for each
     registered method."""
     found = [_workspace(entity, project, COMPARISON, FRAMEWORK, method=None)]
+    analyses = [(name, registry.analysis_class(name).panels) for name in registry.analyses()]
     for name in registry.methods():
-        config = registry.method_config(name)
-        found.append(
-            _workspace(entity, project, f"sslzoo: {name}", sections(name, config.panels), method=name)
-        )
+        shown = sections(name, registry.method_config(name).panels, analyses=analyses)
+        found.append(_workspace(entity, project, f"sslzoo: {name}", shown, method=name))
     return found
 
 
@@ -128,7 +127,7 @@ def _section(ws: Any, wr: Any, section: Section) -> Any:
                     groupby_rangefunc="stddev",
                     max_runs_to_show=20,
                 ),
-                f"{section.name} {panel.title}",
+                f"{section.title} {panel.title}",
             )
             for panel in section.panels
         ],

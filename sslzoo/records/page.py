@@ -32,7 +32,7 @@ from sslzoo.pages.page import (
     Tone,
     render,
 )
-from sslzoo.recipe.registry import method_config
+from sslzoo.recipe.registry import analysis_class, method_config
 from sslzoo.records.record import Record, equal_intervals, figure_table, percent
 from sslzoo.terminal import duration
 
@@ -68,12 +68,11 @@ def page(record: Record) -> str:
 
 def _sections(record: Record) -> Iterator[Section]:
     yield Section(title="At a glance", blocks=[Tiles(list(_tiles(record))), *_reasons(record)])
-    plots = {section.name: section for section in run_panels(record)}
     tables = {"evaluation": _tables(record), "system": [_machine(record)]}
-    for name, section in plots.items():
+    for section in run_panels(record):
         charts = [chart for panel in section.panels if (chart := panel_chart(record, panel)) is not None]
-        yield Section(title=section.title, blocks=[*tables.get(name, []), *charts])
-        if name == "evaluation":
+        yield Section(title=section.title, blocks=[*tables.get(section.name, []), *charts])
+        if section.name == "evaluation":
             yield Section(title="Pictures", blocks=list(_pictures(record)))
     texts = [("recipe.yaml, with the origin of each value", _text(record.path / "recipe.yaml"))]
     manifest = {key: value for key, value in record.manifest.items() if key not in ("recipe", "sessions")}
@@ -90,12 +89,18 @@ def _sections(record: Record) -> Iterator[Section]:
 
 
 def run_panels(record: Record) -> tuple[panels.Section, ...]:
-    """The panels of a run; those of a method that is not installed here are its metrics under their own names."""
+    """The panels of a run; those of a method or analysis that is not installed here are its metrics under their own
+    names."""
     name = str(record.recipe.get("method.name", ""))
     own: tuple[panels.Panel, ...] = ()
     with suppress(ValueError, AttributeError):
         own = method_config(name).panels
-    return panels.sections(name, own, record.metrics)
+    analyses: list[tuple[str, tuple[panels.Panel, ...]]] = []
+    for key, value in record.recipe.items():
+        if key.startswith("analyses.") and key.endswith(".name"):
+            with suppress(ValueError, AttributeError):
+                analyses.append((str(value), analysis_class(str(value)).panels))
+    return panels.sections(name, own, record.metrics, analyses=analyses)
 
 
 # -- at a glance --------------------------------------------------------------------------------------
@@ -158,7 +163,10 @@ def panel_chart(record: Record, panel: panels.Panel) -> Chart | None:
     factor = 100.0 if panel.unit == "%" else 1.0
     lines: list[Line] = []
     for curve in panel.curves:
-        for key, label in ((curve.key, curve.label), *_on_other_data(record, curve)):
+        for key, label in (
+            (curve.key, curve.label),
+            *_elsewhere(record, curve, alone=len(panel.curves) == 1),
+        ):
             steps, values = record.system.get(key) or record.metrics.get(key) or ([], [])
             if key == "train/loss":
                 steps, values = equal_intervals(steps, values)
@@ -177,10 +185,11 @@ def panel_chart(record: Record, panel: panels.Panel) -> Chart | None:
     )
 
 
-def _on_other_data(record: Record, curve: panels.Curve) -> list[tuple[str, str]]:
-    """The same metric on other data sets and layers, whose keys are longer."""
-    longer = [key for key in record.metrics if key.startswith(curve.key + "/")]
-    return [(key, key.removeprefix(curve.key + "/").replace("/", ", ")) for key in longer]
+def _elsewhere(record: Record, curve: panels.Curve, *, alone: bool) -> list[tuple[str, str]]:
+    """The same metric on other data sets and layers, whose keys are longer, and where that is."""
+    where = [key.removeprefix(curve.key + "/") for key in record.metrics if key.startswith(curve.key + "/")]
+    of = "" if alone else f"{curve.label}, "
+    return [(f"{curve.key}/{place}", of + place.replace("/", ", ")) for place in where]
 
 
 def _baselines(record: Record, panel: panels.Panel, factor: float) -> list[Level]:

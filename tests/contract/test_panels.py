@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sslzoo.panels import Panel, sections
-from sslzoo.recipe.registry import method_config
+from sslzoo.recipe.registry import analyses, analysis_class, method_config
+from sslzoo.run.build import build_experiment
 from sslzoo.testing.course import train
 from tests.contract.test_methods import METHODS, VARIANTS, recipe_of
 
@@ -36,17 +37,43 @@ def test_panels_show_every_metric_once_and_no_other(method: str, tmp_path: Path)
     assert sorted(keys) == sorted(recorded_by(method, tmp_path))
 
 
+@pytest.mark.parametrize("name", analyses())
+def test_panels_show_every_metric_of_an_analysis_and_no_other(name: str) -> None:
+    analysis = analysis_class(name)(analysis_class(name).Config(name=name))
+    experiment = build_experiment(recipe_of("simclr", "local crops"))
+    batch = experiment.data.batch_of(range(8))
+    recorded = analysis.metrics(analysis.describe([analysis.observe(experiment.method, batch)]))
+    keys = shown(type(analysis).panels)
+    assert len(set(keys)) == len(keys) and set(keys) <= set(recorded)
+    # Of other margins, and other pairs of views.
+    assert [key for key in recorded if not any(key == of or key.startswith(f"{of}/") for of in keys)] == []
+    found = sections("simclr", (), recorded, analyses=[(name, type(analysis).panels)])
+    (section,) = [section for section in found if section.name == "analysis"]
+    assert section.title == f"Analysis: {name}"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_panel_says_how_to_read_it(method: str) -> None:
-    for section in sections(method, method_config(method).panels):
+    of_analyses = [(name, analysis_class(name).panels) for name in analyses()]
+    for section in sections(method, method_config(method).panels, analyses=of_analyses):
         for panel in section.panels:
             assert panel.note.endswith("."), panel.title
             assert panel.title
             assert all(curve.label for curve in panel.curves)
 
 
-def test_what_a_method_without_panels_records_is_shown() -> None:
-    recorded = ["step", "train/loss", "train/loss_epoch", "method/own_figure", "method/own_figure_epoch"]
-    own = next(section for section in sections("mine", (), recorded) if section.name == "method")
-    assert own.title == "mine"
+def test_what_is_recorded_without_panels_is_shown() -> None:
+    recorded = [
+        "step",
+        "train/loss",
+        "train/loss_epoch",
+        "method/own_figure",
+        "method/own_figure_epoch",
+        "my/spread",
+    ]
+    own, other = [
+        section for section in sections("mine", (), recorded) if section.name in ("method", "analysis")
+    ]
+    assert (own.title, other.title) == ("mine", "Analyses")
     assert [(panel.title, shown([panel])) for panel in own.panels] == [("own figure", ["method/own_figure"])]
+    assert [(panel.title, shown([panel])) for panel in other.panels] == [("my spread", ["my/spread"])]

@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sslzoo.dashboards import wandb_run
 from sslzoo.dashboards.history import read_rows
 from sslzoo.exits import ExitCode
+from sslzoo.panels import FRAMEWORK
 from sslzoo.recipe.sections import WandbConfig
 from sslzoo.records.directory import Run
 from sslzoo.records.lock import RunLock
@@ -138,6 +139,23 @@ def test_tensorboard_has_the_same_history(finished: Path) -> None:
     assert "eval/linear_top1" in events.Tags()["scalars"]
     assert "pictures/views" in events.Tags()["images"]
     assert "custom_scalars__config__" in events.Tags()["tensors"]
+
+
+def test_panels_of_the_framework_show_every_metric_of_a_run(finished: Path) -> None:
+    recorded = {
+        name
+        for file in ("metrics.csv", "system.csv")
+        for name in (finished / "run" / file).read_text().partition("\n")[0].split(",")[2:]
+        if not name.startswith("method/") and not name.endswith("_epoch")
+    }
+    shown = {curve.key for section in FRAMEWORK for panel in section.panels for curve in panel.curves}
+    # The others need a GPU, or a projector.
+    assert shown == recorded | {
+        "sys/gpu_mem",
+        "repr/embedding_std",
+        "repr/embedding_rankme",
+        "repr/embedding_width",
+    }
 
 
 def test_what_is_said_of_a_run(finished: Path, server: Server, tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def test_what_is_printed_has_every_panel_and_is_always_the_same(tmp_path: Path) 
     assert list(specs) == [workspaces.COMPARISON, *(f"sslzoo: {name}" for name in registry.methods())]
     for name in registry.methods():
         spec = specs[f"sslzoo: {name}"]
-        shown = sections(name, registry.method_config(name).panels)
+        analyses = [(name, registry.analysis_class(name).panels) for name in registry.analyses()]
+        shown = sections(name, registry.method_config(name).panels, analyses=analyses)
         keys = {curve.key for section in shown for panel in section.panels for curve in panel.curves}
         assert _curves(spec) == keys
         (runs,) = spec["section"]["runSets"]

@@ -294,7 +294,7 @@ def test_local_crops_are_reported_apart() -> None:
     )
     assert sum(found["local"]["histogram"]) == 8
     logged = analysis.metrics(found)
-    assert logged["margins/local/theta_mean"] != logged["margins/theta_mean"]
+    assert logged["margins/theta_mean/local"] != logged["margins/theta_mean"]
 
 
 def test_three_encoders_of_one_crop_are_compared_with_one_another() -> None:

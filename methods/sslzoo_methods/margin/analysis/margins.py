@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sslzoo.analysis import Analysis, Look
 from sslzoo.recipe.sections import Recipe
 from sslzoo_methods.margin.analysis.config import MarginsConfig, margin_name
+from sslzoo_methods.margin.analysis.panels import PANELS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,7 @@ class Margins(Analysis[MarginsConfig]):
     """
 
     Config = MarginsConfig
+    panels = PANELS
 
     @cached_property
     def margins(self) -> dict[str, Margin]:

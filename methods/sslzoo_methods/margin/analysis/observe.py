@@ -20,6 +20,8 @@ from sslzoo.nn.numerics import autocast_off, ieee_matmul, normalize
 from sslzoo_methods.margin.factors import Factors, Margin, Pairs, chord_angle, gradient_factors, pull_sums
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+# Beginnings of the scalars that are the same for all margins.
+OF_PAIRS = ("theta_", "p0", "saturated_", "alignment", "uniformity", "negative_cosine_")
 CHUNK = 1024  # anchors whose similarities are computed at a time
 
 
@@ -217,19 +219,25 @@ def describe(seen: Seen, margins: Mapping[str, Margin]) -> dict[str, Any]:
 
 
 def metrics(described: Mapping[str, Any]) -> dict[str, float]:
-    """Scalars named ``margins/theta_mean`` etc. for the first margin and ``margins/m1=..,m2=../theta_mean`` for others;
-    those of other kinds of pairs begin with ``margins/local`` etc."""
-    values = _named("margins", described["margins"])
+    """Scalars named ``margins/theta_mean`` etc. for the first margin. Those of other margins that depend on the margin
+    are named ``margins/p/m1=..,m2=..``; those of other kinds of pairs ``margins/p/local`` and
+    ``margins/p/local/m1=..,m2=..``."""
+    values = _named(described["margins"], "")
     for kind, part in described.items():
         if isinstance(part, dict) and kind != "margins":
-            values |= _named(f"margins/{kind}", part["margins"])
+            values |= _named(part["margins"], f"/{kind}")
     return values
 
 
-def _named(prefix: str, scalars: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def _named(scalars: Mapping[str, Mapping[str, float]], kind: str) -> dict[str, float]:
     first, *others = scalars
-    values = {f"{prefix}/{key}": value for key, value in scalars[first].items()}
-    return values | {f"{prefix}/{name}/{key}": v for name in others for key, v in scalars[name].items()}
+    values = {f"margins/{key}{kind}": value for key, value in scalars[first].items()}
+    return values | {
+        f"margins/{key}{kind}/{name}": value
+        for name in others
+        for key, value in scalars[name].items()
+        if not key.startswith(OF_PAIRS)
+    }
 
 
 def grid_statistics(
