@@ -102,6 +102,12 @@ FRAMEWORK = (
                 "Share of test images whose class is among the five that this classifier finds most likely.",
                 unit="%",
             ),
+            panel(
+                "val/online_lr",
+                "online probe, rate",
+                "The learning rate of that of its classifiers which is best on held-out training images.",
+                log_scale=True,
+            ),
         ),
     ),
     Section(
