@@ -83,12 +83,16 @@ def usual_pipeline(
     )
 
 
-def module(source: ImageSource, views: Sequence[ViewConfig], batch: int) -> SSLDataModule:
+def module(source: ImageSource, views: Sequence[ViewConfig], batch: int, workers: int = 0) -> SSLDataModule:
     """A data module that yields ``views`` of ``source``, without a Trainer."""
     channels = source.channels
     return SSLDataModule(
         DataConfig(
-            dataset=source.name, global_batch_size=batch, mean=(0.5,) * channels, std=(0.25,) * channels
+            dataset=source.name,
+            global_batch_size=batch,
+            mean=(0.5,) * channels,
+            std=(0.25,) * channels,
+            workers=workers,
         ),
         views,
         EvalConfig(every_epochs=1, size=views[0].size, knn_k=20, knn_temperature=0.1),

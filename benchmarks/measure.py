@@ -72,8 +72,10 @@ def report(results: Sequence[Result], file: Path | None = None) -> int:
     return 0 if all(r.met for r in results) else 1
 
 
-def alternating(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each contender, one value per round, after a warm-up round.
+def alternating(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = process_time
+) -> dict[str, list[float]]:
+    """Seconds of each contender by ``clock``, by default those of the CPU, one value per round, after a warm-up round.
 
     From here on the process keeps the memory that it frees: otherwise large tensors would cost page faults whose number
     depends on what ran before.
@@ -84,10 +86,10 @@ def alternating(contenders: Mapping[str, Callable[[], object]], rounds: int) -> 
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for k in range(rounds + 1):
         for name, run in contenders.items():
-            start = process_time()
+            start = clock()
             run()
             if k:
-                seconds[name].append(process_time() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
