@@ -28,9 +28,10 @@ from torchvision.transforms import InterpolationMode
 from sslzoo.data.datasets import open_source
 from sslzoo.data.loading import ViewDataset
 from sslzoo.data.module import SSLDataModule
-from sslzoo.data.sources import ImageSource, fake_source
+from sslzoo.data.pack_writer import PackOptions, write_split
+from sslzoo.data.sources import FileSource, ImageSource, fake_source
 from sslzoo.recipe.plan import TrainingPlan
-from sslzoo.recipe.sections import DataConfig, EvalConfig, ProbeConfig, ViewConfig
+from sslzoo.recipe.sections import DataConfig, EvalConfig, ProbeConfig, SourceConfig, ViewConfig
 
 ROUNDS = 7
 PHOTOGRAPHS = 48
@@ -149,6 +150,14 @@ def compare(
     ]
 
 
+def packed_raw(photographs: Path) -> ImageSource:
+    """The photographs in a folder, decoded and packed. What is read of them later is in the page cache."""
+    files = open_source(SourceConfig(dataset="folder", root=str(photographs)), 3)
+    assert isinstance(files, FileSource)
+    write_split(files, photographs / "packed/train", PackOptions(raw=True))
+    return open_source(SourceConfig(dataset="folder", root=str(photographs / "packed")), 3)
+
+
 def measure() -> list[Result]:
     """Images in memory and files, with the policies of common recipes."""
     torch.set_num_threads(1)
@@ -186,6 +195,8 @@ def measure() -> list[Result]:
 
         two = [replace(LARGE, count=2)]
         results += compare("224 px JPEG", files, photograph, two, PHOTOGRAPHS, whole=2.3, worker=5)
+        packed = packed_raw(folder)
+        results += compare("224 px packed raw", packed, photograph, two, PHOTOGRAPHS, whole=None, worker=10)
         results += compare(
             "multi-crop JPEG", files, photograph, MULTI_CROP, PHOTOGRAPHS, whole=2.3, worker=6.7
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 from sslzoo.data.disk import legible
 from sslzoo.data.idx import read_idx
 from sslzoo.data.listing import EXTENSIONS, class_folders, image_files
+from sslzoo.data.packed import Records, packed_source
 from sslzoo.data.sources import ArraySource, FileSource, ImageSource, JoinedImages
 from sslzoo.recipe.catalog import dataset_info
+from sslzoo.recipe.packed_info import PARTIAL, is_packed, packed_split, read_info, split_names
 from sslzoo.recipe.registry import plugin
 from sslzoo.recipe.sections import DataConfig, SourceConfig
 
@@ -87,7 +90,16 @@ def _found(cfg: SourceConfig, *candidates: str) -> Path:
     for candidate in candidates:
         if (Path(cfg.root) / candidate).exists():
             return Path(cfg.root) / candidate
+    _refuse_unfinished(cfg, *candidates)
     wrong_layout(cfg, f"there is no {' or '.join(candidates)}")
+
+
+def _refuse_unfinished(cfg: SourceConfig, *candidates: str) -> None:
+    """``ValueError`` if a split that might have been meant is still being packed, or was left."""
+    for name in candidates:
+        path = Path(cfg.root) / f"{name}{PARTIAL}"
+        if path.is_dir():
+            raise ValueError(f"{path} is not finished; wait for sslzoo pack, or run the same command again")
 
 
 def _class_order(cfg: SourceConfig, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -233,8 +245,10 @@ def stl10(cfg: SourceConfig, channels: int) -> ImageSource:
     )
 
 
-def _from_class_folders(cfg: SourceConfig, folder: Path, channels: int, subfolder: str = "") -> FileSource:
+def _from_class_folders(cfg: SourceConfig, folder: Path, channels: int, subfolder: str = "") -> ImageSource:
     """Images with one folder per class; labels follow the sorted folder names, or the order of ``classes``."""
+    if is_packed(folder):
+        return _from_packed(cfg, folder, channels)
     names = class_folders(folder)
     if not names:
         wrong_layout(cfg, f"{folder} has no class folders")
@@ -247,7 +261,41 @@ def _from_class_folders(cfg: SourceConfig, folder: Path, channels: int, subfolde
     return FileSource(cfg.dataset, cfg.split, folder, paths, labels, kept, channels)
 
 
+def _from_packed(cfg: SourceConfig, folder: Path, channels: int) -> ImageSource:
+    """The packed images in ``folder``, in the order in which they would be read from files."""
+    records = Records(folder)
+    if records.info.labelled == (cfg.dataset == "folder"):
+        what = "has" if records.info.labelled else "has no"
+        raise ValueError(
+            f"{folder} was packed from {records.info.dataset} and {what} labels; use data.dataset=packed"
+        )
+    stored = records.info.channels
+    if records.info.content == "pixels" and stored != channels:
+        raise ValueError(
+            f"{folder} holds pixels of {stored} channel(s) but data.mean and data.std have {channels}; pack it again "
+            f"with --channels {channels}, or give {stored} number(s) there and set backbone.in_channels={stored}"
+        )
+    chosen, labels, names = None, records.labels, records.info.classes
+    if labels is not None:
+        by_class = cfg.class_names and bool((labels[1:] >= labels[:-1]).all())
+        chosen, labels, names = choose_classes(cfg, labels, names)
+        if by_class and chosen is not None:  # by the order of the classes, as they would be listed
+            order = np.argsort(labels, kind="stable")
+            chosen, labels = chosen[order], labels[order]
+    return packed_source(cfg.dataset, cfg.split, channels, records, chosen, labels, names)
+
+
+def packed(cfg: SourceConfig, channels: int) -> ImageSource:
+    folder = packed_split(Path(cfg.root), cfg.split)
+    if folder is None:
+        _refuse_unfinished(cfg, *split_names(cfg.split))
+        wrong_layout(cfg, f"there is no {' or '.join(split_names(cfg.split))} packed there")
+    return open_source(replace(cfg, dataset=read_info(folder).dataset), channels)
+
+
 def tiny_imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
+    if cfg.split == "test" and is_packed(Path(cfg.root) / "val"):
+        return _from_packed(cfg, Path(cfg.root) / "val", channels)
     train = _found(cfg, "tiny-imagenet-200/train", "train")
     if cfg.split == "train":
         return _from_class_folders(cfg, train, channels, "images")
@@ -284,17 +332,19 @@ def imagenet(cfg: SourceConfig, channels: int) -> ImageSource:
 
 
 def imagefolder(cfg: SourceConfig, channels: int) -> ImageSource:
-    candidates = ("test", "val") if cfg.split == "test" else (cfg.split,)
-    return _from_class_folders(cfg, _found(cfg, *candidates), channels)
+    return _from_class_folders(cfg, _found(cfg, *split_names(cfg.split)), channels)
 
 
 def folder(cfg: SourceConfig, channels: int) -> ImageSource:
     root = Path(cfg.root)
-    paths = image_files(root).paths
-    if not len(paths):
-        wrong_layout(cfg, f"no file in it ends in {', '.join(sorted(EXTENSIONS))}")
     if cfg.class_names:
         raise ValueError(
             "classes cannot be selected in data.dataset=folder: it has no labels; use imagefolder"
         )
+    if is_packed(root / cfg.split):
+        return _from_packed(cfg, root / cfg.split, channels)
+    paths = image_files(root).paths
+    if not len(paths):
+        _refuse_unfinished(cfg, cfg.split)
+        wrong_layout(cfg, f"no file in it ends in {', '.join(sorted(EXTENSIONS))}")
     return FileSource(cfg.dataset, cfg.split, root, paths, None, channels=channels)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from stat import S_ISREG
+from typing import TypeVar
 
 PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds between attempts to read a file
 # Permanent errors. Any other error may come from a server or mount that recovers.
 _FINAL = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+_Data = TypeVar("_Data", bytes, bytearray)
 
 
 class UnreadableImageError(OSError):
@@ -34,11 +38,41 @@ def read_file(path: Path, root: Path, offset: int = 0, length: int | None = None
         UnreadableImageError: the file is missing, is not a regular file, cannot be read, or ends too early.
         DataError: the folder of the images is gone.
     """
+
+    def read() -> bytes:
+        if not S_ISREG(path.stat().st_mode):
+            raise UnreadableImageError("not a regular file")
+        if length is None:
+            return path.read_bytes()
+        with path.open("rb", buffering=0) as file:
+            return bytes(_part(file.fileno(), offset, length))
+
+    return _patiently(read, root)
+
+
+def read_part(file: int, root: Path, offset: int, length: int) -> bytearray:
+    """Read ``length`` bytes from ``offset`` on of an open ``file`` in ``root``, as :func:`read_file` does.
+
+    Processes may share the file.
+    """
+    return _patiently(lambda: _part(file, offset, length), root)
+
+
+def _part(file: int, offset: int, length: int) -> bytearray:
+    data, done = bytearray(length), 0
+    while done < length:
+        count = os.preadv(file, [memoryview(data)[done:]], offset + done)
+        if not count:
+            raise UnreadableImageError(f"the file has ended after {done} of its {length} bytes")
+        done += count
+    return data
+
+
+def _patiently(read: Callable[[], _Data], root: Path) -> _Data:
+    """What ``read`` returns, after temporary errors in another attempt."""
     for pause in (*PAUSES, None):
         try:
-            if not S_ISREG(path.stat().st_mode):
-                raise UnreadableImageError("not a regular file")
-            return path.read_bytes() if length is None else _part(path, offset, length)
+            return read()
         except UnreadableImageError:
             raise
         except OSError as error:
@@ -52,14 +86,6 @@ def read_file(path: Path, root: Path, offset: int = 0, length: int | None = None
                 raise UnreadableImageError(error.strerror) from error
             time.sleep(pause)
     raise AssertionError
-
-
-def _part(path: Path, offset: int, length: int) -> bytes:
-    with path.open("rb", buffering=0) as file:
-        data = os.pread(file.fileno(), length, offset)
-    if len(data) < length:
-        raise UnreadableImageError(f"the file has ended after {len(data)} of its {length} bytes")
-    return data
 
 
 def _has_entries(folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from sslzoo.data.views import (
     draw_uniforms,
     draw_view,
 )
+from sslzoo.exits import LEAVE_SIGNALS
 from sslzoo.recipe.sections import PlainView, ViewConfig
 
 log = logging.getLogger("sslzoo")
@@ -404,3 +406,10 @@ def shard(positions: Tensor, rank: int, world_size: int, batch_size: int) -> lis
     n = len(positions)
     share = positions[rank * n // world_size : (rank + 1) * n // world_size]
     return [batch.tolist() for batch in share.split(batch_size)] if len(share) else []
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ignore the signals that a scheduler sends to the whole process group: the death of a worker would end the run
+    before it could save. Workers end when their parent tells them to or is gone."""
+    for number in (*LEAVE_SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from sslzoo.data.loading import (
     ViewDataset,
     Waiting,
     WatchedLoader,
+    leave_signals_to_parent,
     shard,
     to_unit,
 )
@@ -37,7 +37,6 @@ from sslzoo.data.sampler import GlobalBatchSampler, Item
 from sslzoo.data.sources import ArraySource, FakeSource, ImageSource
 from sslzoo.data.views import ViewDraws, apply_view, expand_views
 from sslzoo.distributed import rank, world_size
-from sslzoo.exits import LEAVE_SIGNALS
 from sslzoo.randomness import is_holdout, subset
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.plan import TrainingPlan
@@ -458,13 +457,6 @@ def check_knn(cfg: EvalConfig, samples: int, name: str) -> None:
         cfg.knn_k <= samples,
         f"eval.knn_k={cfg.knn_k} exceeds the {samples} training images of {name}; lower eval.knn_k",
     )
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """Ignore the signals that a scheduler sends to the whole process group: the death of a worker would end the run
-    before it could save. Workers end when their parent tells them to or is gone."""
-    for number in (*LEAVE_SIGNALS, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

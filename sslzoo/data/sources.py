@@ -156,8 +156,13 @@ class ResizedImages(ImageSource):
         return self.source.where(sample_id)
 
     def read(self, sample_id: int) -> Tensor:
-        image = channels_last(self.source.read(sample_id))
-        return TF.resize_image(image, [self.side], interpolation=InterpolationMode.BILINEAR, antialias=True)
+        return resize_short_side(self.source.read(sample_id), self.side)
+
+
+def resize_short_side(image: Tensor, side: int) -> Tensor:
+    """An image (C, H, W) uint8 whose shorter side is resized to ``side`` pixels, bilinear and antialiased."""
+    image = channels_last(image)
+    return TF.resize_image(image, [side], interpolation=InterpolationMode.BILINEAR, antialias=True)
 
 
 def resized(source: ImageSource, side: int) -> ImageSource:
@@ -215,6 +220,11 @@ class FileSource(EncodedSource):
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    @property
+    def paths(self) -> NDArray[np.bytes_]:
+        """The files (N,), relative to ``root``."""
+        return self._paths
 
     def _identity(self) -> bytes:
         return b"\0".join(self._paths.tolist())

@@ -169,6 +169,13 @@ DATASETS: dict[str, DatasetInfo] = {
         splits=(),
         decoded_by_workers=True,
     ),
+    "packed": DatasetInfo(
+        reader=_READERS + "packed",
+        description="image files packed by sslzoo pack",
+        layout="<split>/{packed.json,images.bin,index.npy,names.npy}",
+        splits=(),
+        decoded_by_workers=True,
+    ),
 }
 
 

@@ -18,6 +18,7 @@ import yaml
 from sslzoo.checks import ConfigError, check_field, check_plugin_name, did_you_mean, shown
 from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import DATASETS, DatasetInfo, dataset_info
+from sslzoo.recipe.packed_info import packed_split, read_info
 from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
 from sslzoo.recipe.text import join, lines_of, parse, read, resolve, value_of
@@ -248,6 +249,9 @@ def _fill_from_data_sets(values: dict[str, Any]) -> set[str]:
     for key, source in {"data": data, **sources}.items():
         if not isinstance(source, dict) or not isinstance(name := source.get("dataset"), str):
             continue  # section() refuses it later
+        if name == "packed":
+            name = source["dataset"] = _packed_data_set(key, source)
+            filled.add(f"{key}.dataset")
         check_plugin_name(name, f"{key}.dataset")
         try:
             info = dataset_info(name)
@@ -259,6 +263,22 @@ def _fill_from_data_sets(values: dict[str, Any]) -> set[str]:
         if key == "data" and _take_statistics(source, name, info):
             filled |= {"data.mean", "data.std"}
     return filled
+
+
+def _packed_data_set(key: str, source: Mapping[str, Any]) -> str:
+    """The name of the data set that was packed into the root of ``source``."""
+    root, split = (str(source.get(name) or default) for name, default in (("root", ""), ("split", "train")))
+    folder = packed_split(Path(root), split) if root else None
+    if folder is None:
+        raise ConfigError(
+            f"{key}.root",
+            f"{root!r} holds no packed images of split {split!r}; sslzoo pack SRC DST packs a folder, "
+            f"and {key}.root is then DST",
+        )
+    try:
+        return read_info(folder).dataset
+    except ValueError as error:
+        raise ConfigError(f"{key}.root", str(error)) from None
 
 
 def _take_statistics(data: dict[str, Any], name: str, info: DatasetInfo) -> bool:

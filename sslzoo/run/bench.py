@@ -87,7 +87,8 @@ class Report:
             + (
                 "is enough"
                 if needed <= self.processors
-                else f"is what {self.processors} processors per device allow; {needed} would be needed"
+                else f"is what {self.processors} processors per device allow; {needed} would be needed. Packed "
+                "by sslzoo pack --raw, images need no decoding"
             )
         ]
         if self.device == "cpu" and not self.in_workers:

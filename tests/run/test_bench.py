@@ -40,7 +40,7 @@ def test_advice() -> None:
     enough = "A worker delivers 100.0 images/s, and the device takes 300.0: data.workers=4 is enough"
     assert report.lines()[-1] == enough
     few = replace(report, processors=3, in_workers=False).lines()
-    assert few[-2].endswith("data.workers=3 is what 3 processors per device allow; 4 would be needed")
+    assert "data.workers=3 is what 3 processors per device allow; 4 would be needed. Packed" in few[-2]
     assert few[-1] == "On a CPU, data.augment_on=worker is faster"
     assert enough not in replace(report, workers=None).lines()
 

@@ -1,0 +1,399 @@
+"""Write packed data, which ``packed.py`` reads: one split of images, in a folder that appears once it is complete.
+
+Until then its name ends in ``.partial``. A pack that was interrupted, in whatever way, is continued there: records are
+appended to ``images.bin`` and then described in ``index.part``, and the first so many of them are known to be on disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from rich.filesize import decimal
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sslzoo.data.crops import channels_last
+from sslzoo.data.decoding import decode
+from sslzoo.data.disk import DataError, UnreadableImageError
+from sslzoo.data.loading import leave_signals_to_parent
+from sslzoo.data.packed import IMAGES, INDEX, LABELS, NAMES, ROW, ROW_OF_PIXELS, checksum
+from sslzoo.data.sources import FileSource, resize_short_side
+from sslzoo.files import write_json
+from sslzoo.recipe.packed_info import FILE, PARTIAL, PackedInfo, read_info
+
+QUALITY = 95  # of images that are encoded again, as JPEG
+SAVE_EVERY = 10.0  # seconds between times at which what was written is known to be on disk
+_ROWS, _PLAN, _PROGRESS = (
+    "index.part",
+    "plan.json",
+    "progress.json",
+)  # beside the records, until all are written
+_SAMPLE = 64  # images from which the space needed is estimated
+SHOWN = 20  # unreadable images that are named
+_CHUNK = 2 << 20  # bytes that a worker hands over at a time, about
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """What becomes of the images."""
+
+    raw: bool = False  # decoded
+    short_side: int | None = (
+        None  # pixels to which the shorter side is reduced where it is longer; None: unchanged
+    )
+    channels: int = 3  # of images that are decoded
+
+
+class Written(NamedTuple):
+    """What one call has done."""
+
+    images: int  # in the split
+    before: int  # of these, by earlier calls
+    size: int  # bytes in all records
+    read: int  # bytes of the files read in this call
+    added: int  # bytes of the records of this call
+    unreadable: int  # empty records
+    reasons: tuple[str, ...]  # why, for the first of those of this call
+
+
+class _Chunk(NamedTuple):
+    """Some records that follow one another."""
+
+    data: bytes
+    rows: NDArray[Any]  # (n,), with offsets within ``data``
+    read: int  # bytes of their files
+    bad: tuple[str, ...]  # why some are empty
+
+
+class Encoder(Dataset[_Chunk]):
+    """Makes records of image files. Indexed by several at a time."""
+
+    def __init__(self, source: FileSource, options: PackOptions, row: np.dtype[Any]) -> None:
+        self.source, self.options, self.row = source, options, row
+
+    def __getitems__(self, ids: Sequence[int]) -> _Chunk | DataError:
+        """The records of these images, or why there are none: an error raised in a worker would arrive in words."""
+        records, rows, read, bad, end = [], np.zeros(len(ids), self.row), 0, [], 0
+        for row, i in zip(rows, ids, strict=True):
+            data, shape = b"", (0, 0)
+            try:
+                encoded = self.source.encoded(i)
+                read += len(encoded)
+                data, shape = self._record(encoded)
+            except UnreadableImageError as error:
+                bad.append(f"{self.source.where(i)} ({error})")
+            except DataError as error:
+                return error
+            row["offset"], row["length"], row["crc"] = end, len(data), zlib.crc32(data)
+            if self.options.raw:
+                row["height"], row["width"] = shape
+            records.append(data)
+            end += len(data)
+        return _Chunk(b"".join(records), rows, read, tuple(bad))
+
+    def _record(self, encoded: bytes) -> tuple[bytes, tuple[int, int]]:
+        """The record of an image file, and its height and width if it holds pixels."""
+        options = self.options
+        if not options.raw and options.short_side is None:
+            return encoded, (0, 0)
+        image = decode(encoded, options.channels)
+        side = options.short_side
+        larger = side is not None and min(image.shape[1:]) > side
+        small = resize_short_side(image, side) if side is not None and larger else image
+        if options.raw:
+            return _pixels(small).tobytes(), (small.shape[1], small.shape[2])
+        return (_jpeg(small) if larger else encoded), (0, 0)
+
+
+def _pixels(image: Tensor) -> NDArray[np.uint8]:
+    """(C, H, W) as a contiguous array (H, W, C)."""
+    return channels_last(image).permute(1, 2, 0).numpy()
+
+
+def _jpeg(image: Tensor) -> bytes:
+    file = io.BytesIO()
+    pixels = _pixels(image)
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "JPEG", quality=QUALITY)
+    return file.getvalue()
+
+
+def write_split(
+    source: FileSource,
+    folder: Path,
+    options: PackOptions,
+    *,
+    workers: int = 0,
+    report: Callable[[int, int], None] = lambda images, added: None,
+) -> Written:
+    """Pack ``source`` into ``folder``, or continue a pack of it that was interrupted; ``report`` is called with the
+    number of images done and the bytes that this call has written.
+
+    Raises:
+        ValueError: the folder holds something else, or another process is writing it.
+        OSError: the disk is full, or cannot be written; the same call continues.
+        DataError: the folder of the images is gone, or a worker was ended; the same call continues.
+    """
+    plan = PackedInfo(
+        dataset=source.name,
+        source=str(source.root.absolute()),
+        fingerprint=source.fingerprint,
+        content="pixels" if options.raw else "files",
+        short_side=options.short_side,
+        channels=options.channels if options.raw or options.short_side is not None else None,
+        images=len(source),
+        labelled=source.labels is not None,
+        classes=source.class_names,
+        size=0,
+        checksums={},
+    )
+    if folder.exists():
+        return _as_it_was(folder, plan)
+    partial = _Partial(folder.with_name(folder.name + PARTIAL), plan, source)
+    try:
+        if (partial.folder / FILE).exists():  # it was interrupted at the very end
+            _as_it_was(partial.folder, plan)
+            partial.rename(folder)
+            return _as_it_was(folder, plan)
+        partial.resume()
+        before, added, read = partial.done, 0, 0
+        reasons: list[str] = []
+        encoder = Encoder(source, options, partial.row)
+        if before < len(source):
+            size = _record_size(encoder, before)
+            partial.check_space(size)
+            for chunk in _chunks(encoder, before, max(1, int(_CHUNK / size)), workers):
+                partial.add(chunk)
+                added, read = added + len(chunk.data), read + chunk.read
+                reasons += chunk.bad[: SHOWN - len(reasons)]
+                report(partial.done, added)
+        unreadable = partial.publish(folder)
+        return Written(len(source), before, partial.end, read, added, unreadable, tuple(reasons))
+    finally:
+        partial.close()
+
+
+def _as_it_was(folder: Path, plan: PackedInfo) -> Written:
+    """What the finished ``folder`` holds, if that is what was planned."""
+    if not (folder / FILE).exists():
+        raise ValueError(f"{folder} exists and is not packed data; choose another DST, or move it away")
+    info = read_info(folder)
+    if replace(info, source=plan.source, size=0, checksums={}) != plan:
+        raise ValueError(
+            f"{folder} holds other images, or was packed with other options: {_described(info)}; choose another DST, "
+            "or delete it"
+        )
+    return Written(info.images, info.images, info.size, 0, 0, 0, ())
+
+
+def _described(info: PackedInfo) -> str:
+    options = f" with {info.options}" if info.options else ""
+    return f"{info.images:,} images of {info.dataset} from {info.source}{options}"
+
+
+def _record_size(encoder: Encoder, start: int) -> float:
+    """The mean size (bytes) of records from ``start`` on, estimated from some of them."""
+    count = min(_SAMPLE, len(encoder.source) - start)
+    ids = [start + k * (len(encoder.source) - start) // count for k in range(count)]
+    sizes = []
+    for i in ids:
+        chunk = encoder.__getitems__([i])
+        if isinstance(chunk, DataError):
+            raise chunk
+        sizes.append(len(chunk.data))
+    return max(sum(sizes) / count, 1.0)
+
+
+def _chunks(encoder: Encoder, start: int, size: int, workers: int) -> Iterator[_Chunk]:
+    """The records from ``start`` on, in order, ``size`` at a time."""
+    ids = range(start, len(encoder.source))
+    batches: Any = [ids[i : i + size] for i in range(0, len(ids), size)]
+    loader = DataLoader(
+        encoder,
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=min(workers, len(batches)),
+        worker_init_fn=leave_signals_to_parent,
+        # Its own: the base seed of workers would otherwise be drawn from the global generator.
+        generator=torch.Generator(),
+    )
+    try:
+        for chunk in loader:
+            if isinstance(chunk, DataError):
+                raise chunk
+            yield chunk
+    except RuntimeError as error:
+        if isinstance(error, DataError) or "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            "a worker was ended from outside, perhaps for want of memory; run the same command again, with fewer "
+            "--workers"
+        ) from error
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk
+
+
+class _Partial:
+    """A split that is being written."""
+
+    def __init__(self, folder: Path, plan: PackedInfo, source: FileSource) -> None:
+        self.folder, self.plan, self.source = folder, plan, source
+        self.row = ROW_OF_PIXELS if plan.content == "pixels" else ROW
+        self.done = self.end = 0  # records, and their bytes
+        folder.mkdir(parents=True, exist_ok=True)
+        self._files = [os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666) for name in (IMAGES, _ROWS)]
+        self._images, self._rows = self._files
+        self._saved = time.monotonic()
+        try:
+            # The kernel gives it back however this process ends. Not inherited by workers, which live a little longer.
+            fcntl.lockf(self._images, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            raise ValueError(
+                f"{folder} is being written by another process; wait for it, or end it"
+            ) from error
+
+    def resume(self) -> None:
+        """Find out which records are there, and drop what comes after them. ``ValueError`` if the folder is one of
+        another plan."""
+        path = self.folder / _PLAN
+        if not path.exists():
+            write_json(path, asdict(self.plan))
+        try:
+            begun = json.loads(path.read_text(encoding="utf-8"))
+            begun["classes"] = tuple(begun["classes"])
+            info = PackedInfo(**begun)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged; delete {self.folder}, and pack again") from error
+        if replace(info, source=self.plan.source) != self.plan:
+            raise ValueError(
+                f"{self.folder} was begun with other images or options: {_described(info)}; repeat that command, or "
+                "delete the folder"
+            )
+        rows = np.fromfile(self.folder / _ROWS, self.row)
+        ends = rows["length"].cumsum()
+        whole = (rows["offset"] == ends - rows["length"]) & (ends <= os.fstat(self._images).st_size)
+        self.done = len(rows) if whole.all() else int(whole.argmin())
+        # What was not known to be on disk may be lost after a power failure.
+        progress = self.folder / _PROGRESS
+        saved = json.loads(progress.read_text())["images"] if progress.exists() else 0
+        for i in range(saved, self.done):
+            record = os.pread(self._images, rows["length"][i], rows["offset"][i])
+            if zlib.crc32(record) != rows["crc"][i]:
+                self.done = i
+                break
+        self.end = int(ends[self.done - 1]) if self.done else 0
+        os.ftruncate(self._images, self.end)
+        os.ftruncate(self._rows, self.done * self.row.itemsize)
+
+    def check_space(self, size: float) -> None:
+        """``OSError`` if the disk has no room for the other images, whose records have ``size`` bytes on average."""
+        free, needed = shutil.disk_usage(self.folder).free, self._needed(size)
+        if free < needed:
+            raise OSError(
+                f"{self.folder} needs about {decimal(int(needed))} more, and its disk has {decimal(free)} free; free "
+                "some, choose another DST, or store less with --short-side"
+            )
+
+    def _needed(self, size: float) -> float:
+        """Bytes that are still to be written, if a record has ``size`` on average."""
+        entry = 2 * self.row.itemsize + self.source.paths.itemsize + 8
+        return (self.plan.images - self.done) * (size + entry)
+
+    def add(self, chunk: _Chunk) -> None:
+        """Append records."""
+        chunk.rows["offset"] += self.end
+        try:
+            _write(self._images, chunk.data, self.end)
+            _write(self._rows, chunk.rows.tobytes(), self.done * self.row.itemsize)
+            self.done, self.end = self.done + len(chunk.rows), self.end + len(chunk.data)
+            if time.monotonic() - self._saved > SAVE_EVERY:
+                self.save()
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: OSError) -> OSError:
+        if error.errno not in _FULL:
+            return error
+        needed = self._needed(self.end / max(self.done, 1))
+        return OSError(
+            f"{error.strerror}: {self.folder} has {self.done:,} of {self.plan.images:,} images and needs about "
+            f"{decimal(int(needed))} more; free them and run the same command again, "
+            "which continues"
+        )
+
+    def save(self) -> None:
+        """Make sure that what was appended is on disk, and say so there."""
+        os.fsync(self._images)
+        os.fsync(self._rows)
+        write_json(self.folder / _PROGRESS, {"images": self.done})
+        self._saved = time.monotonic()
+
+    def publish(self, folder: Path) -> int:
+        """Write what readers need, and give the folder its name. Returns the number of empty records."""
+        index = np.fromfile(self.folder / _ROWS, self.row)
+        arrays: dict[str, NDArray[Any]] = {INDEX: index, NAMES: self.source.paths}
+        if self.source.labels is not None:
+            arrays[LABELS] = self.source.labels
+        try:
+            self.save()
+            for name, array in arrays.items():
+                with (self.folder / name).open("wb") as file:
+                    np.save(file, array)
+                    file.flush()
+                    os.fsync(file.fileno())
+            checksums = {name: checksum(array) for name, array in arrays.items()}
+            replace(self.plan, size=self.end, checksums=checksums).write(self.folder)
+        except OSError as error:
+            raise self._explained(error) from error
+        self.rename(folder)
+        return int((index["length"] == 0).sum())
+
+    def rename(self, folder: Path) -> None:
+        """Give the folder its name."""
+        for name in (_ROWS, _PROGRESS, _PLAN):
+            (self.folder / name).unlink(missing_ok=True)
+        _sync(self.folder)
+        self.folder.rename(folder)
+        _sync(folder.parent)
+
+    def close(self) -> None:
+        """Close the files, after an interruption with what was appended on disk."""
+        with suppress(OSError):
+            if self.done and (self.folder / _ROWS).exists():
+                self.save()
+        for file in self._files:
+            os.close(file)
+
+
+def _write(file: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,76 @@
+"""What a packed split says of itself: the file ``packed.json`` in its folder. Importable without torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sslzoo.files import write_json
+
+FORMAT = 1  # of packed data; raise it when older versions cannot read it
+FILE = "packed.json"
+PARTIAL = ".partial"  # the end of the folder's name while it is being written
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedInfo:
+    """One packed split of a data set. The format is described in docs/packing.md."""
+
+    dataset: str  # by which it opens
+    source: str  # the folder of images
+    fingerprint: str  # of the images in that folder
+    content: Literal["files", "pixels"]  # of a record: the bytes of an image file, or uint8 (H, W, C)
+    short_side: int | None  # pixels to which larger images were reduced; None: no image was
+    channels: int | None  # to which images were decoded; None: none was
+    images: int
+    labelled: bool
+    classes: tuple[str, ...]  # in label order
+    size: int  # bytes of all records
+    checksums: dict[str, int]  # CRC-32 of the contents of the arrays, by name
+
+    @property
+    def options(self) -> str:
+        """The options of ``sslzoo pack`` by which it was written, as typed."""
+        parts = [] if self.short_side is None else [f"--short-side {self.short_side}"]
+        parts += ["--raw"] if self.content == "pixels" else []
+        parts += [f"--channels {self.channels}"] if self.channels not in (None, 3) else []
+        return " ".join(parts)
+
+    def write(self, folder: Path) -> None:
+        """Write the file to ``folder``."""
+        write_json(folder / FILE, {"format": FORMAT} | asdict(self))
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether ``folder`` is a packed split, and a finished one."""
+    return (folder / FILE).is_file() and not folder.name.endswith(PARTIAL)
+
+
+def read_info(folder: Path) -> PackedInfo:
+    """What the packed split ``folder`` says of itself. ``ValueError`` if its file is damaged or of a newer version."""
+    path = folder / FILE
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = values.pop("format")
+        if version == FORMAT:
+            values["classes"] = tuple(values["classes"])
+            return PackedInfo(**values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete its folder and pack the split again"
+        ) from error
+    raise ValueError(
+        f"{path} has format {version}, and this version of sslzoo reads {FORMAT}; update sslzoo, or pack again"
+    )
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """The folders that may hold ``split``: ``val`` stands in for ``test``."""
+    return ("test", "val") if split == "test" else (split,)
+
+
+def packed_split(root: Path, split: str) -> Path | None:
+    """The folder of ``split`` in the packed data ``root``; None if there is none."""
+    return next((root / name for name in split_names(split) if is_packed(root / name)), None)

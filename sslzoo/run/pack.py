@@ -1,0 +1,236 @@
+"""Pack the splits of a folder of images, and check what was packed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+from rich.filesize import decimal
+from rich.progress import MofNCompleteColumn, TaskID
+from rich.table import Column
+from rich.text import Text
+
+from sslzoo.checks import require
+from sslzoo.data.datasets import open_source
+from sslzoo.data.listing import class_folders
+from sslzoo.data.pack_writer import SHOWN, PackOptions, Written, write_split
+from sslzoo.data.packed import Records
+from sslzoo.data.sources import FileSource
+from sslzoo.exits import LEAVE_SIGNALS, Preempted
+from sslzoo.processes.departure import end_workers
+from sslzoo.recipe.catalog import dataset_info
+from sslzoo.recipe.class_lists import CLASS_LISTS
+from sslzoo.recipe.packed_info import is_packed
+from sslzoo.recipe.sections import SourceConfig
+from sslzoo.terminal import ERR, OUT, REFRESH, Bars, duration, redraws
+
+PACKABLE = ("imagefolder", "folder", "imagenet1k", "imagenet100", "tiny_imagenet")
+LINE_EVERY = 60.0  # seconds between lines of progress without a terminal
+_WNID = re.compile(r"n\d{8}")
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pack(
+    source: Path,
+    dest: Path,
+    *,
+    dataset: str | None,
+    splits: Sequence[str],
+    options: PackOptions,
+    workers: int,
+) -> None:
+    """Pack the images of ``source``, of a data set that is named or guessed, into ``dest``: ``splits``, or all found.
+
+    Says on the screen what is done. Raises what :func:`write_split` raises, and ``Preempted`` on a signal; the same
+    call then continues.
+    """
+    require(source.is_dir(), f"{source} is not a folder")
+    require(
+        not dest.resolve().is_relative_to(source.resolve()),
+        f"{dest} lies in {source}, whose images are to be packed; choose a place outside",
+    )
+    name = dataset or guess(source)
+    require(name in PACKABLE, f"--dataset must be one of {', '.join(PACKABLE)}, got {name!r}")
+    found = splits or splits_in(source, name)
+    require(
+        bool(found),
+        f"{source} has no folder of a split, such as train: {dataset_info(name).layout} is expected",
+    )
+    _say(f"{source}: {name}, split{'s' * (len(found) > 1)} {', '.join(found)}")
+    with _signals():
+        for split in found:
+            images = open_source(
+                SourceConfig(
+                    dataset=name, root=str(source), split=split, classes=dataset_info(name).class_list or ()
+                ),
+                channels=options.channels,
+            )
+            require(isinstance(images, FileSource), f"{source} is packed already")
+            assert isinstance(images, FileSource)
+            folder = dest / (images.root.name if split == "test" and name != "folder" else split)
+            with _Progress(split, len(images)) as progress:
+                written = write_split(images, folder, options, workers=workers, report=progress.report)
+            _say(_summary(folder, written, progress.seconds))
+            for reason in written.reasons:
+                _say(f"  unreadable: {reason}")
+    _say(f"use it by: data.dataset=packed data.root={dest}")
+
+
+def guess(source: Path) -> str:
+    """The data set in ``source``, from its layout."""
+    if any((source / place / "val/val_annotations.txt").is_file() for place in ("", "tiny-imagenet-200")):
+        return "tiny_imagenet"
+    splits = [name for name in ("train", "val", "test") if (source / name).is_dir()]
+    classes = class_folders(source / splits[0]) if splits else ()
+    if not classes:
+        return "folder"
+    if set(classes) == set(CLASS_LISTS[dataset_info("imagenet100").class_list].names):
+        return "imagenet100"
+    expected = dataset_info("imagenet1k").num_classes
+    return "imagenet1k" if len(classes) == expected and all(map(_WNID.fullmatch, classes)) else "imagefolder"
+
+
+def splits_in(source: Path, dataset: str) -> tuple[str, ...]:
+    """The splits of ``dataset`` whose folders are in ``source``."""
+    if dataset == "folder":
+        return ("train",)
+    if dataset == "imagefolder":
+        names = sorted(class_folders(source), key=lambda name: (name != "train", name))
+        return tuple(name for name in names if class_folders(source / name))
+    inside = source / "tiny-imagenet-200" if (source / "tiny-imagenet-200").is_dir() else source
+    return tuple(
+        split
+        for split in dataset_info(dataset).splits
+        if (inside / {"test": "val"}.get(split, split)).is_dir()
+    )
+
+
+def verify(dest: Path) -> bool:
+    """Read everything in the packed data ``dest`` and compare checksums; returns whether all is as it was written."""
+    folders = sorted(path for path in dest.glob("*") if is_packed(path)) if dest.is_dir() else []
+    require(
+        bool(folders), f"{dest} holds no packed data; it has a folder for each split, with packed.json in it"
+    )
+    fine = [folder for folder in folders if _verify_split(folder)]
+    return fine == folders
+
+
+def _verify_split(folder: Path) -> bool:
+    damaged = []
+    try:
+        records = Records(folder)
+    except ValueError as error:
+        _say(str(error))
+        return False
+    with _Progress(folder.name, len(records)) as progress:
+        for i, problem in enumerate(records.damaged(), 1):
+            damaged += [problem] if problem else []
+            progress.report(i, 0)
+    took = f"read in {duration(progress.seconds)}"
+    if not damaged:
+        _say(f"{folder}: {len(records):,} images as they were written; {took}")
+        return True
+    _say(f"{folder}: {len(damaged):,} of {len(records):,} images are damaged; {took}")
+    for name in damaged[:SHOWN]:
+        _say(f"  {name}")
+    options = f" with {records.info.options}" if records.info.options else ""
+    _say(f"  delete {folder} and pack it again, from {records.info.source}{options}")
+    return False
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Raise ``Preempted`` on a signal that asks to stop, unless it is ignored, as SIGHUP is under nohup."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise Preempted(signal.Signals(number).name)
+
+    previous = {
+        n: signal.signal(n, leave) for n in LEAVE_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        end_workers()
+
+
+class _Progress:
+    """Images done, their rate and the time left: a bar in a terminal, otherwise a line each minute."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self._title, self._total = title, total
+        self._bars = (
+            Bars(MofNCompleteColumn(table_column=Column(no_wrap=True)), console=ERR) if redraws(ERR) else None
+        )
+        self._row = TaskID(0)
+        self._began = self._shown = time.perf_counter()
+        self._first: int | None = None  # images that were done before
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self._began
+
+    def __enter__(self) -> Self:
+        """Open the bar."""
+        if self._bars is not None:
+            self._row = self._bars.add_task(self._title, total=self._total, text="")
+            self._bars.start()
+        return self
+
+    def report(self, done: int, added: int) -> None:
+        """``done`` images are finished, and ``added`` bytes were written."""
+        if self._first is None:
+            self._first, self._began = done, time.perf_counter()
+        now = time.perf_counter()
+        if now - self._shown < (LINE_EVERY if self._bars is None else REFRESH) or now == self._began:
+            return
+        self._shown = now
+        rate = (done - self._first) / (now - self._began)
+        left = f", {duration((self._total - done) / rate)} left" if rate else ""
+        text = f"{rate:,.0f} images/s, {added / max(now - self._began, 1e-9) / 1e6:,.0f} MB/s{left}"
+        if self._bars is None:
+            _say(f"{self._title}: {done:,} of {self._total:,} images, {text}")
+        else:
+            self._bars.show(self._row, completed=done, text=text)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the bar."""
+        if self._bars is not None:
+            self._bars.stop()
+
+
+def _summary(folder: Path, written: Written, seconds: float) -> str:
+    text = f"{folder}: {written.images:,} images, {decimal(written.size)}"
+    if written.before == written.images:
+        return f"{text}; was packed already"
+    text += f" ({written.added / max(written.read, 1):.2f} of the files' size)"
+    if written.before:
+        text += f"; {written.before:,} of them were there"
+    if written.unreadable:
+        text += f"; {written.unreadable:,} cannot be read"
+    return (
+        f"{text}; {duration(seconds)}, {(written.images - written.before) / max(seconds, 1e-9):,.0f} images/s"
+    )
+
+
+def _say(text: str) -> None:
+    OUT.print(Text(text), soft_wrap=True)

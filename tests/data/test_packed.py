@@ -1,0 +1,317 @@
+"""Packed images are those of the folder; what is damaged or unfinished is found."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sslzoo.data import pack_writer
+from sslzoo.data.datasets import open_source
+from sslzoo.data.disk import UnreadableImageError
+from sslzoo.data.pack_writer import PackOptions, Written, write_split
+from sslzoo.data.packed import Records
+from sslzoo.data.sources import EncodedSource, FileSource, ImageSource, resize_short_side
+from sslzoo.recipe.class_lists import CLASS_LISTS
+from sslzoo.recipe.load import RecipeError, load_recipe
+from sslzoo.recipe.sections import SourceConfig
+from sslzoo.run.pack import guess, pack, splits_in, verify
+from tests.data.test_module import batches, build, colour_data, equal
+
+FILES, RAW = PackOptions(), PackOptions(raw=True)
+
+
+def opened(dataset: str, root: Path, split: str = "train", classes: tuple[str, ...] = ()) -> ImageSource:
+    return open_source(SourceConfig(dataset=dataset, root=str(root), split=split, classes=classes), 3)
+
+
+def write(root: Path, folder: Path, options: PackOptions = FILES, **more: object) -> Written:
+    """Pack the training split of the class folders in ``root``."""
+    source = opened("imagefolder", root)
+    assert isinstance(source, FileSource)
+    return write_split(source, folder, options, **more)  # type: ignore[arg-type]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 + 6 pictures of three classes: JPEG and PNG, grey, on the side (EXIF), and two that are damaged."""
+    root = tmp_path_factory.mktemp("photos") / "images"
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 2)):
+        for c in "abc":
+            (root / split / c).mkdir(parents=True)
+            for i in range(count):
+                image = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+                image = image.resize((int(rng.integers(18, 60)), int(rng.integers(18, 60))))
+                image.convert("L" if i == 3 else "RGB").save(
+                    root / split / c / f"{i}.{'jpg' if i % 3 else 'png'}",
+                    exif=_on_its_side() if i == 4 else b"",
+                )
+    whole = (root / "train/b/2.jpg").read_bytes()
+    (root / "train/b/2.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "val/c/1.jpg").write_bytes(b"")
+    return root
+
+
+def _on_its_side() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+@pytest.fixture(scope="module")
+def packed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[PackOptions], Path]:
+    """``packed(options)``: the pictures, packed."""
+    made: dict[PackOptions, Path] = {}
+
+    def get(options: PackOptions) -> Path:
+        if options not in made:
+            made[options] = tmp_path_factory.mktemp("packed") / "here"
+            pack(photos, made[options], dataset=None, splits=(), options=options, workers=0)
+        return made[options]
+
+    return get
+
+
+@pytest.mark.parametrize(("options", "workers"), [(FILES, 0), (RAW, 0), (RAW, 2)])
+def test_batches_are_those_of_the_folder(
+    photos: Path, packed: Callable[[PackOptions], Path], options: PackOptions, workers: int
+) -> None:
+    allowed = {"max_bad_fraction": 0.5, "workers": workers}
+    folder = build(colour_data(root=photos, **allowed))
+    stores = [build(colour_data(name, packed(options), **allowed)) for name in ("packed", "imagefolder")]
+    for store in stores[: 2 if workers == 0 else 1]:
+        assert store.fingerprint == folder.fingerprint
+        for position in (0, folder.plan.micro_batches_per_epoch):
+            folder.position = store.position = position
+            pairs = list(zip(batches(folder), batches(store), strict=True))
+            assert len(pairs) == 2 and all(equal(a, b) for a, b in pairs)
+        for mine, theirs in zip(folder.eval_sets(), store.eval_sets(), strict=True):
+            assert (mine.split, mine.num_classes) == (theirs.split, theirs.num_classes) == (mine.split, 3)
+            for a, b in zip(folder.eval_loader(mine), store.eval_loader(theirs), strict=True):
+                assert torch.equal(a.image, b.image) and torch.equal(a.sample_id, b.sample_id)
+                assert torch.equal(a.label, b.label) and [i for i, _ in a.bad] == [i for i, _ in b.bad]
+    bad = stores[0].bad_images(stores[0].train_source)
+    assert bad.count == 1 and bad.source.where(10) == f"{packed(options)}/train: b/2.jpg"
+
+
+def test_classes_are_chosen_as_in_the_folder(photos: Path, packed: Callable[[PackOptions], Path]) -> None:
+    for split in ("train", "test"):
+        folder, store = (
+            opened(name, root, split, ("c", "a"))
+            for name, root in (("imagefolder", photos), ("packed", packed(FILES)))
+        )
+        assert folder.labels is not None and store.labels is not None
+        assert store.labels.tolist() == folder.labels.tolist() and store.class_names == ("c", "a")
+        assert store.fingerprint == folder.fingerprint
+        assert torch.equal(store.read(0), folder.read(0))
+    with pytest.raises(ValueError, match="classes names 'dog', which imagefolder"):
+        opened("packed", packed(FILES), classes=("dog",))
+
+
+def test_tiny_imagenet_and_folders_without_labels(photos: Path, tmp_path: Path) -> None:
+    tiny = tmp_path / "tiny/tiny-imagenet-200"
+    for i, c in enumerate("abc"):
+        shutil.copytree(photos / "train" / c, tiny / "train" / c / "images")
+        (tiny / "val/images").mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / "val/a/1.jpg", tiny / f"val/images/{2 - i}.JPEG")
+    (tiny / "val/val_annotations.txt").write_text(
+        "".join(f"{2 - i}.JPEG\t{c}\n" for i, c in enumerate("abc"))
+    )
+    for source, name in ((tmp_path / "tiny", "tiny_imagenet"), (photos / "train", "folder")):
+        assert guess(source) == name
+        dest = tmp_path / f"packed {name}"
+        pack(source, dest, dataset=None, splits=(), options=FILES, workers=0)
+        for split in splits_in(source, name):
+            for classes in ((), ("c", "a")) if name == "tiny_imagenet" else ((),):
+                folder, store = opened(name, source, split, classes), opened("packed", dest, split, classes)
+                assert (
+                    store.fingerprint == folder.fingerprint == opened(name, dest, split, classes).fingerprint
+                )
+                assert store.class_names == folder.class_names
+    with pytest.raises(ValueError, match=r"packed from folder and has no labels; use data\.dataset=packed"):
+        opened("imagefolder", tmp_path / "packed folder")
+    with pytest.raises(ValueError, match="classes cannot be selected"):
+        opened("packed", tmp_path / "packed folder", classes=("a",))
+
+
+def test_layouts_are_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    for names, dataset in (
+        ([f"n{c:08}" for c in range(1000)], "imagenet1k"),
+        (CLASS_LISTS["imagenet100_cmc"].names, "imagenet100"),
+        ([f"n{c:08}" for c in range(999)], "imagefolder"),
+        ([f"class {c}" for c in range(1000)], "imagefolder"),
+        ([], "folder"),
+    ):
+        monkeypatch.setattr("sslzoo.run.pack.class_folders", lambda folder, names=names: tuple(names))
+        assert guess(tmp_path) == dataset
+    assert splits_in(tmp_path, "imagenet1k") == ("train", "test")
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_larger_images_are_reduced(photos: Path, packed: Callable[[PackOptions], Path], raw: bool) -> None:
+    folder, store = (
+        opened("imagefolder", photos),
+        opened("packed", packed(PackOptions(raw=raw, short_side=32))),
+    )
+    assert store.fingerprint not in (folder.fingerprint, opened("packed", packed(FILES)).fingerprint)
+    reduced = 0
+    for i in set(range(len(folder))) - {10}:
+        image, kept = folder.read(i), store.read(i)
+        if min(image.shape[1:]) > 32:
+            reduced += 1
+            image = resize_short_side(image, 32)
+            assert kept.shape == image.shape and (kept.float() - image.float()).abs().mean() < (
+                1e-9 if raw else 6
+            )
+        else:
+            assert torch.equal(kept, image)
+            if isinstance(store, EncodedSource) and isinstance(folder, EncodedSource):
+                assert store.encoded(i) == folder.encoded(i)
+    assert 3 < reduced < 20
+
+
+def test_grey_pixels(photos: Path, packed: Callable[[PackOptions], Path]) -> None:
+    root = packed(PackOptions(raw=True, channels=1))
+    cfg = SourceConfig(dataset="imagefolder", root=str(photos))
+    grey = open_source(cfg, 1)
+    assert torch.equal(open_source(SourceConfig(dataset="packed", root=str(root)), 1).read(1), grey.read(1))
+    with pytest.raises(
+        ValueError, match=r"holds pixels of 1 channel.*pack it again with --channels 3, or give 1 number"
+    ):
+        opened("packed", root)
+
+
+@pytest.mark.parametrize("options", [FILES, RAW], ids=["files", "pixels"])
+def test_one_flipped_bit_is_found(
+    packed: Callable[[PackOptions], Path],
+    options: PackOptions,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(packed(options), root)
+    assert verify(root)
+    row = Records(root / "train").index[5]
+    with (root / "train/images.bin").open("r+b") as file:
+        file.seek(int(row["offset"] + row["length"] // 2))
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    source = opened("packed", root)
+    with pytest.raises(UnreadableImageError, match=f"checksum is another: see sslzoo pack --verify {root}"):
+        source.read(5)
+    assert len(source.read(4)) == len(source.read(6)) == 3
+    capsys.readouterr()
+    assert not verify(root)
+    out = capsys.readouterr().out
+    assert f"{root}/train: 1 of 24 images are damaged" in out and "a/5.jpg (its checksum is another" in out
+    assert f"delete {root}/train and pack it again, from " in out
+    assert f"{root}/val: 6 images as they were written" in out
+
+
+@pytest.mark.parametrize("name", ["index.npy", "labels.npy", "names.npy", "images.bin", "packed.json"])
+def test_files_that_are_not_as_written_are_refused(
+    packed: Callable[[PackOptions], Path], name: str, tmp_path: Path
+) -> None:
+    shutil.copytree(packed(FILES) / "train", tmp_path / "train")
+    path = tmp_path / "train" / name
+    whole = path.read_bytes()
+    flipped = bytes([*whole[:-9], whole[-9] ^ 1, *whole[-8:]])
+    for content in (
+        (whole[: len(whole) // 2], b"") if name in ("images.bin", "packed.json") else (flipped, b"")
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} .*pack the split again"):
+            opened("packed", tmp_path)
+    path.write_bytes(whole)
+    (tmp_path / "train/packed.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="has format 99, and this version of sslzoo reads 1; update sslzoo"):
+        opened("packed", tmp_path)
+
+
+class Stopped(Exception):
+    """An interruption."""
+
+
+@pytest.mark.parametrize("options", [FILES, RAW], ids=["files", "pixels"])
+def test_an_interrupted_pack_continues(
+    photos: Path, packed: Callable[[PackOptions], Path], options: PackOptions, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(pack_writer, "_CHUNK", 1)
+
+    def stop(images: int, added: int) -> None:
+        if images == 15:
+            raise Stopped
+
+    dest = tmp_path / "train"
+    with pytest.raises(Stopped):
+        write(photos, dest, options, report=stop)
+    partial = tmp_path / "train.partial"
+    assert partial.is_dir() and not dest.exists()
+    for name in ("packed", "imagefolder"):
+        with pytest.raises(
+            ValueError, match=r"train\.partial is not finished; wait for sslzoo pack, or run the same"
+        ):
+            opened(name, tmp_path)
+    with pytest.raises(
+        ValueError, match="was begun with other images or options: 24 images of imagefolder from"
+    ):
+        write(photos, dest, PackOptions(short_side=20))
+    # As after a power failure: of what was known to be on disk nothing is lost, but of the rest.
+    (partial / "progress.json").write_text('{"images": 12}')
+    row = np.fromfile(partial / "index.part", pack_writer.ROW_OF_PIXELS if options.raw else pack_writer.ROW)[
+        13
+    ]
+    with (partial / "images.bin").open("r+b") as file:
+        file.seek(int(row["offset"]))
+        file.write(bytes(10))
+    written = write(photos, dest, options)
+    assert (written.images, written.before) == (24, 13) and not partial.exists()
+    assert contents(dest) == contents(packed(options) / "train")
+    assert write(photos, dest, options).before == 24
+    with pytest.raises(ValueError, match=r"was packed with other options.*choose another DST, or delete it"):
+        write(photos, dest, PackOptions(short_side=20))
+
+
+def test_interrupted_at_the_very_end(
+    photos: Path, packed: Callable[[PackOptions], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(packed(FILES) / "train", tmp_path / "train.partial")
+    with pytest.raises(ValueError, match="is not finished"):
+        opened("packed", tmp_path)
+    assert write(photos, tmp_path / "train").added == 0
+    assert contents(tmp_path / "train") == contents(packed(FILES) / "train")
+
+
+def test_another_process_sends_the_open_files_along(packed: Callable[[PackOptions], Path]) -> None:
+    source = opened("packed", packed(RAW), classes=("b",))
+    assert torch.equal(pickle.loads(pickle.dumps(source)).read(1), source.read(1))
+
+
+def test_recipes_take_from_the_store_what_they_leave_out(
+    photos: Path, packed: Callable[[PackOptions], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(packed(FILES), tmp_path / "in1k")
+    info = tmp_path / "in1k/train/packed.json"
+    info.write_text(info.read_text().replace('"imagefolder"', '"imagenet1k"'))
+    overrides = ["data.dataset=packed", "data.mean=null", "data.std=null"]
+    loaded = load_recipe("sce_in1k", [*overrides, f"data.root={tmp_path}/in1k"])
+    assert loaded.recipe.data.dataset == "imagenet1k" and loaded.origins["data.dataset"] == "dataset"
+    assert loaded.recipe.data.mean == (0.485, 0.456, 0.406)
+    with pytest.raises(RecipeError, match=r"data\.mean: missing key; imagefolder has no known statistics"):
+        load_recipe("sce_in1k", [*overrides, f"data.root={packed(FILES)}"])
+    with pytest.raises(RecipeError, match=r"data\.root: .*photos.* holds no packed images of split 'train'"):
+        load_recipe("sce_in1k", [*overrides, f"data.root={photos}"])

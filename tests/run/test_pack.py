@@ -1,0 +1,167 @@
+"""``sslzoo pack`` as a process: killed, stopped, on a full disk; and a run that goes over to packed data."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from sslzoo.cli.main import main
+from sslzoo.data import pack_writer
+from sslzoo.data.sources import FileSource
+from sslzoo.run.pack import pack
+from sslzoo.testing.kills import digest_of
+from tests.command import fork, saved, until, write_recipe
+from tests.run.test_images import write_pictures
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 + 12 of them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What becomes of them without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    pack(pictures, folder, dataset=None, splits=(), options=pack_writer.PackOptions(raw=True), workers=0)
+    return folder
+
+
+def _slow() -> None:
+    """A disk that needs its time."""
+    pack_writer._CHUNK = 1
+    read = FileSource.encoded
+
+    def encoded(self: FileSource, sample_id: int) -> bytes:
+        time.sleep(0.02)
+        return read(self, sample_id)
+
+    FileSource.encoded = encoded  # type: ignore[method-assign]
+
+
+def _small_files() -> None:
+    """A file may have 8,000 bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
+    pack_writer._CHUNK = 1
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL, ""),
+        (signal.SIGTERM, 75, "sslzoo pack: SIGTERM; the same command continues"),
+        (signal.SIGINT, 130, "sslzoo pack: interrupted; the same command continues"),
+    ],
+)
+def test_a_pack_that_was_ended_continues(
+    pictures: Path, whole: Path, tmp_path: Path, number: int, code: int, said: str
+) -> None:
+    command = ("pack", pictures, tmp_path / "packed", "--raw", "--workers", "1")
+    first = fork(tmp_path, *command, before=_slow)
+    rows = tmp_path / "packed/train.partial/index.part"
+    assert until(lambda: rows.exists() and rows.stat().st_size > 5 * pack_writer.ROW_OF_PIXELS.itemsize), (
+        first.said
+    )
+    first.signal(number)
+    assert first.wait() == code, first.said
+    assert first.err.strip() == said
+    assert [path.name for path in (tmp_path / "packed").iterdir()] == ["train.partial"]
+    again = fork(tmp_path, *command)
+    assert again.wait() == 0, again.said
+    assert "of them were there" in again.out and "data.dataset=packed" in again.out and not again.err
+    assert _contents(tmp_path / "packed") == _contents(whole)
+
+
+def test_a_full_disk_leaves_nothing_half_done(pictures: Path, tmp_path: Path) -> None:
+    command = ("pack", pictures, tmp_path / "packed", "--raw", "--workers", "0")
+    first = fork(tmp_path, *command, before=_small_files)
+    assert first.wait() == 1, first.said
+    (line,) = first.err.splitlines()
+    assert (
+        "File too large: " in line and "has 11 of 48 images and needs about 27.5 kB more; free them" in line
+    )
+    assert [path.name for path in (tmp_path / "packed").iterdir()] == ["train.partial"]
+    again = fork(tmp_path, *command)
+    assert again.wait() == 0 and "; 11 of them were there" in again.out, again.said
+
+
+def test_a_disk_without_the_room_is_refused_before(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = pack_writer.shutil.disk_usage(tmp_path)._replace(free=20_000)
+    monkeypatch.setattr(pack_writer.shutil, "disk_usage", lambda path: usage)
+    assert main(["pack", str(pictures), str(tmp_path / "packed"), "--raw", "--workers", "0"]) == 1
+    assert (
+        "train.partial needs about 35.7 kB more, and its disk has 20.0 kB free; free some"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["IN"], "give the folder of images and the folder to write: sslzoo pack SRC DST"),
+        (["IN", "OUT", "--short-side", "0"], "--short-side must be positive, got 0"),
+        (["IN", "OUT", "--channels", "1"], "--channels needs --raw or --short-side"),
+        (["IN", "OUT", "--workers", "-1"], "--workers must not be negative"),
+        (["--verify", "OUT", "--raw"], "--verify DST takes nothing else"),
+        (["--verify", "OUT"], "OUT holds no packed data; it has a folder for each split"),
+        (["IN/nowhere", "OUT"], "IN/nowhere is not a folder"),
+        (["IN", "IN/packed"], "IN/packed lies in IN, whose images are to be packed; choose a place outside"),
+        (["IN", "OUT", "--dataset", "cifar10"], "--dataset must be one of imagefolder, folder, "),
+        (["IN", "OUT", "--split", "tset"], "there is no tset. Expected under"),
+        (["IN", "OUT", "--dataset", "imagenet1k"], "imagenet1k has 1000 classes, but 3 were found"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    places = {"IN": str(pictures), "OUT": str(tmp_path / "packed")}
+
+    def placed(text: str) -> str:
+        for name, place in places.items():
+            text = text.replace(name, place)
+        return text
+
+    assert main(["pack", *map(placed, arguments)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sslzoo pack: ") and placed(said) in line
+
+
+def test_a_run_on_the_folder_continues_on_packed_data(pictures: Path, tmp_path: Path) -> None:
+    """Killed, and then bit-equal to the run that only ever saw the folder."""
+    packed = tmp_path / "packed"
+    assert fork(tmp_path, "pack", pictures, packed, "--raw", "--channels", "1", "--workers", "0").wait() == 0
+    write_recipe(tmp_path)
+    common = (
+        "fit",
+        "--recipe",
+        "tiny.yaml",
+        "eval.resize=12",
+        "eval.baselines=false",
+        "trainer.max_epochs=2",
+    )
+    folder = ("data.dataset=imagefolder", f"data.root={pictures}")
+    whole = fork(tmp_path, *common, "--out", "whole", *folder, name="whole")
+    begun = fork(tmp_path, *common, "--out", "run", *folder, faults={"pause": 0.2})
+    assert until(lambda: saved(tmp_path / "run")), begun.said
+    begun.signal(signal.SIGKILL)
+    begun.wait()
+    assert whole.wait() == 0, whole.said
+    others = ("data.dataset=packed", f"data.root={packed}")
+    again = fork(tmp_path, *common, "--out", "run", *others, "--resume", "auto")
+    assert again.wait() == 0, again.said
+    assert digest_of(tmp_path / "run") == digest_of(tmp_path / "whole")
+    first, second = ((tmp_path / name / "metrics.csv").read_text() for name in ("whole", "run"))
+    assert first == second
