@@ -164,14 +164,14 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "webdataset": DatasetInfo(
         reader="sslzoo.data.tar_shards:webdataset",
-        description="your images in tar files, WebDataset's layout",
+        description="your images in tar files (WebDataset)",
         layout="<split>/*.tar or *<split>-*.tar, with members KEY.jpg (or .png, ...) and KEY.cls or KEY.json",
         splits=(),
         decoded_by_workers=True,
     ),
     "packed": DatasetInfo(
         reader=_READERS + "packed",
-        description="image files packed by sslzoo pack",
+        description="images packed by sslzoo pack",
         layout="<split>/{packed.json,images.bin,index.npy,names.npy}",
         splits=(),
         decoded_by_workers=True,
