@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from math import cos, log, pi
 from pathlib import Path
@@ -49,6 +50,7 @@ from sslzoo_methods.margin.config import (
 )
 from sslzoo_methods.margin.factors import (
     NO_MARGIN,
+    Chunk,
     Factors,
     Margin,
     Pairs,
@@ -61,9 +63,12 @@ from sslzoo_methods.margin.loss import (
     contrast,
     contrast_queue,
     isolated_loss,
+    isolated_push,
     macl_loss,
+    macl_push,
     macl_temperature,
     margin_loss,
+    margin_push,
     view_alignment,
 )
 from sslzoo_methods.margin.method import MarginContrast
@@ -387,17 +392,64 @@ def test_saturated_rows_of_very_different_length(dtype: torch.dtype, tolerance: 
     assert row_error(u.grad, du) < tolerance and row_error(v.grad, dv) < tolerance
 
 
-def test_chunks_change_nothing() -> None:
+WITH_MARGIN = Margin(angular=0.1, subtractive=0.1)
+SUMS = torch.tensor([3.0, 2.5], dtype=torch.float64)
+Loss = Callable[[Pairs], Tensor]
+
+
+def with_margin(beta: float, detached: bool) -> tuple[Loss, Loss]:
+    """A loss with a margin and its derivative by the logsumexp of the negatives."""
+    options: dict[str, Any] = {"margin": WITH_MARGIN, "temperature": 0.1, "beta": beta}
+    return partial(margin_loss, **options, detached=detached), partial(margin_push, **options)
+
+
+def with_effects(beta: float, **effects: Any) -> tuple[Loss, Loss]:
+    """The same of selected effects."""
+    options: dict[str, Any] = {
+        "margin": WITH_MARGIN,
+        "effects": Isolated(**effects),
+        "temperature": 0.1,
+        "beta": beta,
+    }
+    return partial(isolated_loss, **options, sums=SUMS), partial(isolated_push, **options)
+
+
+def with_macl() -> tuple[Loss, Loss]:
+    """The same of MACL."""
+    options: dict[str, Any] = {"temperature": torch.tensor(0.1, dtype=torch.float64), "eps": 1e-8}
+    return lambda pairs: macl_loss(pairs, **options)[0], partial(macl_push, **options)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        with_margin(1.0, detached=False),
+        with_margin(0.3, detached=True),
+        with_margin(0.0, detached=False),
+        with_effects(0.3, logit="positive", angle=True),
+        with_effects(1.0, logit="negative"),
+        with_effects(1.0, logit="both", emphasis="batch", value_preserving=False),
+        with_macl(),
+    ],
+)
+def test_chunks_change_nothing(loss: tuple[Loss, Loss]) -> None:
+    """Whether candidates have a gradient or are a queue."""
     u, v = torch.randn(11, 6, dtype=torch.float64), torch.randn(17, 6, dtype=torch.float64)
+    queue = torch.nn.functional.normalize(torch.randn(5, 6, dtype=torch.float64), dim=1)
     results = []
-    for chunk in (None, 4, 100):
+    for size in (None, 4, 100):
         a, b = leaf(u), leaf(v)
-        pairs = contrast(a, b, torch.arange(11), own=torch.arange(11) + 3, temperature=0.1, chunk=chunk)
-        loss = per_anchor(pairs, {"m1": 0.1, "m2": 0.1, "tau": 0.1}).mean()
-        loss.backward()
-        results.append((loss.detach(), a.grad, b.grad))
+        options: dict[str, Any] = {
+            "temperature": 0.1,
+            "chunk": None if size is None else Chunk(size, loss[1]),
+        }
+        among = contrast(a, b, torch.arange(11), own=torch.arange(11) + 3, **options)
+        queued = contrast_queue(b, v + 1, queue, **options)
+        losses = [loss[0](pairs) for pairs in (among, queued)]
+        (losses[0].mean() + 3 * losses[1].mean()).backward()
+        results.append((*(x.detach() for x in losses), a.grad, b.grad))
     for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-13)
 
 
 def test_without_any_pull_the_angle_effect_is_none() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslzoo.nn.numerics import ieee_matmul, normalize, product
-from sslzoo_methods.margin.factors import NO_MARGIN
-from sslzoo_methods.margin.loss import contrast, contrast_queue, margin_loss, view_alignment
+from sslzoo_methods.margin.factors import NO_MARGIN, Chunk
+from sslzoo_methods.margin.loss import contrast, contrast_queue, margin_loss, margin_push, view_alignment
 from sslzoo_methods.metaug.loss import Contrast, bank_objective, batch_objective
 from sslzoo_methods.mmcl.kernels import Kernel, bandwidth
 from sslzoo_methods.mmcl.loss import dual_health, dual_problem, kernel_means, mmcl_loss, normalized
@@ -124,7 +125,9 @@ def _bimodal(z: Tensor) -> Tensor:
 
 def _margin(chunk: int | None) -> Callable[[Tensor], Tensor]:
     def loss(z: Tensor) -> Tensor:
-        rows, options = torch.arange(N), {"temperature": 0.1, "chunk": chunk}
+        push = partial(margin_push, margin=NO_MARGIN, temperature=0.1, beta=1.0)
+        options: dict[str, Any] = {"temperature": 0.1, "chunk": chunk and Chunk(chunk, push)}
+        rows = torch.arange(N)
         pairs = [
             contrast(z[0], z[1], rows, own=None, **options),
             contrast_queue(z[1], z[2], z[3].detach(), **options),

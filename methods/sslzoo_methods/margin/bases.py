@@ -26,11 +26,13 @@ from sslzoo_methods.margin.config import (
     SimCLRConfig,
     SimSiamConfig,
 )
-from sslzoo_methods.margin.factors import Pairs
+from sslzoo_methods.margin.factors import Chunk, Pairs
 from sslzoo_methods.margin.loss import attract, contrast, contrast_queue
 
 ConfigT = TypeVar("ConfigT", SimCLRConfig, MoCoV2Config, MoCoV3Config, BYOLConfig, SimSiamConfig)
 MomentumT = TypeVar("MomentumT", MoCoV2Config, MoCoV3Config, BYOLConfig)
+
+Push = Callable[[int], Callable[[Pairs], Tensor]]  # from the number of negatives per anchor to Chunk.push
 
 
 class Crops(NamedTuple):
@@ -60,8 +62,8 @@ class Base(ABC, Generic[ConfigT]):
         self.cfg = cfg
 
     @abstractmethod
-    def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
-        """The pairs that the loss compares."""
+    def terms(self, crops: Crops, temperature: float | Tensor, push: Push) -> list[Term]:
+        """The pairs that the loss compares. ``push`` is needed for losses in chunks alone."""
 
     def total(self, mean: Tensor) -> Tensor:
         """The loss as a function of the mean over the terms."""
@@ -78,16 +80,19 @@ class SimCLR(Base[SimCLRConfig]):
     """NT-Xent: both views are contrasted with both views of the global batch. With more than two crops, each crop is
     contrasted with every other global view."""
 
-    def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
+    def terms(self, crops: Crops, temperature: float | Tensor, push: Push) -> list[Term]:
         """Keys are the projections of all ranks, with gradients."""
-        views, chunk = len(crops.views), self.cfg.chunk_size
+        views = len(crops.views)
         keys = gather(torch.stack(crops.projected[:views], dim=1)).unbind(dim=1)  # (M, D) per view
         rows, m = _own_rows(crops.queries[0]), len(keys[0])
         if len(crops.queries) == 2:
+            negatives = 2 * m - 2
+            chunk = _chunk(self.cfg.chunk_size, push, negatives)
             candidates, own = torch.cat(keys), torch.cat([rows, rows + m])
             anchors, positive = torch.cat(crops.queries), torch.cat([rows + m, rows])
             pairs = contrast(anchors, candidates, positive, own=own, temperature=temperature, chunk=chunk)
-            return [Term(pairs, 2 * m - 2, local=False)]
+            return [Term(pairs, negatives, local=False)]
+        chunk = _chunk(self.cfg.chunk_size, push, m - 1)
         return _cross_views(
             crops,
             dict(enumerate(keys)),
@@ -124,17 +129,18 @@ class MoCoV2(MomentumBase[MoCoV2Config]):
         self.queue = FeatureQueue(cfg.queue_size, width)
         self.pending: list[Tensor] = []  # keys (M, V, D) of the step's micro-batches
 
-    def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
+    def terms(self, crops: Crops, temperature: float | Tensor, push: Push) -> list[Term]:
         """Keys come from every global view or, without symmetrisation, only from the second."""
         keyed = range(len(crops.views)) if self.cfg.symmetric else range(1, 2)
         keys = self._keys(crops, tuple(crops.views[v] for v in keyed))
         self.pending.append(normalize(keys))
         own = keys[_own_rows(crops.queries[0])].unbind(dim=1)
         queue = self.queue.features.clone()  # after_step writes it in place
+        chunk = _chunk(self.cfg.chunk_size, push, len(queue))
         return _cross_views(
             crops,
             dict(zip(keyed, own, strict=True)),
-            lambda q, k: contrast_queue(q, k, queue, temperature=temperature, chunk=self.cfg.chunk_size),
+            lambda q, k: contrast_queue(q, k, queue, temperature=temperature, chunk=chunk),
             negatives=len(queue),
         )
 
@@ -170,10 +176,10 @@ class MoCoV3(MomentumBase[MoCoV3Config]):
         super().__init__(cfg, backbone, projector, width)
         self.predictor = build_head(width, cfg.predictor)
 
-    def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
+    def terms(self, crops: Crops, temperature: float | Tensor, push: Push) -> list[Term]:
         """The positive is the key of the same image; the keys of other images are the negatives."""
         keys = gather_detached(self.encode(crops.views))  # (M, V, D)
-        rows, chunk = _own_rows(crops.queries[0]), self.cfg.chunk_size
+        rows, chunk = _own_rows(crops.queries[0]), _chunk(self.cfg.chunk_size, push, len(keys) - 1)
         return _cross_views(
             crops,
             dict(enumerate(keys.unbind(dim=1))),
@@ -194,7 +200,7 @@ class BYOL(MomentumBase[BYOLConfig]):
         super().__init__(cfg, backbone, projector, width)
         self.predictor = build_head(width, cfg.predictor)
 
-    def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
+    def terms(self, crops: Crops, temperature: float | Tensor, push: Push) -> list[Term]:
         """Positive pairs only, so nothing needs gathering."""
         keys = dict(enumerate(self.encode(crops.views).unbind(dim=1)))
         return _cross_views(crops, keys, attract, negatives=0)
@@ -211,7 +217,7 @@ class SimSiam(Base[SimSiamConfig]):
         super().__init__(cfg, backbone, projector, width)
         self.predictor = build_head(width, cfg.predictor)
 
-    def terms(self, crops: Crops, temperature: float | Tensor) -> list[Term]:
+    def terms(self, crops: Crops, temperature: float | Tensor, push: Push) -> list[Term]:
         """Positive pairs only, so nothing needs gathering."""
         keys = {v: crops.projected[v].detach() for v in range(len(crops.views))}
         return _cross_views(crops, keys, attract, negatives=0)
@@ -236,6 +242,10 @@ def _cross_views(
         for b, key in keys.items()
         if a != b
     ]
+
+
+def _chunk(size: int | None, push: Push, negatives: int) -> Chunk | None:
+    return None if size is None else Chunk(size, push(negatives))
 
 
 def _own_rows(x: Tensor) -> Tensor:

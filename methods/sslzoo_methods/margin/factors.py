@@ -11,18 +11,18 @@ gradient of an anchor by A, and its positive part additionally by B.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite, pi, sin
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sslzoo.checks import require
 from sslzoo.nn.numerics import product
-from sslzoo.nn.streaming import Streamed, stream
+from sslzoo.nn.streaming import stream, with_gradient
 
 WideAngle = Literal["exact", "arcface", "clamp", "easy"]
 
@@ -35,16 +35,10 @@ def chord_angle(a: Tensor, b: Tensor) -> Tensor:
     the pair, whose direction is undefined, gets no gradient.
     """
     noise = 4 * torch.finfo(a.dtype).eps
-    difference, total = a - b, a + b
-    difference = difference.masked_fill(_short(difference, noise), 0.0)
-    total = total.masked_fill(_short(total, noise), 0.0)
+    difference, total = torch.linalg.vector_norm(a - b, dim=1), torch.linalg.vector_norm(a + b, dim=1)
     return 2 * torch.atan2(
-        torch.linalg.vector_norm(difference, dim=1), torch.linalg.vector_norm(total, dim=1)
+        difference.masked_fill(difference < noise, 0.0), total.masked_fill(total < noise, 0.0)
     )
-
-
-def _short(x: Tensor, limit: float) -> Tensor:
-    return torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) < limit
 
 
 def at_pole(theta: Tensor) -> Tensor:
@@ -165,6 +159,15 @@ class Pairs(NamedTuple):
     cosine: Tensor  # (N,) C, cosine of the positive pair
     theta: Tensor  # (N,) its angle in radians, from chord_angle
     negatives: Tensor | None  # (N,) n, logsumexp of the negative logits; None: no negatives
+    # (), 0 with the gradient that the mean loss has through n, which is a constant then; None: n is differentiable
+    push: Tensor | None = None
+
+
+class Chunk(NamedTuple):
+    """How many anchors are contrasted at a time. Their gradient is computed along with n, which needs its factor."""
+
+    size: int
+    push: Callable[[Pairs], Tensor]  # derivative (N,) of the anchors' losses by n
 
 
 class Factors(NamedTuple):
@@ -217,78 +220,35 @@ def gradient_factors(pairs: Pairs, margin: Margin, *, temperature: float | Tenso
     )
 
 
-def negative_logsumexp(
+def with_negatives(
+    pairs: Pairs,
     anchors: Tensor,
     candidates: Tensor,
     excluded: Tensor,
     *,
     temperature: float | Tensor,
-    chunk: int | None,
-) -> Tensor:
-    """n (N,): log of the sum of exp(cosine / tau) over the negatives of each anchor (N, D).
+    chunk: Chunk | None,
+) -> Pairs:
+    """``pairs`` of the ``anchors`` (N, D) with n: log of the sum of exp(cosine / tau) over the anchor's negatives.
 
     Rows are unit vectors. ``excluded`` (N, k) has the indices of ``candidates`` (M, D) that are not negatives
-    of an anchor: its positive, and itself if it is among them. With ``chunk``, that many anchors are processed
-    at a time, with O(chunk x M) memory; the value is the same, and it is differentiable once.
+    of an anchor: its positive, and itself if it is among them. With ``chunk``, the memory is O(size x M) instead of
+    O(N x M); loss and gradient are the same, differentiable once.
     """
-    if chunk is not None:
-        return _StreamedLogSumExp.apply(anchors, candidates, excluded, temperature, chunk)  # type: ignore[no-any-return]
-    logits = product(anchors / temperature, candidates.T)
-    return logits.scatter(1, excluded, -torch.inf).logsumexp(dim=1)
-
-
-class _StreamedLogSumExp(torch.autograd.Function):
-    """The gradient of each anchor's value is known only in the backward pass, which therefore computes the similarities
-    once more, unless only anchors need gradients: these are then computed in the forward pass, up to that factor."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchors: Tensor,
-        candidates: Tensor,
-        excluded: Tensor,
-        temperature: float | Tensor,
-        chunk: int,
-    ) -> Tensor:
-        ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.constant = not ctx.needs_input_grad[1]
-        log_sum, centre, _ = _streamed(
-            anchors, candidates, excluded, temperature, chunk, pull=ctx.constant, push=False
-        )
-        ctx.save_for_backward(anchors, candidates, excluded, centre)
-        return log_sum
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        anchors, candidates, excluded, centre = ctx.saved_tensors
-        weight = grad / ctx.temperature
-        if ctx.constant:
-            return centre * weight[:, None], None, None, None, None
-        _, pull, push = _streamed(
-            anchors, candidates, excluded, ctx.temperature, ctx.chunk, weight=weight, pull=True, push=True
-        )
-        return pull, push, None, None, None
-
-
-def _streamed(
-    anchors: Tensor,
-    candidates: Tensor,
-    excluded: Tensor,
-    temperature: float | Tensor,
-    chunk: int,
-    *,
-    weight: Tensor | None = None,
-    pull: bool,
-    push: bool,
-) -> Streamed:
-    return stream(
-        anchors,
-        candidates,
+    if chunk is None:
+        logits = product(anchors / temperature, candidates.T)
+        return pairs._replace(negatives=logits.scatter(1, excluded, -torch.inf).logsumexp(dim=1))
+    cosine, theta = pairs.cosine.detach(), pairs.theta.detach()
+    log_sum, pull, push = stream(
+        anchors.detach(),
+        candidates.detach(),
         temperature=temperature,
         exclude=lambda rows, logits: logits.scatter_(1, excluded[rows], -torch.inf),
-        weights=weight,
-        pull=pull,
-        push=push,
-        block=chunk,
+        weights=lambda rows, n: chunk.push(Pairs(cosine[rows], theta[rows], n)),
+        pull=True,
+        push=candidates.requires_grad,
+        block=chunk.size,
     )
+    scale = 1 / (len(anchors) * temperature)
+    parts = (anchors, pull.mul_(scale)), (candidates, push.mul_(scale))
+    return pairs._replace(negatives=log_sum, push=with_gradient(log_sum.new_zeros(()), *parts))

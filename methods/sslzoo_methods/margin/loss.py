@@ -17,13 +17,14 @@ from sslzoo.nn.numerics import autocast_off, ieee_matmul, normalize
 from sslzoo_methods.margin.config import Isolated
 from sslzoo_methods.margin.factors import (
     NO_MARGIN,
+    Chunk,
     Factors,
     Margin,
     Pairs,
     at_pole,
     chord_angle,
     gradient_factors,
-    negative_logsumexp,
+    with_negatives,
 )
 
 
@@ -35,32 +36,32 @@ def contrast(
     *,
     own: Tensor | None,
     temperature: float | Tensor,
-    chunk: int | None,
+    chunk: Chunk | None,
 ) -> Pairs:
     """Contrast anchors (N, D) with candidates (M, D), both not normalised; gradients reach both.
 
     ``positive`` (N,) is the index of each anchor's positive among the candidates, and ``own`` (N,) that of the
-    anchor itself if it is among them; all other candidates are negatives. ``chunk`` as in negative_logsumexp.
+    anchor itself if it is among them; all other candidates are negatives. ``chunk`` as in with_negatives.
     """
     u, v = normalize(anchors), normalize(candidates)
     excluded = positive[:, None] if own is None else torch.stack([positive, own], dim=1)
     with autocast_off(u):
         target = v[positive]
-        negatives = negative_logsumexp(u, v, excluded, temperature=temperature, chunk=chunk)
-        return Pairs((u * target).sum(dim=1), chord_angle(u, target), negatives)
+        pairs = Pairs((u * target).sum(dim=1), chord_angle(u, target), None)
+        return with_negatives(pairs, u, v, excluded, temperature=temperature, chunk=chunk)
 
 
 @compilable
 def contrast_queue(
-    queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float | Tensor, chunk: int | None
+    queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float | Tensor, chunk: Chunk | None
 ) -> Pairs:
     """Contrast queries (N, D) with their keys (N, D), the positives, and a queue (K, D) of unit rows, the
     negatives. Keys and queue are constants."""
     u, v = normalize(queries), normalize(keys.detach())
     nothing = torch.empty(len(u), 0, dtype=torch.int64, device=u.device)
     with autocast_off(u):
-        negatives = negative_logsumexp(u, queue.detach(), nothing, temperature=temperature, chunk=chunk)
-        return Pairs((u * v).sum(dim=1), chord_angle(u, v), negatives)
+        pairs = Pairs((u * v).sum(dim=1), chord_angle(u, v), None)
+        return with_negatives(pairs, u, queue.detach(), nothing, temperature=temperature, chunk=chunk)
 
 
 def attract(predictions: Tensor, targets: Tensor) -> Pairs:
@@ -88,7 +89,19 @@ def margin_loss(
         return -positive
     # The derivative 1 - P of -logsigmoid is accurate for saturated pairs; cross_entropy has cancellation,
     # and F.softplus is linear above 20.
-    return -beta * F.logsigmoid(positive - pairs.negatives) - (1 - beta) * positive
+    return _pushed(-beta * F.logsigmoid(positive - pairs.negatives) - (1 - beta) * positive, pairs)
+
+
+def margin_push(pairs: Pairs, margin: Margin, *, temperature: float | Tensor, beta: float) -> Tensor:
+    """The derivative (N,) of :func:`margin_loss` by the logsumexp n of the negatives: beta (1 - P)."""
+    assert pairs.negatives is not None
+    positive = (margin.cosine(pairs.theta, pairs.cosine) - margin.subtractive) / temperature
+    return beta * torch.sigmoid(pairs.negatives - positive)
+
+
+def _pushed(loss: Tensor, pairs: Pairs) -> Tensor:
+    """``loss`` (N,), with the gradient through n in its mean if n is a constant."""
+    return loss if pairs.push is None else loss + pairs.push
 
 
 @compilable
@@ -123,7 +136,15 @@ def isolated_loss(
     surrogate = -factor * pulls / temperature * (pairs.cosine - pairs.cosine.detach())
     if pairs.negatives is not None:
         surrogate = surrogate + pushes * (pairs.negatives - pairs.negatives.detach())
-    return value + surrogate
+    return _pushed(value + surrogate, pairs)
+
+
+def isolated_push(
+    pairs: Pairs, margin: Margin, effects: Isolated, *, temperature: float | Tensor, beta: float
+) -> Tensor:
+    """The derivative (N,) of :func:`isolated_loss` by the logsumexp n of the negatives."""
+    acting = margin if effects.logit in ("both", "negative") else NO_MARGIN
+    return margin_push(pairs, acting, temperature=temperature, beta=beta)
 
 
 def positive_factor(factors: Factors, effects: Isolated) -> Tensor:
@@ -162,4 +183,10 @@ def macl_loss(pairs: Pairs, *, temperature: Tensor, eps: float) -> tuple[Tensor,
     assert pairs.negatives is not None, "MACL needs negatives"
     gap = pairs.cosine / temperature - pairs.negatives
     weight = 1 / (torch.sigmoid(-gap.detach()) + eps)
-    return -weight * F.logsigmoid(gap), weight
+    return _pushed(-weight * F.logsigmoid(gap), pairs), weight
+
+
+def macl_push(pairs: Pairs, *, temperature: Tensor, eps: float) -> Tensor:
+    """The derivative (N,) of :func:`macl_loss` by the logsumexp n of the negatives: V_i (1 - P)."""
+    push = margin_push(pairs, NO_MARGIN, temperature=temperature, beta=1.0)
+    return push / (push + eps)

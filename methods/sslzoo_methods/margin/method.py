@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import log
 
 import torch
@@ -15,15 +17,20 @@ from sslzoo.optim.schedules import interpolate
 from sslzoo_methods.margin import config
 from sslzoo_methods.margin.bases import BASES, Crops, MoCoV2, MomentumBase, Term
 from sslzoo_methods.margin.config import MarginConfig
-from sslzoo_methods.margin.factors import NO_MARGIN, Margin, pull_sums
+from sslzoo_methods.margin.factors import NO_MARGIN, Margin, Pairs, pull_sums
 from sslzoo_methods.margin.health import health
 from sslzoo_methods.margin.loss import (
     isolated_loss,
+    isolated_push,
     macl_loss,
+    macl_push,
     macl_temperature,
     margin_loss,
+    margin_push,
     view_alignment,
 )
+
+MACL_EPS = 1e-8
 
 
 class MarginContrast(SSLMethod[MarginConfig]):
@@ -49,7 +56,7 @@ class MarginContrast(SSLMethod[MarginConfig]):
         queries = [self.predictor(z) for z in projected]
         temperature = self._temperature(projected[:views])
         crops = Crops(batch.global_views, projected, queries, self.seed, self.step)
-        terms = self.base.terms(crops, temperature)
+        terms = self.base.terms(crops, temperature, partial(self._push, temperature))
         margin = self.margin(terms[0].negatives)
         sums = all_reduce_sum(torch.stack([pull_sums(term.pairs.theta, margin) for term in terms]))
         losses = [self._term_loss(t, margin, s, temperature) for t, s in zip(terms, sums, strict=True)]
@@ -98,13 +105,22 @@ class MarginContrast(SSLMethod[MarginConfig]):
     def _term_loss(self, term: Term, margin: Margin, sums: Tensor, temperature: float | Tensor) -> Tensor:
         beta, effects = self.cfg.base.beta, self.cfg.effects
         if isinstance(temperature, Tensor):
-            return macl_loss(term.pairs, temperature=temperature, eps=1e-8)[0].mean()
+            return macl_loss(term.pairs, temperature=temperature, eps=MACL_EPS)[0].mean()
         if isinstance(effects, config.Isolated):
             loss = isolated_loss(term.pairs, margin, effects, temperature=temperature, beta=beta, sums=sums)
         else:
             detached = isinstance(effects, config.Detached)
             loss = margin_loss(term.pairs, margin, temperature=temperature, beta=beta, detached=detached)
         return loss.mean()
+
+    def _push(self, temperature: float | Tensor, negatives: int) -> Callable[[Pairs], Tensor]:
+        """The derivative of :meth:`_term_loss` by the logsumexp of an anchor's ``negatives``."""
+        margin, beta, effects = self.margin(negatives), self.cfg.base.beta, self.cfg.effects
+        if isinstance(temperature, Tensor):
+            return partial(macl_push, temperature=temperature, eps=MACL_EPS)
+        if isinstance(effects, config.Isolated):
+            return partial(isolated_push, margin=margin, effects=effects, temperature=temperature, beta=beta)
+        return partial(margin_push, margin=margin, temperature=temperature, beta=beta)
 
     def depends_on_processes(self) -> str:
         """ShuffleBN does."""
