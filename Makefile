@@ -42,7 +42,7 @@ wheel: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[tensorboard,onnx,parquet,dashboards]" --group dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[tensorboard,onnx,parquet,huggingface,dashboards]" --group dev
 	@touch $@
 
 clean:

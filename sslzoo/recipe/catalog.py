@@ -169,6 +169,13 @@ DATASETS: dict[str, DatasetInfo] = {
         splits=(),
         decoded_by_workers=True,
     ),
+    "huggingface": DatasetInfo(
+        reader="sslzoo.data.huggingface:huggingface",
+        description="images saved by HF's datasets",
+        layout="<split>/{state.json,dataset_info.json,*.arrow}, as save_to_disk of datasets writes them",
+        splits=(),
+        decoded_by_workers=True,
+    ),
     "packed": DatasetInfo(
         reader=_READERS + "packed",
         description="images packed by sslzoo pack",
