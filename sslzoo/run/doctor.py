@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -57,11 +58,12 @@ def packages() -> Iterator[Finding]:
             installed = version(requirement.name)
         except PackageNotFoundError:
             if requirement.marker is not None:
+                extra = re.search(r'extra == "(.+?)"', str(requirement.marker))
                 yield Finding(
                     subject=requirement.name,
                     detail="not installed; only some recipes need it",
                     state=NOTE,
-                    fix=f"pip install 'sslzoo[{requirement.name}]'",
+                    fix=f"pip install 'sslzoo[{extra[1] if extra else requirement.name}]'",
                 )
                 continue
             yield Finding(

@@ -42,9 +42,9 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fine.state == FINE
     assert (old.state, old.fix) == (BROKEN, "pip install 'omegaconf<1'")
     assert (missing.state, missing.detail) == (BROKEN, "not installed")
-    monkeypatch.setattr(doctor, "requires", lambda name: ["no-such-board>=1; extra == 'no-such-board'"])
+    monkeypatch.setattr(doctor, "requires", lambda name: ["no-such-board>=1; extra == 'boards'"])
     (extra,) = doctor.packages()
-    assert (extra.state, extra.fix) == (NOTE, "pip install 'sslzoo[no-such-board]'")
+    assert (extra.state, extra.fix) == (NOTE, "pip install 'sslzoo[boards]'")
 
 
 def test_a_method_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
