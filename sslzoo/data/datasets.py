@@ -21,7 +21,7 @@ from sslzoo.data.listing import EXTENSIONS, class_folders, image_files
 from sslzoo.data.packed import Records, packed_source
 from sslzoo.data.sources import ArraySource, FileSource, ImageSource, JoinedImages
 from sslzoo.recipe.catalog import dataset_info
-from sslzoo.recipe.packed_info import PARTIAL, is_packed, packed_split, read_info, split_names
+from sslzoo.recipe.packed_info import is_packed, packed_split, read_info, refuse_unfinished, split_names
 from sslzoo.recipe.registry import plugin
 from sslzoo.recipe.sections import DataConfig, SourceConfig
 
@@ -90,16 +90,8 @@ def _found(cfg: SourceConfig, *candidates: str) -> Path:
     for candidate in candidates:
         if (Path(cfg.root) / candidate).exists():
             return Path(cfg.root) / candidate
-    _refuse_unfinished(cfg, *candidates)
+    refuse_unfinished(Path(cfg.root), *candidates)
     wrong_layout(cfg, f"there is no {' or '.join(candidates)}")
-
-
-def _refuse_unfinished(cfg: SourceConfig, *candidates: str) -> None:
-    """``ValueError`` if a split that might have been meant is still being packed, or was left."""
-    for name in candidates:
-        path = Path(cfg.root) / f"{name}{PARTIAL}"
-        if path.is_dir():
-            raise ValueError(f"{path} is not finished; wait for sslzoo pack, or run the same command again")
 
 
 def _class_order(cfg: SourceConfig, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -286,10 +278,10 @@ def _from_packed(cfg: SourceConfig, folder: Path, channels: int) -> ImageSource:
 
 
 def packed(cfg: SourceConfig, channels: int) -> ImageSource:
-    folder = packed_split(Path(cfg.root), cfg.split)
-    if folder is None:
-        _refuse_unfinished(cfg, *split_names(cfg.split))
-        wrong_layout(cfg, f"there is no {' or '.join(split_names(cfg.split))} packed there")
+    try:
+        folder = packed_split(Path(cfg.root), cfg.split)
+    except ValueError as error:
+        wrong_layout(cfg, str(error))
     return open_source(replace(cfg, dataset=read_info(folder).dataset), channels)
 
 
@@ -345,6 +337,6 @@ def folder(cfg: SourceConfig, channels: int) -> ImageSource:
         return _from_packed(cfg, root / cfg.split, channels)
     paths = image_files(root).paths
     if not len(paths):
-        _refuse_unfinished(cfg, cfg.split)
+        refuse_unfinished(root, cfg.split)
         wrong_layout(cfg, f"no file in it ends in {', '.join(sorted(EXTENSIONS))}")
     return FileSource(cfg.dataset, cfg.split, root, paths, None, channels=channels)

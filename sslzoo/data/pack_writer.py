@@ -265,24 +265,26 @@ class _Partial:
         try:
             # The kernel gives it back however this process ends. Not inherited by workers, which live a little longer.
             fcntl.lockf(self._images, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             self.close()
             raise ValueError(
                 f"{folder} is being written by another process; wait for it, or end it"
             ) from error
+        except OSError:  # a file system without locks
+            pass
 
     def resume(self) -> None:
         """Find out which records are there, and drop what comes after them. ``ValueError`` if the folder is one of
         another plan."""
         path = self.folder / _PLAN
-        if not path.exists():
+        if not os.fstat(self._rows).st_size:
             write_json(path, asdict(self.plan))
         try:
             begun = json.loads(path.read_text(encoding="utf-8"))
             begun["classes"] = tuple(begun["classes"])
             info = PackedInfo(**begun)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged; delete {self.folder}, and pack again") from error
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is missing or damaged; delete {self.folder}, and pack again") from error
         if replace(info, source=self.plan.source) != self.plan:
             raise ValueError(
                 f"{self.folder} was begun with other images or options: {_described(info)}; repeat that command, or "

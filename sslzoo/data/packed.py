@@ -70,7 +70,7 @@ class Records:
                 f"{path} does not have the {self.info.images:,} entries that it should; {_AGAIN}"
             )
         if checksum(array) != self.info.checksums.get(name):
-            raise ValueError(f"{path} is damaged: its checksum is another; {_AGAIN}")
+            raise ValueError(f"{path} is damaged: its checksum differs; {_AGAIN}")
         return np.asarray(array)
 
     def name(self, i: int) -> str:
@@ -85,7 +85,7 @@ class Records:
         record = read_part(self._file, self.folder, int(row["offset"]), int(row["length"]))
         if zlib.crc32(record) != row["crc"]:
             raise UnreadableImageError(
-                f"its checksum is another: see sslzoo pack --verify {legible(self.folder.parent)}"
+                f"its checksum differs; sslzoo pack --verify {legible(self.folder.parent)} lists what is damaged"
             )
         return record
 

@@ -268,15 +268,9 @@ def _fill_from_data_sets(values: dict[str, Any]) -> set[str]:
 def _packed_data_set(key: str, source: Mapping[str, Any]) -> str:
     """The name of the data set that was packed into the root of ``source``."""
     root, split = (str(source.get(name) or default) for name, default in (("root", ""), ("split", "train")))
-    folder = packed_split(Path(root), split) if root else None
-    if folder is None:
-        raise ConfigError(
-            f"{key}.root",
-            f"{root!r} holds no packed images of split {split!r}; sslzoo pack SRC DST packs a folder, "
-            f"and {key}.root is then DST",
-        )
+    check_field(root != "", f"{key}.root", "missing key; it is the folder that sslzoo pack has written")
     try:
-        return read_info(folder).dataset
+        return read_info(packed_split(Path(root), split)).dataset
     except ValueError as error:
         raise ConfigError(f"{key}.root", str(error)) from None
 

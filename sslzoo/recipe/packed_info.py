@@ -71,6 +71,21 @@ def split_names(split: str) -> tuple[str, ...]:
     return ("test", "val") if split == "test" else (split,)
 
 
-def packed_split(root: Path, split: str) -> Path | None:
-    """The folder of ``split`` in the packed data ``root``; None if there is none."""
-    return next((root / name for name in split_names(split) if is_packed(root / name)), None)
+def packed_split(root: Path, split: str) -> Path:
+    """The folder of ``split`` in the packed data ``root``. ``ValueError`` says why there is none."""
+    names = split_names(split)
+    for name in names:
+        if is_packed(root / name):
+            return root / name
+    refuse_unfinished(root, *names)
+    if is_packed(root):
+        raise ValueError(f"{root} is itself a packed split; the root is the folder above it")
+    raise ValueError(f"{root} has no packed images of split {split!r}, such as sslzoo pack writes")
+
+
+def refuse_unfinished(root: Path, *names: str) -> None:
+    """``ValueError`` if one of the splits ``names`` of ``root`` is being packed, or was left before it was complete."""
+    for name in names:
+        path = root / f"{name}{PARTIAL}"
+        if path.is_dir():
+            raise ValueError(f"{path} is not finished; wait for sslzoo pack, or run the same command again")

@@ -56,6 +56,7 @@ def pack(
     call then continues.
     """
     require(source.is_dir(), f"{source} is not a folder")
+    require(not dest.exists() or dest.is_dir(), f"{dest} is not a folder; choose another DST")
     require(
         not dest.resolve().is_relative_to(source.resolve()),
         f"{dest} lies in {source}, whose images are to be packed; choose a place outside",
@@ -136,7 +137,7 @@ def _verify_split(folder: Path) -> bool:
     with _Progress(folder.name, len(records)) as progress:
         for i, problem in enumerate(records.damaged(), 1):
             damaged += [problem] if problem else []
-            progress.report(i, 0)
+            progress.report(i, int(records.index["offset"][i - 1]))
     took = f"read in {duration(progress.seconds)}"
     if not damaged:
         _say(f"{folder}: {len(records):,} images as they were written; {took}")
@@ -177,7 +178,7 @@ class _Progress:
         )
         self._row = TaskID(0)
         self._began = self._shown = time.perf_counter()
-        self._first: int | None = None  # images that were done before
+        self._first: tuple[float, int, int] | None = None  # time, images and bytes of the first report
 
     @property
     def seconds(self) -> float:
@@ -191,17 +192,18 @@ class _Progress:
             self._bars.start()
         return self
 
-    def report(self, done: int, added: int) -> None:
-        """``done`` images are finished, and ``added`` bytes were written."""
-        if self._first is None:
-            self._first, self._began = done, time.perf_counter()
+    def report(self, done: int, size: int) -> None:
+        """``done`` images are finished, and ``size`` bytes were read or written."""
         now = time.perf_counter()
-        if now - self._shown < (LINE_EVERY if self._bars is None else REFRESH) or now == self._began:
+        if self._first is None:
+            self._first = now, done, size
+        began, before, read = self._first
+        if now == began or now - self._shown < (LINE_EVERY if self._bars is None else REFRESH):
             return
         self._shown = now
-        rate = (done - self._first) / (now - self._began)
+        rate, speed = ((x - y) / (now - began) for x, y in ((done, before), (size, read)))
         left = f", {duration((self._total - done) / rate)} left" if rate else ""
-        text = f"{rate:,.0f} images/s, {added / max(now - self._began, 1e-9) / 1e6:,.0f} MB/s{left}"
+        text = f"{rate:,.0f} images/s, {speed / 1e6:,.0f} MB/s{left}"
         if self._bars is None:
             _say(f"{self._title}: {done:,} of {self._total:,} images, {text}")
         else:
@@ -213,8 +215,10 @@ class _Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the bar."""
+        """Close the bar, after filling it unless there was an error."""
         if self._bars is not None:
+            if kind is None:
+                self._bars.show(self._row, completed=self._total, text=f"done in {duration(self.seconds)}")
             self._bars.stop()
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sslzoo.batch import Batch
 from sslzoo.data import pack_writer
 from sslzoo.data.datasets import open_source
 from sslzoo.data.disk import UnreadableImageError
@@ -22,7 +23,8 @@ from sslzoo.recipe.class_lists import CLASS_LISTS
 from sslzoo.recipe.load import RecipeError, load_recipe
 from sslzoo.recipe.sections import SourceConfig
 from sslzoo.run.pack import guess, pack, splits_in, verify
-from tests.data.test_module import batches, build, colour_data, equal
+from sslzoo.testing.ranks import run_ranks
+from tests.data.test_module import as_tensors, batches, build, colour_data, equal, joined, rank_batches
 
 FILES, RAW = PackOptions(), PackOptions(raw=True)
 
@@ -103,6 +105,14 @@ def test_batches_are_those_of_the_folder(
                 assert torch.equal(a.label, b.label) and [i for i, _ in a.bad] == [i for i, _ in b.bad]
     bad = stores[0].bad_images(stores[0].train_source)
     assert bad.count == 1 and bad.source.where(10) == f"{packed(options)}/train: b/2.jpg"
+
+
+def test_ranks_share_the_batches_of_the_folder(photos: Path, packed: Callable[[PackOptions], Path]) -> None:
+    whole = batches(build(colour_data(root=photos, max_bad_fraction=0.5)))
+    store = build(colour_data("packed", packed(RAW), max_bad_fraction=0.5), world=2)
+    per_rank = run_ranks(2, rank_batches, store)
+    for k, batch in enumerate(whole):
+        assert equal(batch, joined([Batch(*as_tensors(r[k])) for r in per_rank]))
 
 
 def test_classes_are_chosen_as_in_the_folder(photos: Path, packed: Callable[[PackOptions], Path]) -> None:
@@ -211,13 +221,13 @@ def test_one_flipped_bit_is_found(
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))
     source = opened("packed", root)
-    with pytest.raises(UnreadableImageError, match=f"checksum is another: see sslzoo pack --verify {root}"):
+    with pytest.raises(UnreadableImageError, match=f"checksum differs; sslzoo pack --verify {root} lists"):
         source.read(5)
     assert len(source.read(4)) == len(source.read(6)) == 3
     capsys.readouterr()
     assert not verify(root)
     out = capsys.readouterr().out
-    assert f"{root}/train: 1 of 24 images are damaged" in out and "a/5.jpg (its checksum is another" in out
+    assert f"{root}/train: 1 of 24 images are damaged" in out and "a/5.jpg (its checksum differs" in out
     assert f"delete {root}/train and pack it again, from " in out
     assert f"{root}/val: 6 images as they were written" in out
 
@@ -313,5 +323,5 @@ def test_recipes_take_from_the_store_what_they_leave_out(
     assert loaded.recipe.data.mean == (0.485, 0.456, 0.406)
     with pytest.raises(RecipeError, match=r"data\.mean: missing key; imagefolder has no known statistics"):
         load_recipe("sce_in1k", [*overrides, f"data.root={packed(FILES)}"])
-    with pytest.raises(RecipeError, match=r"data\.root: .*photos.* holds no packed images of split 'train'"):
+    with pytest.raises(RecipeError, match=r"data\.root: .*photos.* has no packed images of split 'train'"):
         load_recipe("sce_in1k", [*overrides, f"data.root={photos}"])
