@@ -42,6 +42,15 @@ class Section:
     panels: tuple[Panel, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One number for a whole run, in its summary at W&B."""
+
+    key: str
+    title: str
+    over_runs: Literal["max", "median"]  # the number of several runs
+
+
 def panel(key: str, title: str, note: str = "", *, unit: str = "", log_scale: bool = False) -> Panel:
     """A panel with one curve, which has the panel's title as its label."""
     return Panel(
@@ -49,6 +58,12 @@ def panel(key: str, title: str, note: str = "", *, unit: str = "", log_scale: bo
     )
 
 
+AT_A_GLANCE = (
+    Figure(key="best/linear_top1", title="best linear probe, top-1", over_runs="max"),
+    Figure(key="best/knn_top1", title="best k-NN, top-1", over_runs="max"),
+    Figure(key="verdict/severity", title="worst verdict: 0 healthy, 1 watch, 2 collapsed", over_runs="max"),
+    Figure(key="median/images_per_s", title="throughput in images/s, median", over_runs="median"),
+)
 FRAMEWORK = (
     Section(
         name="learning",

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-State = Literal["healthy", "watch", "collapsed"]
+State = Literal["healthy", "watch", "collapsed"]  # from good to bad
 
 
 @dataclass(frozen=True, kw_only=True)

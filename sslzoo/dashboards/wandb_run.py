@@ -263,7 +263,7 @@ class Sender:
             {"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)} if page.exists() else {}
         )
         verdict = {f"verdict/{key}": value for key, value in record.verdict.items()}
-        self.connection.summary.update(latest | figures | verdict | pictures | report)
+        self.connection.summary.update(latest | figures | record.at_a_glance | verdict | pictures | report)
 
     def _send_export(self, folder: Path) -> None:
         import wandb

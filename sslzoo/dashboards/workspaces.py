@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from sslzoo.dashboards.login import logged_in, server_url
-from sslzoo.panels import FRAMEWORK, Section, sections
+from sslzoo.panels import AT_A_GLANCE, FRAMEWORK, Section, sections
 from sslzoo.recipe import registry
 
 PACKAGE = "wandb_workspaces"
@@ -94,6 +94,7 @@ def _workspace(
         project=project,
         name=title,
         sections=[
+            _at_a_glance(ws, wr),
             *([_results(ws, wr)] if method is None else []),
             *(_section(ws, wr, section) for section in shown),
             _pictures(ws, wr),
@@ -132,6 +133,23 @@ def _section(ws: Any, wr: Any, section: Section) -> Any:
             for panel in section.panels
         ],
     )
+
+
+def _at_a_glance(ws: Any, wr: Any) -> Any:
+    """Numbers of all runs that are shown."""
+    tiles = [
+        _known(
+            wr.ScalarChart(
+                title=figure.title,
+                metric=wr.SummaryMetric(figure.key),
+                groupby_aggfunc=figure.over_runs,
+                font_size="large",
+            ),
+            figure.key,
+        )
+        for figure in AT_A_GLANCE
+    ]
+    return ws.Section(name="At a glance", is_open=True, panels=tiles)
 
 
 def _results(ws: Any, wr: Any) -> Any:

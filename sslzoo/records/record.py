@@ -18,6 +18,7 @@ from sslzoo.callbacks.metrics_file import read_rows
 from sslzoo.evaluate.figures import FEATURES, LAYER, data_of, figure_key, is_accuracy, layer_of
 from sslzoo.exits import ExitCode
 from sslzoo.records.lock import is_alive
+from sslzoo.verdict import State as Health
 from sslzoo.verdict import judge_file
 
 State = Literal["running", "done", "pre-empted", "interrupted", "diverged", "collapsed", "failed", "killed"]
@@ -29,6 +30,7 @@ STATES: dict[int, State] = {
     ExitCode.COLLAPSED: "collapsed",
     ExitCode.INTERRUPT: "interrupted",
 }
+HEALTH: tuple[Health, ...] = get_args(Health)  # from good to bad
 COLUMNS = {
     "linear_top1": "linear top-1",
     "linear_top5": "top-5",
@@ -215,6 +217,19 @@ class Record:
             max(filter(math.isfinite, [*values, *last]), default=None)
             for values, last in zip(columns, final, strict=True)
         ]
+
+    @property
+    def at_a_glance(self) -> dict[str, float]:
+        """The figures ``sslzoo.panels.AT_A_GLANCE``, as far as they are known."""
+        linear, knn = self.best("linear_top1", "knn_top1")
+        state = self.verdict.get("state")
+        found = {
+            "best/linear_top1": linear,
+            "best/knn_top1": knn,
+            "verdict/severity": HEALTH.index(state) if state in HEALTH else None,
+            "median/images_per_s": self.images_per_s,
+        }
+        return {key: value for key, value in found.items() if value is not None}
 
     def _final(self, key: str) -> list[float]:
         value = self.final.get(key)

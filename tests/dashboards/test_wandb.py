@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sslzoo.dashboards import wandb_run
 from sslzoo.dashboards.history import read_rows
 from sslzoo.exits import ExitCode
-from sslzoo.panels import FRAMEWORK
+from sslzoo.panels import AT_A_GLANCE, FRAMEWORK
 from sslzoo.recipe.sections import WandbConfig
 from sslzoo.records.directory import Run
 from sslzoo.records.lock import RunLock
@@ -180,6 +180,8 @@ def test_what_is_said_of_a_run(finished: Path, server: Server, tmp_path: Path) -
         "parameters": facts["derived"]["parameters"],
     }  # fmt: skip
     assert kept.summary["eval/linear_top1"] == pytest.approx(kept.summary["val/linear_top1"], abs=0.5)
+    assert all(figure.key in kept.summary for figure in AT_A_GLANCE)
+    assert kept.summary["best/linear_top1"] >= kept.summary["eval/linear_top1"]
     assert kept.summary["pictures/views"]["_type"] == "image-file"
     assert kept.summary["report"]["_type"] == "html-file"
     assert server.artifacts == [("model", f"tiny-{name}")]
