@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import signal
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +46,44 @@ def test_damaged_images_are_counted_in_the_manifest(tmp_path: Path) -> None:
     found = {"imagefolder/train": 2, "imagefolder/test": 1}
     assert manifest(run)["unreadable_images"] == manifest(run)["sessions"][0]["unreadable_images"] == found
     assert first.err.count("warning: unreadable image:") == 3, first.err
+
+
+def write_shards(folder: Path, shards: Path) -> list[str]:
+    """The pictures of ``folder`` in tar files, and the overrides that train on them."""
+    for split in ("train", "test"):
+        (shards / split).mkdir(parents=True)
+        for k in range(3):
+            with tarfile.open(shards / split / f"{k}.tar", "w") as tar:
+                for path in sorted((folder / split / "abc"[k]).iterdir()):
+                    for name, content in ((f"{path.stem}.cls", b"%d" % k), (path.name, path.read_bytes())):
+                        member = tarfile.TarInfo(f"{k}/{name}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+    return ["data.dataset=webdataset", f"data.root={shards}", "eval.resize=12"]
+
+
+def test_a_killed_run_on_tar_files_ends_as_one_on_the_folder(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    images = write_pictures(tmp_path / "pictures")
+    shards = write_shards(tmp_path / "pictures", tmp_path / "shards")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = ["--recipe", recipe, "trainer.max_epochs=1", "data.workers=1"]
+    first = fork(tmp_path, "fit", *options, "--out", whole, *images, name="folder")
+    begun = ["fit", *options, "--out", killed, *shards]
+    command = fork(tmp_path, *begun, faults={"pause": 0.2}, name="killed")
+    assert until(lambda: list(killed.glob("checkpoints/step=*.ckpt")) or command.ended), command.said
+    os.killpg(command.pid, signal.SIGKILL)
+    command.wait()
+    again = fork(tmp_path, *begun, "--resume", "auto", name="again")
+    assert again.wait() == first.wait() == 0, again.said + first.said
+    assert len(manifest(killed)["sessions"]) == 2
+    assert measured(killed) == measured(whole) != []
+
+
+def measured(run: Path) -> list[dict[str, str]]:
+    """``metrics.csv`` without what depends on the machine."""
+    with (run / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if not k.startswith("sys/")} for row in csv.DictReader(file)]
 
 
 def _hasty() -> None:
