@@ -19,8 +19,8 @@ from sslzoo.data.crops import reflected_index, resample
 _LUMA = (0.2989, 0.587, 0.114)
 # In standard deviations: where a Gaussian is cut off, which leaves out 7e-6 of its sum.
 _CUT = 4.5
-# Of red, green and blue: at which sixth of the circle the other two are alike, and how the value changes from there.
-_HUES = ((3.0, 2.0, 4.0), (1.0, -1.0, -1.0), (-1.0, 2.0, 2.0))
+# Of red, green and blue: the hue, in circles, at which the other two are alike, and how the value changes from there.
+_HUES = ((3 / 6, 2 / 6, 4 / 6), (6.0, -6.0, -6.0), (-1.0, 2.0, 2.0))
 
 Parameter = float | Tensor
 
@@ -45,10 +45,21 @@ def blend_(
     if luma is None and mean is None:
         return images.mul_(factor).clamp_(0, 1)
     grey = grayscale(images)
-    other = 0 if mean is None else _mean(grey) * mean
-    if luma is not None:
-        other = (grey * luma).add_(other)
-    return images.mul_(factor).add_(other).clamp_(0, 1)
+    if mean is None:
+        assert luma is not None
+        other = grey * luma
+    else:
+        other = _mean(grey) * mean
+        if luma is not None:
+            other = _plus(other, grey, luma)
+    return _plus(other, images, factor, out=images).clamp_(0, 1)
+
+
+def _plus(other: Tensor, images: Tensor, factor: Parameter, out: Tensor | None = None) -> Tensor:
+    """``other + factor * images`` in a single pass."""
+    if isinstance(factor, Tensor):
+        return torch.addcmul(other, images, factor, out=out)
+    return torch.add(other, images, alpha=factor, out=out)
 
 
 def _mean(grey: Tensor) -> Tensor:
@@ -67,18 +78,18 @@ def shift_hue_(images: Tensor, shift: Parameter) -> Tensor:
     red, green, blue = images.unbind(dim=-3)
     high = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
-    chroma = high - low  # value times saturation
-    # The hue in sixths of the circle times chroma, by the channel that is lowest.
-    hue = torch.add(red - blue, chroma, alpha=5)  # green
-    hue.addcmul_(red.clone().eq_(low), torch.add(blue - green, chroma, alpha=3).sub_(hue))
-    hue.addcmul_(blue.clone().eq_(low), torch.add(green - red, chroma).sub_(hue))
-    hue.div_(chroma.clamp(min=1e-30))  # a grey pixel has no hue, and any will do
-    hue = hue.unsqueeze(-3).add_(6 * shift)
-    hue.sub_((hue / 6).floor_(), alpha=6)
-    # From low to high: red |hue - 3| - 1, green 2 - |hue - 2|, blue 2 - |hue - 4|.
-    centre, sign, offset = (_per_channel(v, images.device) for v in _HUES)
-    torch.sub(hue, centre, out=images).abs_().mul_(sign).add_(offset).clamp_(0, 1)
-    return images.mul_(chroma.unsqueeze(-3)).add_(low.unsqueeze(-3))
+    chroma = high.sub_(low)  # value times saturation
+    # The distance from red is 1 + (green + blue - red - low) / chroma sixths of the circle, on either green's side or
+    # blue's.
+    distance = (green - low).add_(blue - red)
+    distance.div_(chroma.clamp(min=1e-30)).add_(1)  # a grey pixel has no hue, and any will do
+    hue = distance.copysign_(green - blue).unsqueeze(-3)
+    hue = hue.mul_(1 / 6).add_(shift + 1).frac_()  # of a circle, from 0
+    # From low to high: red |6 hue - 3| - 1, green 2 - |6 hue - 2|, blue 2 - |6 hue - 4|.
+    centre, slope, offset = (_per_channel(v, images.device) for v in _HUES)
+    torch.sub(hue, centre, out=images).abs_()
+    torch.addcmul(offset, images, slope, out=images).clamp_(0, 1)
+    return torch.addcmul(low.unsqueeze(-3), images, chroma.unsqueeze(-3), out=images)
 
 
 def solarize(images: Tensor, threshold: float) -> Tensor:
