@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from sslzoo.panels import Panel
+from sslzoo.pictures import Drawing
 from sslzoo.recipe.sections import AnalysisConfig, Recipe
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class Analysis(ABC, Generic[ConfigT]):
     """Observes a method on training batches, summarises the observations as numbers, and writes a report.
 
     A subclass sets ``Config`` and implements :meth:`look`, :meth:`describe` and :meth:`write`; to log numbers during
-    training, it implements :meth:`metrics` and sets ``panels``. If it imports torch only inside its functions, recipes
-    that use it can be checked without torch.
+    training, it implements :meth:`metrics` and sets ``panels``, and to show pictures of them, :meth:`draw`. If it
+    imports torch only inside its functions, recipes that use it can be checked without torch.
     """
 
     Config: ClassVar[type[AnalysisConfig]]
@@ -61,6 +62,12 @@ class Analysis(ABC, Generic[ConfigT]):
         """The numbers from :meth:`describe` that are logged to ``metrics.csv`` during training; none by default. Keys
         begin with a name of the analysis's own and ``/``."""
         del described
+        return {}
+
+    def draw(self, history: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
+        """Pictures for dashboards, by name, of the results of :meth:`describe` so far in a training, each with ``step``
+        and ``epoch``; none by default. Called after every evaluation, on rank 0 only."""
+        del history
         return {}
 
     @abstractmethod

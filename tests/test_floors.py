@@ -20,6 +20,7 @@ FLOORS = (
         "exits",
         "files",
         "panels",
+        "pictures",
         "randomness",
         "streams",
         "terminal",

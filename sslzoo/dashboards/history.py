@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from sslzoo import pictures
 from sslzoo.callbacks import metrics_file
 
 # Ending of means over an epoch, which stay in metrics.csv because they repeat other columns.
 OF_EPOCHS = "_epoch"
 HISTOGRAMS = "histograms.jsonl"
-PICTURES = "pictures"
-_NUMBERED = re.compile(r"(?P<name>.+)-step=(?P<step>\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +41,8 @@ def read_rows(folder: Path, count: int | None = None) -> list[Row]:
     """The first ``count`` rows of ``folder/metrics.csv``, by default all, in order.
 
     Values have the names of their columns; empty cells and means over epochs are left out. The first row of a step
-    also has that step's throughput, the last that ``system.csv`` has for it. Histograms, and pictures named
-    ``pictures/NAME-step=N.png``, belong to the first row at their step or later.
+    also has that step's throughput, the last that ``system.csv`` has for it. Histograms and pictures belong to the
+    first row at their step or later.
     """
     system = {step: values for step, _, values in metrics_file.read_rows(folder / "system.csv")}
     rows: list[Row] = []
@@ -54,21 +52,23 @@ def read_rows(folder: Path, count: int | None = None) -> list[Row]:
     for histogram in read_histograms(folder):
         if (row := _first_at(rows, histogram.step)) is not None:
             row.histograms.append(histogram)
-    for path in sorted((folder / PICTURES).glob("*.png")):
-        if (match := _NUMBERED.fullmatch(path.stem)) and (row := _first_at(rows, int(match["step"]))):
-            row.pictures[f"{PICTURES}/{match['name']}"] = path
+    for step, name, path in read_pictures(folder):
+        if (row := _first_at(rows, step)) is not None:
+            row.pictures[f"{pictures.FOLDER}/{name}"] = path
     return rows
 
 
+def read_pictures(folder: Path) -> list[tuple[int, str, Path]]:
+    """Step, name and file of the pictures of a run, in the order of steps. ``views.png`` is of step 0."""
+    views = folder / "views.png"
+    return [(0, "views", views)] * views.exists() + pictures.numbered(folder)
+
+
 def current_pictures(folder: Path) -> dict[str, Path]:
-    """By key, the pictures that are not of a certain step: ``views.png``, and those in ``pictures/`` without one in
-    their name."""
-    paths = [folder / "views.png", *sorted((folder / PICTURES).glob("*.png"))]
-    return {
-        f"{PICTURES}/{path.stem}": path
-        for path in paths
-        if path.exists() and not _NUMBERED.fullmatch(path.stem)
-    }
+    """By key, the pictures in ``pictures/`` that are not of a certain step."""
+    of_steps = {path for *_, path in pictures.numbered(folder)}
+    paths = sorted((folder / pictures.FOLDER).glob("*.png"))
+    return {f"{pictures.FOLDER}/{path.stem}": path for path in paths if path not in of_steps}
 
 
 def read_histograms(folder: Path) -> list[Histogram]:

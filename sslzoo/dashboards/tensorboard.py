@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sslzoo.callbacks.meter import Follower
-from sslzoo.dashboards.history import Histogram, current_pictures, read_histograms, read_rows
+from sslzoo.dashboards.history import Histogram, current_pictures, read_histograms, read_pictures, read_rows
 from sslzoo.panels import Section
+from sslzoo.pictures import FOLDER
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -25,6 +26,7 @@ class TensorBoard(Follower):
         self.run_dir, self.sections = run_dir, sections
         self._writer: SummaryWriter | None = None
         self._histograms = 0  # that are written
+        self._pictures: set[Path] = set()  # that are written
 
     def begin(self, rows: int) -> None:
         """Write the rows that the run has kept."""
@@ -32,7 +34,7 @@ class TensorBoard(Follower):
         writer.add_custom_scalars(layout(self.sections))
         for row in read_rows(self.run_dir, rows):
             self._add(row.step, row.values)
-        self._add_histograms()
+        self._add_media()
         for key, path in current_pictures(self.run_dir).items():
             _add_picture(writer, key, path, step=0)
         writer.flush()
@@ -42,13 +44,13 @@ class TensorBoard(Follower):
         self._add(step, {key: value for key, value in values.items() if not key.endswith("_epoch")})
 
     def saved(self, rows: int) -> None:
-        """Write the histograms that were logged since the last checkpoint."""
-        self._add_histograms()
+        """Write the histograms and pictures that were made since the last checkpoint."""
+        self._add_media()
 
     def end(self) -> None:
         """Close the event file."""
         if self._writer is not None:
-            self._add_histograms()
+            self._add_media()
             self._writer.close()
 
     def _add(self, step: int, values: Mapping[str, float]) -> None:
@@ -56,11 +58,15 @@ class TensorBoard(Follower):
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
 
-    def _add_histograms(self) -> None:
+    def _add_media(self) -> None:
         assert self._writer is not None
         for histogram in (logged := read_histograms(self.run_dir))[self._histograms :]:
             _add_histogram(self._writer, histogram)
         self._histograms = len(logged)
+        for step, name, path in read_pictures(self.run_dir):
+            if path not in self._pictures:
+                _add_picture(self._writer, f"{FOLDER}/{name}", path, step=step)
+                self._pictures.add(path)
 
 
 def write_evaluations(run_dir: Path, figures: Mapping[str, float], step: int) -> None:

@@ -26,6 +26,7 @@ from sslzoo.dashboards.history import Row, current_pictures, last_values, read_r
 from sslzoo.dashboards.login import logged_in, server_url
 from sslzoo.exits import ExitCode, RunError
 from sslzoo.files import write_json
+from sslzoo.pictures import caption_of
 from sslzoo.processes.ending import Ending
 from sslzoo.recipe.sections import WandbConfig
 from sslzoo.records.directory import Run
@@ -257,7 +258,7 @@ class Sender:
         latest = last_values(read_rows(self.run.path, self.sent))
         record = Record(self.run.path)
         figures = {f"eval/{key}": value for key, value in record.accuracies.items()}
-        pictures = {key: wandb.Image(str(path)) for key, path in current_pictures(self.run.path).items()}
+        pictures = {key: _image(path) for key, path in current_pictures(self.run.path).items()}
         page = self.run.path / PAGE
         report = (
             {"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)} if page.exists() else {}
@@ -287,7 +288,7 @@ class Sender:
             )
             for histogram in row.histograms
         }
-        pictures = {key: wandb.Image(str(path)) for key, path in row.pictures.items()}
+        pictures = {key: _image(path) for key, path in row.pictures.items()}
         return {**axes, **row.values, **histograms, **pictures}
 
 
@@ -373,6 +374,12 @@ def read_recipe(run: Run) -> dict[str, Any]:
 def _facts(run: Run) -> dict[str, Any]:
     """The manifest, with what follows from recipe and data."""
     return {key: value for key, value in run.read_manifest().items() if key not in _LEFT_OUT}
+
+
+def _image(path: Path) -> Any:
+    import wandb
+
+    return wandb.Image(str(path), caption=caption_of(path) or None)
 
 
 def _library() -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 from sslzoo.dashboards.login import logged_in, server_url
 from sslzoo.panels import AT_A_GLANCE, FRAMEWORK, Section, sections
+from sslzoo.pictures import FOLDER, NAMES
 from sslzoo.recipe import registry
 
 PACKAGE = "wandb_workspaces"
@@ -175,7 +176,8 @@ def _results(ws: Any, wr: Any) -> Any:
 
 
 def _pictures(ws: Any, wr: Any) -> Any:
-    media = wr.MediaBrowser(title="views and report", media_keys=["pictures/views", "report"], num_columns=2)
+    keys = [*(f"{FOLDER}/{name}" for name in NAMES), "report"]
+    media = wr.MediaBrowser(title="pictures and report", media_keys=keys, num_columns=2)
     return ws.Section(name="Pictures", panels=[_known(media, "pictures")])
 
 

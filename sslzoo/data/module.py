@@ -430,9 +430,9 @@ class SSLDataModule(LightningDataModule):
         """The first ``n`` samples of the training data as epoch 0 shows them."""
         return self.batch_of(range(n))
 
-    def batch_of(self, sample_id: Sequence[int]) -> Batch:
-        """These samples of the training data as epoch 0 shows them."""
-        raw = self._view_dataset().__getitems__([(0, i) for i in sample_id])
+    def batch_of(self, sample_id: Sequence[int], epoch: int = 0) -> Batch:
+        """These samples of the training data as ``epoch`` shows them."""
+        raw = self._view_dataset().__getitems__([(epoch, i) for i in sample_id])
         if isinstance(raw, DataError):
             raise raw
         return self.finish(raw)

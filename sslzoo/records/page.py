@@ -32,6 +32,7 @@ from sslzoo.pages.page import (
     Tone,
     render,
 )
+from sslzoo.pictures import coloured
 from sslzoo.recipe.registry import analysis_class, method_config
 from sslzoo.records.record import Record, equal_intervals, figure_table, percent
 from sslzoo.terminal import duration
@@ -39,7 +40,6 @@ from sslzoo.terminal import duration
 PAGE = "report.html"
 RELOAD = 60  # seconds between reloads while the run is going on
 LOG_LINES = 60
-COLOURED = 10  # classes with a colour of their own in the map
 PICTURE_BYTES = 400_000  # above that, pictures become WebP
 TONES: dict[str, Tone] = {"running": "plain", "done": "good", "pre-empted": "watch", "interrupted": "watch"}
 VERDICTS: dict[str, Tone] = {"healthy": "good", "watch": "watch", "collapsed": "bad"}
@@ -313,22 +313,21 @@ def _neighbours(row: Mapping[str, Any], names: Sequence[str]) -> list[Thumbnail]
 
 def _map(gallery: Mapping[str, Any], names: Sequence[str]) -> Scatter:
     points = gallery["map"]
-    present = sorted({label for label in points["label"] if label >= 0})
-    step = max(1, math.ceil(len(present) / COLOURED))
-    coloured = present[::step]
+    classes = coloured(points["label"])
     shares = " and ".join(f"{100 * share:.0f} %" for share in points["explained"])
     note = (
         f"{len(points['x']):,} images by their first two principal components, with {shares} of the variance."
     )
-    if len(coloured) < len(present):
-        note += f" {len(coloured)} of {len(present)} classes have a colour."
-    groups = [coloured.index(label) if label in coloured else -1 for label in points["label"]]
+    present = len({label for label in points["label"] if label >= 0})
+    if len(classes) < present:
+        note += f" {len(classes)} of {present} classes have a colour."
+    groups = [classes.index(label) if label in classes else -1 for label in points["label"]]
     return Scatter(
         title=f"Map of the features after epoch {gallery['epoch']}",
         x=points["x"],
         y=points["y"],
         group=groups if present else [0] * len(groups),
-        names=[str(names[label]) for label in coloured] or ["images without a label"],
+        names=[str(names[label]) for label in classes] or ["images without a label"],
         note=note,
     )
 

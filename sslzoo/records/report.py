@@ -1,4 +1,4 @@
-"""Final table, curves and view grid of a run."""
+"""Final table and curves of a run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from sslzoo.terminal import duration
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch import Tensor
 
-    from sslzoo.batch import Batch
 
 # Colours of the Okabe-Ito palette, distinguishable for colour-blind readers and in greyscale.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -193,49 +191,3 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
         blocks.append((mean, count))
     flat = [mean for mean, count in blocks for _ in range(count)]
     return [height + i * gap for i, height in enumerate(flat)]
-
-
-def plot_views(
-    batch: Batch,
-    originals: Sequence[Tensor | None],
-    path: Path,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    titles: Sequence[str],
-) -> None:
-    """Plot a PNG file with one column per sample of a training batch: its title, the original image, and one row per
-    view, with the normalisation by ``mean`` and ``std`` undone.
-
-    ``originals`` are the images on disk, (C, H, W) uint8 each, or None if unreadable.
-    """
-    import torch
-    from matplotlib.figure import Figure
-
-    def denormalised(view: Tensor) -> Tensor:
-        pixels = view.detach().float().cpu()
-        return (pixels * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)).clamp(
-            0, 1
-        )
-
-    rows: list[tuple[str, Sequence[Tensor | None]]] = [
-        ("original", [None if image is None else image.float() / 255 for image in originals])
-    ]
-    for role, views in (("global", batch.global_views), ("local", batch.local_views)):
-        for i, view in enumerate(views):
-            number = f" {i + 1}" if len(views) > 1 else ""
-            rows.append((f"{role} view{number}\n{view.shape[-1]} px", list(denormalised(view))))
-    figure = Figure(figsize=(1.25 * len(titles) + 0.4, 1.25 * len(rows) + 0.3), dpi=150, layout="constrained")
-    grid = figure.subplots(len(rows), len(titles), squeeze=False)
-    for line, (label, images) in zip(grid, rows, strict=True):
-        line[0].set_ylabel(label, fontsize=8)
-        for axes, image in zip(line, images, strict=True):
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
-            if image is not None:
-                pixels = image.permute(1, 2, 0).numpy()  # (H, W, C)
-                axes.imshow(pixels.squeeze(2) if len(image) == 1 else pixels, cmap="gray", vmin=0, vmax=1)
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize=8, parse_math=False)
-    _save(figure, path)

@@ -23,6 +23,7 @@ from sslzoo.callbacks.health import Health
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.callbacks.page import PageRefresh
+from sslzoo.callbacks.pictures import Pictures
 from sslzoo.callbacks.preemption import Preemption
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.representation import Representation
@@ -85,6 +86,7 @@ class Callbacks:
     evaluation: FeatureEvaluation
     analyses: tuple[Watch, ...]
     meter: Meter  # after everything that records metrics
+    pictures: Pictures  # after evaluation and analyses, whose results it draws
     page: PageRefresh  # after meter, whose files it reads
     health: Health  # after Meter, whose file it reads, and page, which shows a run that it stops
     progress: ProgressDisplay  # last, because it shows what Meter reported
@@ -96,7 +98,7 @@ class Callbacks:
             yield self.online_probe
         yield self.evaluation
         yield from self.analyses
-        yield from (self.meter, self.page, self.health, self.progress)
+        yield from (self.meter, self.pictures, self.page, self.health, self.progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +267,7 @@ def _build_callbacks(
         keep_epochs=recipe.logging.keep_epochs,
     )
     online = _online_probe(recipe, data)
+    analyses = tuple(Watch(analysis) for analysis in _build_analyses(recipe))
     quiet = Console(quiet=True, force_terminal=False)
     return Callbacks(
         seeding=StepSeeding(),
@@ -274,8 +277,9 @@ def _build_callbacks(
         cadence=EvaluationCadence(recipe.eval.every_epochs),
         online_probe=online,
         evaluation=_evaluation(recipe, run, data, online, brief=brief),
-        analyses=tuple(Watch(analysis) for analysis in _build_analyses(recipe)),
+        analyses=analyses,
         meter=Meter(run.path, every_steps=recipe.logging.every_steps),
+        pictures=Pictures(run.path, run.gallery, analyses),
         page=PageRefresh(lambda: write_page(run.path)),
         # The few images of a dry run always look collapsed.
         health=Health(run.metrics, stop=recipe.eval.stop_on_collapse and not brief, silent=brief),

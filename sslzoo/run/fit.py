@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from sslzoo.callbacks.pictures import draw_views
 from sslzoo.checkpoints import checkpoints, is_damaged, set_aside
 from sslzoo.checks import require
 from sslzoo.dashboards.loggers import Dashboards, build_dashboards, require_packages
-from sslzoo.data.sources import UnreadableImageError
 from sslzoo.evaluate.figures import is_accuracy
 from sslzoo.evaluate.final import final_evaluation
 from sslzoo.evaluate.progress import EvaluationProgress
@@ -25,6 +23,7 @@ from sslzoo.exits import ExitCode, RunError
 from sslzoo.export.write import write_at_end
 from sslzoo.launch.words import last_words
 from sslzoo.nn.weights import MissingWeights, described
+from sslzoo.pictures import save
 from sslzoo.processes.departure import Departure, end_workers
 from sslzoo.processes.ending import Ending, tell_launcher
 from sslzoo.processes.explain import explain, one_line, out_of_memory
@@ -37,7 +36,7 @@ from sslzoo.recipe.sections import Recipe
 from sslzoo.records.directory import Choice, Run, begin, choose
 from sslzoo.records.lock import RunLock
 from sslzoo.records.page import PAGE, write_page
-from sslzoo.records.report import plot_curves, plot_views, results_tables
+from sslzoo.records.report import plot_curves, results_tables
 from sslzoo.run.build import BuiltRun, Experiment, build_experiment, equip, load_weights, try_analyses
 from sslzoo.run.evaluate import evaluate_at_end
 from sslzoo.run.messages import Messages
@@ -48,8 +47,6 @@ from sslzoo.terminal import OUT, redraws
 from sslzoo.verdict import judge_file
 
 log = logging.getLogger(__name__)
-
-EXAMPLES = 6  # images in views.png
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,21 +351,7 @@ class _Life:
         """Draw a few images of different classes, and what the recipe's views make of them."""
         assert self.session is not None
         data = self.session.built.data
-        source, batch = data.train_source, data.batch_of(data.varied_samples(EXAMPLES))
-        originals: list[Tensor | None] = []
-        titles: list[str] = []
-        for sample in batch.sample_id.tolist():
-            try:
-                originals.append(source.read(sample))
-            except UnreadableImageError:
-                originals.append(None)
-            label = None if source.labels is None else source.labels[sample]
-            titles.append(f"image {sample}" if label is None else source.class_names[label])
-        cfg = self.loaded.recipe.data
-        self._draw(
-            "views.png",
-            lambda path: plot_views(batch, originals, path, mean=cfg.mean, std=cfg.std, titles=titles),
-        )
+        self._draw("views.png", lambda path: save(draw_views(data, epoch=0), path))
 
     def _print_last_words(self, ending: Ending, trouble: str) -> None:
         """Print what happened and what to do next as the last lines on the terminal."""

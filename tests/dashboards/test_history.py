@@ -43,10 +43,15 @@ def test_rows_have_what_belongs_to_their_step(tmp_path: Path) -> None:
         (5, 1, {"train/loss": 1.0, "sys/data_wait": 0.4}),
     ]  # the last line is unfinished
     assert [[histogram.name for histogram in row.histograms] for row in rows] == [[], ["method/u"], [], []]
-    assert [list(row.pictures) for row in rows] == [[], [], [], ["pictures/map"]]
+    assert [list(row.pictures) for row in rows] == [
+        ["pictures/views"],
+        [],
+        [],
+        ["pictures/map"],
+    ]
     assert read_rows(tmp_path, 2) == rows[:2]
     assert last_values(rows) == {"train/loss": 1.0, "val/knn_top1": 0.5, "sys/data_wait": 0.4}
-    assert sorted(current_pictures(tmp_path)) == ["pictures/last", "pictures/views"]
+    assert list(current_pictures(tmp_path)) == ["pictures/last"]
     assert read_rows(tmp_path / "nothing") == []
 
 
@@ -59,10 +64,12 @@ def test_tensorboard_forgets_what_a_kill_takes_back(tmp_path: Path) -> None:
         board = TensorBoard(folder, sections("simclr", ()))
         board.begin(kept)
         board.add(5, {"train/loss": loss, "train/loss_epoch": 9.0})
+        Image.new("RGB", (4, 4)).save(folder / "pictures/map-step=5.png")
+        board.saved(4)
         board.end()
     for accuracy in (0.5, 0.625):
         write_evaluations(folder, {"eval/knn_top1": accuracy}, 5)
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"histograms": 0})
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"histograms": 0, "images": 0})
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
         (2, 3.0),
@@ -73,3 +80,5 @@ def test_tensorboard_forgets_what_a_kill_takes_back(tmp_path: Path) -> None:
     assert "train/loss_epoch" not in events.Tags()["scalars"]
     (histogram,) = events.Histograms("method/u")
     assert histogram.step == 3 and histogram.histogram_value.num == 3
+    shown = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    assert shown == {"pictures/views": [0], "pictures/map": [4, 5], "pictures/last": [0]}

@@ -25,6 +25,7 @@ from sslzoo.dashboards import wandb_run
 from sslzoo.dashboards.history import read_rows
 from sslzoo.exits import ExitCode
 from sslzoo.panels import AT_A_GLANCE, FRAMEWORK
+from sslzoo.pictures import numbered
 from sslzoo.recipe.sections import WandbConfig
 from sslzoo.records.directory import Run
 from sslzoo.records.lock import RunLock
@@ -96,6 +97,17 @@ def _on_board(run: Path) -> Columns:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 
+def _pictures_at_wandb(kept: KeptRun) -> list[tuple[int, str]]:
+    return sorted(
+        (line["step"], name) for line in kept.history for name in line if name.startswith("pictures/")
+    )
+
+
+def _pictures_in(run: Path) -> list[tuple[int, str]]:
+    """Step and key of every picture; ``views.png`` is shown with the first row, which is of step 1."""
+    return sorted([(1, "pictures/views"), *((step, f"pictures/{name}") for step, name, _ in numbered(run))])
+
+
 def _single(columns: Columns) -> Columns:
     """With values in single precision, which is TensorBoard's."""
     return {
@@ -121,6 +133,12 @@ def test_an_offline_run_is_sent_by_either_command(finished: Path, server: Server
     _sync(folder, server)
     kept = server.runs[name]
     assert _at_wandb(kept) == _in_file(folder / "run")
+    names = ("embedding_map", "neighbours", "views")
+    assert _pictures_at_wandb(kept) == _pictures_in(folder / "run")
+    assert _pictures_in(folder / "run") == [
+        (1, "pictures/views"),
+        *((step, f"pictures/{name}") for step in (6, 12) for name in names),
+    ]
     assert [line["_step"] for line in kept.history] == list(range(len(read_rows(folder / "run"))))
     assert {"step": 12, "epoch": 1, "images": 192}.items() <= kept.history[-1].items()
     before = kept.history
@@ -137,7 +155,7 @@ def test_tensorboard_has_the_same_history(finished: Path) -> None:
     events = EventAccumulator(str(finished / "run/tensorboard"))
     events.Reload()
     assert "eval/linear_top1" in events.Tags()["scalars"]
-    assert "pictures/views" in events.Tags()["images"]
+    assert [event.step for event in events.Images("pictures/views")] == [0, 6, 12]
     assert "custom_scalars__config__" in events.Tags()["tensors"]
 
 
@@ -163,8 +181,6 @@ def test_what_is_said_of_a_run(finished: Path, server: Server, tmp_path: Path) -
     folder = Path(shutil.copytree(finished, tmp_path / "copy"))
     name = manifest(folder / "run")["run_id"]
     server.runs.pop(name, None)
-    (folder / "run/pictures").mkdir()
-    shutil.copy(folder / "run/views.png", folder / "run/pictures/map-step=6.png")
     recipe = folder / "run/recipe.yaml"
     recipe.write_text(re.sub(r"artifact: false", "artifact: true", recipe.read_text()))
     push = _push(folder, server, "--project", "other", "--entity", "team")
@@ -182,11 +198,13 @@ def test_what_is_said_of_a_run(finished: Path, server: Server, tmp_path: Path) -
     assert kept.summary["eval/linear_top1"] == pytest.approx(kept.summary["val/linear_top1"], abs=0.5)
     assert all(figure.key in kept.summary for figure in AT_A_GLANCE)
     assert kept.summary["best/linear_top1"] >= kept.summary["eval/linear_top1"]
-    assert kept.summary["pictures/views"]["_type"] == "image-file"
     assert kept.summary["report"]["_type"] == "html-file"
     assert server.artifacts == [("model", f"tiny-{name}")]
-    (drawn,) = [line for line in kept.history if "pictures/map" in line]
-    assert drawn["step"] == 6 and "sys/images_per_s" in kept.history[0]
+    assert "sys/images_per_s" in kept.history[0]
+    shown = [line for line in kept.history if "pictures/neighbours" in line]
+    assert [line["step"] for line in shown] == [6, 12]
+    assert shown[0]["pictures/neighbours"]["_type"] == "image-file"
+    assert shown[1]["pictures/neighbours"]["caption"].startswith("Nearest neighbours after epoch 2.")
 
     later = fork(
         folder, "eval", "knn", "run", "--k", "3", environment=server.environment, before=short_evaluation
@@ -309,6 +327,7 @@ def test_three_kills(tmp_path: Path, server: Server, mode: str) -> None:
     kept = server.runs[name]
     assert kept.exit_code == 0
     assert _at_wandb(kept) == _in_file(run)
+    assert _pictures_at_wandb(kept) == _pictures_in(run) and len(_pictures_in(run)) == 10
     assert _on_board(run) == _single(_in_file(run))
     assert f"{name}-v2" not in server.runs
     if mode == "online":

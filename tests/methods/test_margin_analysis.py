@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
@@ -310,6 +311,18 @@ def test_the_history_is_in_checkpoints(tmp_path: Path) -> None:
     other = Watch(asking())
     other.load_state_dict(torch.load(tmp_path / "x.ckpt", weights_only=True))
     assert other.history == analysis.history
+
+
+def test_the_history_is_drawn_while_it_trains(tmp_path: Path) -> None:
+    _, watch = train("margin", tmp_path, watching=True)
+    assert watch is not None
+    earlier = watch.history[0] | {"temperature": 0.5}  # before the recipe was changed
+    drawn = watch.analysis.draw([earlier, *watch.history])
+    assert list(drawn) == ["angles", "angles_over_training", "slope_factor", "effects_by_epoch"]
+    plot, caption = drawn["angles_over_training"]
+    assert isinstance(plot, Figure) and "one column per snapshot" in caption
+    assert [label.get_text() for label in plot.axes[0].get_xticklabels()] == ["0", "3", "6"]
+    assert watch.analysis.draw([]) == {}
 
 
 # -- the command --------------------------------------------------------------------------------

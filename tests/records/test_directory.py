@@ -19,6 +19,7 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
+from sslzoo import pictures
 from sslzoo.callbacks.representation import Representation
 from sslzoo.checkpoints import load_checkpoint
 from sslzoo.dashboards.loggers import PACKAGES
@@ -345,11 +346,11 @@ def test_what_only_people_look_at_ends_no_run(folder: Path, tmp_path: Path) -> N
         raise OSError("the disk is full")
 
     def fill() -> None:
-        Figure.savefig = Representation._write = full
+        Figure.savefig = Representation._write = pictures.atomically = full
 
     run = fork(tmp_path, "fit", "--recipe", folder / "tiny.yaml", "--out", "run", before=fill)
     assert run.wait() == 0, run.said
-    for name in ("views.png", "curves.png"):
+    for name in ("views.png", "views", "neighbours and map", "curves.png"):
         assert f"{name} could not be drawn: OSError: the disk is full" in run.err
     assert "spectrum.csv could not be written" in run.err
     assert (tmp_path / "run" / "eval" / "summary.json").exists()

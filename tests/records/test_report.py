@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from sslzoo.batch import Batch
 from sslzoo.callbacks.metrics_file import MetricsFile
 from sslzoo.evaluate.task import Samples
 from sslzoo.records.record import equal_intervals, read_metrics
-from sslzoo.records.report import plot_curves, plot_views, results_tables, spread
+from sslzoo.records.report import plot_curves, results_tables, spread
 from sslzoo.terminal import duration
 
 PNG = b"\x89PNG\r\n"
@@ -113,34 +111,6 @@ def test_parts_of_an_interval_are_one_again() -> None:
 def test_names_are_spread_about_their_heights() -> None:
     assert spread([1.0, 5.0], 2.0) == [1.0, 5.0]
     assert spread([1.0, 1.0, 1.5, 9.0], 1.0) == pytest.approx([1 / 6, 7 / 6, 13 / 6, 9.0])
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_views_are_drawn_denormalised_under_their_original(
-    channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown = []
-    original = Axes.imshow
-    monkeypatch.setattr(
-        Axes, "imshow", lambda self, image, **kwargs: (shown.append(image), original(self, image, **kwargs))
-    )
-    images = torch.rand(3, channels, 6, 6)
-    mean, std = (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.4)[:channels]
-    normalised = (images - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
-    batch = Batch((normalised, normalised), (normalised[..., :3, :3],), torch.arange(3))
-    originals = [torch.full((channels, 9, 7), 51 * i, dtype=torch.uint8) for i in range(2)]
-    plot_views(
-        batch,
-        [*originals, None],
-        tmp_path / "views.png",
-        mean=mean,
-        std=std,
-        titles=["cat", "us$_$au", "image 7"],
-    )
-    assert (tmp_path / "views.png").read_bytes().startswith(PNG)
-    assert len(shown) == 2 + 3 * 3  # one original cannot be read
-    assert shown[1].shape[:2] == (9, 7) and shown[1].max() == pytest.approx(0.2)
-    torch.testing.assert_close(torch.from_numpy(shown[2]), images[0].permute(1, 2, 0).squeeze())
 
 
 SUMMARY = {

@@ -25,6 +25,7 @@ from sslzoo.callbacks.health import Health
 from sslzoo.callbacks.meter import Meter
 from sslzoo.callbacks.online_probe import OnlineProbe
 from sslzoo.callbacks.page import PageRefresh
+from sslzoo.callbacks.pictures import Pictures
 from sslzoo.callbacks.preemption import Preemption
 from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.seeding import StepSeeding
@@ -46,6 +47,7 @@ ORDER = (
     FeatureEvaluation,
     Watch,
     Meter,  # writes what those before it recorded
+    Pictures,  # shows what evaluation and analyses have found
     PageRefresh,  # reads what the meter has written
     Health,  # reads the meter's file
     ProgressDisplay,  # shows what the meter has written

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sslzoo.analysis import Analysis, Look
+from sslzoo.pictures import Drawing
 from sslzoo.recipe.sections import Recipe
 from sslzoo_methods.margin.analysis.config import MarginsConfig, margin_name
 from sslzoo_methods.margin.analysis.panels import PANELS
@@ -59,6 +60,21 @@ class Margins(Analysis[MarginsConfig]):
         from sslzoo_methods.margin.analysis.observe import metrics
 
         return metrics(described)
+
+    def draw(self, history: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
+        """Angles of the pairs, now and over the training, and the effects of the margins."""
+        from sslzoo_methods.margin.analysis.plots import Snapshot, course_plots
+
+        if not history:
+            return {}
+        tau = history[-1]["temperature"]
+        snapshots = [
+            Snapshot(record["step"], record["epoch"], record["histogram"], record["margins"])
+            for record in history
+            if record.get("temperature") == tau and self.margins.keys() <= record["margins"].keys()
+        ]
+        plots = course_plots(snapshots, self.margins, tau)
+        return {name: Drawing(*plot) for name, plot in plots.items()}
 
     def write(self, looks: Sequence[Look], *, recipe: Recipe, sample_id: Tensor, out: Path) -> str:
         """Write scalars, a table of samples, plots and an HTML page; returns one line per margin."""

@@ -350,16 +350,11 @@ def _slope_caption(margins: Mapping[str, Margin]) -> str:
     return text + " B is unbounded at 0° and 180°. A subtractive margin alone leaves B = 1."
 
 
-def all_plots(
-    snapshots: Sequence[Snapshot],
-    margins: Mapping[str, Margin],
-    plain: Mapping[str, np.ndarray],
-    samples: Mapping[str, Mapping[str, np.ndarray]],
-    temperature: float,
+def course_plots(
+    snapshots: Sequence[Snapshot], margins: Mapping[str, Margin], temperature: float
 ) -> dict[str, tuple[Figure, str]]:
-    """All figures with their captions, by file name. The last of ``snapshots`` is the current state;
-    ``samples`` are per-sample columns by margin, ``plain`` those without margin; plots of a single margin show
-    the first one."""
+    """Figures with their captions, by name, of what every snapshot holds. The last of ``snapshots`` is the current
+    state; plots of a single margin show the first one."""
     from matplotlib import rc_context
 
     now, first = snapshots[-1], next(iter(margins))
@@ -371,6 +366,28 @@ def all_plots(
                 "The same over training, one column per snapshot; the line is the median.",
             ),
             "slope_factor": (slope_factors(now, margins), _slope_caption(margins)),
+            "effects_by_epoch": (
+                effects_by_epoch(snapshots, first, temperature),
+                "Mean logarithm of each effect on the positives' gradient, over the positives that are still "
+                "pulled, at the last snapshot of each epoch.",
+            ),
+        }  # fmt: skip
+
+
+def all_plots(
+    snapshots: Sequence[Snapshot],
+    margins: Mapping[str, Margin],
+    plain: Mapping[str, np.ndarray],
+    samples: Mapping[str, Mapping[str, np.ndarray]],
+    temperature: float,
+) -> dict[str, tuple[Figure, str]]:
+    """Those of :func:`course_plots`, and of the samples of the current state: ``samples`` are per-sample columns by
+    margin, ``plain`` those without margin."""
+    from matplotlib import rc_context
+
+    first = next(iter(margins))
+    with rc_context(STYLE):
+        return course_plots(snapshots, margins, temperature) | {
             "probability_and_logit_factor": (
                 probability_factor(samples[first], first, temperature),
                 "The logit factor A of each sample against its probability without margin: from 1 at P⁰ = 0 to "
@@ -384,10 +401,5 @@ def all_plots(
                 positive_gradients(plain, samples, temperature),
                 "Length of the positive part of the gradient, whether pull or push: medians in bins of 5° with at "
                 "least 5 samples; shaded: interquartile range without margin and with the first one.",
-            ),
-            "effects_by_epoch": (
-                effects_by_epoch(snapshots, first, temperature),
-                "Mean logarithm of each effect on the positives' gradient, over the positives that are still "
-                "pulled, at the last snapshot of each epoch.",
             ),
         }  # fmt: skip
