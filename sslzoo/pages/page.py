@@ -234,7 +234,7 @@ class Table:
 
     def html(self, charts: list[dict[str, Any]]) -> str:
         """See :class:`Block`."""
-        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
+        caption = f"<caption><span>{escape(self.caption)}</span></caption>" if self.caption else ""
         head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in self.head)
         body = "".join(
             f"<tr{' class=strong' if i in self.strong else ''}>"

@@ -31,6 +31,7 @@ ASIDE = (
     "data.timeout",
     "logging.",
     "eval.after",
+    "analyses",
     "trainer.devices",
     "trainer.num_nodes",
 )
@@ -369,7 +370,8 @@ def as_page(comparison: Comparison) -> str:
     sections.append(
         Section(title="Runs", blocks=[Table(head=["group", "run", "state"], rows=runs, numbers=False)])
     )
-    subtitle = f"{len(runs)} runs in {len(comparison.groups)} groups"
+    groups = len(comparison.groups)
+    subtitle = f"{len(runs)} runs in {groups} group{'s' * (groups > 1)}"
     return render("Comparison", subtitle, [section for section in sections if section.blocks])
 
 

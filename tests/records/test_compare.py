@@ -135,7 +135,8 @@ def test_an_unfinished_run_is_said_to_be_one(six: Path) -> None:
 
 
 def test_finished_runs_of_a_seed_count_with_their_mean_and_unfinished_ones_not(six: Path) -> None:
-    write_run(six / "zz-again", accuracy=0.90, seed=1, method__temperature=0.1, trainer__num_nodes=2)
+    aside = {"trainer__num_nodes": 2, "analyses__0__name": "margins"}
+    write_run(six / "zz-again", accuracy=0.90, seed=1, method__temperature=0.1, **aside)
     write_run(six / "zz-stopped", accuracy=0.10, seed=2, method__temperature=0.1)
     stopped = six / "zz-stopped" / "manifest.json"
     write_json(stopped, Record(stopped.parent).manifest | {"exit_code": 75})
