@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         metavar="NAME",
-        help="imagefolder, folder, imagenet1k, imagenet100 or tiny_imagenet (default: guessed from the layout)",
+        help="imagefolder, folder, imagenet1k, imagenet100, tiny_imagenet, webdataset or huggingface (default: guessed "
+        "from the layout)",
     )
     parser.add_argument(
         "--split",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sslzoo.data.datasets import choose_classes, wrong_layout
 from sslzoo.data.disk import UnreadableImageError, legible
 from sslzoo.data.sources import EncodedSource, ImageSource
+from sslzoo.recipe.packed_info import split_names
 from sslzoo.recipe.sections import SourceConfig
 
 _STATE = "state.json"  # in the folder of each saved Dataset
@@ -33,10 +34,15 @@ class ArrowSource(EncodedSource):
     ) -> None:
         """``rows``: (N,) of ``column``; None: all."""
         super().__init__(name, split, channels, labels, class_names)
-        self._folder, self._column, self._rows = folder, column, rows
+        self.root, self._column, self._rows = folder, column, rows
 
     def __len__(self) -> int:
         return len(self._column) if self._rows is None else len(self._rows)
+
+    @property
+    def paths(self) -> NDArray[np.bytes_]:
+        """A name (N,) for each image: the number of its row."""
+        return np.array([b"%08d" % self._row(i) for i in range(len(self))])
 
     def _row(self, sample_id: int) -> int:
         return sample_id if self._rows is None else int(self._rows[sample_id])
@@ -48,7 +54,7 @@ class ArrowSource(EncodedSource):
         return b"\0".join((lengths.fill_null(-1).to_numpy().astype(np.int64).tobytes(), *ends, rows))
 
     def where(self, sample_id: int) -> str:
-        return f"{legible(self._folder)}: row {self._row(sample_id)}"
+        return f"{legible(self.root)}: row {self._row(sample_id)}"
 
     def encoded(self, sample_id: int) -> bytes:
         data = self._column[self._row(sample_id)].as_py()
@@ -97,11 +103,19 @@ def _library() -> Any:
 def _folder_of(cfg: SourceConfig) -> Path:
     """Where the split was saved: in a folder of its name, or alone in the root."""
     root = Path(cfg.root)
-    splits = ("test", "val", "validation") if cfg.split == "test" else (cfg.split,)
+    splits = split_names(cfg.split)
     for folder in (*(root / split for split in splits), root):
         if (folder / _STATE).is_file():
             return folder
     return wrong_layout(cfg, f"there is no {' or '.join(f'{split}/{_STATE}' for split in splits)}")
+
+
+def saved_splits(root: Path) -> tuple[str, ...]:
+    """The splits that were saved in ``root``, each in its folder or one alone."""
+    found = sorted(path.parent.name for path in root.glob(f"*/{_STATE}"))
+    if not found and (root / _STATE).is_file():
+        return ("train",)
+    return tuple(sorted(found, key=lambda name: name != "train"))
 
 
 def _one_column(saved: Any, folder: Path, kind: str, found: list[str], usual: str) -> str | None:

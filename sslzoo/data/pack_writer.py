@@ -31,11 +31,15 @@ from torch.utils.data import DataLoader, Dataset
 from sslzoo.data.crops import channels_last
 from sslzoo.data.decoding import decode
 from sslzoo.data.disk import DataError, UnreadableImageError
+from sslzoo.data.huggingface import ArrowSource
 from sslzoo.data.loading import leave_signals_to_parent
 from sslzoo.data.packed import IMAGES, INDEX, LABELS, NAMES, ROW, ROW_OF_PIXELS, checksum
 from sslzoo.data.sources import FileSource, resize_short_side
+from sslzoo.data.tar_shards import ShardSource
 from sslzoo.files import write_json
 from sslzoo.recipe.packed_info import FILE, PARTIAL, PackedInfo, read_info
+
+Packable = FileSource | ShardSource | ArrowSource
 
 QUALITY = 95  # of images that are encoded again, as JPEG
 SAVE_EVERY = 10.0  # seconds between times at which what was written is known to be on disk
@@ -85,7 +89,7 @@ class _Chunk(NamedTuple):
 class Encoder(Dataset[_Chunk]):
     """Makes records of image files. Indexed by several at a time."""
 
-    def __init__(self, source: FileSource, options: PackOptions, row: np.dtype[Any]) -> None:
+    def __init__(self, source: Packable, options: PackOptions, row: np.dtype[Any]) -> None:
         self.source, self.options, self.row = source, options, row
 
     def __getitems__(self, ids: Sequence[int]) -> _Chunk | DataError:
@@ -135,7 +139,7 @@ def _jpeg(image: Tensor) -> bytes:
 
 
 def write_split(
-    source: FileSource,
+    source: Packable,
     folder: Path,
     options: PackOptions,
     *,
@@ -151,7 +155,7 @@ def write_split(
         DataError: the folder of the images is gone, or a worker was ended; the same call continues.
     """
     plan = PackedInfo(
-        dataset=source.name,
+        dataset=_dataset_of(source),
         source=str(source.root.absolute()),
         fingerprint=source.fingerprint,
         content="pixels" if options.raw else "files",
@@ -187,6 +191,13 @@ def write_split(
         return Written(len(source), before, partial.end, read, added, unreadable, tuple(reasons))
     finally:
         partial.close()
+
+
+def _dataset_of(source: Packable) -> str:
+    """The data set as which packed images open: that of the files, or the one that other images would be as files."""
+    if isinstance(source, FileSource):
+        return source.name
+    return "folder" if source.labels is None else "imagefolder"
 
 
 def _as_it_was(folder: Path, plan: PackedInfo) -> Written:
@@ -254,7 +265,7 @@ def _as_it_is(chunk: Any) -> Any:
 class _Partial:
     """A split that is being written."""
 
-    def __init__(self, folder: Path, plan: PackedInfo, source: FileSource) -> None:
+    def __init__(self, folder: Path, plan: PackedInfo, source: Packable) -> None:
         self.folder, self.plan, self.source = folder, plan, source
         self.row = ROW_OF_PIXELS if plan.content == "pixels" else ROW
         self.done = self.end = 0  # records, and their bytes

@@ -26,9 +26,11 @@ from sslzoo.data.disk import legible, read_file
 from sslzoo.data.kept import Found, as_bytes, once_per_node, state_of
 from sslzoo.data.listing import EXTENSIONS
 from sslzoo.data.sources import EncodedSource, ImageSource
+from sslzoo.recipe.packed_info import split_names
 from sslzoo.recipe.sections import SourceConfig
 
 CLASSES = "classes.txt"  # in the root: the name of class 0, 1, ... on one line each
+SPLITS = ("train", "val", "validation", "test")  # that are looked for in the names of tar files
 THREADS = 8  # that index shards, because disks answer several at once faster than one after the other
 _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)")
 _CODECS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -41,7 +43,7 @@ log = logging.getLogger("sslzoo")
 
 
 class ShardSource(EncodedSource):
-    """Images in the tar files ``shards`` of ``folder``: ``index`` has an item for each image in every array."""
+    """Images in the tar files ``shards`` of ``root``, under the names ``paths``."""
 
     def __init__(
         self,
@@ -54,10 +56,11 @@ class ShardSource(EncodedSource):
         class_names: Sequence[str] = (),
         channels: int = 3,
     ) -> None:
-        """``index``: ``shard``, number in ``shards``; ``offset`` and ``length`` in it (bytes); ``member``, its name."""
+        """``index`` has arrays (N,): ``shard``, number in ``shards``; ``offset`` and ``length`` in it (bytes); and
+        ``member``, its name."""
         super().__init__(name, split, channels, labels, class_names)
-        self._folder, self._shards = folder, shards
-        self._shard, self._member = index["shard"], index["member"]
+        self.root, self._shards = folder, shards
+        self._shard, self.paths = index["shard"], index["member"]
         self._offset, self._length = index["offset"], index["length"]
 
     def __len__(self) -> int:
@@ -65,17 +68,17 @@ class ShardSource(EncodedSource):
 
     def _identity(self) -> bytes:
         # Not the shards: the same images, divided among other files, stay the same samples.
-        return self._length.tobytes() + b"\0".join(self._member.tolist())
+        return self._length.tobytes() + b"\0".join(self.paths.tolist())
 
     def where(self, sample_id: int) -> str:
-        return legible(f"{self._path(sample_id)}: {_text(self._member, sample_id)}")
+        return legible(f"{self._path(sample_id)}: {_text(self.paths, sample_id)}")
 
     def _path(self, sample_id: int) -> Path:
-        return self._folder / _text(self._shards, int(self._shard[sample_id]))
+        return self.root / _text(self._shards, int(self._shard[sample_id]))
 
     def encoded(self, sample_id: int) -> bytes:
         place = int(self._offset[sample_id]), int(self._length[sample_id])
-        return read_file(self._path(sample_id), self._folder, *place)
+        return read_file(self._path(sample_id), self.root, *place)
 
 
 def _text(names: NDArray[np.bytes_], index: int) -> str:
@@ -105,12 +108,8 @@ def webdataset(cfg: SourceConfig, channels: int) -> ImageSource:
 def _shards_of(cfg: SourceConfig) -> tuple[Path, list[str]]:
     """The folder of the split's shards, and their sorted names."""
     root = Path(cfg.root)
-    splits = ("test", "val", "validation") if cfg.split == "test" else (cfg.split,)
-    for split in splits:
-        folder, pattern = root / split, ""
-        if not folder.is_dir():
-            folder, pattern = root, rf"(^|[-_.]){re.escape(split)}[-_.]"
-        files = [path for path in folder.iterdir() if re.search(pattern, path.name) and path.name[0] != "."]
+    for split in split_names(cfg.split):
+        folder, files = _files_of(root, split)
         for path in files:
             if _COMPRESSED.search(path.name):
                 raise ValueError(
@@ -120,7 +119,24 @@ def _shards_of(cfg: SourceConfig) -> tuple[Path, list[str]]:
         shards = sorted(path.name for path in files if path.suffix == ".tar")
         if shards:
             return folder, shards
-    return wrong_layout(cfg, f"there are no tar files of the split {' or '.join(splits)}")
+    return wrong_layout(cfg, f"there are no tar files of the split {' or '.join(split_names(cfg.split))}")
+
+
+def _files_of(root: Path, split: str) -> tuple[Path, list[Path]]:
+    """The folder in which the files of ``split`` lie, and these: all of its own folder, or those that it names."""
+    folder, pattern = root / split, ""
+    if not folder.is_dir():
+        folder, pattern = root, rf"(^|[-_.]){re.escape(split)}[-_.]"
+    return folder, [
+        path for path in folder.iterdir() if re.search(pattern, path.name) and path.name[0] != "."
+    ]
+
+
+def shard_splits(root: Path) -> tuple[str, ...]:
+    """The splits with tar files in ``root``: its folders, or the usual names."""
+    names = [path.name for path in root.iterdir() if path.is_dir()]
+    found = (n for n in {*names, *SPLITS} if any(path.suffix == ".tar" for path in _files_of(root, n)[1]))
+    return tuple(sorted(found, key=lambda name: (name != "train", name)))
 
 
 def _labels(cfg: SourceConfig, labels: NDArray[np.int64]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:

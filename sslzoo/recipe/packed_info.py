@@ -67,8 +67,8 @@ def read_info(folder: Path) -> PackedInfo:
 
 
 def split_names(split: str) -> tuple[str, ...]:
-    """The folders that may hold ``split``: ``val`` stands in for ``test``."""
-    return ("test", "val") if split == "test" else (split,)
+    """The folders that may hold ``split``: ``val`` or ``validation`` stands in for ``test``."""
+    return ("test", "val", "validation") if split == "test" else (split,)
 
 
 def packed_split(root: Path, split: str) -> Path:

@@ -1,4 +1,4 @@
-"""Pack the splits of a folder of images, and check what was packed."""
+"""Pack the splits of a data set, and check what was packed."""
 
 from __future__ import annotations
 
@@ -19,19 +19,28 @@ from rich.text import Text
 
 from sslzoo.checks import require
 from sslzoo.data.datasets import open_source
+from sslzoo.data.huggingface import saved_splits
 from sslzoo.data.listing import class_folders
-from sslzoo.data.pack_writer import SHOWN, PackOptions, Written, write_split
+from sslzoo.data.pack_writer import SHOWN, Packable, PackOptions, Written, write_split
 from sslzoo.data.packed import Records
-from sslzoo.data.sources import FileSource
+from sslzoo.data.tar_shards import shard_splits
 from sslzoo.exits import LEAVE_SIGNALS, Preempted
 from sslzoo.processes.departure import end_workers
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.class_lists import CLASS_LISTS
-from sslzoo.recipe.packed_info import is_packed
+from sslzoo.recipe.packed_info import is_packed, split_names
 from sslzoo.recipe.sections import SourceConfig
 from sslzoo.terminal import ERR, OUT, REFRESH, Bars, duration, redraws
 
-PACKABLE = ("imagefolder", "folder", "imagenet1k", "imagenet100", "tiny_imagenet")
+PACKABLE = (
+    "imagefolder",
+    "folder",
+    "imagenet1k",
+    "imagenet100",
+    "tiny_imagenet",
+    "webdataset",
+    "huggingface",
+)
 LINE_EVERY = 60.0  # seconds between lines of progress without a terminal
 _WNID = re.compile(r"n\d{8}")
 
@@ -77,9 +86,10 @@ def pack(
                 ),
                 channels=options.channels,
             )
-            require(isinstance(images, FileSource), f"{source} is packed already")
-            assert isinstance(images, FileSource)
-            folder = dest / (images.root.name if split == "test" and name != "folder" else split)
+            require(isinstance(images, Packable), f"{source} is packed already")
+            assert isinstance(images, Packable)
+            own_folder = name != "folder" and images.root.name in split_names(split)
+            folder = dest / (images.root.name if own_folder else split)
             with _Progress(split, len(images)) as progress:
                 written = write_split(images, folder, options, workers=workers, report=progress.report)
             _say(_summary(folder, written, progress.seconds))
@@ -95,7 +105,7 @@ def guess(source: Path) -> str:
     splits = [name for name in ("train", "val", "test") if (source / name).is_dir()]
     classes = class_folders(source / splits[0]) if splits else ()
     if not classes:
-        return "folder"
+        return "huggingface" if saved_splits(source) else "webdataset" if shard_splits(source) else "folder"
     if set(classes) == set(CLASS_LISTS[dataset_info("imagenet100").class_list].names):
         return "imagenet100"
     expected = dataset_info("imagenet1k").num_classes
@@ -103,9 +113,13 @@ def guess(source: Path) -> str:
 
 
 def splits_in(source: Path, dataset: str) -> tuple[str, ...]:
-    """The splits of ``dataset`` whose folders are in ``source``."""
+    """The splits of ``dataset`` whose images are in ``source``."""
     if dataset == "folder":
         return ("train",)
+    if dataset == "webdataset":
+        return shard_splits(source)
+    if dataset == "huggingface":
+        return saved_splits(source)
     if dataset == "imagefolder":
         names = sorted(class_folders(source), key=lambda name: (name != "train", name))
         return tuple(name for name in names if class_folders(source / name))

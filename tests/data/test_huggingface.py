@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from sslzoo.data.datasets import open_source
+from sslzoo.data.pack_writer import PackOptions
 from sslzoo.data.sources import ImageSource, UnreadableImageError
 from sslzoo.recipe.sections import SourceConfig
+from sslzoo.run.pack import pack
 from tests.images import CLASSES, assert_equal_to_folder, photos, write_photos
 
 datasets: Any = pytest.importorskip("datasets")
@@ -102,6 +104,22 @@ def test_one_split_alone(tmp_path: Path) -> None:
     assert opened(copy.parent).fingerprint == source.fingerprint
     table([0, 1, 1, 0]).select([1, 0, 2, 3]).save_to_disk(tmp_path / "other")
     assert opened(tmp_path / "other").fingerprint != source.fingerprint
+
+
+def test_rows_are_packed_as_their_images(tmp_path: Path) -> None:
+    table([0, 1, 1, 0]).save_to_disk(tmp_path / "saved/validation")
+    pack(
+        tmp_path / "saved",
+        tmp_path / "packed",
+        dataset=None,
+        splits=(),
+        options=PackOptions(raw=True),
+        workers=0,
+    )
+    want = opened(tmp_path / "saved", "test")
+    got = open_source(SourceConfig(dataset="packed", root=str(tmp_path / "packed"), split="test"))
+    assert got.class_names == CLASSES and got.labels is not None and got.labels.tolist() == [0, 1, 1, 0]
+    assert all(torch.equal(got.read(i), want.read(i)) for i in range(4))
 
 
 def test_labels(tmp_path: Path) -> None:

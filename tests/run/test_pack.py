@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sslzoo.cli.main import main
 from sslzoo.data import pack_writer
+from sslzoo.data.datasets import open_source
 from sslzoo.data.sources import FileSource
+from sslzoo.recipe.sections import SourceConfig
 from sslzoo.run.pack import pack
 from sslzoo.testing.kills import digest_of
 from tests.command import fork, saved, until, write_recipe
-from tests.run.test_images import write_pictures
+from tests.run.test_images import write_pictures, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +171,22 @@ def test_a_run_on_the_folder_continues_on_packed_data(pictures: Path, tmp_path: 
     assert digest_of(tmp_path / "run") == digest_of(tmp_path / "whole")
     first, second = ((tmp_path / name / "metrics.csv").read_text() for name in ("whole", "run"))
     assert first == second
+
+
+def test_tar_files_are_packed_as_their_images(pictures: Path, tmp_path: Path) -> None:
+    """Whether each split has a folder, or its name in that of the files."""
+    write_shards(pictures, tmp_path / "shards")
+    (tmp_path / "flat").mkdir()
+    for shard in (tmp_path / "shards").glob("*/*.tar"):
+        shutil.copy(shard, tmp_path / f"flat/mine-{shard.parent.name}-{shard.name}")
+    for place in ("shards", "flat"):
+        source, dest = tmp_path / place, tmp_path / f"packed {place}"
+        pack(source, dest, dataset=None, splits=(), options=pack_writer.PackOptions(), workers=0)
+        assert sorted(path.name for path in dest.iterdir()) == ["test", "train"]
+        for split in ("train", "test"):
+            want = open_source(SourceConfig(dataset="webdataset", root=str(source), split=split), 1)
+            got = open_source(SourceConfig(dataset="packed", root=str(dest), split=split), 1)
+            assert got.labels is not None and want.labels is not None
+            assert got.class_names == want.class_names and got.labels.tolist() == want.labels.tolist()
+            assert all(torch.equal(got.read(i), want.read(i)) for i in range(len(want)))
+            assert got.where(3) == f"{dest}/{split}: 0/03.png"
