@@ -10,8 +10,10 @@ import errno
 import fcntl
 import io
 import json
+import multiprocessing
 import os
 import shutil
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -240,7 +242,7 @@ def _chunks(encoder: Encoder, start: int, size: int, workers: int) -> Iterator[_
         batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=min(workers, len(batches)),
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=_begin_worker,
         # Its own: the base seed of workers would otherwise be drawn from the global generator.
         generator=torch.Generator(),
     )
@@ -256,6 +258,21 @@ def _chunks(encoder: Encoder, start: int, size: int, workers: int) -> Iterator[_
             "a worker was ended from outside, perhaps for want of memory; run the same command again, with fewer "
             "--workers"
         ) from error
+
+
+def _begin_worker(worker: int) -> None:
+    """Leave signals to the main process, and end with it: records are handed over through a pipe, and a worker would
+    otherwise wait for a killed process to empty it."""
+    leave_signals_to_parent(worker)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        while os.getppid() == parent.pid:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_it_is(chunk: Any) -> Any:
