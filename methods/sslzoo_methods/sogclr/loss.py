@@ -95,9 +95,8 @@ def similarities(anchors: Tensor, columns: Tensor) -> Tensor:
 def positives(anchors: Tensor, columns: Tensor, offset: int) -> Tensor:
     """Mean similarity (G, b) of each anchor (G, b, D) to the other views of its image."""
     own = columns[:, offset : offset + anchors.shape[1]]
-    similarity = product(anchors.transpose(0, 1), own.permute(1, 2, 0)).permute(1, 2, 0)  # (G, V, b)
-    itself = torch.eye(*similarity.shape[:2], dtype=torch.bool, device=anchors.device)[:, :, None]
-    return similarity.masked_fill(itself, 0).sum(dim=1) / (columns.shape[0] - 1)
+    others = (own.sum(dim=0) - own[: len(anchors)]) / (len(columns) - 1)
+    return (anchors * others).sum(dim=2)
 
 
 def gcl_loss(
