@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"sslzoo pack: {error}", file=sys.stderr)
         return ExitCode.FAILURE
     except (Preempted, KeyboardInterrupt) as error:
-        print(f"sslzoo pack: {str(error) or 'interrupted'}; the same command continues", file=sys.stderr)
+        then = "; the same command continues" if args.verify is None else ""
+        print(f"sslzoo pack: {str(error) or 'interrupted'}{then}", file=sys.stderr)
         return ExitCode.PREEMPTED if isinstance(error, Preempted) else ExitCode.INTERRUPT
     return ExitCode.DONE
 

@@ -15,6 +15,7 @@ import os
 import shutil
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -45,11 +46,8 @@ Packable = FileSource | ShardSource | ArrowSource
 
 QUALITY = 95  # of images that are encoded again, as JPEG
 SAVE_EVERY = 10.0  # seconds between times at which what was written is known to be on disk
-_ROWS, _PLAN, _PROGRESS = (
-    "index.part",
-    "plan.json",
-    "progress.json",
-)  # beside the records, until all are written
+# Files beside the records until all are written.
+_ROWS, _PLAN, _PROGRESS = "index.part", "plan.json", "progress.json"
 _SAMPLE = 64  # images from which the space needed is estimated
 SHOWN = 20  # unreadable images that are named
 _CHUNK = 2 << 20  # bytes that a worker hands over at a time, about
@@ -61,9 +59,7 @@ class PackOptions:
     """What becomes of the images."""
 
     raw: bool = False  # decoded
-    short_side: int | None = (
-        None  # pixels to which the shorter side is reduced where it is longer; None: unchanged
-    )
+    short_side: int | None = None  # pixels to which larger images are reduced; None: none is
     channels: int = 3  # of images that are decoded
 
 
@@ -237,15 +233,19 @@ def _chunks(encoder: Encoder, start: int, size: int, workers: int) -> Iterator[_
     """The records from ``start`` on, in order, ``size`` at a time."""
     ids = range(start, len(encoder.source))
     batches: Any = [ids[i : i + size] for i in range(0, len(ids), size)]
-    loader = DataLoader(
-        encoder,
-        batch_sampler=batches,
-        collate_fn=_as_it_is,
-        num_workers=min(workers, len(batches)),
-        worker_init_fn=_begin_worker,
-        # Its own: the base seed of workers would otherwise be drawn from the global generator.
-        generator=torch.Generator(),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # more workers than processors are right for a disk that answers slowly
+        loader = DataLoader(
+            encoder,
+            batch_sampler=batches,
+            collate_fn=_as_it_is,
+            num_workers=min(workers, len(batches)),
+            worker_init_fn=_begin_worker,
+            # Its own: the base seed of workers would otherwise be drawn from the global generator.
+            generator=torch.Generator(),
+        )
     try:
         for chunk in loader:
             if isinstance(chunk, DataError):
@@ -321,16 +321,16 @@ class _Partial:
         rows = np.fromfile(self.folder / _ROWS, self.row)
         ends = rows["length"].cumsum()
         whole = (rows["offset"] == ends - rows["length"]) & (ends <= os.fstat(self._images).st_size)
-        self.done = len(rows) if whole.all() else int(whole.argmin())
+        done = len(rows) if whole.all() else int(whole.argmin())
         # What was not known to be on disk may be lost after a power failure.
         progress = self.folder / _PROGRESS
         saved = json.loads(progress.read_text())["images"] if progress.exists() else 0
-        for i in range(saved, self.done):
+        for i in range(saved, done):
             record = os.pread(self._images, rows["length"][i], rows["offset"][i])
             if zlib.crc32(record) != rows["crc"][i]:
-                self.done = i
+                done = i
                 break
-        self.end = int(ends[self.done - 1]) if self.done else 0
+        self.done, self.end = done, int(ends[done - 1]) if done else 0
         os.ftruncate(self._images, self.end)
         os.ftruncate(self._rows, self.done * self.row.itemsize)
 
@@ -366,8 +366,7 @@ class _Partial:
         needed = self._needed(self.end / max(self.done, 1))
         return OSError(
             f"{error.strerror}: {self.folder} has {self.done:,} of {self.plan.images:,} images and needs about "
-            f"{decimal(int(needed))} more; free them and run the same command again, "
-            "which continues"
+            f"{decimal(int(needed))} more; free them and run the same command again, which continues"
         )
 
     def save(self) -> None:

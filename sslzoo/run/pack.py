@@ -21,7 +21,7 @@ from sslzoo.checks import require
 from sslzoo.data.datasets import open_source
 from sslzoo.data.huggingface import saved_splits
 from sslzoo.data.listing import class_folders
-from sslzoo.data.pack_writer import SHOWN, Packable, PackOptions, Written, write_split
+from sslzoo.data.pack_writer import Packable, PackOptions, Written, write_split
 from sslzoo.data.packed import Records
 from sslzoo.data.tar_shards import shard_splits
 from sslzoo.exits import LEAVE_SIGNALS, Preempted
@@ -70,6 +70,7 @@ def pack(
         not dest.resolve().is_relative_to(source.resolve()),
         f"{dest} lies in {source}, whose images are to be packed; choose a place outside",
     )
+    require(not any(map(is_packed, source.iterdir())), f"{source} is packed already")
     name = dataset or guess(source)
     require(name in PACKABLE, f"--dataset must be one of {', '.join(PACKABLE)}, got {name!r}")
     found = splits or splits_in(source, name)
@@ -86,7 +87,6 @@ def pack(
                 ),
                 channels=options.channels,
             )
-            require(isinstance(images, Packable), f"{source} is packed already")
             assert isinstance(images, Packable)
             own_folder = name != "folder" and images.root.name in split_names(split)
             folder = dest / (images.root.name if own_folder else split)
@@ -157,7 +157,7 @@ def _verify_split(folder: Path) -> bool:
         _say(f"{folder}: {len(records):,} images as they were written; {took}")
         return True
     _say(f"{folder}: {len(damaged):,} of {len(records):,} images are damaged; {took}")
-    for name in damaged[:SHOWN]:
+    for name in damaged:
         _say(f"  {name}")
     options = f" with {records.info.options}" if records.info.options else ""
     _say(f"  delete {folder} and pack it again, from {records.info.source}{options}")

@@ -124,6 +124,7 @@ def test_a_disk_without_the_room_is_refused_before(
         (["--verify", "OUT", "--raw"], "--verify DST takes nothing else"),
         (["--verify", "OUT"], "OUT holds no packed data; it has a folder for each split"),
         (["IN/nowhere", "OUT"], "IN/nowhere is not a folder"),
+        (["PACKED", "OUT"], "PACKED is packed already"),
         (["IN", "IN/packed"], "IN/packed lies in IN, whose images are to be packed; choose a place outside"),
         (["IN", "OUT", "--dataset", "cifar10"], "--dataset must be one of imagefolder, folder, "),
         (["IN", "OUT", "--split", "tset"], "there is no tset. Expected under"),
@@ -131,9 +132,14 @@ def test_a_disk_without_the_room_is_refused_before(
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    pictures: Path,
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
 ) -> None:
-    places = {"IN": str(pictures), "OUT": str(tmp_path / "packed")}
+    places = {"IN": str(pictures), "OUT": str(tmp_path / "out"), "PACKED": str(whole)}
 
     def placed(text: str) -> str:
         for name, place in places.items():
