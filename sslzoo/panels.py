@@ -6,7 +6,7 @@ a method adds its own in ``MethodConfig.panels``, an analysis in ``Analysis.pane
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -220,10 +220,10 @@ OURS = ("train", "opt", "val", "repr", "sys", "method")  # beginnings of keys th
 
 def sections(
     method: str,
-    own: Iterable[Panel],
+    own: Sequence[Panel],
     recorded: Iterable[str] = (),
     *,
-    analyses: Iterable[tuple[str, Iterable[Panel]]] = (),
+    analyses: Iterable[tuple[str, Sequence[Panel]]] = (),
 ) -> tuple[Section, ...]:
     """All sections that have panels, in order: the framework's, one with the panels of ``method``, and one for each of
     ``analyses``, which are names and panels.

@@ -12,8 +12,8 @@ KIND is one of
 
 Images are those of the recipe: the training data if labelled, and the data sets in probe.data. Features are extracted
 once and stay on disk for the next evaluation of the same weights. Results go to KIND.json or PROTOCOL.json, and .csv,
-in eval/ of the run directory or in --out; those of an earlier call are replaced. They do not depend on the number of
-processes.
+in eval/ of the run directory or in --out; those of an earlier call are replaced. The report.html of a run that has
+ended shows them too. They do not depend on the number of processes.
 
 exit codes: 0 done; 1 error at run time; 2 invalid target, recipe, data or option; 75 stopped by a signal, the same
 command continues with the features extracted so far; 130 Ctrl-C.

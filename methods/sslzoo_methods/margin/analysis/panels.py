@@ -65,7 +65,7 @@ PANELS = (
     *_factor(
         "angle",
         "angle factor",
-        "What the margin would multiply the pull on it by, beyond the emphasis.",
+        "What the margin would multiply the pull on a pair by, beyond the emphasis.",
     ),
     *_factor(
         "logit",
