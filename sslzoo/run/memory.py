@@ -120,6 +120,13 @@ def shared_memory(recipe: Recipe, micro_batch_size: int, devices: int) -> int:
     if not dataset_info(recipe.data.dataset).decoded_by_workers:
         return 0
     image = sum(view.count * view.size * view.size * len(recipe.data.mean) for view in recipe.views)
-    if recipe.data.augment_on == "worker":
+    if _augments_in_workers(recipe):
         image *= torch.float32.itemsize  # otherwise uint8
     return image * micro_batch_size * recipe.data.workers * PREFETCHED * devices
+
+
+def _augments_in_workers(recipe: Recipe) -> bool:
+    """Whether the data workers finish the views; a recipe that leaves device and place open is taken as run here."""
+    if recipe.data.augment_on is not None:
+        return recipe.data.augment_on == "worker"
+    return not (torch.cuda.is_available() or torch.backends.mps.is_available())

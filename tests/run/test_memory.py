@@ -61,10 +61,15 @@ def test_two_sizes_tell_the_memory_of_a_third(tmp_path: Path) -> None:
     assert predicted.total == pytest.approx(measured.total, rel=0.15)  # small batches also hold gradients
 
 
-def test_shared_memory_is_that_of_the_batches_made_ahead() -> None:
+def test_shared_memory_is_that_of_the_batches_made_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe("sce_in1k").recipe
     assert shared_memory(recipe, 512, 8) == 8 * 12 * 2 * 512 * 2 * 3 * 224 * 224
     assert shared_memory(load_recipe("sce_cifar10", ["data.workers=4"]).recipe, 512, 8) == 0
+    anywhere = load_recipe("sce_in1k", ["trainer.accelerator=auto"]).recipe
+    for gpu, item in ((True, 1), (False, 4)):  # without one, the workers make views in float32
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        assert shared_memory(anywhere, 512, 8) == item * 8 * 12 * 2 * 512 * 2 * 3 * 224 * 224
 
 
 def test_headers_say_how_much_memory_a_gpu_has() -> None:
