@@ -40,8 +40,6 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
     """
 
     Config: ClassVar[type[MethodConfig]]
-    # True if the method needs second derivatives, which the framework's batch norm supports and fused kernels do not.
-    needs_double_backward: ClassVar[bool] = False
 
     def __init__(self, cfg: ConfigT, backbone: nn.Module, feature_dim: int) -> None:
         super().__init__()
@@ -55,6 +53,8 @@ class SSLMethod(LightningModule, Generic[ConfigT]):
         self.step_skipped = False  # whether the last step was skipped
         self.compiler: Compiler | None = None  # of the recipe's speed.compile
         self._undo: Undo | None = None  # set during a step that the scaler may skip
+        # Synchronised batch norms ask for it: torch's fused ones have no second derivatives.
+        self.needs_double_backward = cfg.needs_double_backward
         self.published: dict[str, Tensor] = {}  # detached features of this step
         self.recorded: dict[str, Tensor] = {}  # measurements of this step, read by Meter
         self.settings: dict[str, float] = {}  # settings of this step, read by Meter

@@ -33,6 +33,9 @@ class MethodConfig:
         Mapping[str, str]
     ] = {}  # old key -> the key that replaces it, both dotted and relative to the section
     panels: ClassVar[tuple[Panel, ...]] = ()  # how reports and dashboards show what the method records
+    # True if the method needs second derivatives, which the framework's batch norm supports, and fused kernels,
+    # checkpointed blocks and compiled code do not.
+    needs_double_backward: ClassVar[bool] = False
 
     name: str
 
@@ -627,6 +630,13 @@ class Recipe:
             "speed.channels_last",
             "must be false with backbone.name=conv5, which always has this memory layout",
         )
+        for key, off in {"activation_checkpointing": False, "compile": None}.items():
+            check_field(
+                getattr(self.speed, key) == off or not self.method.needs_double_backward,
+                f"speed.{key}",
+                f"must be left out: {self.method.name} differentiates twice, and torch supports neither checkpointed "
+                "blocks nor compiled code there",
+            )
         names = [analysis.name for analysis in self.analyses]  # keys of what they log and save
         for i, name in enumerate(names):
             check_field(name not in names[:i], f"analyses.{i}.name", f"{name} is listed twice; keep one")

@@ -194,7 +194,6 @@ def _build_method(recipe: Recipe, plan: TrainingPlan, *, start: bool = True) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         kind = method_class(recipe.method.name)
-        _check_speed(recipe, kind)
         backbone, width = build_backbone(recipe.backbone, start=start)
         speed_up(backbone, recipe.speed, name=recipe.backbone.name)
         method = kind(recipe.method, backbone, width)
@@ -203,15 +202,6 @@ def _build_method(recipe: Recipe, plan: TrainingPlan, *, start: bool = True) -> 
         method.compiler = recipe.speed.compile
         compile_encoders(method, backbone, recipe.speed.compile)
     return method
-
-
-def _check_speed(recipe: Recipe, kind: type[SSLMethod[Any]]) -> None:
-    for key, off in {"activation_checkpointing": False, "compile": None}.items():
-        require(
-            getattr(recipe.speed, key) == off or not kind.needs_double_backward,
-            f"speed.{key} must be left out: {recipe.method.name} differentiates twice, and torch supports neither "
-            "checkpointed blocks nor compiled code there",
-        )
 
 
 def try_analyses(experiment: Experiment) -> None:

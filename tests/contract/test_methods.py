@@ -148,7 +148,7 @@ def test_keeps_its_promises(method, promise):
 def test_keeps_its_numbers_on_several_processes(method: str, tmp_path: Path):
     variants = {variant: recipe_of(method, variant) for variant in ("", *VARIANTS[method])}
     # Second derivatives through synchronised batch norms are hundreds of collectives: two processes have to do.
-    worlds = (2,) if method_class(method).needs_double_backward else WORLDS
+    worlds = (2,) if method_class(method).Config.needs_double_backward else WORLDS
     compare_worlds({f"{method}, {v}": recipe for v, recipe in variants.items()}, tmp_path, worlds)
 
 

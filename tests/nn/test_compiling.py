@@ -82,7 +82,7 @@ def test_torch_traces_each_loss_as_a_whole(name: str) -> None:
 
 
 def test_what_torch_cannot_compile_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"speed\.compile must be left out: metaug differentiates twice"):
-        built("metaug", "eager")
+    with pytest.raises(RecipeError, match=r"speed\.compile: must be left out: metaug differentiates twice"):
+        load_recipe("metaug_fashion_mnist", ["speed.compile=eager"])
     with pytest.raises(RecipeError, match=r"speed\.compile: must be null with activation_checkpointing"):
         load_recipe("simclr_in1k", ["speed.compile=inductor", "speed.activation_checkpointing=true"])

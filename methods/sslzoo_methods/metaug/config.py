@@ -219,6 +219,8 @@ class MetAugConfig(MethodConfig):
         "generator_momentum": "meta.optimizer.momentum",
     }
 
+    needs_double_backward = True
+
     views: Crops | ColorChannels = Crops()
     keys: BatchKeys | BankKeys = BatchKeys()
     projector: HeadConfig

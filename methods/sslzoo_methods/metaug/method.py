@@ -32,7 +32,6 @@ class MetAug(SSLMethod[MetAugConfig]):
     """MetAug: a step of the encoder on original and generated features, then a bilevel step of the generators."""
 
     Config = MetAugConfig
-    needs_double_backward = True
 
     def __init__(self, cfg: MetAugConfig, backbone: nn.Module, feature_dim: int) -> None:
         views = cfg.views
