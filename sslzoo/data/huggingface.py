@@ -19,22 +19,33 @@ _STATE = "state.json"  # in the folder of each saved Dataset
 
 
 class ArrowSource(EncodedSource):
-    """Images in ``column``, pyarrow's ChunkedArray of binary, which the workers share through the memory map."""
+    """Images in a column of ``table``, of the package ``datasets``, which processes share through the memory map."""
 
     def __init__(
         self,
         name: str,
         split: str,
         folder: Path,
-        column: Any,
+        table: Any,
+        column: str,
         rows: NDArray[np.int64] | None,
         labels: NDArray[np.int64] | None,
         class_names: tuple[str, ...] = (),
         channels: int = 3,
     ) -> None:
-        """``rows``: (N,) of ``column``; None: all."""
+        """``rows``: (N,) of the table; None: all."""
         super().__init__(name, split, channels, labels, class_names)
-        self.root, self._column, self._rows = folder, column, rows
+        self.root, self._rows = folder, rows
+        self._place = table, column
+        self._column = _bytes_of(*self._place)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process maps the files again: a table is pickled as their names, but a column with its content."""
+        return {key: value for key, value in vars(self).items() if key != "_column"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._column = _bytes_of(*self._place)
 
     def __len__(self) -> int:
         return len(self._column) if self._rows is None else len(self._rows)
@@ -63,6 +74,11 @@ class ArrowSource(EncodedSource):
         return data
 
 
+def _bytes_of(table: Any, column: str) -> Any:
+    """pyarrow's ChunkedArray of the bytes of a column of images, null where there are none."""
+    return import_module("pyarrow.compute").struct_field(table.column(column), "bytes")
+
+
 def huggingface(cfg: SourceConfig, channels: int) -> ImageSource:
     """Open a split. Sample ids are the numbers of the rows; with ``data.classes``, those that are left."""
     library = _library()
@@ -86,7 +102,7 @@ def huggingface(cfg: SourceConfig, channels: int) -> ImageSource:
         rows, labels, names = choose_classes(cfg, labels, names)
     elif cfg.class_names:
         raise ValueError(f"classes cannot be selected in {cfg.dataset} split {cfg.split!r}: it has no labels")
-    return ArrowSource(cfg.dataset, cfg.split, folder, column, rows, labels, names, channels)
+    return ArrowSource(cfg.dataset, cfg.split, folder, saved.data, column, rows, labels, names, channels)
 
 
 def _library() -> Any:
@@ -128,9 +144,8 @@ def _one_column(saved: Any, folder: Path, kind: str, found: list[str], usual: st
     )
 
 
-def _images(library: Any, saved: Any, folder: Path) -> Any:
-    """The bytes of the images; ``ValueError`` if there is no column of them, or only paths were saved."""
-    compute = import_module("pyarrow.compute")
+def _images(library: Any, saved: Any, folder: Path) -> str:
+    """The column of the images; ``ValueError`` if there is none, or only paths were saved."""
     found = [name for name, feature in saved.features.items() if isinstance(feature, library.Image)]
     name = _one_column(saved, folder, "images", found, "image")
     if name is None:
@@ -138,13 +153,12 @@ def _images(library: Any, saved: Any, folder: Path) -> Any:
             f"{legible(folder)} has no column of images among {', '.join(saved.column_names)}; make one by "
             "cast_column(NAME, datasets.Image()) and save again"
         )
-    column = compute.struct_field(saved.data.column(name), "bytes")
-    if column.null_count == len(column):
+    if _bytes_of(saved.data, name).null_count == len(saved):
         raise ValueError(
             f"{legible(folder)} has paths of images instead of images; load it where these files are and save again: "
             "save_to_disk stores them"
         )
-    return column
+    return name
 
 
 def _labels(library: Any, saved: Any, folder: Path) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:

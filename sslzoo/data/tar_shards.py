@@ -32,7 +32,7 @@ from sslzoo.recipe.sections import SourceConfig
 CLASSES = "classes.txt"  # in the root: the name of class 0, 1, ... on one line each
 SPLITS = ("train", "val", "validation", "test")  # that are looked for in the names of tar files
 THREADS = 8  # that index shards, because disks answer several at once faster than one after the other
-_COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)")
+_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|Z)|tgz|tbz2?|txz)$")
 _CODECS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # The key ends at the first dot of the file's name; folders belong to it. Hidden files have none.
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import socket
 import sys
 from pathlib import Path
@@ -87,6 +88,9 @@ def test_views_equal_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted(path for path in tmp_path.rglob("*")) == before
     source = opened(root)
     assert source.class_names == CLASSES and source.where(7) == f"{root}/train: row 7"
+    sent = pickle.dumps(source)
+    assert len(sent) < 5_000, "the images go with it"
+    assert torch.equal(pickle.loads(sent).read(7), source.read(7))
     dogs = opened(root, classes=("dog",))
     assert len(dogs) == 20 and dogs.labels is not None and not dogs.labels.any()
     assert torch.equal(dogs.read(3), source.read(23)) and dogs.where(3).endswith("row 23")

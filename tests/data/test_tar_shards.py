@@ -85,11 +85,20 @@ def test_shards_of_several_splits_in_one_folder(tmp_path: Path) -> None:
     write_tar(tmp_path / "in1k-train-0000.tar", labelled(1, 1))
     write_tar(tmp_path / "in1k-validation-00.tar", labelled(2))
     write_tar(tmp_path / "in1k-retrain-0000.tar", labelled(1, 1))
+    (tmp_path / "in1k-train-0000.tar.md5").touch()
     train, test = opened(tmp_path), opened(tmp_path, "test")
     assert train.labels is not None and train.labels.tolist() == [1, 1, 2, 0] and len(test) == 1
     assert train.class_names == test.class_names == ("0", "1", "2")
     with pytest.raises(ValueError, match=r"no tar files of the split other\. Expected under .*KEY\.cls"):
         opened(tmp_path, "other")
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write_tar(tmp_path / f"train/{name}.tar", [(f"{name}.png", picture()), (f"{name}.cls", b"0")])
+    source = opened(tmp_path)
+    assert source.read(0).shape == (3, 30, 20) and len(source.fingerprint) > 0
+    assert source.where(0) == rf"{tmp_path}/train/caf\xe9.tar: caf\xe9.png"
 
 
 def test_the_same_images_in_other_shards_are_the_same_samples(tmp_path: Path) -> None:
