@@ -42,6 +42,7 @@ class Analysis(ABC, Generic[ConfigT]):
 
     Config: ClassVar[type[AnalysisConfig]]
     panels: ClassVar[tuple[Panel, ...]] = ()  # how reports and dashboards show what it logs during training
+    drawings: ClassVar[tuple[str, ...]] = ()  # names of what draw returns, for dashboards
 
     def __init__(self, cfg: ConfigT) -> None:
         self.cfg = cfg
@@ -65,8 +66,8 @@ class Analysis(ABC, Generic[ConfigT]):
         return {}
 
     def draw(self, history: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
-        """Pictures for dashboards, by name, of the results of :meth:`describe` so far in a training, each with ``step``
-        and ``epoch``; none by default. Called after every evaluation, on rank 0 only."""
+        """Pictures for dashboards, by the names in ``drawings``, of the results of :meth:`describe` so far in a
+        training, each with ``step`` and ``epoch``; none by default. Called after every evaluation, on rank 0 only."""
         del history
         return {}
 

@@ -106,6 +106,11 @@ def path_of(run: Path, name: str, step: int) -> Path:
     return run / FOLDER / f"{name}-step={step}.png"
 
 
+def name_of(analysis: str, drawing: str) -> str:
+    """The name of a picture that an analysis draws."""
+    return f"{analysis.replace(':', '.')}_{drawing}"
+
+
 def numbered(run: Path) -> list[tuple[int, str, Path]]:
     """Step, name and file of the pictures of a step, in the order of steps."""
     found = ((_NUMBERED.fullmatch(path.stem), path) for path in (run / FOLDER).glob("*.png"))

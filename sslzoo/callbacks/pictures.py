@@ -18,7 +18,7 @@ from sslzoo.data.module import SSLDataModule
 from sslzoo.data.sources import UnreadableImageError
 from sslzoo.evaluate.pictures import draw_map, draw_neighbours
 from sslzoo.method import SSLMethod
-from sslzoo.pictures import Drawing, Tile, numbered, path_of, save, sheet
+from sslzoo.pictures import Drawing, Tile, name_of, numbered, path_of, save, sheet
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +76,8 @@ class Pictures(Callback):
 
 
 def _plots(watch: Watch) -> dict[str, Drawing]:
-    name = watch.analysis.cfg.name.replace(":", ".")
-    return {f"{name}_{plot}": drawing for plot, drawing in watch.analysis.draw(watch.history).items()}
+    analysis = watch.analysis
+    return {name_of(analysis.cfg.name, name): d for name, d in analysis.draw(watch.history).items()}
 
 
 def draw_views(data: SSLDataModule, epoch: int) -> Drawing:

@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from sslzoo.dashboards.login import logged_in, server_url
 from sslzoo.panels import AT_A_GLANCE, FRAMEWORK, Section, sections
-from sslzoo.pictures import FOLDER, NAMES
+from sslzoo.pictures import FOLDER, NAMES, name_of
 from sslzoo.recipe import registry
 
 PACKAGE = "wandb_workspaces"
@@ -98,7 +99,7 @@ def _workspace(
             _at_a_glance(ws, wr),
             *([_results(ws, wr)] if method is None else []),
             *(_section(ws, wr, section) for section in shown),
-            _pictures(ws, wr),
+            _pictures(ws, wr, analyses=[] if method is None else registry.analyses()),
         ],
         settings=ws.WorkspaceSettings(x_axis="step", max_runs=20),
         runset_settings=ws.RunsetSettings(
@@ -175,8 +176,11 @@ def _results(ws: Any, wr: Any) -> Any:
     )
 
 
-def _pictures(ws: Any, wr: Any) -> Any:
-    keys = [*(f"{FOLDER}/{name}" for name in NAMES), "report"]
+def _pictures(ws: Any, wr: Any, *, analyses: Iterable[str]) -> Any:
+    drawn = [
+        name_of(name, drawing) for name in analyses for drawing in registry.analysis_class(name).drawings
+    ]
+    keys = [*(f"{FOLDER}/{name}" for name in (*NAMES, *drawn)), "report"]
     media = wr.MediaBrowser(title="pictures and report", media_keys=keys, num_columns=2)
     return ws.Section(name="Pictures", panels=[_known(media, "pictures")])
 

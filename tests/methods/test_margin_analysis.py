@@ -318,7 +318,7 @@ def test_the_history_is_drawn_while_it_trains(tmp_path: Path) -> None:
     assert watch is not None
     earlier = watch.history[0] | {"temperature": 0.5}  # before the recipe was changed
     drawn = watch.analysis.draw([earlier, *watch.history])
-    assert list(drawn) == ["angles", "angles_over_training", "slope_factor", "effects_by_epoch"]
+    assert tuple(drawn) == watch.analysis.drawings
     plot, caption = drawn["angles_over_training"]
     assert isinstance(plot, Figure) and "one column per snapshot" in caption
     assert [label.get_text() for label in plot.axes[0].get_xticklabels()] == ["0", "3", "6"]

@@ -33,6 +33,7 @@ class Margins(Analysis[MarginsConfig]):
 
     Config = MarginsConfig
     panels = PANELS
+    drawings = ("angles", "angles_over_training", "slope_factor", "effects_by_epoch")
 
     @cached_property
     def margins(self) -> dict[str, Margin]:
