@@ -121,7 +121,7 @@ def inv(rounds: int) -> list[Result]:
             baseline="plain batched solver",
             value=TIMES * ratio(seconds, "plain", "own"),
             unit="x as fast",
-            at_least=80,
+            at_least=85,
         ),
         Result(
             work=f"MMCL inv, N={N}", baseline="memory beyond the inputs", value=extra, unit="MiB", at_most=4
@@ -158,7 +158,7 @@ def pgd(rounds: int) -> list[Result]:
             baseline="plain batched solver",
             value=ratio(alternating({"plain": plain, "own": own}, rounds), "plain", "own"),
             unit="x as fast",
-            at_least=20,
+            at_least=27,
         )
     ]
 

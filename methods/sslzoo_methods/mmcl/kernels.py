@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sslzoo.nn.numerics import autocast_off, normalize, product
+from sslzoo.nn.numerics import autocast_off, ieee_matmul, normalize
 from sslzoo_methods.mmcl.config import KernelName, SigmaRule
 
 CDIST_ELEMENTS = 2**22  # bound on rows x N x D, the memory of cdist's backward pass on CUDA, in elements
@@ -78,16 +78,49 @@ def bandwidth(pool: Tensor, *, sigma: float, rule: SigmaRule) -> float | Tensor:
 
 
 def _cosine_gap(a: Tensor, b: Tensor, centre: Tensor) -> Tensor:
-    """a.b - 1 = -(|a-b|^2 + (1-|a|^2) + (1-|b|^2)) / 2, from centred rows, to be accurate for similar features."""
-    a_c, b_c = a - centre, b - centre
-    half_a, half_b = ((c.square().sum(dim=1) + _shortness(x)) / -2 for c, x in ((a_c, a), (b_c, b)))
-    return product(a_c, b_c.T, addend=half_a[:, None] + half_b)
+    """a.b - 1 = -(|a-b|^2 + (1-|a|^2) + (1-|b|^2)) / 2, from centred rows, to be accurate for similar features.
+    Differentiable once."""
+    return _CosineGap.apply(a, b, centre)  # type: ignore[no-any-return]
+
+
+class _CosineGap(torch.autograd.Function):
+    """The derivative by a_i is b_j, less a_i if the norm of that is 1: a multiple of a_i makes no difference then, and
+    small differences are accurate."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, centre: Tensor) -> Tensor:
+        sides = []
+        for x in (a, b):
+            centred, short = x - centre, _shortness(x)
+            sides.append((centred, (centred * centred).sum(dim=1).add_(short).div_(-2), short))
+        (a_c, half_a, short_a), (b_c, half_b, short_b) = sides
+        ctx.save_for_backward(a_c, b_c, short_a, short_b, centre)
+        with autocast_off(a), ieee_matmul():
+            return torch.mm(a_c, b_c.T).add_(half_a[:, None]).add_(half_b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        a_c, b_c, short_a, short_b, centre = ctx.saved_tensors
+        to_a, to_b, _ = ctx.needs_input_grad
+        with autocast_off(grad), ieee_matmul():
+            return (
+                _to_side(grad, b_c, a_c, short_a, centre) if to_a else None,
+                _to_side(grad.T, a_c, b_c, short_b, centre) if to_b else None,
+                None,
+            )
+
+
+def _to_side(grad: Tensor, other: Tensor, own: Tensor, short: Tensor, centre: Tensor) -> Tensor:
+    """The gradient of one side, ``own`` (M, D), from ``grad`` (M, N) and the ``other`` (N, D), both centred."""
+    radial = torch.where((short == 0)[:, None], own, -centre)
+    return torch.mm(grad, other).addcmul_(grad.sum(dim=1)[:, None], radial, value=-1)
 
 
 def _shortness(x: Tensor) -> Tensor:
     """1 - |x|^2 without rounding errors: 0 except for rows whose norm was clamped, such as zero rows."""
-    gap = 1 - x.square().sum(dim=1)
-    return torch.where(gap > 64 * torch.finfo(x.dtype).eps, gap, torch.zeros_like(gap))
+    gap = 1 - (x * x).sum(dim=1)
+    return torch.where(gap > 64 * torch.finfo(x.dtype).eps, gap, 0.0)
 
 
 def _sigma(kernel: Kernel) -> float | Tensor:

@@ -178,7 +178,7 @@ def _in_full_precision(
 def _centre(gram: Tensor) -> Tensor:
     """Remove row and column means from ``gram``, and with them any constant shift."""
     means = gram.mean(dim=0)
-    return (gram - means[:, None] - means).add_(means.mean())
+    return (gram - means[:, None]).sub_(means - means.mean())
 
 
 @_in_full_precision
@@ -213,7 +213,7 @@ def _inverse(matrix: Tensor, definite: bool) -> Tensor:
     else:
         factor, info = torch.linalg.cholesky_ex(matrix)
         inverse = torch.cholesky_inverse(factor)
-    return torch.where(info == 0, inverse, torch.nan)
+    return inverse.add_(torch.where(info == 0, 0.0, torch.nan))
 
 
 @_in_full_precision
