@@ -27,8 +27,8 @@ _VIEWS = (
 _EVAL = EvalConfig(every_epochs=1, size=16, resize=16, knn_k=5, knn_temperature=0.1, batch_size=7)
 
 
-def write_photos(root: Path) -> list[tuple[str, int, bytes]]:
-    """Pictures of different sizes as JPEG and PNG in class folders of ``root``/train and val; those of train."""
+def write_photos(root: Path) -> None:
+    """Pictures of different sizes as JPEG and PNG in class folders of ``root``/train and val."""
     draw = np.random.default_rng(0)
     for split, count in (("train", TRAIN), ("val", 5)):
         for c in CLASSES:
@@ -38,7 +38,6 @@ def write_photos(root: Path) -> list[tuple[str, int, bytes]]:
                     0, 256, (int(draw.integers(20, 60)), int(draw.integers(20, 60)), 3), np.uint8
                 )
                 Image.fromarray(pixels).save(root / split / c / f"{i:02}.{('jpg', 'png')[i % 2]}")
-    return photos(root / "train")
 
 
 def photos(folder: Path) -> list[tuple[str, int, bytes]]:

@@ -6,6 +6,7 @@ import io
 import pickle
 import socket
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sslzoo.recipe.sections import SourceConfig
 from sslzoo.run.pack import pack
 from tests.images import CLASSES, assert_equal_to_folder, photos, write_photos
 
-datasets: Any = pytest.importorskip("datasets")
+datasets: Any = import_module("datasets")
 
 
 @pytest.fixture(autouse=True)
