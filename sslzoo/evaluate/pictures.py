@@ -34,10 +34,10 @@ def draw_map(gallery: Mapping[str, Any]) -> Drawing:
 
     points, names = gallery["map"], gallery["class_names"]
     classes = coloured(points["label"])
-    figure = Figure((6, 5.2), dpi=100, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure((6, 5.2), dpi=100)
+    axes = figure.add_axes((0.02, 0.12, 0.96, 0.86))
     groups: list[tuple[int | None, str, str]] = [(None, "others", "0.75" if classes else "C0")]
-    groups += [(label, str(names[label]), f"C{i}") for i, label in enumerate(classes)]
+    groups += [(label, str(names[label])[:16], f"C{i}") for i, label in enumerate(classes)]
     for group, title, colour in groups:
         rows = [
             i for i, label in enumerate(points["label"]) if (label if label in classes else None) == group
@@ -48,7 +48,7 @@ def draw_map(gallery: Mapping[str, Any]) -> Drawing:
     axes.set(xticks=[], yticks=[], aspect="equal")
     axes.spines[:].set_color("0.8")
     if classes:
-        figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False, markerscale=2)
+        figure.legend(loc="lower center", ncols=5, fontsize=8, frameon=False, markerscale=2)
     shares = " and ".join(f"{100 * share:.0f} %" for share in points["explained"])
     caption = (
         f"Map of the features after epoch {gallery['epoch']}: {len(points['x']):,} images by their first two "
