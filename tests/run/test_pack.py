@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -18,7 +19,7 @@ from sslzoo.data.sources import FileSource
 from sslzoo.recipe.sections import SourceConfig
 from sslzoo.run.pack import pack
 from sslzoo.testing.kills import digest_of
-from tests.command import fork, saved, until, write_recipe
+from tests.command import children, fork, saved, until, write_recipe
 from tests.run.test_images import write_pictures, write_shards
 
 
@@ -85,6 +86,28 @@ def test_a_pack_that_was_ended_continues(
     assert again.wait() == 0, again.said
     assert "of them were there" in again.out and "data.dataset=packed" in again.out and not again.err
     assert _contents(tmp_path / "packed") == _contents(whole)
+
+
+def _large() -> None:
+    """A pipe does not hold one image."""
+    pack_writer._CHUNK = 1
+    read = FileSource.encoded
+    FileSource.encoded = lambda self, i: read(self, i) + bytes(200_000)  # type: ignore[method-assign]
+
+
+def test_a_killed_pack_takes_its_worker_along(pictures: Path, tmp_path: Path) -> None:
+    command = fork(tmp_path, "pack", pictures, tmp_path / "packed", "--workers", "1", before=_large)
+    rows = tmp_path / "packed/train.partial/index.part"
+    assert until(lambda: rows.exists() and rows.stat().st_size and children(command.pid)), command.said
+    command.signal(signal.SIGSTOP)  # the worker fills the pipe, and waits
+    (worker,) = children(command.pid)
+    time.sleep(0.2)
+    command.signal(signal.SIGKILL)
+    stat = Path(f"/proc/{worker}/stat")
+    gone = until(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z", 10)
+    if not gone:
+        os.kill(worker, signal.SIGKILL)
+    assert gone
 
 
 def test_a_full_disk_leaves_nothing_half_done(pictures: Path, tmp_path: Path) -> None:
