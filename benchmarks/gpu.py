@@ -37,7 +37,7 @@ from sslzoo.data.loading import RawBatch, ViewDataset
 from sslzoo.data.module import EvalSet, SSLDataModule
 from sslzoo.data.sampler import GlobalBatchSampler
 from sslzoo.data.sources import FileSource, ImageSource
-from sslzoo.data.views import draw_uniforms, draw_view
+from sslzoo.data.views import applied_together, draw_uniforms, draw_view
 from sslzoo.recipe.load import load_recipe
 from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import Recipe
@@ -94,15 +94,14 @@ class Crops(SSLDataModule):
         draw = torch.Generator().manual_seed(0)
         batches = []
         for _ in range(3):
-            images = tuple(
-                torch.randint(0, 256, (n, 3, view.size, view.size), dtype=torch.uint8, generator=draw)
-                for view in self.views
-            )
             ids = torch.randperm(IMAGES, generator=draw)[:n]
-            drawn = [
-                draw_view(view, draw_uniforms(self.seed, 0, k, ids), 3) for k, view in enumerate(self.views)
-            ]
-            batches.append(RawBatch(images, *bundle(tuple(drawn)), ids, ids % CLASSES, ()))
+            images, drawn = [], []
+            for group in applied_together(self.views, 3):
+                views = [self.views[k] for k in group]
+                shape = (n * len(views), 3, views[0].size, views[0].size)
+                images.append(torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw))
+                drawn.append(draw_view(views, [draw_uniforms(self.seed, 0, k, ids) for k in group], 3))
+            batches.append(RawBatch(tuple(images), *bundle(tuple(drawn)), ids, ids % CLASSES, ()))
         schedule: list[RawBatch] = [batches[k % len(batches)] for k in range(self.steps)]
         return DataLoader(schedule, batch_size=None, pin_memory=True)  # type: ignore[arg-type]
 

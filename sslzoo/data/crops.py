@@ -201,9 +201,10 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def crop_batch(images: Tensor, boxes: Tensor, size: int, interpolation: str, padding: int = 0) -> Tensor:
-    """Crops (N, C, S, S), float32 in [0, 1] and not rounded to integer levels, of uint8 images (N, C, H, W).
+    """Crops (K N, C, S, S), float32 in [0, 1] and not rounded to integer levels, of uint8 images (N, C, H, W), K times
+    one after the other, for boxes (K N, 4).
 
-    Computes the whole batch at once, with separate filter weights per sample. ``padding``: black pixels that are added
+    Computes the whole batch at once, with separate filter weights per crop. ``padding``: black pixels that are added
     on all sides first, for boxes that leave the image by up to so much.
     """
     if padding:
@@ -218,7 +219,10 @@ def crop_batch(images: Tensor, boxes: Tensor, size: int, interpolation: str, pad
             interpolation_matrix(start, length, side, size, interpolation)
             for start, length, side in zip(starts, lengths, images.shape[2:], strict=True)
         )
-    out = resample(images.float() / 255, rows, columns)
+    unit = images.float() / 255
+    if len(boxes) > len(images):
+        unit = unit.repeat(len(boxes) // len(images), 1, 1, 1)
+    out = resample(unit, rows, columns)
     return out.clamp_(0, 1) if interpolation == "bicubic" else out  # the cubic kernel overshoots
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from sslzoo.data.sampler import Item, stand_ins
 from sslzoo.data.sources import ArraySource, ImageSource, UnreadableImageError
 from sslzoo.data.views import (
     ImageDraws,
-    ViewDraws,
+    applied_together,
     apply_to_image,
     draw_boxes,
     draw_image_boxes,
@@ -235,6 +236,7 @@ class ViewDataset(Dataset[RawBatch]):
         views to the crops of files too, and normalise them; None: that is left to the device."""
         self.source, self.views, self.seed, self.among = source, tuple(views), seed, among
         self.finish = finish
+        self.groups = applied_together(self.views, source.channels)
         self.global_batch_size = global_batch_size
         self.reader = ImageReader(source) if reader is None else reader
 
@@ -252,12 +254,15 @@ class ViewDataset(Dataset[RawBatch]):
         sample_id = torch.tensor([i for _, i in items])
         if isinstance(self.source, ArraySource):
             height, width = (torch.full((len(sample_id),), side) for side in self.source.size)
-            drawn = []
-            for k, view in enumerate(self.views):
-                u = draw_uniforms(self.seed, epoch, k, sample_id)
-                drawn.append(draw_view(view, u, self.source.channels, draw_boxes(view, u, height, width)))
-            return self._batch((self.source.batch(sample_id),), drawn, sample_id)
-        images = tuple(self._empty(len(sample_id), view.size) for view in self.views)
+            u = [draw_uniforms(self.seed, epoch, k, sample_id) for k in range(len(self.views))]
+            boxes = [draw_boxes(view, u[k], height, width) for k, view in enumerate(self.views)]
+            return self._batch((self.source.batch(sample_id),), u, boxes, sample_id)
+        n = len(sample_id)
+        images = tuple(self._empty(len(group) * n, self.views[group[0]].size) for group in self.groups)
+        parts = chain.from_iterable(
+            zip(group, part.split(n), strict=True) for group, part in zip(self.groups, images, strict=True)
+        )
+        outs = [out for _, out in sorted(parts, key=itemgetter(0))]  # by view
         drawn = self._draw(epoch, sample_id)
         bad: list[Bad] = []
         # Errors are returned as values: raised in a worker they would arrive as a traceback in words.
@@ -272,7 +277,7 @@ class ViewDataset(Dataset[RawBatch]):
                             drawn, self._draw(epoch, sample_id[row : row + 1]), strict=True
                         ):
                             draws.replace(row, own)
-                for view, draws, out in zip(self.views, drawn, images, strict=True):
+                for view, draws, out in zip(self.views, drawn, outs, strict=True):
                     for row, (_, image) in zip(rows, read, strict=True):
                         self._fill(out[row], view, image, draws, row)
         except DataError as error:
@@ -282,11 +287,7 @@ class ViewDataset(Dataset[RawBatch]):
         if self.finish is not None:
             nothing = torch.empty(0, dtype=torch.uint8)
             return RawBatch(images, nothing, None, sample_id, _labels(self.source, sample_id), tuple(bad))
-        parameters = [
-            draw_view(view, draws.uniforms, self.source.channels)
-            for view, draws in zip(self.views, drawn, strict=True)
-        ]
-        return self._batch(images, parameters, sample_id, bad)
+        return self._batch(images, [draws.uniforms for draws in drawn], None, sample_id, bad)
 
     def _draw(self, epoch: int, sample_id: Tensor) -> list[_Draws]:
         """What is drawn for every view of these samples (N,) of files."""
@@ -323,8 +324,23 @@ class ViewDataset(Dataset[RawBatch]):
         normalize_(out, self.finish.mean, self.finish.std)
 
     def _batch(
-        self, images: tuple[Tensor, ...], drawn: list[ViewDraws], sample_id: Tensor, bad: Sequence[Bad] = ()
+        self,
+        images: tuple[Tensor, ...],
+        u: Sequence[Tensor],
+        boxes: Sequence[Tensor] | None,
+        sample_id: Tensor,
+        bad: Sequence[Bad] = (),
     ) -> RawBatch:
+        """A batch for the device, from the uniforms ``u`` of every view, and the boxes, if it is to crop too."""
+        drawn = [
+            draw_view(
+                [self.views[k] for k in group],
+                [u[k] for k in group],
+                self.source.channels,
+                None if boxes is None else torch.cat([boxes[k] for k in group]),
+            )
+            for group in self.groups
+        ]
         draws, layout = bundle(tuple(drawn))
         return RawBatch(images, draws, layout, sample_id, _labels(self.source, sample_id), tuple(bad))
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from sslzoo.batch import Batch, EvalBatch
 from sslzoo.checks import require
+from sslzoo.data.bundling import Layout
 from sslzoo.data.crops import crop_batch
 from sslzoo.data.datasets import open_source
 from sslzoo.data.disk import DataError
@@ -35,7 +36,7 @@ from sslzoo.data.loading import (
 from sslzoo.data.photometric import normalize, normalize_
 from sslzoo.data.sampler import GlobalBatchSampler, Item
 from sslzoo.data.sources import ArraySource, FakeSource, ImageSource
-from sslzoo.data.views import ViewDraws, apply_view, expand_views
+from sslzoo.data.views import ViewDraws, applied_together, apply_view, expand_views
 from sslzoo.distributed import rank, world_size
 from sslzoo.randomness import is_holdout, subset
 from sslzoo.recipe.catalog import dataset_info
@@ -90,6 +91,7 @@ class SSLDataModule(LightningDataModule):
         self.plan, self.seed = plan, seed
         self.plain = eval.view if plain is None else plain
         self.train_source = source if source is not None else open_source(data)
+        self._groups = applied_together(self.views, self.train_source.channels)
         if len(self.train_source) != plan.dataset_size:
             raise ValueError(
                 f"the plan counts {plan.dataset_size} samples, {self.train_source.name} has {len(self.train_source)}"
@@ -395,20 +397,27 @@ class SSLDataModule(LightningDataModule):
             (global_views if view.role == "global" else local_views).append(images)
         return Batch(tuple(global_views), tuple(local_views), batch.sample_id, batch.label)
 
-    def _views(self, batch: RawBatch) -> Iterable[Tensor]:
+    def _views(self, batch: RawBatch) -> list[Tensor]:
         """Every view of the batch, (N, C, S, S)."""
-        if batch.layout is None:
-            yield from batch.images
-            return
-        drawn: tuple[ViewDraws, ...] = batch.layout.unbundle(batch.draws)
-        for k, (view, draws) in enumerate(zip(self.views, drawn, strict=True)):
+        n = len(batch.sample_id)
+        images = batch.images if batch.layout is None else self._applied(batch, batch.layout)
+        views: dict[int, Tensor] = {}
+        for group, together in zip(self._groups, images, strict=True):
+            views.update(zip(group, together.split(n), strict=True))
+        return [views[k] for k in range(len(self.views))]
+
+    def _applied(self, batch: RawBatch, layout: Layout) -> Iterable[Tensor]:
+        """The views of each group, one after the other."""
+        drawn: tuple[ViewDraws, ...] = layout.unbundle(batch.draws)
+        for g, (group, draws) in enumerate(zip(self._groups, drawn, strict=True)):
+            view = self.views[group[0]]
             if isinstance(self.train_source, ArraySource):
-                crops = crop_batch(
+                images = crop_batch(
                     batch.images[0], draws.boxes, view.size, view.interpolation, view.padding or 0
                 )
             else:
-                crops = to_unit(batch.images[k])
-            yield normalize_(apply_view(view, crops, draws), self.data.mean, self.data.std)
+                images = to_unit(batch.images[g])
+            yield normalize_(apply_view(view, images, draws), self.data.mean, self.data.std)
 
     @torch.no_grad()
     def finish(self, raw: RawBatch, device: torch.device | str = "cpu") -> Batch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,8 @@ class Jitter(NamedTuple):
 
 
 class ViewDraws(NamedTuple):
-    """The random parameters of one view of N samples; index tensors (n,) are the rows to which an operation applies."""
+    """The random parameters of N images, those of one view or of several one after the other; index tensors (n,) are
+    the rows to which an operation applies."""
 
     jitter: Jitter | None
     grayscale: Tensor
@@ -75,6 +77,17 @@ class ImageDraws(NamedTuple):
 def expand_views(views: Sequence[ViewConfig]) -> tuple[ViewConfig, ...]:
     """One entry per crop. The index in this list is part of the key of the view's random numbers."""
     return tuple(replace(view, count=1) for view in views for _ in range(view.count))
+
+
+def applied_together(views: Sequence[ViewConfig], channels: int) -> tuple[tuple[int, ...], ...]:
+    """Groups of ``views`` (their indices) that :func:`apply_view` may take as one batch: of one size, resampled alike,
+    with the same kinds of jitter. How likely and how strong a change is does not matter: it is drawn for each image."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for k, view in enumerate(views):
+        crop = (view.size, view.interpolation, view.padding)
+        alike = (*crop, view.blur_kernel, view.solarize_threshold, _active(view, channels))
+        groups.setdefault(alike, []).append(k)
+    return tuple(tuple(group) for group in groups.values())
 
 
 def draw_uniforms(seed: int, epoch: int, view: int, sample_id: Tensor) -> Tensor:
@@ -108,28 +121,32 @@ def jitter_factor(cfg: ViewConfig, name: str, u: Tensor) -> Tensor:
 
 
 class _Operations(NamedTuple):
-    """Jitter operations of N samples, A of them active: their names, factors and ranks in the random order."""
+    """Jitter operations of N samples, A of them active: their factors and ranks in the random order."""
 
-    names: tuple[str, ...]
     factor: Tensor  # (N, A) float32
     rank: Tensor  # (N, A) int64
 
 
-def _operations(cfg: ViewConfig, u: Tensor, channels: int) -> _Operations:
-    active = [
-        (name, column)
-        for name, column in _FACTORS
-        if getattr(cfg, name) > 0 and (channels > 1 or name in _COLOURLESS)
-    ]
-    names = tuple(name for name, _ in active)
+def _active(cfg: ViewConfig, channels: int) -> tuple[str, ...]:
+    """The jitter operations of a view."""
+    return tuple(
+        name for name, _ in _FACTORS if getattr(cfg, name) > 0 and (channels > 1 or name in _COLOURLESS)
+    )
+
+
+def _operations(cfg: ViewConfig, u: Tensor, names: Sequence[str]) -> _Operations:
+    active = [(name, column) for name, column in _FACTORS if name in names]
     factors = [jitter_factor(cfg, name, u[:, column]) for name, column in active]
     order = u[:, [ORDER + column - BRIGHTNESS for _, column in active]].argsort(dim=1, stable=True)
-    return _Operations(names, torch.stack(factors, dim=1) if factors else u[:, :0], order.argsort(dim=1))
+    return _Operations(torch.stack(factors, dim=1) if factors else u[:, :0], order.argsort(dim=1))
 
 
-def _draw_jitter(cfg: ViewConfig, u: Tensor, channels: int) -> Jitter | None:
-    rows = (u[:, JITTER] < cfg.jitter_p).nonzero()[:, 0]
-    names, factor, rank = _operations(cfg, u[rows], channels)
+def _draw_jitter(views: Sequence[ViewConfig], u: Sequence[Tensor], channels: int) -> Jitter | None:
+    names = _active(views[0], channels)
+    chosen = [(part[:, JITTER] < view.jitter_p).nonzero()[:, 0] for view, part in zip(views, u, strict=True)]
+    drawn = [_operations(view, part[rows], names) for view, part, rows in zip(views, u, chosen, strict=True)]
+    factor, rank = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    rows = _joined(chosen, u)
     if not names or len(rows) == 0:
         return None
     hue = names.index("hue") if "hue" in names else None
@@ -165,27 +182,41 @@ def _draw_jitter(cfg: ViewConfig, u: Tensor, channels: int) -> Jitter | None:
     return Jitter(rows, tuple(before), shift, tuple(after))
 
 
-def draw_view(cfg: ViewConfig, u: Tensor, channels: int, boxes: Tensor | None = None) -> ViewDraws:
-    """Parameters of all operations after the crop, from the view's uniforms ``u`` (N, DRAWS)."""
+def _joined(rows: Sequence[Tensor], u: Sequence[Tensor]) -> Tensor:
+    """Rows of several views as rows of the batch in which these follow one another."""
+    starts = accumulate((len(part) for part in u[:-1]), initial=0)
+    return torch.cat([part + start for part, start in zip(rows, starts, strict=True)])
 
-    def rows(column: int, p: float) -> Tensor:
-        return (u[:, column] < p).nonzero()[:, 0]
 
-    blur = rows(BLUR, cfg.blur_p)
+def draw_view(
+    views: Sequence[ViewConfig], u: Sequence[Tensor], channels: int, boxes: Tensor | None = None
+) -> ViewDraws:
+    """Parameters of all operations after the crop, from the uniforms ``u`` (N, DRAWS) of each view: those of a single
+    one, or of several that are :func:`applied_together`, as one batch in which they follow one another."""
+
+    def rows(column: int, p: str) -> list[Tensor]:
+        return [
+            (part[:, column] < getattr(view, p)).nonzero()[:, 0] for view, part in zip(views, u, strict=True)
+        ]
+
+    blur = rows(BLUR, "blur_p")
+    grey = rows(GRAYSCALE, "grayscale_p") if channels > 1 else [torch.empty(0, dtype=torch.int64)] * len(u)
+    sigma = [_sigma(view, part[chosen]) for view, part, chosen in zip(views, u, blur, strict=True)]
     return ViewDraws(
-        jitter=_draw_jitter(cfg, u, channels),
-        grayscale=rows(GRAYSCALE, cfg.grayscale_p if channels > 1 else 0.0),
-        blur=blur,
-        sigma=_sigma(cfg, u[blur]),
-        solarize=rows(SOLARIZE, cfg.solarize_p),
-        flip=rows(FLIP, cfg.flip_p),
+        jitter=_draw_jitter(views, u, channels),
+        grayscale=_joined(grey, u),
+        blur=_joined(blur, u),
+        sigma=torch.cat(sigma),
+        solarize=_joined(rows(SOLARIZE, "solarize_p"), u),
+        flip=_joined(rows(FLIP, "flip_p"), u),
         boxes=torch.empty((0, 4), dtype=torch.int64) if boxes is None else boxes,
     )
 
 
 def draw_images(cfg: ViewConfig, u: Tensor, channels: int) -> list[ImageDraws]:
     """The same for one image after the other."""
-    names, factor, rank = _operations(cfg, u, channels)
+    names = _active(cfg, channels)
+    factor, rank = _operations(cfg, u, names)
     chosen = [(u[:, column] < p).tolist() for column, p in (
         (JITTER, cfg.jitter_p), (GRAYSCALE, cfg.grayscale_p if channels > 1 else 0.0), (BLUR, cfg.blur_p),
         (SOLARIZE, cfg.solarize_p), (FLIP, cfg.flip_p),

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as TF
 from sslzoo.data import photometric as ph
 from sslzoo.data.crops import CROP_DRAWS, channels_last, crop_batch, crop_into, evaluation_crop
 from sslzoo.data.views import (
+    applied_together,
     apply_to_image,
     apply_view,
     draw_boxes,
@@ -150,6 +151,7 @@ def test_crops_of_arrays_equal_torchvision(shape: tuple[int, ...], out: int, int
         crops.append(TF.resized_crop(image, top, left, height, width, [out, out], mode, antialias=True))
     want = torch.stack(crops).clamp(0, 1)
     close(crop_batch(x, boxes, out, interpolation), want)
+    close(crop_batch(x[:8], boxes[[*range(16, 24), *range(8)]], out, interpolation)[8:], want[:8])
 
 
 def cropped(x: Tensor, boxes: Tensor, size: int, interpolation: str) -> Tensor:
@@ -210,7 +212,7 @@ def test_the_chain_equals_torchvision(channels: int) -> None:
     x = images(64, channels, 24, 24).float() / 255
     u = draw_uniforms(7, 2, 1, torch.arange(64))
     want = torch.stack([chain(STRONG, x[i], u[i].tolist()) for i in range(64)])
-    together = apply_view(STRONG, x.clone(), draw_view(STRONG, u, channels))
+    together = apply_view(STRONG, x.clone(), draw_view([STRONG], [u], channels))
     draws = draw_images(STRONG, u, channels)
     alone = torch.stack([apply_to_image(STRONG, x[i].clone(), draws[i]) for i in range(64)])
     for got in (together, alone):
@@ -229,7 +231,25 @@ def test_both_ways_of_applying_a_view_agree_whatever_is_left_out(off: str) -> No
     alone = torch.stack(
         [apply_to_image(cfg, x[i].clone(), draws) for i, draws in enumerate(draw_images(cfg, u, 3))]
     )
-    close(apply_view(cfg, x, draw_view(cfg, u, 3)), alone, 2e-5)
+    close(apply_view(cfg, x, draw_view([cfg], [u], 3)), alone, 2e-5)
+
+
+def test_views_of_one_size_are_those_of_each_alone() -> None:
+    """Taken together whatever their probabilities and strengths are; other sizes and jitters apart."""
+    other = replace(
+        STRONG, jitter_p=0.3, hue=0.3, grayscale_p=0.5, blur_p=0.1, blur_sigma=(1.0, 3.0), flip_p=0.9
+    )
+    views = [STRONG, replace(STRONG, size=12), other, replace(STRONG, hue=0.0), replace(STRONG, size=12)]
+    assert applied_together(views, 3) == ((0, 2), (1, 4), (3,))
+    assert applied_together(views, 1) == ((0, 2, 3), (1, 4))
+    x = images(32, 3, 24, 24).float() / 255
+    u = [draw_uniforms(7, 2, k, torch.arange(16)) for k in range(2)]
+    together = apply_view(STRONG, x.clone(), draw_view([STRONG, other], u, 3))
+    alone = [
+        apply_view(view, part.clone(), draw_view([view], [uniforms], 3))
+        for view, part, uniforms in zip((STRONG, other), x.split(16), u, strict=True)
+    ]
+    close(together, torch.cat(alone), 1e-6)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -254,12 +274,12 @@ def test_a_view_that_states_nothing_changes_nothing() -> None:
     u = draw_uniforms(0, 0, 0, torch.arange(8))
     side = torch.full((8,), 24)
     crops = crop_batch(x, draw_boxes(cfg, u, side, side), 24, "bilinear")
-    close(apply_view(cfg, crops, draw_view(cfg, u, 3)), x.float() / 255, 1e-6)
+    close(apply_view(cfg, crops, draw_view([cfg], [u], 3)), x.float() / 255, 1e-6)
 
 
 def test_probabilities_and_ranges_of_the_draws() -> None:
     u = draw_uniforms(0, 0, 0, torch.arange(20_000))
-    draws = draw_view(STRONG, u, 3)
+    draws = draw_view([STRONG], [u], 3)
     for rows, p in ((draws.grayscale, 0.2), (draws.blur, 0.5), (draws.solarize, 0.2), (draws.flip, 0.5)):
         assert abs(len(rows) / 20_000 - p) < 0.015
     assert draws.sigma.min() >= 0.1 and draws.sigma.max() <= 2.0 and abs(draws.sigma.mean() - 1.05) < 0.02

@@ -322,7 +322,7 @@ class Fixture:
         crops = crop_batch(
             images, boxes, view.size, view.interpolation, self.described.view.get("padding", 0)
         )
-        return self.normalized(apply_view(view, crops, draw_view(view, u, 3, boxes)))
+        return self.normalized(apply_view(view, crops, draw_view([view], [u], 3, boxes)))
 
     def plain(self, source: ImageSource, rows: Tensor) -> Tensor:
         """The plain images, normalised."""
