@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ import torch.distributed as dist
 
 from sslzoo.callbacks.meter import Meter
 from sslzoo.checkpoints import load_checkpoint
+from sslzoo.data.module import SSLDataModule
 from sslzoo.distributed import gather_detached
 from sslzoo.recipe.load import load_recipe
+from sslzoo.recipe.sections import ViewConfig
 from sslzoo.testing.pretend import CUDA, STEPS, UNFINISHED, Job, Moment, PretendedGPU, main, train
+from tests.images import data_module, write_photos
 
 SMALL = {
     "sce_fashion_mnist": ("method.queue_size=64",),
@@ -253,3 +257,48 @@ def test_it_leaves_nothing_behind():
     assert torch.Generator is generator and dist.all_reduce is all_reduce
     assert not dist.is_initialized()
     assert torch.zeros(2).device.type == "cpu"
+
+
+# -- augmentation -------------------------------------------------------------------------------
+
+COLOUR = ViewConfig(
+    size=16,
+    count=2,
+    scale=(0.2, 1.0),
+    flip_p=0.5,
+    jitter_p=0.8,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.2,
+    hue=0.1,
+    grayscale_p=0.2,
+    blur_p=0.5,
+)
+
+
+@pytest.mark.parametrize(
+    ("views", "kernels"),
+    [
+        ([COLOUR], 100),
+        ([replace(COLOUR, count=1, blur_p=1.0), replace(COLOUR, count=1, blur_p=0.1, solarize_p=0.2)], 105),
+        ([COLOUR, replace(COLOUR, size=8, count=4, role="local")], 200),
+        ([COLOUR, *(replace(COLOUR, size=size, count=1) for size in (14, 12, 10, 8))], 500),
+    ],
+    ids=["two", "two, asymmetric", "six of two sizes", "six of five sizes"],
+)
+def test_views_take_few_kernels(views, kernels, tmp_path):
+    """As docs/gpu.md says, from the second batch on."""
+    write_photos(tmp_path)
+    small = data_module("imagefolder", tmp_path)
+    data = SSLDataModule(
+        replace(small.data, augment_on="device"), views, small.eval, small.probe, small.plan, 0,
+        source=small.train_source,
+    )  # fmt: skip
+    first, second, *_ = data.train_dataloader()
+    with PretendedGPU() as gpu:
+        for step, raw in enumerate((first, second)):
+            gpu.enter("views", step)
+            data.finish(raw, CUDA)
+    notes = gpu.notes_of("views", 1)
+    assert 0.9 * kernels < sum(notes.kernels.values()) <= kernels
+    assert not notes.places["sync"]
