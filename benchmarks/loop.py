@@ -172,7 +172,7 @@ def measure(rounds: int = 5, steps: int = 400) -> list[Result]:
     for _ in range(rounds):
         for name, run in variants.items():
             times[name].append(run())
-    bounds = {"the same and a probe of three rates": 1.6}
+    bounds = {"the same and a probe of three rates": 1.3}
     return [
         Result(
             work=f"loop: {name}",

@@ -96,7 +96,7 @@ class SGDProbe:
         z = self._with_bias(z)
         error = (z @ self.weight.flatten(0, 1).T).view(len(z), len(self.weight), self.classes).softmax(2)
         # One (N, 1, C) comparison for all learning rates.
-        error -= (label[:, None] == self._class_index).unsqueeze(1).to(error.dtype)
+        error.add_(label[:, None, None] == self._class_index, alpha=-1)
         error *= trains[:, None, None]
         self._gradient.addmm_(error.flatten(1).T, z)
 
