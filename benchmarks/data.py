@@ -194,12 +194,10 @@ def measure() -> list[Result]:
                 return file.convert("RGB")
 
         two = [replace(LARGE, count=2)]
-        results += compare("224 px JPEG", files, photograph, two, PHOTOGRAPHS, whole=2.3, worker=5)
+        results += compare("224 px JPEG", files, photograph, two, PHOTOGRAPHS, whole=2.7, worker=5.8)
         packed = packed_raw(folder)
         results += compare("224 px packed raw", packed, photograph, two, PHOTOGRAPHS, whole=None, worker=10)
-        results += compare(
-            "multi-crop JPEG", files, photograph, MULTI_CROP, PHOTOGRAPHS, whole=2.3, worker=6.7
-        )
+        results += compare("multi-crop JPEG", files, photograph, MULTI_CROP, PHOTOGRAPHS, whole=2.9, worker=8)
     return results
 
 
