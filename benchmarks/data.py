@@ -194,10 +194,12 @@ def measure() -> list[Result]:
                 return file.convert("RGB")
 
         two = [replace(LARGE, count=2)]
-        results += compare("224 px JPEG", files, photograph, two, PHOTOGRAPHS, whole=2.7, worker=5.8)
+        results += compare("224 px JPEG", files, photograph, two, PHOTOGRAPHS, whole=2.6, worker=5.7)
         packed = packed_raw(folder)
         results += compare("224 px packed raw", packed, photograph, two, PHOTOGRAPHS, whole=None, worker=10)
-        results += compare("multi-crop JPEG", files, photograph, MULTI_CROP, PHOTOGRAPHS, whole=2.9, worker=8)
+        results += compare(
+            "multi-crop JPEG", files, photograph, MULTI_CROP, PHOTOGRAPHS, whole=2.7, worker=7.7
+        )
     return results
 
 
