@@ -19,7 +19,7 @@ from pathlib import Path
 from measure import Result, report
 
 HERE = Path(__file__).parent
-TOOLS = ("measure", "photographs", "run", "gpu")  # gpu prints tables of its own
+TOOLS = ("measure", "photographs", "run", "gpu", "profile_step")  # the last two print tables of their own
 NAMES = sorted(file.stem for file in HERE.glob("*.py") if file.stem not in TOOLS)
 
 

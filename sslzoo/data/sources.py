@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,7 +55,7 @@ class ImageSource(ABC):
         """Number of classes; 0 without labels."""
         return len(self.class_names) if self.labels is not None else 0
 
-    @property
+    @cached_property  # images never change while a source is open, and every checkpoint holds it
     def fingerprint(self) -> str:
         """Name, split, number of images, and a hash of the samples' order, labels and identity.
 
