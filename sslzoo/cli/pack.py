@@ -20,8 +20,8 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", nargs="?", type=Path, metavar="SRC", help="folder of images")
-    parser.add_argument("dest", nargs="?", type=Path, metavar="DST", help="folder to write, outside SRC")
+    parser.add_argument("source", nargs="?", metavar="SRC", help="folder of images")
+    parser.add_argument("dest", nargs="?", metavar="DST", help="folder to write, outside SRC")
     parser.add_argument(
         "--raw", action="store_true", help="store decoded pixels: nothing is decoded in training"
     )
@@ -53,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that read and decode (default: one per processor)"
     )
-    parser.add_argument(
-        "--verify", type=Path, metavar="DST", help="instead: compare packed data with its checksums"
-    )
+    parser.add_argument("--verify", metavar="DST", help="instead: compare packed data with its checksums")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,27 +62,27 @@ def run(args: argparse.Namespace) -> int:
         print(f"sslzoo pack: {problem}", file=sys.stderr)
         return 2
 
-    from sslzoo.data.disk import DataError
+    from sslzoo.data.disk import DataError, legible
     from sslzoo.data.pack_writer import PackOptions
     from sslzoo.exits import ExitCode, Preempted
     from sslzoo.run.pack import pack, processors, verify
 
     try:
         if args.verify is not None:
-            return 0 if verify(args.verify) else 1
+            return 0 if verify(Path(args.verify)) else 1
         pack(
-            args.source,
-            args.dest,
+            Path(args.source),
+            Path(args.dest),
             dataset=args.dataset,
             splits=args.split or (),
             options=PackOptions(raw=args.raw, short_side=args.short_side, channels=args.channels or 3),
             workers=processors() if args.workers is None else args.workers,
         )
     except ValueError as error:
-        print(f"sslzoo pack: {error}", file=sys.stderr)
+        print(f"sslzoo pack: {legible(error)}", file=sys.stderr)
         return ExitCode.USAGE
     except (DataError, OSError) as error:
-        print(f"sslzoo pack: {error}", file=sys.stderr)
+        print(f"sslzoo pack: {legible(error)}", file=sys.stderr)
         return ExitCode.FAILURE
     except (Preempted, KeyboardInterrupt) as error:
         then = "; the same command continues" if args.verify is None else ""
@@ -95,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _problem(args: argparse.Namespace) -> str:
     """What is wrong with the options; empty if nothing is."""
+    if "" in (args.source, args.dest, args.verify):
+        return "the name of a folder is empty; . is the working directory"
     options = (args.source, args.short_side, args.channels, args.dataset, args.split, args.workers)
     if args.verify is not None:
         return "--verify DST takes nothing else" if args.raw or any(x is not None for x in options) else ""
@@ -104,6 +104,9 @@ def _problem(args: argparse.Namespace) -> str:
         return f"--short-side must be positive, got {args.short_side}"
     if args.channels is not None and not args.raw and args.short_side is None:
         return "--channels needs --raw or --short-side: otherwise nothing is decoded"
+    for split in args.split or ():
+        if split in ("", ".", "..") or "/" in split:
+            return f"--split must be the name of a split, such as train, got {split!r}"
     if args.workers is not None and args.workers < 0:
         return f"--workers must not be negative, got {args.workers}"
     return ""

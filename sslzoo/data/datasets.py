@@ -250,7 +250,7 @@ def _from_class_folders(cfg: SourceConfig, folder: Path, channels: int, subfolde
         if not count:
             wrong_layout(cfg, f"{legible(folder / name / subfolder)} contains no images")
     labels = np.repeat(np.arange(len(kept), dtype=np.int64), counts)
-    return FileSource(cfg.dataset, cfg.split, folder, paths, labels, kept, channels)
+    return FileSource(cfg.dataset, cfg.split, folder, paths, labels, kept, channels, by_class=True)
 
 
 def _from_packed(cfg: SourceConfig, folder: Path, channels: int) -> ImageSource:
@@ -262,16 +262,15 @@ def _from_packed(cfg: SourceConfig, folder: Path, channels: int) -> ImageSource:
             f"{folder} was packed from {records.info.dataset} and {what} labels; use data.dataset=packed"
         )
     stored = records.info.channels
-    if records.info.content == "pixels" and stored != channels:
+    if stored not in (None, channels):
         raise ValueError(
-            f"{folder} holds pixels of {stored} channel(s) but data.mean and data.std have {channels}; pack it again "
+            f"{folder} holds images of {stored} channel(s) but data.mean and data.std have {channels}; pack it again "
             f"with --channels {channels}, or give {stored} number(s) there and set backbone.in_channels={stored}"
         )
     chosen, labels, names = None, records.labels, records.info.classes
     if labels is not None:
-        by_class = cfg.class_names and bool((labels[1:] >= labels[:-1]).all())
         chosen, labels, names = choose_classes(cfg, labels, names)
-        if by_class and chosen is not None:  # by the order of the classes, as they would be listed
+        if records.info.by_class and chosen is not None:  # as they would be listed
             order = np.argsort(labels, kind="stable")
             chosen, labels = chosen[order], labels[order]
     return packed_source(cfg.dataset, cfg.split, channels, records, chosen, labels, names)

@@ -26,8 +26,9 @@ class DataError(RuntimeError):
 
 
 def legible(path: object) -> str:
-    """``path`` as printable text; bytes that are not UTF-8 are shown as ``\\xff``."""
-    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """``path`` as printable text on one line; bytes that are not UTF-8 are ``\\xff``, line breaks ``\\n``."""
+    text = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def read_file(path: Path, root: Path, offset: int = 0, length: int | None = None) -> bytes:

@@ -42,6 +42,11 @@ def class_folders(folder: Path) -> tuple[str, ...]:
         return tuple(sorted(entry.name for entry in entries if entry.is_dir() and entry.name != "__MACOSX"))
 
 
+def has_images(folder: Path) -> bool:
+    """Whether there is an image file under ``folder``."""
+    return next(_walk(folder, "", (), {}), None) is not None
+
+
 def _walk_all(root: Path, folders: Sequence[str]) -> Found:
     began = time.time()
     read: dict[str, tuple[int, int, int]] = {}

@@ -18,8 +18,10 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +38,7 @@ from sslzoo.data.decoding import decode
 from sslzoo.data.disk import DataError, UnreadableImageError
 from sslzoo.data.huggingface import ArrowSource
 from sslzoo.data.loading import leave_signals_to_parent
-from sslzoo.data.packed import IMAGES, INDEX, LABELS, NAMES, ROW, ROW_OF_PIXELS, checksum
+from sslzoo.data.packed import IMAGES, INDEX, LABELS, NAMES, ROW, ROW_OF_PIXELS, Records, checksum
 from sslzoo.data.sources import FileSource, resize_short_side
 from sslzoo.data.tar_shards import ShardSource
 from sslzoo.files import write_json
@@ -50,6 +52,7 @@ SAVE_EVERY = 10.0  # seconds between times at which what was written is known to
 _ROWS, _PLAN, _PROGRESS = "index.part", "plan.json", "progress.json"
 _SAMPLE = 64  # images from which the space needed is estimated
 SHOWN = 20  # unreadable images that are named
+_THREADS = 16  # that ask for sizes and times of files
 _CHUNK = 2 << 20  # bytes that a worker hands over at a time, about
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -97,6 +100,8 @@ class Encoder(Dataset[_Chunk]):
             data, shape = b"", (0, 0)
             try:
                 encoded = self.source.encoded(i)
+                if not encoded:
+                    raise UnreadableImageError("empty")
                 read += len(encoded)
                 data, shape = self._record(encoded)
             except UnreadableImageError as error:
@@ -156,11 +161,13 @@ def write_split(
         dataset=_dataset_of(source),
         source=str(source.root.absolute()),
         fingerprint=source.fingerprint,
+        state=_state_of(source) if isinstance(source, FileSource) else None,
         content="pixels" if options.raw else "files",
         short_side=options.short_side,
         channels=options.channels if options.raw or options.short_side is not None else None,
         images=len(source),
         labelled=source.labels is not None,
+        by_class=isinstance(source, FileSource) and source.by_class,
         classes=source.class_names,
         size=0,
         checksums={},
@@ -198,16 +205,45 @@ def _dataset_of(source: Packable) -> str:
     return "folder" if source.labels is None else "imagefolder"
 
 
+def _state_of(source: FileSource) -> str:
+    """A digest of the sizes and times of the files."""
+
+    def states(start: int) -> NDArray[np.int64]:
+        found = np.zeros((min(1024, len(source) - start), 2), np.int64)
+        for i in range(len(found)):
+            with suppress(OSError):  # an image that cannot be read, such as a link that leads nowhere
+                status = source.path(start + i).stat()
+                found[i] = status.st_size, status.st_mtime_ns
+        return found
+
+    digest = sha256()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for found in pool.map(states, range(0, len(source), 1024)):
+            digest.update(found.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_state(info: PackedInfo, plan: PackedInfo, folder: Path) -> None:
+    """``ValueError`` if ``folder`` was written when files had other sizes or times."""
+    if info.state != plan.state:
+        raise ValueError(
+            f"the files in {plan.source} have changed (sizes or times) since {folder} was written; delete it to pack "
+            "them again, or choose another DST"
+        )
+
+
 def _as_it_was(folder: Path, plan: PackedInfo) -> Written:
     """What the finished ``folder`` holds, if that is what was planned."""
     if not (folder / FILE).exists():
         raise ValueError(f"{folder} exists and is not packed data; choose another DST, or move it away")
     info = read_info(folder)
-    if replace(info, source=plan.source, size=0, checksums={}) != plan:
+    if replace(info, source=plan.source, state=plan.state, size=0, checksums={}) != plan:
         raise ValueError(
             f"{folder} holds other images, or was packed with other options: {_described(info)}; choose another DST, "
             "or delete it"
         )
+    _check_state(info, plan, folder)
+    Records(folder)  # its files have their sizes, and the arrays their checksums
     return Written(info.images, info.images, info.size, 0, 0, 0, ())
 
 
@@ -286,6 +322,7 @@ class _Partial:
         self.folder, self.plan, self.source = folder, plan, source
         self.row = ROW_OF_PIXELS if plan.content == "pixels" else ROW
         self.done = self.end = 0  # records, and their bytes
+        self._size = 0.0  # of a record (bytes), estimated
         folder.mkdir(parents=True, exist_ok=True)
         self._files = [os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666) for name in (IMAGES, _ROWS)]
         self._images, self._rows = self._files
@@ -313,19 +350,18 @@ class _Partial:
             info = PackedInfo(**begun)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is missing or damaged; delete {self.folder}, and pack again") from error
-        if replace(info, source=self.plan.source) != self.plan:
+        if replace(info, source=self.plan.source, state=self.plan.state) != self.plan:
             raise ValueError(
                 f"{self.folder} was begun with other images or options: {_described(info)}; repeat that command, or "
                 "delete the folder"
             )
+        _check_state(info, self.plan, self.folder)
         rows = np.fromfile(self.folder / _ROWS, self.row)
         ends = rows["length"].cumsum()
         whole = (rows["offset"] == ends - rows["length"]) & (ends <= os.fstat(self._images).st_size)
         done = len(rows) if whole.all() else int(whole.argmin())
         # What was not known to be on disk may be lost after a power failure.
-        progress = self.folder / _PROGRESS
-        saved = json.loads(progress.read_text())["images"] if progress.exists() else 0
-        for i in range(saved, done):
+        for i in range(self._saved_records(), done):
             record = os.pread(self._images, rows["length"][i], rows["offset"][i])
             if zlib.crc32(record) != rows["crc"][i]:
                 done = i
@@ -334,8 +370,16 @@ class _Partial:
         os.ftruncate(self._images, self.end)
         os.ftruncate(self._rows, self.done * self.row.itemsize)
 
+    def _saved_records(self) -> int:
+        """How many records are known to be on disk: none if the file that says it is missing or damaged."""
+        try:
+            return max(0, int(json.loads((self.folder / _PROGRESS).read_text())["images"]))
+        except (OSError, ValueError, TypeError, LookupError):
+            return 0
+
     def check_space(self, size: float) -> None:
         """``OSError`` if the disk has no room for the other images, whose records have ``size`` bytes on average."""
+        self._size = size
         free, needed = shutil.disk_usage(self.folder).free, self._needed(size)
         if free < needed:
             raise OSError(
@@ -363,7 +407,7 @@ class _Partial:
     def _explained(self, error: OSError) -> OSError:
         if error.errno not in _FULL:
             return error
-        needed = self._needed(self.end / max(self.done, 1))
+        needed = self._needed(self.end / self.done if self.done else self._size)
         return OSError(
             f"{error.strerror}: {self.folder} has {self.done:,} of {self.plan.images:,} images and needs about "
             f"{decimal(int(needed))} more; free them and run the same command again, which continues"

@@ -62,8 +62,8 @@ class Records:
         path = self.folder / name
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is missing or damaged ({error}); {_AGAIN}") from error
+        except Exception as error:  # of many kinds, whatever the bytes are
+            raise ValueError(f"{path} is missing or damaged ({legible(error)}); {_AGAIN}") from error
         right = array.dtype.kind == "S" if dtype is None else array.dtype == dtype
         if not right or array.shape != (self.info.images,):
             raise ValueError(

@@ -209,9 +209,11 @@ class FileSource(EncodedSource):
         labels: NDArray[np.int64] | None,
         class_names: Sequence[str] = (),
         channels: int = 3,
+        by_class: bool = False,
     ) -> None:
+        """``by_class``: the files follow the order of the classes, and that of the classes chosen if these are."""
         super().__init__(name, split, channels, labels, class_names)
-        self.root = root
+        self.root, self.by_class = root, by_class
         # One array of bytes, which forked workers share; a list of strings would gradually be copied to each of them.
         self._paths = (
             paths
@@ -231,13 +233,14 @@ class FileSource(EncodedSource):
         return b"\0".join(self._paths.tolist())
 
     def where(self, sample_id: int) -> str:
-        return legible(self._path(sample_id))
+        return legible(self.path(sample_id))
 
-    def _path(self, sample_id: int) -> Path:
+    def path(self, sample_id: int) -> Path:
+        """The file of an image."""
         return self.root / self._paths[sample_id].decode("utf-8", "surrogateescape")
 
     def encoded(self, sample_id: int) -> bytes:
-        return read_file(self._path(sample_id), self.root)
+        return read_file(self.path(sample_id), self.root)
 
 
 class FakeSource(ArraySource):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sslzoo.files import write_json
 
-FORMAT = 1  # of packed data; raise it when older versions cannot read it
+FORMAT = 2  # of packed data; raise it when older versions cannot read it
 FILE = "packed.json"
+_CHECKSUM = "checksum"  # the key in the file under which its own is
 PARTIAL = ".partial"  # the end of the folder's name while it is being written
+
+
+Content = Literal["files", "pixels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +27,13 @@ class PackedInfo:
     dataset: str  # by which it opens
     source: str  # the folder of images
     fingerprint: str  # of the images in that folder
-    content: Literal["files", "pixels"]  # of a record: the bytes of an image file, or uint8 (H, W, C)
+    state: str | None  # digest of the sizes and times of these files; None: they are no image files
+    content: Content  # of a record: the bytes of an image file, or uint8 (H, W, C)
     short_side: int | None  # pixels to which larger images were reduced; None: no image was
     channels: int | None  # to which images were decoded; None: none was
     images: int
     labelled: bool
+    by_class: bool  # images follow the order of the classes, whichever are chosen
     classes: tuple[str, ...]  # in label order
     size: int  # bytes of all records
     checksums: dict[str, int]  # CRC-32 of the contents of the arrays, by name
@@ -40,7 +48,13 @@ class PackedInfo:
 
     def write(self, folder: Path) -> None:
         """Write the file to ``folder``."""
-        write_json(folder / FILE, {"format": FORMAT} | asdict(self))
+        values = {"format": FORMAT} | asdict(self)
+        write_json(folder / FILE, values | {_CHECKSUM: _checksum(values)})
+
+
+def _checksum(values: Mapping[str, Any]) -> int:
+    """CRC-32 of the contents of a ``packed.json``."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def is_packed(folder: Path) -> bool:
@@ -53,10 +67,14 @@ def read_info(folder: Path) -> PackedInfo:
     path = folder / FILE
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = values.pop("format")
+        version = values["format"]
         if version == FORMAT:
+            if values.pop(_CHECKSUM) != _checksum(values):
+                raise ValueError("its checksum differs")
+            if values["content"] not in get_args(Content):
+                raise ValueError(f"content {values['content']!r} is unknown")
             values["classes"] = tuple(values["classes"])
-            return PackedInfo(**values)
+            return PackedInfo(**{key: value for key, value in values.items() if key != "format"})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); delete its folder and pack the split again"

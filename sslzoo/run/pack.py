@@ -19,16 +19,17 @@ from rich.text import Text
 
 from sslzoo.checks import require
 from sslzoo.data.datasets import open_source
+from sslzoo.data.disk import legible
 from sslzoo.data.huggingface import saved_splits
-from sslzoo.data.listing import class_folders
+from sslzoo.data.listing import class_folders, has_images
 from sslzoo.data.pack_writer import Packable, PackOptions, Written, write_split
-from sslzoo.data.packed import Records
+from sslzoo.data.packed import IMAGES, Records
 from sslzoo.data.tar_shards import shard_splits
 from sslzoo.exits import LEAVE_SIGNALS, Preempted
 from sslzoo.processes.departure import end_workers
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.class_lists import CLASS_LISTS
-from sslzoo.recipe.packed_info import is_packed, split_names
+from sslzoo.recipe.packed_info import FILE, PARTIAL, is_packed, split_names
 from sslzoo.recipe.sections import SourceConfig
 from sslzoo.terminal import ERR, OUT, REFRESH, Bars, duration, redraws
 
@@ -65,7 +66,8 @@ def pack(
     call then continues.
     """
     require(source.is_dir(), f"{source} is not a folder")
-    require(not dest.exists() or dest.is_dir(), f"{dest} is not a folder; choose another DST")
+    existing = next(path for path in (dest, *dest.absolute().parents) if path.exists())
+    require(existing.is_dir(), f"{existing} is not a folder; choose another DST")
     require(
         not dest.resolve().is_relative_to(source.resolve()),
         f"{dest} lies in {source}, whose images are to be packed; choose a place outside",
@@ -78,16 +80,12 @@ def pack(
         bool(found),
         f"{source} has no folder of a split, such as train: {dataset_info(name).layout} is expected",
     )
-    _say(f"{source}: {name}, split{'s' * (len(found) > 1)} {', '.join(found)}")
+    classless = dataset is None and name == "folder" and class_folders(source)
+    note = " (no labels; for labels put the class folders into a folder train)" if classless else ""
+    _say(f"{source}: {name}{note}, split{'s' * (len(found) > 1)} {', '.join(found)}")
     with _signals():
-        for split in found:
-            images = open_source(
-                SourceConfig(
-                    dataset=name, root=str(source), split=split, classes=dataset_info(name).class_list or ()
-                ),
-                channels=options.channels,
-            )
-            assert isinstance(images, Packable)
+        # All of them before the first is written: a mistake in the last would be found late.
+        for split, images in [(split, _opened(source, name, split, options.channels)) for split in found]:
             own_folder = name != "folder" and images.root.name in split_names(split)
             folder = dest / (images.root.name if own_folder else split)
             with _Progress(split, len(images)) as progress:
@@ -96,6 +94,15 @@ def pack(
             for reason in written.reasons:
                 _say(f"  unreadable: {reason}")
     _say(f"use it by: data.dataset=packed data.root={dest}")
+
+
+def _opened(source: Path, dataset: str, split: str, channels: int) -> Packable:
+    classes = dataset_info(dataset).class_list or ()
+    images = open_source(
+        SourceConfig(dataset=dataset, root=str(source), split=split, classes=classes), channels
+    )
+    assert isinstance(images, Packable)
+    return images
 
 
 def guess(source: Path) -> str:
@@ -122,7 +129,7 @@ def splits_in(source: Path, dataset: str) -> tuple[str, ...]:
         return saved_splits(source)
     if dataset == "imagefolder":
         names = sorted(class_folders(source), key=lambda name: (name != "train", name))
-        return tuple(name for name in names if class_folders(source / name))
+        return tuple(name for name in names if name[0] != "." and _has_classes(source / name))
     inside = source / "tiny-imagenet-200" if (source / "tiny-imagenet-200").is_dir() else source
     return tuple(
         split
@@ -131,9 +138,19 @@ def splits_in(source: Path, dataset: str) -> tuple[str, ...]:
     )
 
 
+def _has_classes(folder: Path) -> bool:
+    return any(has_images(folder / name) for name in class_folders(folder))
+
+
 def verify(dest: Path) -> bool:
-    """Read everything in the packed data ``dest`` and compare checksums; returns whether all is as it was written."""
-    folders = sorted(path for path in dest.glob("*") if is_packed(path)) if dest.is_dir() else []
+    """Read everything in the packed data ``dest``, or in one split of it, and compare checksums; returns whether all is
+    as it was written."""
+    found = [dest] if is_packed(dest) else sorted(dest.glob("*"))
+    found = [path for path in found if (path / FILE).exists() or (path / IMAGES).exists()]
+    folders = [path for path in found if not path.name.endswith(PARTIAL)]
+    for path in found:
+        if path not in folders:
+            _say(f"{path}: not finished, not checked; the command that began it continues")
     require(
         bool(folders), f"{dest} holds no packed data; it has a folder for each split, with packed.json in it"
     )
@@ -251,4 +268,4 @@ def _summary(folder: Path, written: Written, seconds: float) -> str:
 
 
 def _say(text: str) -> None:
-    OUT.print(Text(text), soft_wrap=True)
+    OUT.print(Text(legible(text)), soft_wrap=True)

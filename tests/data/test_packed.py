@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from sslzoo.data.packed import Records
 from sslzoo.data.sources import EncodedSource, FileSource, ImageSource, resize_short_side
 from sslzoo.recipe.class_lists import CLASS_LISTS
 from sslzoo.recipe.load import RecipeError, load_recipe
+from sslzoo.recipe.packed_info import read_info
 from sslzoo.recipe.sections import SourceConfig
 from sslzoo.run.pack import guess, pack, splits_in, verify
 from sslzoo.testing.ranks import run_ranks
@@ -129,14 +132,16 @@ def test_classes_are_chosen_as_in_the_folder(photos: Path, packed: Callable[[Pac
         opened("packed", packed(FILES), classes=("dog",))
 
 
-def test_tiny_imagenet_and_folders_without_labels(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_class", [False, True])
+def test_tiny_imagenet_and_folders_without_labels(photos: Path, tmp_path: Path, by_class: bool) -> None:
+    """The validation images of Tiny ImageNet are listed by name, even if that is by class too."""
     tiny = tmp_path / "tiny/tiny-imagenet-200"
     for i, c in enumerate("abc"):
         shutil.copytree(photos / "train" / c, tiny / "train" / c / "images")
         (tiny / "val/images").mkdir(parents=True, exist_ok=True)
         shutil.copy(photos / "val/a/1.jpg", tiny / f"val/images/{2 - i}.JPEG")
     (tiny / "val/val_annotations.txt").write_text(
-        "".join(f"{2 - i}.JPEG\t{c}\n" for i, c in enumerate("abc"))
+        "".join(f"{i if by_class else 2 - i}.JPEG\t{c}\n" for i, c in enumerate("abc"))
     )
     for source, name in ((tmp_path / "tiny", "tiny_imagenet"), (photos / "train", "folder")):
         assert guess(source) == name
@@ -153,6 +158,37 @@ def test_tiny_imagenet_and_folders_without_labels(photos: Path, tmp_path: Path) 
         opened("imagefolder", tmp_path / "packed folder")
     with pytest.raises(ValueError, match="classes cannot be selected"):
         opened("packed", tmp_path / "packed folder", classes=("a",))
+
+
+def test_other_folders_are_no_splits(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And all splits are opened before the first is written."""
+    shutil.copytree(photos, tmp_path / "in")
+    (tmp_path / "in/annotations/a").mkdir(parents=True)
+    (tmp_path / "in/annotations/a/1.txt").touch()
+    shutil.copytree(photos / "val", tmp_path / "in/.git")
+    assert splits_in(tmp_path / "in", "imagefolder") == ("train", "val")
+    (tmp_path / "in/val/d").mkdir()
+    for dataset in (None, "imagefolder"):
+        with pytest.raises(ValueError, match="val/d contains no images"):
+            pack(tmp_path / "in", tmp_path / "out", dataset=dataset, splits=(), options=FILES, workers=0)
+    assert not (tmp_path / "out").exists()
+    pack(photos / "train", tmp_path / "flat", dataset=None, splits=(), options=FILES, workers=0)
+    out = capsys.readouterr().out
+    assert "train: folder (no labels; for labels put the class folders into a folder train), split" in out
+
+
+def test_empty_files_are_named_and_names_are_legible(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / os.fsdecode(b"caf\xe9\n")
+    root.mkdir()
+    (root / "empty.png").touch()
+    pack(root, tmp_path / "out", dataset=None, splits=(), options=FILES, workers=0)
+    out = capsys.readouterr().out
+    assert rf"{tmp_path}/caf\xe9\n: folder, split train" in out
+    assert rf"unreadable: {tmp_path}/caf\xe9\n/empty.png (empty)" in out and "1 cannot be read" in out
 
 
 def test_layouts_are_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,15 +229,19 @@ def test_larger_images_are_reduced(photos: Path, packed: Callable[[PackOptions],
     assert 3 < reduced < 20
 
 
-def test_grey_pixels(photos: Path, packed: Callable[[PackOptions], Path]) -> None:
+def test_channels_are_those_that_were_packed(photos: Path, packed: Callable[[PackOptions], Path]) -> None:
     root = packed(PackOptions(raw=True, channels=1))
-    cfg = SourceConfig(dataset="imagefolder", root=str(photos))
-    grey = open_source(cfg, 1)
+    grey = open_source(SourceConfig(dataset="imagefolder", root=str(photos)), 1)
     assert torch.equal(open_source(SourceConfig(dataset="packed", root=str(root)), 1).read(1), grey.read(1))
-    with pytest.raises(
-        ValueError, match=r"holds pixels of 1 channel.*pack it again with --channels 3, or give 1 number"
+    for options in (
+        PackOptions(raw=True, channels=1),
+        PackOptions(short_side=32, channels=1),
+        PackOptions(short_side=32),
     ):
-        opened("packed", root)
+        stored, other = options.channels, 4 - options.channels
+        said = rf"images of {stored} channel.*pack it again with --channels {other}, or give {stored} number"
+        with pytest.raises(ValueError, match=said):
+            open_source(SourceConfig(dataset="packed", root=str(packed(options))), other)
 
 
 @pytest.mark.parametrize("options", [FILES, RAW], ids=["files", "pixels"])
@@ -248,8 +288,63 @@ def test_files_that_are_not_as_written_are_refused(
             opened("packed", tmp_path)
     path.write_bytes(whole)
     (tmp_path / "train/packed.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="has format 99, and this version of sslzoo reads 1; update sslzoo"):
+    with pytest.raises(ValueError, match="has format 99, and this version of sslzoo reads 2; update sslzoo"):
         opened("packed", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["index.npy", "packed.json"])
+def test_no_byte_of_a_header_may_change(
+    packed: Callable[[PackOptions], Path], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Apart from spaces, which are none of the content."""
+    root = tmp_path / "copy"
+    shutil.copytree(packed(FILES), root)
+    path = root / "train" / name
+    whole = path.read_bytes()
+    for i in range(10, 128) if name == "index.npy" else range(len(whole)):
+        if not whole[i : i + 1].isspace():
+            path.write_bytes(bytes([*whole[:i], whole[i] ^ (2 if i % 2 else 16), *whole[i + 1 :]]))
+            with pytest.raises(ValueError, match=name) as error:
+                (Records if name == "index.npy" else read_info)(root / "train")
+            assert "\n" not in str(error.value)
+    assert not verify(root)
+    out = capsys.readouterr().out
+    assert name in out and f"{root}/val: 6 images as they were written" in out
+
+
+def test_what_lacks_a_file_is_not_passed_over(
+    packed: Callable[[PackOptions], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(packed(FILES), root)
+    shutil.copytree(root / "val", root / "test.partial")
+    assert verify(root) and verify(root / "train")
+    assert f"{root}/test.partial: not finished, not checked; the command that" in capsys.readouterr().out
+    (root / "train/packed.json").unlink()
+    assert not verify(root)
+    out = capsys.readouterr().out
+    assert f"{root}/train/packed.json is damaged" in out and f"{root}/val: 6 images as they" in out
+
+
+def test_a_damaged_split_is_not_taken_for_a_packed_one(
+    photos: Path, packed: Callable[[PackOptions], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(packed(FILES) / "train", tmp_path / "train")
+    (tmp_path / "train/images.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"images\.bin has 0 of .* bytes; delete its folder and pack"):
+        write(photos, tmp_path / "train")
+
+
+def test_files_that_have_changed_are_not_taken_for_those_packed(photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(photos, root)
+    write(root, tmp_path / "train")
+    os.utime(root / "train/a/1.jpg", (1, 1))
+    with pytest.raises(ValueError, match=r"have changed .* since .*/train was written; delete it"):
+        write(root, tmp_path / "train")
+    (tmp_path / "train").rename(tmp_path / "train.partial")  # interrupted at its very end
+    with pytest.raises(ValueError, match=r"since .*/train\.partial was written"):
+        write(root, tmp_path / "train")
 
 
 class Stopped(Exception):
@@ -280,6 +375,10 @@ def test_an_interrupted_pack_continues(
         ValueError, match="was begun with other images or options: 24 images of imagefolder from"
     ):
         write(photos, dest, PackOptions(short_side=20))
+    with monkeypatch.context() as changed:
+        changed.setattr(pack_writer, "_state_of", lambda source: "other")
+        with pytest.raises(ValueError, match="have changed"):
+            write(photos, dest, options)
     # As after a power failure: of what was known to be on disk nothing is lost, but of the rest.
     (partial / "progress.json").write_text('{"images": 12}')
     row = np.fromfile(partial / "index.part", pack_writer.ROW_OF_PIXELS if options.raw else pack_writer.ROW)[
@@ -288,6 +387,8 @@ def test_an_interrupted_pack_continues(
     with (partial / "images.bin").open("r+b") as file:
         file.seek(int(row["offset"]))
         file.write(bytes(10))
+    if options.raw:  # every record is looked at then
+        (partial / "progress.json").write_text("{")
     written = write(photos, dest, options)
     assert (written.images, written.before) == (24, 13) and not partial.exists()
     assert contents(dest) == contents(packed(options) / "train")
@@ -315,8 +416,7 @@ def test_recipes_take_from_the_store_what_they_leave_out(
     photos: Path, packed: Callable[[PackOptions], Path], tmp_path: Path
 ) -> None:
     shutil.copytree(packed(FILES), tmp_path / "in1k")
-    info = tmp_path / "in1k/train/packed.json"
-    info.write_text(info.read_text().replace('"imagefolder"', '"imagenet1k"'))
+    replace(read_info(tmp_path / "in1k/train"), dataset="imagenet1k").write(tmp_path / "in1k/train")
     overrides = ["data.dataset=packed", "data.mean=null", "data.std=null"]
     loaded = load_recipe("sce_in1k", [*overrides, f"data.root={tmp_path}/in1k"])
     assert loaded.recipe.data.dataset == "imagenet1k" and loaded.origins["data.dataset"] == "dataset"

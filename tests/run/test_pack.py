@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -137,6 +138,17 @@ def test_a_disk_without_the_room_is_refused_before(
     assert main(["pack", str(pictures), str(tmp_path / "packed"), "--short-side", "8", "--workers", "0"]) == 0
 
 
+def test_a_disk_that_is_full_at_once_is_said_to_need_the_whole(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pack_writer, "_write", full)
+    assert main(["pack", str(pictures), str(tmp_path / "packed"), "--raw", "--workers", "0"]) == 1
+    assert "has 0 of 48 images and needs about 35.7 kB more; free them" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -146,6 +158,10 @@ def test_a_disk_without_the_room_is_refused_before(
         (["IN", "OUT", "--workers", "-1"], "--workers must not be negative"),
         (["--verify", "OUT", "--raw"], "--verify DST takes nothing else"),
         (["--verify", "OUT"], "OUT holds no packed data; it has a folder for each split"),
+        (["", "OUT"], "the name of a folder is empty; . is the working directory"),
+        (["IN", "IN/train/a/00.png"], "IN/train/a/00.png is not a folder; choose another DST"),
+        (["IN", "IN/train/a/00.png/x"], "IN/train/a/00.png is not a folder; choose another DST"),
+        (["IN", "OUT", "--split", "../train"], "--split must be the name of a split, such as train, got"),
         (["IN/nowhere", "OUT"], "IN/nowhere is not a folder"),
         (["PACKED", "OUT"], "PACKED is packed already"),
         (["IN", "IN/packed"], "IN/packed lies in IN, whose images are to be packed; choose a place outside"),
