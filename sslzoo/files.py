@@ -11,12 +11,12 @@ from typing import Any
 
 
 @contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``: write to it, and it is renamed to ``path`` on success.
+def atomically(path: Path, suffix: str = ".part") -> Iterator[Path]:
+    """Yield a temporary path, ``path`` with ``suffix``: write to it, and it is renamed to ``path`` on success.
 
     On any error ``path`` is unchanged and the temporary file is deleted.
     """
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(path.name + suffix)
     try:
         yield part
         part.replace(path)

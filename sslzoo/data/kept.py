@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import tempfile
 import time
 import zipfile
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from sslzoo.files import atomically
 
-FORMAT = 2  # of the kept files; raise it when something else is found, or kept in another way
+FORMAT = 3  # of the kept files; raise it when something else is found, or kept in another way
 WORTH_KEEPING = 10_000  # length of the longest array from which on it is kept
 # A file or folder that changed this shortly before it was read (s) may have changed again without a new time. What was
 # found then only serves the other processes of the same start.
@@ -97,7 +98,10 @@ def _read(place: Path) -> Found | None:
 def _write(place: Path, found: Found) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     own = {"paths": found.paths, "state": found.state, "began": np.float64(found.began)}
-    with atomically(place) as part, part.open("wb") as file:
+    own_part = (
+        f".{socket.gethostname()}.{os.getpid()}.part"  # nodes may write to the same disk at the same time
+    )
+    with atomically(place, own_part) as part, part.open("wb") as file:
         np.savez(file, **found.arrays, **{f"own_{name}": array for name, array in own.items()})
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -175,3 +176,19 @@ def test_short_listings_leave_nothing_behind(root: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(kept, "WORTH_KEEPING", 4)
     _opened(root)
     assert list(root.parent.iterdir()) == [root] and not (root.parents[1] / "cache").exists()
+
+
+def test_two_nodes_may_keep_the_same_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, save = tmp_path / "a.npz", np.savez
+    found = kept.Found({"x": np.arange(3)}, kept.as_bytes([""]), np.zeros((1, 3), np.int64), 0.0)
+
+    def meanwhile(file: Any, **arrays: Any) -> None:
+        monkeypatch.setattr(kept.np, "savez", save)
+        with monkeypatch.context() as other:
+            other.setattr(kept.os, "getpid", lambda: 1)
+            kept._write(place, found)
+        save(file, **arrays)
+
+    monkeypatch.setattr(kept.np, "savez", meanwhile)
+    kept._write(place, found)
+    assert list(tmp_path.iterdir()) == [place] and kept._read(place) is not None
