@@ -123,18 +123,24 @@ def _shards_of(cfg: SourceConfig) -> tuple[Path, list[str]]:
 
 
 def _files_of(root: Path, split: str) -> tuple[Path, list[Path]]:
-    """The folder in which the files of ``split`` lie, and these: all of its own folder, or those that it names."""
-    folder, pattern = root / split, ""
-    if not folder.is_dir():
-        folder, pattern = root, rf"(^|[-_.]){re.escape(split)}[-_.]"
-    return folder, [
-        path for path in folder.iterdir() if re.search(pattern, path.name) and path.name[0] != "."
-    ]
+    """The folder in which the tar files of ``split`` lie, and these, also if compressed: all of its own folder, or
+    those that it names."""
+    own = root / split
+    files = _tar_files(own) if own.is_dir() else []
+    if files:
+        return own, files
+    named = re.compile(rf"(^|[-_.]){re.escape(split)}[-_.]")
+    return root, [path for path in _tar_files(root) if named.search(path.name)]
+
+
+def _tar_files(folder: Path) -> list[Path]:
+    visible = (path for path in folder.iterdir() if path.name[0] != ".")
+    return [path for path in visible if path.suffix == ".tar" or _COMPRESSED.search(path.name)]
 
 
 def shard_splits(root: Path) -> tuple[str, ...]:
     """The splits with tar files in ``root``: its folders, or the usual names."""
-    names = [path.name for path in root.iterdir() if path.is_dir()]
+    names = [path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
     found = (n for n in {*names, *SPLITS} if any(path.suffix == ".tar" for path in _files_of(root, n)[1]))
     return tuple(sorted(found, key=lambda name: (name != "train", name)))
 
@@ -176,7 +182,7 @@ class _Shard(NamedTuple):
 def _index(folder: Path, names: Sequence[str]) -> Found:
     began = time.time()
     paths = ["", *names]
-    state = np.array([state_of((folder / path).stat()) for path in paths], dtype=np.int64)
+    state = np.array([_state_of(folder / path) for path in paths], dtype=np.int64)
     size = state[1:, 1].sum()
     if size > _LARGE:
         log.info("indexing %d tar files (%.0f GB) in %s, once", len(names), size / 1e9, legible(folder))
@@ -197,11 +203,20 @@ def _index(folder: Path, names: Sequence[str]) -> Found:
     return Found(arrays, as_bytes(paths), state, began)
 
 
+def _state_of(path: Path) -> tuple[int, int, int]:
+    try:
+        return state_of(path.stat())
+    except OSError as error:  # such as a link that leads nowhere
+        raise ValueError(
+            f"{legible(path)} cannot be read ({error.strerror}); restore what it leads to, or remove it"
+        ) from error
+
+
 def _index_shard(path: Path) -> _Shard:
     """Where the images of a shard are, and their labels, from ``KEY.cls`` or else from ``label`` of ``KEY.json``."""
     images: dict[str, tuple[str, int, int]] = {}  # by key: member, offset, length
     classes: dict[str, int] = {}
-    described: dict[str, int] = {}
+    described: dict[str, tuple[str, bytes]] = {}  # name and content of the JSON members with a label
     ignored: dict[str, str] = {}  # images by their suffix, but not by what follows the first dot
     try:
         with path.open("rb") as file:
@@ -221,11 +236,12 @@ def _index_shard(path: Path) -> _Shard:
                         raise ValueError(f"there are two of {member.name}; keep one")
                     classes[key] = _class_of(member, _content(file, member))
                 elif kind == "json":
-                    label = _described(member, _content(file, member))
-                    if label is not None:
-                        described[key] = label
+                    content = _content(file, member)
+                    if b'"label"' in content:
+                        described[key] = member.name, content
                 elif Path(kind).suffix in EXTENSIONS:
                     ignored[key] = member.name
+        labels = [_label(key, classes, described) for key in images]
     except (OSError, tarfile.TarError, ValueError) as error:
         raise ValueError(legible(f"{path}: {error}")) from error
     for key, name in ignored.items():
@@ -239,7 +255,7 @@ def _index_shard(path: Path) -> _Shard:
         as_bytes([member for member, _, _ in images.values()]),
         np.array([offset for _, offset, _ in images.values()], dtype=np.int64),
         np.array([length for _, _, length in images.values()], dtype=np.int64),
-        np.array([classes.get(key, described.get(key, -1)) for key in images], dtype=np.int64),
+        np.array(labels, dtype=np.int64),
     )
 
 
@@ -291,14 +307,24 @@ def _class_of(member: tarfile.TarInfo, content: bytes) -> int:
     return int(text)
 
 
-def _described(member: tarfile.TarInfo, content: bytes) -> int | None:
-    if b'"label"' not in content:
-        return None
+def _label(key: str, classes: Mapping[str, int], described: Mapping[str, tuple[str, bytes]]) -> int:
+    """The label of the image with this key; -1: none. Words in a description are none."""
+    if key in classes:
+        return classes[key]
+    if key not in described:
+        return -1
+    name, content = described[key]
     try:
-        described = json.loads(content)
+        description = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{member.name} is no JSON ({error})") from error
-    label = described.get("label") if isinstance(described, dict) else None
-    return (
-        label if isinstance(label, int) and not isinstance(label, bool) and 0 <= label <= _LARGEST else None
-    )
+        raise ValueError(f"{name} is no JSON ({error})") from error
+    label = description.get("label") if isinstance(description, dict) else None
+    if isinstance(label, str) and re.fullmatch(r"\s*-?\d+\s*", label):
+        label = int(label)
+    if not isinstance(label, int | float):
+        return -1
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= _LARGEST:
+        raise ValueError(
+            f'"label" in {name} must be the number of a class, 0 to {_LARGEST:,}, but is {label}'
+        )
+    return label

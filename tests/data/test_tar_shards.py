@@ -85,7 +85,13 @@ def test_shards_of_several_splits_in_one_folder(tmp_path: Path) -> None:
     write_tar(tmp_path / "in1k-train-0000.tar", labelled(1, 1))
     write_tar(tmp_path / "in1k-validation-00.tar", labelled(2))
     write_tar(tmp_path / "in1k-retrain-0000.tar", labelled(1, 1))
-    (tmp_path / "in1k-train-0000.tar.md5").touch()
+    for suffix in ("md5", "sha256", "idx", "part"):
+        (tmp_path / f"in1k-train-0000.tar.{suffix}").touch()
+        (tmp_path / f"in1k-train-0000.tar.gz.{suffix}").touch()
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/readme.txt").touch()
+    (tmp_path / "in1k-train-folder").mkdir()
+    assert tar_shards.shard_splits(tmp_path) == ("train", "validation")
     train, test = opened(tmp_path), opened(tmp_path, "test")
     assert train.labels is not None and train.labels.tolist() == [1, 1, 2, 0] and len(test) == 1
     assert train.class_names == test.class_names == ("0", "1", "2")
@@ -223,6 +229,13 @@ def refused(root: Path, **changes: Any) -> str:
             "a.cls must hold the number of a class, 0 or more, but holds '-1'",
         ),
         ([("a.png", b""), ("a.json", b'{"label": ')], "a.json is no JSON ("),
+        *(
+            (
+                [("a.png", b""), ("a.json", b'{"label": %s}' % label)],
+                f'0.tar: "label" in a.json must be the number of a class, 0 to 1,000,000, but is {shown}',
+            )
+            for label, shown in ((b"3000000", "3000000"), (b'"-1"', "-1"), (b"2.5", "2.5"), (b"true", "True"))
+        ),
         ([("a.1.png", b"")], "the key of a.1.png ends at its first dot, and a has no other image; rename it"),
         ([("a.txt", b"")], "the 1 shards in ROOT/train contain no images. Expected under data.root="),
         ([], "contain no images"),
@@ -232,6 +245,20 @@ def test_wrong_members_are_named(tmp_path: Path, members: Members, message: str)
     write_tar(tmp_path / "train/0.tar", members)
     said = refused(tmp_path)
     assert message.replace("ROOT", str(tmp_path)) in said and f"{tmp_path}/train" in said
+
+
+def test_labels_in_descriptions(tmp_path: Path) -> None:
+    """Numbers may be text; a file with the class comes first, whatever the description is."""
+    members = [("a.png", picture()), ("a.json", b'{"label": "3"}'), ("b.png", picture()), ("b.cls", b"1")]
+    write_tar(tmp_path / "train/0.tar", [*members, ("b.json", b'{"label": ')])
+    source = opened(tmp_path)
+    assert source.labels is not None and source.labels.tolist() == [3, 1]
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train/0.tar", labelled(0))
+    (tmp_path / "train/1.tar").symlink_to("gone.tar")
+    assert "train/1.tar cannot be read (No such file or directory); restore" in refused(tmp_path)
 
 
 def test_damaged_shards_are_named(tmp_path: Path) -> None:
