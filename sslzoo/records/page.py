@@ -145,7 +145,8 @@ def _tiles(record: Record) -> Iterator[Tile]:
 def _progress(record: Record) -> str:
     epochs = record.recipe.get("trainer.max_epochs")
     started = f"started {record.started.astimezone():%Y-%m-%d %H:%M}, " if record.started else ""
-    return f"{started}step {record.step:,}" + (f", {epochs} epochs in all" if epochs else "")
+    planned = f", {epochs} epoch{'s' * (epochs != 1)} in all" if epochs else ""
+    return f"{started}step {record.step:,}{planned}"
 
 
 def _reasons(record: Record) -> Iterator[Block]:
