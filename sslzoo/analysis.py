@@ -67,7 +67,7 @@ class Analysis(ABC, Generic[ConfigT]):
 
     def draw(self, history: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
         """Pictures for dashboards, by the names in ``drawings``, of the results of :meth:`describe` so far in a
-        training, each with ``step`` and ``epoch``; none by default. Called after every evaluation, on rank 0 only."""
+        training, each with ``step`` and ``epoch``; none by default. Called after evaluations, on rank 0 only."""
         del history
         return {}
 

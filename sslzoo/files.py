@@ -26,9 +26,9 @@ def atomically(path: Path, suffix: str = ".part") -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` atomically and flush it to disk."""
-    with atomically(path) as part, part.open("w", encoding="utf-8") as file:
+def write_text(path: Path, text: str, suffix: str = ".part") -> None:
+    """Write ``text`` to ``path`` as :func:`atomically` does, and flush it to disk."""
+    with atomically(path, suffix) as part, part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

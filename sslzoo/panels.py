@@ -6,10 +6,12 @@ a method adds its own in ``MethodConfig.panels``, an analysis in ``Analysis.pane
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+OF_EPOCHS = "_epoch"  # ending of means over an epoch, which repeat other metrics
 Name = Literal["learning", "evaluation", "representation", "method", "analysis", "system", "run"]
 
 
@@ -21,6 +23,11 @@ class Curve:
     key: str
     label: str  # in the legend
 
+    @property
+    def pattern(self) -> str:
+        """A regular expression for the keys of the metric, there and elsewhere."""
+        return f"^{re.escape(self.key)}(/.*)?$"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
@@ -31,6 +38,20 @@ class Panel:
     unit: str = ""  # such as "images/s"; "%" if the metrics are fractions, to be shown times 100
     log_scale: bool = False
     note: str = ""  # how to read it, in a sentence
+
+    def lines(self, recorded: Iterable[str]) -> list[tuple[str, str]]:
+        """Key and label of every line, by the keys that are ``recorded`` elsewhere: each curve, followed by the same
+        metric on other data sets, layers and the like. The label of a panel's only curve is empty."""
+        names = [key for key in recorded if not key.endswith(OF_EPOCHS)]
+        found: list[tuple[str, str]] = []
+        for curve in self.curves:
+            of = curve.label if len(self.curves) > 1 else ""
+            found.append((curve.key, of))
+            for key in names:
+                if key.startswith(f"{curve.key}/"):
+                    where = key.removeprefix(f"{curve.key}/").replace("/", ", ")
+                    found.append((key, f"{of}, {where}" if of else where))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +258,7 @@ def sections(
     known = [curve.key for panel_ in own for curve in panel_.curves]
     known += [curve.key for of in of_analyses for panel_ in of.panels for curve in panel_.curves]
     rest = [key for key in recorded if not any(key == of or key.startswith(f"{of}/") for of in known)]
-    measured = [key for key in rest if key.startswith("method/") and not key.endswith("_epoch")]  # by Meter
+    measured = [key for key in rest if key.startswith("method/") and not key.endswith(OF_EPOCHS)]
     analysed = [key for key in rest if "/" in key and not key.startswith(tuple(f"{name}/" for name in OURS))]
     more = (
         Section(name="method", title=method, panels=(*own, *(_plain(key, key[7:]) for key in measured))),

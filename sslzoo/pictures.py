@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +24,7 @@ CAPTION = "Description"  # the keyword of PNG's standard
 # Side of an image in a sheet, height of its text and width of its frame, in pixels.
 CELL, TEXT, FRAME = 96, 11, 3
 COLOURED = 10  # classes with a colour of their own
-_NUMBERED = re.compile(r"(?P<name>.+)-step=(?P<step>\d+)")
+_NUMBERED = re.compile(r"(?P<name>.+)-step=(?P<step>\d+)\.png")
 
 
 class Drawing(NamedTuple):
@@ -79,18 +81,20 @@ def coloured(labels: Sequence[int]) -> list[int]:
 
 
 def save(drawing: Drawing, path: Path) -> None:
-    """Write ``drawing`` to the PNG file ``path``."""
+    """Write ``drawing`` to the PNG file ``path`` atomically and flush it to disk."""
     from PIL import Image, PngImagePlugin
 
     path.parent.mkdir(parents=True, exist_ok=True)
     picture, caption = drawing
-    with atomically(path) as part:
+    with atomically(path) as part, part.open("wb") as file:
         if isinstance(picture, Image.Image):
             note = PngImagePlugin.PngInfo()
             note.add_itxt(CAPTION, caption)
-            picture.save(part, format="PNG", pnginfo=note)
+            picture.save(file, format="PNG", pnginfo=note)
         else:
-            picture.savefig(part, format="png", metadata={CAPTION: caption})
+            picture.savefig(file, format="png", metadata={CAPTION: caption})
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def caption_of(path: Path) -> str:
@@ -107,11 +111,20 @@ def path_of(run: Path, name: str, step: int) -> Path:
 
 
 def name_of(analysis: str, drawing: str) -> str:
-    """The name of a picture that an analysis draws."""
-    return f"{analysis.replace(':', '.')}_{drawing}"
+    """The name of a picture that an analysis draws, in which ``/`` becomes ``_`` because it is that of a file."""
+    return f"{analysis.replace(':', '.')}_{drawing}".replace("/", "_")
 
 
-def numbered(run: Path) -> list[tuple[int, str, Path]]:
-    """Step, name and file of the pictures of a step, in the order of steps."""
-    found = ((_NUMBERED.fullmatch(path.stem), path) for path in (run / FOLDER).glob("*.png"))
-    return sorted((int(match["step"]), match["name"], path) for match, path in found if match)
+def numbered(run: Path, *, after: int = -1) -> list[tuple[int, str, Path]]:
+    """Step, name and file of the pictures of a step later than ``after``, in the order of steps."""
+    folder = run / FOLDER
+    found = ((_NUMBERED.fullmatch(path.name), path) for path in (folder.iterdir() if folder.is_dir() else ()))
+    steps = ((int(match["step"]), match["name"], path) for match, path in found if match)
+    return sorted(entry for entry in steps if entry[0] > after)
+
+
+def delete_after(run: Path, step: int) -> None:
+    """Delete the pictures of steps later than ``step``, which a run that continues there makes again."""
+    for *_, path in numbered(run, after=step):
+        with suppress(OSError):
+            path.unlink()

@@ -7,7 +7,20 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sslzoo.pictures import CELL, FRAME, Drawing, Tile, caption_of, coloured, numbered, path_of, save, sheet
+from sslzoo.pictures import (
+    CELL,
+    FRAME,
+    Drawing,
+    Tile,
+    caption_of,
+    coloured,
+    delete_after,
+    name_of,
+    numbered,
+    path_of,
+    save,
+    sheet,
+)
 
 
 def test_a_sheet_shows_each_image_as_large_as_its_place() -> None:
@@ -33,7 +46,11 @@ def test_files_have_their_captions_and_steps(tmp_path: Path) -> None:
         "a plot",
         "",
     ]
+    assert numbered(tmp_path, after=9) == [(12, "views", late)]
+    delete_after(tmp_path, 9)
+    assert numbered(tmp_path) == [(9, "map-of-step", early)]
     assert numbered(tmp_path / "nothing") == []
+    assert name_of("mine:Look", "layer/angles") == "mine.Look_layer_angles", "a file, and no folder"
 
 
 def test_at_most_ten_classes_have_a_colour() -> None:

@@ -19,6 +19,7 @@ from sslzoo.distributed import all_reduce_mean, gather_detached, rank, world_siz
 from sslzoo.exits import Diverged
 from sslzoo.files import write_text
 from sslzoo.nn.measurements import reported
+from sslzoo.pictures import delete_after
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +62,10 @@ class Meter(Callback):
         self.followers: list[Follower] = []
         self.latest: dict[str, float] = {}  # last reported value by key, for the progress display
         self.loss: Tensor | None = None  # of this rank's last micro-batch
-        self._file = MetricsFile(Path(folder) / "metrics.csv")
-        self._system = MetricsFile(Path(folder) / "system.csv")
-        self._histograms = Path(folder) / "histograms.jsonl"
+        self._folder = Path(folder)
+        self._file = MetricsFile(self._folder / "metrics.csv")
+        self._system = MetricsFile(self._folder / "system.csv")
+        self._histograms = self._folder / "histograms.jsonl"
         # Names and values of each micro-batch in the current step, and the number of steps finished before it.
         self._step: list[tuple[tuple[str, ...], Tensor]] = []
         self._counted = 0
@@ -263,7 +265,8 @@ class Meter(Callback):
         self.latest = dict(state_dict["latest"])
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Open the files, truncated to the checkpoint's rows or empty."""
+        """Open the files, truncated to the checkpoint's rows or empty, and delete the pictures of later steps; then the
+        followers may read them."""
         self._file.writes = self._system.writes = trainer.is_global_zero
         if trainer.is_global_zero:  # only here, so that a directory deleted later is not created again
             self._file.path.parent.mkdir(parents=True, exist_ok=True)
@@ -278,6 +281,7 @@ class Meter(Callback):
             self._restore(state, pl_module)
         if trainer.is_global_zero:
             self._rewind_histograms(pl_module.optimizer_steps)
+            delete_after(self._folder, pl_module.optimizer_steps)
         self._tell("begin", self._file.rows)
 
     def _rewind_histograms(self, step: int) -> None:

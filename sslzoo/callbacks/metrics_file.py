@@ -8,8 +8,9 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sslzoo.files import write_text
 
@@ -87,25 +88,53 @@ class MetricsFile:
         self._file = self.path.open("a", newline="")
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, int, dict[str, float]]]:
-    """Step, epoch and values by column of every row of the file ``path``, without empty cells.
+@dataclass
+class Position:
+    """How far a file of metrics has been read."""
+
+    rows: int = 0
+    header: bytes = b""
+    end: int = 0  # of the last row, in bytes
+
+
+def read_rows(path: Path, position: Position | None = None) -> Iterator[tuple[int, int, dict[str, float]]]:
+    """Step, epoch and values by column of every row of the file ``path``, without empty cells; only those after
+    ``position``, which moves along.
 
     Damaged rows, and the last one of a run that is writing it, are passed over; there are none without a file.
     """
-    with suppress(FileNotFoundError, csv.Error), path.open(newline="", errors="replace") as file:
-        rows = csv.reader(line for line in file if line.endswith("\n"))
-        names = next(rows, [])
+    at = Position() if position is None else position
+    with suppress(FileNotFoundError, csv.Error), path.open("rb") as file:
+        header = file.readline()
+        names = next(csv.reader([header.decode(errors="replace")]), [])
         columns = [(i, name) for i, name in enumerate(names) if name not in AXES]
-        if not set(AXES) <= set(names):
+        if not header.endswith(b"\n") or not set(AXES) <= set(names):
             return
         step, epoch = map(names.index, AXES)
-        for row in rows:
+        number = at.rows
+        if header == at.header:
+            file.seek(at.end)
+        else:  # not read before, or written anew with a further column
+            number, at.header, at.end = 0, header, len(header)
+        for row in csv.reader(_lines(file, at)):
             if len(row) == len(names):
                 try:
-                    values = {name: float(row[i]) for i, name in columns if row[i]}
-                    yield int(row[step]), int(row[epoch]), values
+                    found = int(row[step]), int(row[epoch]), {n: float(row[i]) for i, n in columns if row[i]}
                 except ValueError:  # such as NULs, where the machine crashed
                     continue
+                number += 1
+                if number > at.rows:
+                    at.rows = number
+                    yield found
+
+
+def _lines(file: BinaryIO, at: Position) -> Iterator[str]:
+    """The complete lines from here on."""
+    for line in file:
+        if not line.endswith(b"\n"):
+            return
+        at.end += len(line)
+        yield line.decode(errors="replace")
 
 
 def _line(cells: Sequence[Any]) -> str:

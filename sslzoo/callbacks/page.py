@@ -8,41 +8,33 @@ from collections.abc import Callable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-log = logging.getLogger(__name__)
+from sslzoo.callbacks.share import Share
 
-SHARE = 0.01  # of the time since the start, at most, goes into drawing
+log = logging.getLogger(__name__)
 
 
 class PageRefresh(Callback):
     """Calls ``draw`` on rank 0 after evaluations, while that takes at most one per cent of the time.
 
-    A failure is logged once, and nothing is drawn any more: a page must not end a run.
+    A failure does not end the run: the next evaluation tries again. Each kind of error is logged once.
     """
 
     def __init__(self, draw: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> None:
-        self._draw, self._clock = draw, clock
-        self._begin: float | None = None
-        self._spent = self._last = 0.0
-        self._failed = False
+        self._draw, self._share = draw, Share(clock)
+        self._failures: set[type[Exception]] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the time."""
-        self._begin = self._clock()
+        self._share.start()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the page with what the evaluation has found."""
-        assert self._begin is not None
-        if self._spent + self._last <= SHARE * (self._clock() - self._begin):
-            self._refresh(trainer)
-
-    def _refresh(self, trainer: Trainer) -> None:
-        if self._failed or not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self._share.allows():
             return
-        start = self._clock()
         try:
-            self._draw()
+            with self._share.spent():
+                self._draw()
         except Exception as error:
-            self._failed = True
-            log.warning("report.html could not be drawn: %s: %s", type(error).__name__, error)
-        self._last = self._clock() - start
-        self._spent += self._last
+            if type(error) not in self._failures:
+                log.warning("report.html could not be drawn: %s: %s", type(error).__name__, error)
+            self._failures.add(type(error))

@@ -1,24 +1,26 @@
-"""Pictures of every evaluation, for dashboards."""
+"""Pictures of evaluations, for dashboards."""
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
+from sslzoo.callbacks.share import Share
 from sslzoo.callbacks.watch import Watch
 from sslzoo.data.module import SSLDataModule
 from sslzoo.data.sources import UnreadableImageError
 from sslzoo.evaluate.pictures import draw_map, draw_neighbours
 from sslzoo.method import SSLMethod
-from sslzoo.pictures import Drawing, Tile, name_of, numbered, path_of, save, sheet
+from sslzoo.pictures import Drawing, Tile, name_of, path_of, save, sheet
 
 log = logging.getLogger(__name__)
 
@@ -26,30 +28,38 @@ EXAMPLES = 6  # training images whose views are shown
 
 
 class Pictures(Callback):
-    """Draws, after each evaluation and on rank 0, views of the training images, the neighbours and the map in
-    ``gallery``, and the plots of ``analyses``, to the ``pictures`` of the run directory.
+    """Draws, after evaluations and on rank 0, views of the training images, the neighbours and the map in ``gallery``,
+    and the plots of ``analyses``, to the ``pictures`` of the run directory.
 
-    A picture that fails is logged and not drawn any more: it must not end a run.
+    The first and the last evaluation are always drawn, others while all pictures together take at most one per cent of
+    the time. A picture that fails does not end the run: the next evaluation tries again. Each kind of error is logged
+    once.
     """
 
-    def __init__(self, run: Path, gallery: Path, analyses: Sequence[Watch]) -> None:
+    def __init__(
+        self,
+        run: Path,
+        gallery: Path,
+        analyses: Sequence[Watch],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.run, self.gallery, self.analyses = run, gallery, tuple(analyses)
-        self._failed: set[str] = set()
+        self._share = Share(clock)
+        self._failures: set[tuple[str, type[Exception]]] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Delete the pictures of steps that an earlier start has made and this one repeats."""
-        assert isinstance(pl_module, SSLMethod)
-        if trainer.is_global_zero:
-            for step, _, path in numbered(self.run):
-                if step > pl_module.optimizer_steps:
-                    with suppress(OSError):
-                        path.unlink()
+        """Remember the time."""
+        self._share.start()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what the evaluation has found, before a checkpoint includes it."""
         assert isinstance(pl_module, SSLMethod)
-        if not trainer.is_global_zero:
-            return
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if trainer.is_global_zero and (last or self._share.allows()):
+            with self._share.spent():
+                self._draw_all(trainer, pl_module)
+
+    def _draw_all(self, trainer: Trainer, pl_module: SSLMethod[Any]) -> None:
         step, epoch = pl_module.optimizer_steps, trainer.current_epoch
         data: SSLDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self._draw(step, "views", lambda: {"views": draw_views(data, epoch)})
@@ -65,14 +75,13 @@ class Pictures(Callback):
         return {"neighbours": draw_neighbours(gallery), "embedding_map": draw_map(gallery)}
 
     def _draw(self, step: int, what: str, draw: Callable[[], dict[str, Drawing]]) -> None:
-        if what in self._failed:
-            return
         try:
             for name, drawing in draw().items():
                 save(drawing, path_of(self.run, name, step))
         except Exception as error:
-            self._failed.add(what)
-            log.warning("%s could not be drawn: %s: %s", what, type(error).__name__, error)
+            if (what, type(error)) not in self._failures:
+                log.warning("%s could not be drawn: %s: %s", what, type(error).__name__, error)
+            self._failures.add((what, type(error)))
 
 
 def _plots(watch: Watch) -> dict[str, Drawing]:

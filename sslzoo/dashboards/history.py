@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -10,9 +11,8 @@ from pathlib import Path
 
 from sslzoo import pictures
 from sslzoo.callbacks import metrics_file
+from sslzoo.panels import OF_EPOCHS
 
-# Ending of means over an epoch, which stay in metrics.csv because they repeat other columns.
-OF_EPOCHS = "_epoch"
 HISTOGRAMS = "histograms.jsonl"
 
 
@@ -37,31 +37,66 @@ class Row:
     pictures: dict[str, Path] = field(default_factory=dict)  # by key
 
 
-def read_rows(folder: Path, count: int | None = None) -> list[Row]:
-    """The first ``count`` rows of ``folder/metrics.csv``, by default all, in order.
+class History:
+    """The rows of a run, read from its files while it writes them, each once.
 
     Values have the names of their columns; empty cells and means over epochs are left out. The first row of a step
     also has that step's throughput, the last that ``system.csv`` has for it. Histograms and pictures belong to the
     first row at their step or later.
     """
-    system = {step: values for step, _, values in metrics_file.read_rows(folder / "system.csv")}
-    rows: list[Row] = []
-    for step, epoch, values in islice(metrics_file.read_rows(folder / "metrics.csv"), count):
-        measured = {} if rows and rows[-1].step == step else system.get(step, {})
-        rows.append(Row(step=step, epoch=epoch, values=_shown(values) | measured))
-    for histogram in read_histograms(folder):
-        if (row := _first_at(rows, histogram.step)) is not None:
-            row.histograms.append(histogram)
-    for step, name, path in read_pictures(folder):
-        if (row := _first_at(rows, step)) is not None:
-            row.pictures[f"{pictures.FOLDER}/{name}"] = path
-    return rows
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._metrics, self._system = metrics_file.Position(), metrics_file.Position()
+        self._read_histograms = 0
+        # What was read, and belongs to later rows.
+        self._throughput: dict[int, dict[str, float]] = {}
+        self._histograms: list[Histogram] = []
+        self._step = -1  # of the last row
+
+    def read(self, count: int | None = None) -> list[Row]:
+        """The rows of ``metrics.csv`` that were not read before, in order, up to its first ``count`` rows; by default
+        all."""
+        system = metrics_file.read_rows(self.folder / "system.csv", self._system)
+        self._throughput |= {step: values for step, _, values in system}
+        left = None if count is None else max(0, count - self._metrics.rows)
+        measured = metrics_file.read_rows(self.folder / "metrics.csv", self._metrics)
+        rows: list[Row] = []
+        before = self._step
+        for step, epoch, values in islice(measured, left):
+            throughput = {} if step == self._step else self._throughput.get(step, {})
+            rows.append(Row(step=step, epoch=epoch, values=_shown(values) | throughput))
+            self._step = step
+        if rows:
+            self._add_media(rows, before)
+        return rows
+
+    def _add_media(self, rows: Sequence[Row], before: int) -> None:
+        """Add to ``rows``, which come after step ``before``, what belongs to them."""
+        self._throughput = {step: values for step, values in self._throughput.items() if step > self._step}
+        new = read_histograms(self.folder, self._read_histograms)
+        self._read_histograms += len(new)
+        waiting, self._histograms = [*self._histograms, *new], []
+        for histogram in waiting:
+            if histogram.step > self._step:
+                self._histograms.append(histogram)
+            else:
+                _first_at(rows, histogram.step).histograms.append(histogram)
+        for step, name, path in read_pictures(self.folder, after=before):
+            if step <= self._step:
+                _first_at(rows, step).pictures[f"{pictures.FOLDER}/{name}"] = path
 
 
-def read_pictures(folder: Path) -> list[tuple[int, str, Path]]:
-    """Step, name and file of the pictures of a run, in the order of steps. ``views.png`` is of step 0."""
+def read_rows(folder: Path, count: int | None = None) -> list[Row]:
+    """The first ``count`` rows of ``folder/metrics.csv``, by default all, as in :class:`History`."""
+    return History(folder).read(count)
+
+
+def read_pictures(folder: Path, *, after: int = -1) -> list[tuple[int, str, Path]]:
+    """Step, name and file of the pictures of a run later than step ``after``, in the order of steps. ``views.png`` is
+    of step 0."""
     views = folder / "views.png"
-    return [(0, "views", views)] * views.exists() + pictures.numbered(folder)
+    return [(0, "views", views)] * (after < 0 and views.exists()) + pictures.numbered(folder, after=after)
 
 
 def current_pictures(folder: Path) -> dict[str, Path]:
@@ -71,13 +106,14 @@ def current_pictures(folder: Path) -> dict[str, Path]:
     return {f"{pictures.FOLDER}/{path.stem}": path for path in paths if path not in of_steps}
 
 
-def read_histograms(folder: Path) -> list[Histogram]:
-    """The histograms that methods have logged, in order; a line that a killed run left unfinished is ignored."""
+def read_histograms(folder: Path, start: int = 0) -> list[Histogram]:
+    """The histograms that methods have logged, in order, without the first ``start``; a line that a killed run left
+    unfinished is ignored."""
     path = folder / HISTOGRAMS
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [Histogram(**json.loads(line)) for line in lines if line.endswith("\n")]
+    return [Histogram(**json.loads(line)) for line in lines[start:] if line.endswith("\n")]
 
 
 def last_values(rows: Sequence[Row]) -> dict[str, float]:
@@ -88,8 +124,8 @@ def last_values(rows: Sequence[Row]) -> dict[str, float]:
     return latest
 
 
-def _first_at(rows: Sequence[Row], step: int) -> Row | None:
-    return next((row for row in rows if row.step >= step), None)
+def _first_at(rows: Sequence[Row], step: int) -> Row:
+    return rows[bisect_left(rows, step, key=lambda row: row.step)]
 
 
 def _shown(values: dict[str, float]) -> dict[str, float]:

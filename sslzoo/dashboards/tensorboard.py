@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import io
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from sslzoo.pictures import FOLDER
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
+log = logging.getLogger(__name__)
+
 TRAINING, EVALUATION = ".training", ".evaluation"  # endings of the event files
 
 
@@ -26,7 +29,7 @@ class TensorBoard(Follower):
         self.run_dir, self.sections = run_dir, sections
         self._writer: SummaryWriter | None = None
         self._histograms = 0  # that are written
-        self._pictures: set[Path] = set()  # that are written
+        self._pictures: set[Path] = set()  # that are written, or cannot be read
 
     def begin(self, rows: int) -> None:
         """Write the rows that the run has kept."""
@@ -60,9 +63,9 @@ class TensorBoard(Follower):
 
     def _add_media(self) -> None:
         assert self._writer is not None
-        for histogram in (logged := read_histograms(self.run_dir))[self._histograms :]:
+        for histogram in read_histograms(self.run_dir, self._histograms):
             _add_histogram(self._writer, histogram)
-        self._histograms = len(logged)
+            self._histograms += 1
         for step, name, path in read_pictures(self.run_dir):
             if path not in self._pictures:
                 _add_picture(self._writer, f"{FOLDER}/{name}", path, step=step)
@@ -81,8 +84,7 @@ def layout(sections: tuple[Section, ...]) -> dict[str, dict[str, list[object]]]:
     """TensorBoard's tab of custom scalars: one category per section, one chart per panel."""
     return {
         section.title: {
-            panel.title: ["Multiline", [f"^{re.escape(curve.key)}(/.*)?$" for curve in panel.curves]]
-            for panel in section.panels
+            panel.title: ["Multiline", [curve.pattern for curve in panel.curves]] for panel in section.panels
         }
         for section in sections
     }
@@ -100,11 +102,19 @@ def _replace(run_dir: Path, ending: str) -> SummaryWriter:
 
 
 def _add_picture(writer: SummaryWriter, key: str, path: Path, *, step: int) -> None:
-    import numpy as np
+    """Write the file ``path`` as it is. One that cannot be read as a picture is left out, with a warning."""
     from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-    with Image.open(path) as image:
-        writer.add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            width, height, channels = *image.size, len(image.getbands())
+    except Exception as error:
+        log.warning("TensorBoard does not show %s, which cannot be read: %s", path, type(error).__name__)
+        return
+    picture = Summary.Image(width=width, height=height, colorspace=channels, encoded_image_string=data)
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=key, image=picture)]), step)
 
 
 def _add_histogram(writer: SummaryWriter, histogram: Histogram) -> None:

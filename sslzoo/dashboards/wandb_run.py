@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from sslzoo.callbacks.meter import Follower
-from sslzoo.dashboards.history import Row, current_pictures, last_values, read_rows
+from sslzoo.dashboards.history import History, Row, current_pictures, last_values, read_rows
 from sslzoo.dashboards.login import logged_in, server_url
 from sslzoo.exits import ExitCode, RunError
 from sslzoo.files import write_json
@@ -223,15 +223,16 @@ class Sender:
     def __init__(self, connection: Connection, run: Run, cfg: WandbConfig, sent: int) -> None:
         self.recipe = read_recipe(run)
         self.connection, self.run, self.cfg, self.sent = connection, run, cfg, sent
+        self._history = History(run.path)
+        self._history.read(sent)
 
     def send(self, rows: int) -> None:
         """Send the first ``rows`` rows, without those that W&B has."""
         if rows <= self.sent:
             return
-        history = read_rows(self.run.path, rows)
-        for number in range(self.sent, len(history)):
-            self.connection.log(self._line(history[number]), step=number, commit=True)
-        self.sent = len(history)
+        for row in self._history.read(rows):
+            self.connection.log(self._line(row), step=self.sent, commit=True)
+            self.sent += 1
 
     def end(self, code: int, ending: Ending | None = None) -> None:
         """Send the last value of every column, the figures of all evaluations and the pictures, and close the
@@ -258,7 +259,7 @@ class Sender:
         latest = last_values(read_rows(self.run.path, self.sent))
         record = Record(self.run.path)
         figures = {f"eval/{key}": value for key, value in record.accuracies.items()}
-        pictures = {key: _image(path) for key, path in current_pictures(self.run.path).items()}
+        pictures = _images(current_pictures(self.run.path))
         page = self.run.path / PAGE
         report = (
             {"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)} if page.exists() else {}
@@ -288,8 +289,7 @@ class Sender:
             )
             for histogram in row.histograms
         }
-        pictures = {key: _image(path) for key, path in row.pictures.items()}
-        return {**axes, **row.values, **histograms, **pictures}
+        return {**axes, **row.values, **histograms, **_images(row.pictures)}
 
 
 def connect(run: Run, cfg: WandbConfig, final: int) -> Sender:
@@ -376,10 +376,17 @@ def _facts(run: Run) -> dict[str, Any]:
     return {key: value for key, value in run.read_manifest().items() if key not in _LEFT_OUT}
 
 
-def _image(path: Path) -> Any:
+def _images(paths: Mapping[str, Path]) -> dict[str, Any]:
+    """The pictures by key. A file that cannot be read as one is left out, with a warning."""
     import wandb
 
-    return wandb.Image(str(path), caption=caption_of(path) or None)
+    found: dict[str, Any] = {}
+    for key, path in paths.items():
+        try:
+            found[key] = wandb.Image(str(path), caption=caption_of(path) or None)
+        except Exception as error:
+            log.warning("W&B does not show %s, which cannot be read: %s", path, type(error).__name__)
+    return found
 
 
 def _library() -> Any:

@@ -123,6 +123,7 @@ def _section(ws: Any, wr: Any, section: Section) -> Any:
                     title=panel.title,
                     x="step",
                     y=[curve.key for curve in panel.curves],
+                    metric_regex="|".join(curve.pattern for curve in panel.curves),
                     title_x="optimiser step",
                     title_y="" if panel.unit == "%" else panel.unit,
                     log_y=panel.log_scale or None,

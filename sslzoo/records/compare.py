@@ -389,23 +389,23 @@ def _chart(comparison: Comparison, panel: panels.Panel) -> Chart | None:
     factor = 100.0 if panel.unit == "%" else 1.0
     lines: list[Line] = []
     for group in comparison.groups:
-        for curve in panel.curves:
-            line = _line(group, curve, factor, alone=len(panel.curves) == 1)
+        recorded = dict.fromkeys(key for run in group.runs for key in run.metrics)
+        for key, label in panel.lines(recorded):
+            line = _line(group, key, factor, f"{group.label}: {label}" if label else group.label)
             lines += [line] if line is not None else []
     if not lines:
         return None
     return Chart(title=panel.title, lines=lines, unit=panel.unit, log_scale=panel.log_scale, note=panel.note)
 
 
-def _line(group: Group, curve: panels.Curve, factor: float, *, alone: bool) -> Line | None:
+def _line(group: Group, key: str, factor: float, label: str) -> Line | None:
     """Mean of the runs at the steps that all of them have, and a band of several runs."""
-    series = [run.system.get(curve.key) or run.metrics.get(curve.key) for run in group.runs]
+    series = [run.system.get(key) or run.metrics.get(key) for run in group.runs]
     known = [dict(zip(*both, strict=True)) for both in series if both is not None]
     if not known:
         return None
     steps = sorted(set.intersection(*(set(values) for values in known)))
     rows = [[factor * values[step] for values in known] for step in steps]
-    label = group.label if alone else f"{group.label}: {curve.label}"
     band = len(known) > 1
     return Line(
         label=label,

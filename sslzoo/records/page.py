@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -48,7 +50,8 @@ VERDICTS: dict[str, Tone] = {"healthy": "good", "watch": "watch", "collapsed": "
 def write_page(folder: Path) -> Path:
     """Draw the page of the run in ``folder``, and replace ``report.html`` there."""
     path = folder / PAGE
-    write_text(path, page(Record(folder)))
+    # The run itself and `sslzoo report` may draw it at the same time.
+    write_text(path, page(Record(folder)), f".{socket.gethostname()}.{os.getpid()}.part")
     return path
 
 
@@ -163,16 +166,13 @@ def panel_chart(record: Record, panel: panels.Panel) -> Chart | None:
     """The chart of a panel; None if the run has none of its metrics."""
     factor = 100.0 if panel.unit == "%" else 1.0
     lines: list[Line] = []
-    for curve in panel.curves:
-        for key, label in (
-            (curve.key, curve.label),
-            *_elsewhere(record, curve, alone=len(panel.curves) == 1),
-        ):
-            steps, values = record.system.get(key) or record.metrics.get(key) or ([], [])
-            if key == "train/loss":
-                steps, values = equal_intervals(steps, values)
-            if any(map(math.isfinite, values)):
-                lines.append(Line(label=label, x=steps, y=[factor * value for value in values]))
+    for key, label in panel.lines(record.metrics):
+        steps, values = record.system.get(key) or record.metrics.get(key) or ([], [])
+        if key == "train/loss":
+            steps, values = equal_intervals(steps, values)
+        if any(map(math.isfinite, values)):
+            y = [factor * value for value in values]
+            lines.append(Line(label=label or panel.curves[0].label, x=steps, y=y))
     if not lines:
         return None
     levels = _baselines(record, panel, factor) if len(panel.curves) == 1 else []
@@ -184,13 +184,6 @@ def panel_chart(record: Record, panel: panels.Panel) -> Chart | None:
         log_scale=panel.log_scale,
         note=panel.note,
     )
-
-
-def _elsewhere(record: Record, curve: panels.Curve, *, alone: bool) -> list[tuple[str, str]]:
-    """The same metric on other data sets and layers, whose keys are longer, and where that is."""
-    where = [key.removeprefix(curve.key + "/") for key in record.metrics if key.startswith(curve.key + "/")]
-    of = "" if alone else f"{curve.label}, "
-    return [(f"{curve.key}/{place}", of + place.replace("/", ", ")) for place in where]
 
 
 def _baselines(record: Record, panel: panels.Panel, factor: float) -> list[Level]:

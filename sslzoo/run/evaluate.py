@@ -18,7 +18,7 @@ from sslzoo.data.datasets import open_source
 from sslzoo.data.module import SSLDataModule
 from sslzoo.distributed import rank, world_size
 from sslzoo.evaluate.progress import EvaluationProgress
-from sslzoo.exits import ExitCode
+from sslzoo.exits import ExitCode, RunError
 from sslzoo.files import write_json
 from sslzoo.launch.words import last_words
 from sslzoo.posthoc.evaluations import Bench, file_stem
@@ -177,11 +177,15 @@ class _Evaluation:
         if target.run is None or target.folder != folder or not self.request.names or is_alive(target.run):
             return
         try:
+            manifest = Run(target.run, "").read_manifest()
+        except (RunError, OSError) as error:
+            log.warning("neither %s nor dashboards show the results: %s", PAGE, error)
+            return
+        try:
             write_page(target.run)
         except Exception as error:  # a page must not end an evaluation, whose results are written
             log.warning("%s could not be drawn: %s: %s", PAGE, type(error).__name__, error)
-        run_id = Run(target.run, "").read_manifest()["run_id"]
-        show_evaluations(target.recipe, Run(target.run, run_id))
+        show_evaluations(target.recipe, Run(target.run, manifest["run_id"]))
 
     def _ending_of(self, error: BaseException) -> Ending:
         recipe = self.loaded.recipe

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from sslzoo.callbacks.meter import Follower, Meter, log_metrics
 from sslzoo.callbacks.metrics_file import MetricsFile
@@ -20,6 +21,7 @@ from sslzoo.dashboards.history import read_histograms
 from sslzoo.data.loading import ViewDataset
 from sslzoo.data.module import SSLDataModule
 from sslzoo.exits import ExitCode
+from sslzoo.pictures import Drawing, numbered, path_of, save
 from sslzoo.recipe.sections import LoggingConfig
 from sslzoo.testing.contract import small_recipe
 from sslzoo.testing.course import train
@@ -188,10 +190,12 @@ def test_a_failing_follower_is_told_nothing_more(tmp_path, meter_in, caplog):
 
 def test_followers_learn_which_rows_are_final(tmp_path, meter_in):
     told: list[tuple[str, int]] = []
+    shown: list[list[int]] = []  # steps of the pictures that are there at a start
 
     class Listener(Follower):
         def begin(self, rows: int) -> None:
             told.append(("begin", rows))
+            shown.append([step for step, *_ in numbered(tmp_path)])
 
         def saved(self, rows: int) -> None:
             told.append(("saved", rows))
@@ -206,6 +210,8 @@ def test_followers_learn_which_rows_are_final(tmp_path, meter_in):
     state = meter.state_dict()
     _feed(meter, trainer, 3.0)
     meter.write_histogram("method/a", torch.tensor([3.0]), step=3)
+    for step in (2, 3):
+        save(Drawing(Image.new("RGB", (1, 1)), ""), path_of(tmp_path, "views", step))
     # The same start again in this directory, and in a new one, whose file lacks the rows before.
     for folder, rows in ((tmp_path, 2), (tmp_path / "new", 0)):
         resumed = meter_in(folder, 1)
@@ -218,6 +224,7 @@ def test_followers_learn_which_rows_are_final(tmp_path, meter_in):
         assert told[-1] == ("saved", rows)
         assert resumed.state_dict()["rows"] == rows
     assert told[:2] == [("begin", 0), ("saved", 2)]
+    assert shown == [[], [2], [2]]
     (kept,) = read_histograms(tmp_path)
     assert kept.step == 2 and sum(kept.counts) == 2
 

@@ -1,4 +1,4 @@
-"""Pictures are drawn after each evaluation, those of repeated steps are deleted, and none ends a run."""
+"""Pictures are drawn after evaluations while that is cheap, and none ends a run."""
 
 from __future__ import annotations
 
@@ -66,8 +66,27 @@ def watch() -> Watch:
     return Watch(analysis)
 
 
-def _validate(callback: Pictures, *, step: int = 6, leader: bool = True) -> None:
-    trainer: Any = SimpleNamespace(is_global_zero=leader, current_epoch=1, datamodule=Data())
+class Clock:
+    """A clock that only moves when it is told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _pictures(run: Path, watch: Watch) -> tuple[Pictures, Clock]:
+    """Those of a run that has just started."""
+    clock = Clock()
+    callback = Pictures(run, run / "gallery.json", [watch], clock)
+    callback.on_train_start(Mock(), Mock())
+    return callback, clock
+
+
+def _validate(callback: Pictures, *, step: int = 6, epoch: int = 1, leader: bool = True) -> None:
+    trainer: Any = SimpleNamespace(
+        is_global_zero=leader, current_epoch=epoch, max_epochs=9, datamodule=Data()
+    )
     callback.on_validation_end(trainer, Mock(spec=SSLMethod, optimizer_steps=step))
 
 
@@ -77,7 +96,7 @@ def _shown(run: Path) -> Iterator[tuple[int, str]]:
 
 def test_every_evaluation_is_shown(tmp_path: Path, watch: Watch) -> None:
     (tmp_path / "gallery.json").write_text(json.dumps(GALLERY))
-    callback = Pictures(tmp_path, tmp_path / "gallery.json", [watch])
+    callback, _ = _pictures(tmp_path, watch)
     _validate(callback, leader=False)
     assert not list(_shown(tmp_path))
     _validate(callback)
@@ -88,9 +107,22 @@ def test_every_evaluation_is_shown(tmp_path: Path, watch: Watch) -> None:
     assert "after epoch 2: 3 images" in caption_of(path_of(tmp_path, "embedding_map", 6))
     _validate(callback, step=9)  # with features that are not finite, so that there is no new gallery
     assert [name for step, name in _shown(tmp_path) if step == 9] == ["mine_plot", "views"]
-    trainer: Any = SimpleNamespace(is_global_zero=True)
-    callback.on_train_start(trainer, Mock(spec=SSLMethod, optimizer_steps=8))
-    assert {step for step, _ in _shown(tmp_path)} == {6}
+
+
+def test_drawing_takes_one_per_cent_of_the_time(tmp_path: Path, watch: Watch) -> None:
+    callback, clock = _pictures(tmp_path, watch)
+
+    def draw(history: object) -> dict[str, Drawing]:
+        clock.now += 1.0
+        return {"plot": Drawing(Image.new("RGB", (1, 1)), "")}
+
+    watch.analysis.draw = draw
+    for step in range(1, 25):  # evaluations, 10 seconds apart
+        _validate(callback, step=step)
+        clock.now += 10.0
+    _validate(callback, step=25, epoch=8)  # the last
+    _validate(callback, step=26)
+    assert [step for step, name in _shown(tmp_path) if name == "mine_plot"] == [1, 21, 25]
 
 
 def test_views_are_denormalised_below_their_originals() -> None:
@@ -113,7 +145,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(
     (tmp_path / "gallery.json").write_text("not JSON")
     watch.analysis.draw = Mock(side_effect=KeyError("theta"))
     monkeypatch.setattr(pictures, "save", full)
-    callback = Pictures(tmp_path, tmp_path / "gallery.json", [watch])
+    callback, _ = _pictures(tmp_path, watch)
     with caplog.at_level(logging.WARNING):
         _validate(callback)
         said = list(caplog.messages)
@@ -123,4 +155,11 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(
         "neighbours and map could not be drawn",
         "plots of mine could not be drawn",
     ]
-    assert caplog.messages == said  # once
+    assert caplog.messages == said  # each kind of error once
+    watch.analysis.draw.side_effect = ZeroDivisionError
+    monkeypatch.undo()
+    _validate(callback)
+    assert [message.partition(":")[0] for message in caplog.messages[3:]] == [
+        "plots of mine could not be drawn"
+    ]
+    assert list(_shown(tmp_path)) == [(6, "views")]

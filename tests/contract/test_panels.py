@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from sslzoo.panels import Panel, sections
+from sslzoo.panels import Curve, Panel, sections
 from sslzoo.recipe.registry import analyses, analysis_class, method_config
 from sslzoo.run.build import build_experiment
 from sslzoo.testing.course import train
@@ -77,3 +78,13 @@ def test_what_is_recorded_without_panels_is_shown() -> None:
     assert (own.title, other.title) == ("mine", "Analyses")
     assert [(panel.title, shown([panel])) for panel in own.panels] == [("own figure", ["method/own_figure"])]
     assert [(panel.title, shown([panel])) for panel in other.panels] == [("my spread", ["my/spread"])]
+
+
+def test_a_curve_stands_also_for_its_metric_elsewhere() -> None:
+    recorded = ["method/x", "method/x_epoch", "method/x/y", "method/x/y_epoch", "method/xy"]
+    x, other = Curve(key="method/x", label="X"), Curve(key="method/z", label="Z")
+    alone, two = Panel(title="t", curves=(x,)), Panel(title="t", curves=(x, other))
+    assert alone.lines(recorded) == [("method/x", ""), ("method/x/y", "y")]
+    assert two.lines(recorded) == [("method/x", "X"), ("method/x/y", "X, y"), ("method/z", "Z")]
+    assert [key for key in recorded[:3:2] if re.search(x.pattern, key)] == ["method/x", "method/x/y"]
+    assert not re.search(x.pattern, "method/xy")

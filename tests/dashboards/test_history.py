@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
+import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sslzoo.dashboards.history import current_pictures, last_values, read_rows
+from sslzoo.dashboards.history import History, current_pictures, last_values, read_rows
 from sslzoo.dashboards.tensorboard import TensorBoard, write_evaluations
 from sslzoo.panels import sections
 
@@ -53,6 +55,44 @@ def test_rows_have_what_belongs_to_their_step(tmp_path: Path) -> None:
     assert last_values(rows) == {"train/loss": 1.0, "val/knn_top1": 0.5, "sys/data_wait": 0.4}
     assert list(current_pictures(tmp_path)) == ["pictures/last"]
     assert read_rows(tmp_path / "nothing") == []
+
+
+def test_what_is_read_piece_by_piece_is_what_is_read_at_once(tmp_path: Path) -> None:
+    """While the file grows: by a part of a row, and by a column, for which it is written anew."""
+    file, history = _files(tmp_path) / "metrics.csv", History(tmp_path)
+    rows = [*history.read(1), *history.read(1), *history.read(2)]
+    file.write_text(METRICS + "1.5,,\n")
+    rows += history.read(4)
+    Image.new("RGB", (4, 4)).save(tmp_path / "pictures/map-step=6.png")
+    late = {"name": "method/u", "counts": [1, 2], "edges": [0.0, 1.0, 2.0]}
+    with (tmp_path / "histograms.jsonl").open("w") as lines:
+        lines.writelines(json.dumps(late | {"step": step}) + "\n" for step in (3, 6, 9))
+    head, *others = file.read_text().splitlines()
+    file.write_text("\n".join([f"{head},new", *(f"{line}," for line in others), "7,1,0.5,,,1.0", ""]))
+    rows += history.read()
+    assert history.read() == [] and len(rows) == 6
+    assert rows == read_rows(tmp_path)
+    assert [row.histograms[0].step for row in rows if row.histograms] == [3, 6]
+    assert list(rows[4].pictures) == ["pictures/map"] and rows[5].values == {"train/loss": 0.5, "new": 1.0}
+
+
+def test_a_file_that_is_no_picture_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = _files(tmp_path)
+    (folder / "pictures/mine-step=3.png").touch()
+    (folder / "pictures/mine.png").touch()
+    with caplog.at_level(logging.WARNING):
+        board = TensorBoard(folder, sections("simclr", ()))
+        board.begin(4)
+        board.saved(4)
+        board.end()
+    assert [message.partition(", which")[0] for message in caplog.messages] == [
+        f"TensorBoard does not show {folder}/pictures/{name}.png" for name in ("mine-step=3", "mine")
+    ]
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    (shown,) = events.Images("pictures/map")
+    assert shown.encoded_image_string == (folder / "pictures/map-step=4.png").read_bytes()
+    assert (shown.step, shown.width, shown.height) == (4, 4, 4)
 
 
 def test_tensorboard_forgets_what_a_kill_takes_back(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sslzoo.dashboards import wandb_run
@@ -279,6 +280,28 @@ def test_a_later_evaluation_leaves_the_history_as_it_is(
     assert [call.kwargs["step"] for call in connection.log.call_args_list] == steps
     connection.finish.assert_called_once_with(exit_code=shown)
     assert wandb_run.Sent.read(run).id == "r"
+
+
+def test_a_file_that_is_no_picture_is_left_out(
+    tmp_path: Path, connection: Mock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def image(path: str, caption: str | None) -> str:
+        Image.open(path).load()
+        return path
+
+    monkeypatch.setattr(sys.modules["wandb"], "Image", image)
+    run = _three_rows(tmp_path, ExitCode.NAN, online=True)
+    (tmp_path / "pictures").mkdir()
+    for name in ("bad-step=3", "bad"):
+        (tmp_path / "pictures" / f"{name}.png").touch()
+    Image.new("RGB", (2, 2)).save(tmp_path / "pictures/good-step=3.png")
+    wandb_run.update(run, WandbConfig(mode="online"))
+    (line,) = (call.args[0] for call in connection.log.call_args_list)
+    assert [key for key in line if key.startswith("pictures/")] == ["pictures/good"]
+    assert [message.partition(", which")[0] for message in caplog.messages] == [
+        f"W&B does not show {tmp_path}/pictures/{name}.png" for name in ("bad-step=3", "bad")
+    ]
+    connection.finish.assert_called_once_with(exit_code=ExitCode.NAN)
 
 
 def test_refusals_of_push(finished: Path, tmp_path: Path) -> None:

@@ -452,6 +452,14 @@ def test_chunks_change_nothing(loss: tuple[Loss, Loss]) -> None:
         torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-13)
 
 
+def test_chunks_refuse_a_temperature_that_learns() -> None:
+    """Its gradient would be lost."""
+    z, temperature = torch.randn(4, 3), torch.tensor(0.1, requires_grad=True)
+    chunk = Chunk(2, with_margin(1.0, detached=False)[1])
+    with pytest.raises(AssertionError, match="no gradient"):
+        contrast(z, z, torch.arange(4), own=None, temperature=temperature, chunk=chunk)
+
+
 def test_without_any_pull_the_angle_effect_is_none() -> None:
     """Beyond pi - m1 ``clamp`` has no slope: with all positives there, E1 and B are 0, and E2 scales by 1."""
     u = leaf(torch.randn(6, 5, dtype=torch.float64))

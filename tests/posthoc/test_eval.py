@@ -108,6 +108,17 @@ def test_a_page_that_cannot_be_drawn_ends_no_evaluation(folder: Path) -> None:
     assert "warning: report.html could not be drawn: ZeroDivisionError" in done.err
 
 
+def test_results_are_written_without_a_manifest_too(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    (run / "manifest.json").unlink()
+    (run / "report.html").unlink()
+    done = _eval(folder, "knn", str(run), "probe.layers=[backbone]")
+    assert done.wait() == 0, done.said
+    assert done.err.count("warning: ") == 1, done.said
+    assert "warning: neither report.html nor dashboards show the results: the run directory" in done.err
+    assert (run / "eval/knn.json").exists() and not (run / "report.html").exists()
+
+
 def test_the_page_of_a_run_that_is_alive_is_left_to_it(folder: Path) -> None:
     page, lock = folder / "run/report.html", RunLock(folder / "run", seconds=dict, on_lost=print)
     before = page.read_text()

@@ -106,6 +106,13 @@ def test_forms_have_the_same_figures(six: Path) -> None:
     assert '"low":[0.4,0.2],"high":[0.41,0.205]' in page, "the band of the loss"
 
 
+def test_curves_of_other_data_sets_are_drawn_too(six: Path) -> None:
+    for file in six.glob("*/metrics.csv"):
+        head, *rows = file.read_text().splitlines()
+        file.write_text("\n".join([f"{head},val/linear_top1/stl10", *(f"{row},0.5" for row in rows), ""]))
+    assert "temperature=0.2: stl10" in as_page(compared(six))
+
+
 def test_many_differences_have_a_table_of_their_own(tmp_path: Path) -> None:
     for name in ("a", "b"):
         keys = {f"method__key{i}": f"{name}{i}" for i in range(8)}

@@ -238,6 +238,7 @@ def with_negatives(
     if chunk is None:
         logits = product(anchors / temperature, candidates.T)
         return pairs._replace(negatives=logits.scatter(1, excluded, -torch.inf).logsumexp(dim=1))
+    assert not isinstance(temperature, Tensor) or not temperature.requires_grad, "it would get no gradient"
     cosine, theta = pairs.cosine.detach(), pairs.theta.detach()
     log_sum, pull, push = stream(
         anchors.detach(),
