@@ -186,8 +186,7 @@ def _index(folder: Path, names: Sequence[str]) -> Found:
     size = state[1:, 1].sum()
     if size > _LARGE:
         log.info("indexing %d tar files (%.0f GB) in %s, once", len(names), size / 1e9, legible(folder))
-    with ThreadPoolExecutor(THREADS) as pool:
-        shards = list(pool.map(lambda name: _index_shard(folder / name), names))
+    shards = _index_all([folder / name for name in names])
     arrays: dict[str, NDArray[Any]] = {
         name: np.concatenate([getattr(shard, name) for shard in shards]) for name in _Shard._fields
     }
@@ -201,6 +200,16 @@ def _index(folder: Path, names: Sequence[str]) -> Found:
             f"{legible(folder / shard)}; give every image a .cls with the number of its class, or none"
         )
     return Found(arrays, as_bytes(paths), state, began)
+
+
+def _index_all(paths: Sequence[Path]) -> list[_Shard]:
+    """The index of each shard: one after the other if the disk answers at once, since threads of Python would only
+    wait for one another, and several at once if the first shard showed that most of the time is spent waiting."""
+    wall, busy = time.perf_counter(), time.thread_time()
+    first = _index_shard(paths[0])
+    wall, busy = time.perf_counter() - wall, time.thread_time() - busy
+    with ThreadPoolExecutor(THREADS if wall > 2 * busy else 1) as pool:
+        return [first, *pool.map(_index_shard, paths[1:])]
 
 
 def _state_of(path: Path) -> tuple[int, int, int]:
