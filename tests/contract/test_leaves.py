@@ -276,7 +276,8 @@ def optimisation(recipe: Recipe, folder: Path) -> Any:
 def trained(recipe: Recipe, folder: Path) -> Any:
     """All state after training."""
     run = built(recipe, folder)
-    cast(Any, run.trainer).callbacks.remove(run.callbacks.checkpoint)
+    for callback in (run.callbacks.checkpoint, run.callbacks.pictures, run.callbacks.page):  # they cost time
+        cast(Any, run.trainer).callbacks.remove(callback)
     run.trainer.fit(run.method, datamodule=run.data)
     state = run.method.state_dict()
     losses = [row["train/loss"] for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
