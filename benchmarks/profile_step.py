@@ -45,13 +45,12 @@ def experiment_of(
     name: str, overrides: list[str], folder: Path, images: int | None, steps: int
 ) -> Experiment:
     """The experiment of a recipe on one device, with photographs in ``folder`` where it reads files."""
-    kept = [*overrides, "trainer.devices=1", "trainer.accelerator=cpu", "trainer.precision=32-true"]
-    kept += ["trainer.sync_batchnorm=false", "data.workers=0"]
-    if load_recipe(name, overrides).recipe.trainer.get("num_nodes", 1) != 1:
-        kept.append("trainer.num_nodes=1")
-    batch = images or load_recipe(name, overrides).recipe.data.global_batch_size
-    kept.append(f"data.global_batch_size={batch}")
-    if dataset_info(load_recipe(name, overrides).recipe.data.dataset).decoded_by_workers:
+    data = load_recipe(name, overrides).recipe.data
+    batch = images or data.global_batch_size
+    kept = [*overrides, "trainer.devices=1", "trainer.num_nodes=1", "trainer.sync_batchnorm=false"]
+    kept += ["trainer.accelerator=cpu", "trainer.precision=32-true"]
+    kept += ["data.workers=0", f"data.global_batch_size={batch}"]
+    if dataset_info(data.dataset).decoded_by_workers:
         for split in ("train", "test"):
             for k in range(CLASSES):
                 (folder / split / str(k)).mkdir(parents=True)
@@ -178,9 +177,12 @@ def main() -> None:
         )
         watch = Profile(options.steps)
         callbacks: list[Callback] = [StepSeeding(), BroadcastBatchNormStats(), Meter(folder, every_steps=50)]
-        trainer_options = {k: v for k, v in experiment.recipe.trainer.items() if k != "num_nodes"}
-        trainer_options |= {"max_epochs": 1, "limit_val_batches": 0}
-        trainer_options |= {"limit_train_batches": WARM_UP + options.steps}
+        trainer_options = {
+            **experiment.recipe.trainer,
+            "max_epochs": 1,
+            "limit_val_batches": 0,
+            "limit_train_batches": WARM_UP + options.steps,
+        }
         trainer = build_trainer(trainer_options, run_dir=folder, callbacks=[*callbacks, watch])
         with parts_of(experiment.method):
             trainer.fit(experiment.method, datamodule=experiment.data)

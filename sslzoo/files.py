@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,11 @@ def atomically(path: Path, suffix: str = ".part") -> Iterator[Path]:
         with suppress(OSError):  # the folder itself may be gone
             part.unlink(missing_ok=True)
         raise
+
+
+def own_part() -> str:
+    """A suffix for temporary files that several processes or machines may write at the same time."""
+    return f".{socket.gethostname()}.{os.getpid()}.part"
 
 
 def write_text(path: Path, text: str, suffix: str = ".part") -> None:

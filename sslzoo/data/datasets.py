@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sslzoo.data.disk import legible
 from sslzoo.data.idx import read_idx
 from sslzoo.data.listing import EXTENSIONS, class_folders, image_files
-from sslzoo.data.packed import Records, packed_source
+from sslzoo.data.packed import PackedFiles, PackedPixels, Records
 from sslzoo.data.sources import ArraySource, FileSource, ImageSource, JoinedImages
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.packed_info import is_packed, packed_split, read_info, refuse_unfinished, split_names
@@ -273,7 +273,8 @@ def _from_packed(cfg: SourceConfig, folder: Path, channels: int) -> ImageSource:
         if records.info.by_class and chosen is not None:  # as they would be listed
             order = np.argsort(labels, kind="stable")
             chosen, labels = chosen[order], labels[order]
-    return packed_source(cfg.dataset, cfg.split, channels, records, chosen, labels, names)
+    kind = PackedPixels if records.info.content == "pixels" else PackedFiles
+    return kind(cfg.dataset, cfg.split, channels, records, chosen, labels, names)
 
 
 def packed(cfg: SourceConfig, channels: int) -> ImageSource:

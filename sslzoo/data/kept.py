@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import tempfile
 import time
 import zipfile
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sslzoo.files import atomically
+from sslzoo.files import atomically, own_part
 
 FORMAT = 3  # of the kept files; raise it when something else is found, or kept in another way
 WORTH_KEEPING = 10_000  # length of the longest array from which on it is kept
@@ -98,10 +97,7 @@ def _read(place: Path) -> Found | None:
 def _write(place: Path, found: Found) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     own = {"paths": found.paths, "state": found.state, "began": np.float64(found.began)}
-    own_part = (
-        f".{socket.gethostname()}.{os.getpid()}.part"  # nodes may write to the same disk at the same time
-    )
-    with atomically(place, own_part) as part, part.open("wb") as file:
+    with atomically(place, own_part()) as part, part.open("wb") as file:
         np.savez(file, **found.arrays, **{f"own_{name}": array for name, array in own.items()})
 
 

@@ -162,18 +162,3 @@ class PackedPixels(_PackedSource):
         i = self._at(sample_id)
         pixels = torch.frombuffer(self.records.read(i), dtype=torch.uint8)
         return pixels.view(*self.records.shape(i), self.channels).permute(2, 0, 1)
-
-
-def packed_source(
-    name: str,
-    split: str,
-    channels: int,
-    records: Records,
-    chosen: NDArray[np.int64] | None,
-    labels: NDArray[np.int64] | None,
-    class_names: tuple[str, ...],
-) -> ImageSource:
-    """The ``chosen`` records (N,), or all, with these ``labels`` (N,), as the data set ``name``."""
-    if records.info.content == "pixels":
-        return PackedPixels(name, split, channels, records, chosen, labels, class_names)
-    return PackedFiles(name, split, channels, records, chosen, labels, class_names)

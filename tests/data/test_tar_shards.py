@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tarfile
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -115,6 +116,26 @@ def test_the_same_images_in_other_shards_are_the_same_samples(tmp_path: Path) ->
     write_tar(tmp_path / "c/train/0.tar", members[4:] + members[:4])
     first, again, other = (opened(tmp_path / name).fingerprint for name in "abc")
     assert first == again != other
+
+
+def test_a_slow_disk_is_asked_for_several_shards_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for k in range(5):
+        write_tar(tmp_path / f"train/{k}.tar", labelled(k, start=k))
+    alone = opened(tmp_path)
+    original, met = tar_shards._index_shard, threading.Barrier(4, timeout=20)
+
+    def slow(path: Path) -> Any:
+        if path.name == "0.tar":
+            time.sleep(0.1)
+        else:
+            met.wait()  # until four threads are here
+        return original(path)
+
+    monkeypatch.setattr(tar_shards, "_index_shard", slow)
+    together = opened(tmp_path)
+    assert together.fingerprint == alone.fingerprint and together.where(4) == alone.where(4)
 
 
 def test_images_without_labels(tmp_path: Path) -> None:
