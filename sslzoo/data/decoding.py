@@ -31,7 +31,7 @@ _ORIENTATION = 0x0112  # tag number in TIFF and EXIF
 _LUMA = (9794, 19234, 3740)
 
 
-def decode(data: bytes, channels: int) -> Tensor:
+def decode(data: bytes | bytearray, channels: int) -> Tensor:
     """Decode the bytes of an image file to (C, H, W) uint8 with 1 or 3 channels, oriented by its EXIF tag.
 
     Uses the first frame of animations and the upper 8 of 16 bits, and drops transparency. Raises
@@ -57,7 +57,7 @@ def decode(data: bytes, channels: int) -> Tensor:
             raise UnreadableImageError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
+def _is_plain_jpeg(data: bytes | bytearray) -> bool:
     """Whether these bytes begin like a JPEG that needs nothing but decoding, which spares Pillow's slower look at them:
     grey or colour of 8 bits, within Pillow's limit of pixels, and without EXIF and XMP, which may rotate it."""
     if not data.startswith(_START_OF_JPEG):
@@ -85,7 +85,7 @@ def _is_for_torchvision(file: ImageFile.ImageFile) -> bool:
     return file.format in ("JPEG", "MPO", "WEBP", "GIF") and pixels <= 2 * (Image.MAX_IMAGE_PIXELS or inf)
 
 
-def _fast(data: bytes, channels: int, *, luma: bool) -> Tensor | None:
+def _fast(data: bytes | bytearray, channels: int, *, luma: bool) -> Tensor | None:
     """Decode with torchvision, which is faster than Pillow; None if it cannot. ``luma``: only the luma of a JPEG."""
     try:
         # What torchvision.io.decode_image calls, without its warning, which takes time: it is deprecated since

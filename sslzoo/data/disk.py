@@ -8,13 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from stat import S_ISREG
-from typing import TypeVar
 
 PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds between attempts to read a file
 # Permanent errors. Any other error may come from a server or mount that recovers.
 _FINAL = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
-
-_Data = TypeVar("_Data", bytes, bytearray)
 
 
 class UnreadableImageError(OSError):
@@ -31,7 +28,7 @@ def legible(path: object) -> str:
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
-def read_file(path: Path, root: Path, offset: int = 0, length: int | None = None) -> bytes:
+def read_file(path: Path, root: Path, offset: int = 0, length: int | None = None) -> bytearray:
     """Read the file ``path`` of a data set in ``root``, or ``length`` bytes of it from ``offset`` on, retrying after
     temporary errors.
 
@@ -40,13 +37,15 @@ def read_file(path: Path, root: Path, offset: int = 0, length: int | None = None
         DataError: the folder of the images is gone.
     """
 
-    def read() -> bytes:
-        if not S_ISREG(path.stat().st_mode):
-            raise UnreadableImageError("not a regular file")
-        if length is None:
-            return path.read_bytes()
-        with path.open("rb", buffering=0) as file:
-            return bytes(_part(file.fileno(), offset, length))
+    def read() -> bytearray:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
+        try:
+            status = os.fstat(file)
+            if not S_ISREG(status.st_mode):
+                raise UnreadableImageError("not a regular file")
+            return _part(file, offset, status.st_size if length is None else length)
+        finally:
+            os.close(file)
 
     return _patiently(read, root)
 
@@ -69,7 +68,7 @@ def _part(file: int, offset: int, length: int) -> bytearray:
     return data
 
 
-def _patiently(read: Callable[[], _Data], root: Path) -> _Data:
+def _patiently(read: Callable[[], bytearray], root: Path) -> bytearray:
     """What ``read`` returns, after temporary errors in another attempt."""
     for pause in (*PAUSES, None):
         try:

@@ -7,11 +7,12 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ _CHUNK = 32
 _PARTS = 5
 _SHOWN = 20  # images that a message names
 
+_Result = TypeVar("_Result")
 Bad = tuple[int, str]  # sample_id of an unreadable image, and the reason; empty where it was known to be
 
 
@@ -118,16 +120,35 @@ class ImageReader:
 
     def read(self, sample_id: int) -> Tensor:
         """The image (C, H, W) uint8; ``UnreadableImageError`` where there is none, ``DataError`` without any disk."""
+        (image,) = self.read_all([sample_id])
+        if isinstance(image, UnreadableImageError):
+            raise image
+        return image
+
+    def read_all(self, sample_id: Sequence[int]) -> list[Tensor | UnreadableImageError]:
+        """Several, or why one cannot be read. All are fetched before any is decoded: in turn, each would drive the
+        other's code out of the caches."""
+        fetched = [self._attempt(i, partial(self.source.fetch, i)) for i in sample_id]
+        decoded = [
+            half if isinstance(half, UnreadableImageError) else self._attempt(i, half)
+            for i, half in zip(sample_id, fetched, strict=True)
+        ]
+        return [
+            image if isinstance(image, UnreadableImageError) else channels_last(image) for image in decoded
+        ]
+
+    def _attempt(self, sample_id: int, half: Callable[[], _Result]) -> _Result | UnreadableImageError:
+        """The result of one half of reading an image, unless that fails or has failed before."""
         if self._failed[sample_id]:
-            raise UnreadableImageError
+            return UnreadableImageError()
         worker = get_worker_info()
         if worker is not None:
             self._at[worker.id, 0], self._at[worker.id, 1] = os.getpid(), sample_id
         try:
-            return channels_last(self.source.read(sample_id))
-        except UnreadableImageError:
+            return half()
+        except UnreadableImageError as error:
             self._failed[sample_id] = True
-            raise
+            return error
         finally:
             if worker is not None:
                 self._at[worker.id, 1] = -1
@@ -258,27 +279,20 @@ class ViewDataset(Dataset[RawBatch]):
             boxes = [draw_boxes(view, u[k], height, width) for k, view in enumerate(self.views)]
             return self._batch((self.source.batch(sample_id),), u, boxes, sample_id)
         n = len(sample_id)
-        images = tuple(self._empty(len(group) * n, self.views[group[0]].size) for group in self.groups)
+        crops = tuple(self._empty(len(group) * n, self.views[group[0]].size) for group in self.groups)
         parts = chain.from_iterable(
-            zip(group, part.split(n), strict=True) for group, part in zip(self.groups, images, strict=True)
+            zip(group, part.split(n), strict=True) for group, part in zip(self.groups, crops, strict=True)
         )
-        outs = [out for _, out in sorted(parts, key=itemgetter(0))]  # by view
+        outs = [part.unbind() for _, part in sorted(parts, key=itemgetter(0))]  # by view and row
         drawn = self._draw(epoch, sample_id)
         bad: list[Bad] = []
         # Errors are returned as values: raised in a worker they would arrive as a traceback in words.
         try:
-            for start in range(0, len(sample_id), _CHUNK):
-                rows = range(start, min(start + _CHUNK, len(sample_id)))
-                read = [self._read(epoch, i, bad) for i in sample_id[rows.start : rows.stop].tolist()]
-                for row, (position, _) in zip(rows, read, strict=True):
-                    if position != sample_id[row]:
-                        sample_id[row] = position
-                        for draws, own in zip(
-                            drawn, self._draw(epoch, sample_id[row : row + 1]), strict=True
-                        ):
-                            draws.replace(row, own)
+            for start in range(0, n, _CHUNK):
+                rows = range(start, min(start + _CHUNK, n))
+                images = self._images(epoch, sample_id, rows, drawn, bad)
                 for view, draws, out in zip(self.views, drawn, outs, strict=True):
-                    for row, (_, image) in zip(rows, read, strict=True):
+                    for row, image in zip(rows, images, strict=True):
                         self._fill(out[row], view, image, draws, row)
         except DataError as error:
             return error
@@ -286,8 +300,26 @@ class ViewDataset(Dataset[RawBatch]):
             return DataError(str(error))
         if self.finish is not None:
             nothing = torch.empty(0, dtype=torch.uint8)
-            return RawBatch(images, nothing, None, sample_id, _labels(self.source, sample_id), tuple(bad))
-        return self._batch(images, [draws.uniforms for draws in drawn], None, sample_id, bad)
+            return RawBatch(crops, nothing, None, sample_id, _labels(self.source, sample_id), tuple(bad))
+        return self._batch(crops, [draws.uniforms for draws in drawn], None, sample_id, bad)
+
+    def _images(
+        self, epoch: int, sample_id: Tensor, rows: range, drawn: Sequence[_Draws], bad: list[Bad]
+    ) -> list[Tensor]:
+        """The images of these rows of a batch. One that stands in for another takes its place in ``sample_id`` and
+        ``drawn``, too."""
+        chosen = sample_id[rows.start : rows.stop].tolist()
+        images: list[Tensor] = []
+        for row, position, image in zip(rows, chosen, self.reader.read_all(chosen), strict=True):
+            if not isinstance(image, UnreadableImageError):
+                images.append(image)
+                continue
+            bad.append((position, str(image)))
+            sample_id[row], other = self._stand_in(epoch, position, bad)
+            images.append(other)
+            for draws, own in zip(drawn, self._draw(epoch, sample_id[row : row + 1]), strict=True):
+                draws.replace(row, own)
+        return images
 
     def _draw(self, epoch: int, sample_id: Tensor) -> list[_Draws]:
         """What is drawn for every view of these samples (N,) of files."""
@@ -344,19 +376,20 @@ class ViewDataset(Dataset[RawBatch]):
         draws, layout = bundle(tuple(drawn))
         return RawBatch(images, draws, layout, sample_id, _labels(self.source, sample_id), tuple(bad))
 
-    def _read(self, epoch: int, sample_id: int, bad: list[Bad]) -> tuple[int, Tensor]:
+    def _stand_in(self, epoch: int, sample_id: int, bad: list[Bad]) -> tuple[int, Tensor]:
+        """The sample that stands in for an unreadable one, and its image."""
         others = stand_ins(self.seed, epoch, sample_id, len(self.source), self.global_batch_size)
-        others = (i for i in others if self.among is None or self.among[i])
         tried = 0
-        for position in chain((sample_id,), others):
-            try:
-                return position, self.reader.read(position)
-            except UnreadableImageError as error:
-                bad.append((position, str(error)))
-                tried += 1
+        for position in others:
+            if self.among is None or self.among[position]:
+                try:
+                    return position, self.reader.read(position)
+                except UnreadableImageError as error:
+                    bad.append((position, str(error)))
+                    tried += 1
         nor = (
-            f"nor can any of the {tried - 1} that may stand in for it in this epoch"
-            if tried > 1
+            f"nor can any of the {tried} that may stand in for it in this epoch"
+            if tried
             else f"and with a single step an epoch (data.global_batch_size={self.global_batch_size} of "
             f"{len(self.source)} images) no other may stand in for it"
         )

@@ -115,7 +115,7 @@ class Encoder(Dataset[_Chunk]):
             end += len(data)
         return _Chunk(b"".join(records), rows, read, tuple(bad))
 
-    def _record(self, encoded: bytes) -> tuple[bytes, tuple[int, int]]:
+    def _record(self, encoded: bytes | bytearray) -> tuple[bytes | bytearray, tuple[int, int]]:
         """The record of an image file, and its height and width if it holds pixels."""
         options = self.options
         if not options.raw and options.short_side is None:

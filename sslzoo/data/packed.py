@@ -151,8 +151,8 @@ class _PackedSource(ImageSource):
 class PackedFiles(_PackedSource, EncodedSource):
     """Records that are the bytes of image files."""
 
-    def encoded(self, sample_id: int) -> bytes:
-        return bytes(self.records.read(self._at(sample_id)))
+    def encoded(self, sample_id: int) -> bytearray:
+        return self.records.read(self._at(sample_id))
 
 
 class PackedPixels(_PackedSource):

@@ -19,8 +19,8 @@ from sslzoo.data.crops import reflected_index, resample
 _LUMA = (0.2989, 0.587, 0.114)
 # In standard deviations: where a Gaussian is cut off, which leaves out 7e-6 of its sum.
 _CUT = 4.5
-# Of red, green and blue: the hue, in circles, at which the other two are alike, and how the value changes from there.
-_HUES = ((3 / 6, 2 / 6, 4 / 6), (6.0, -6.0, -6.0), (-1.0, 2.0, 2.0))
+# Of red, green and blue: the hue, in sixths of a circle, at which red is lowest, and green and blue are highest.
+_HUES = (3.0, 2.0, 4.0)
 
 Parameter = float | Tensor
 
@@ -42,16 +42,13 @@ def blend_(
     ``factor`` alone changes the brightness, with ``luma`` = 1 - factor the saturation, with ``mean`` = 1 - factor the
     contrast.
     """
-    if luma is None and mean is None:
-        return images.mul_(factor).clamp_(0, 1)
-    grey = grayscale(images)
-    if mean is None:
-        assert luma is not None
-        other = grey * luma
+    if luma is not None:
+        grey = grayscale(images)
+        other = grey * luma if mean is None else _plus(_mean(grey) * mean, grey, luma)
+    elif mean is not None:
+        other = grayscale(_mean(images)) * mean
     else:
-        other = _mean(grey) * mean
-        if luma is not None:
-            other = _plus(other, grey, luma)
+        return images.mul_(factor).clamp_(0, 1)
     return _plus(other, images, factor, out=images).clamp_(0, 1)
 
 
@@ -62,12 +59,12 @@ def _plus(other: Tensor, images: Tensor, factor: Parameter, out: Tensor | None =
     return torch.add(other, images, alpha=factor, out=out)
 
 
-def _mean(grey: Tensor) -> Tensor:
-    """The mean of each image, (..., 1, 1, 1)."""
-    if grey.ndim == 3:
+def _mean(images: Tensor) -> Tensor:
+    """The mean of each channel of each image, (..., C, 1, 1)."""
+    if images.ndim == 3:
         # Torch divides the sum over a whole tensor among threads, and its rounding depends on their number.
-        return grey.mean(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)
-    return grey.mean(dim=(-3, -2, -1), keepdim=True)
+        return images.mean(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)
+    return images.mean(dim=(-2, -1), keepdim=True)
 
 
 def shift_hue_(images: Tensor, shift: Parameter) -> Tensor:
@@ -76,20 +73,22 @@ def shift_hue_(images: Tensor, shift: Parameter) -> Tensor:
     Without ``where`` and reductions over the channels, which are slow on CPUs.
     """
     red, green, blue = images.unbind(dim=-3)
-    high = torch.maximum(torch.maximum(red, green), blue)
-    low = torch.minimum(torch.minimum(red, green), blue)
-    chroma = high.sub_(low)  # value times saturation
+    high, low = torch.maximum(red, green), torch.minimum(red, green)
+    torch.maximum(high, blue, out=high)
+    torch.minimum(low, blue, out=low)
+    chroma = high - low  # value times saturation
     # The distance from red is 1 + (green + blue - red - low) / chroma sixths of the circle, on either green's side or
-    # blue's.
-    distance = (green - low).add_(blue - red)
-    distance.div_(chroma.clamp(min=1e-30)).add_(1)  # a grey pixel has no hue, and any will do
-    hue = distance.copysign_(green - blue).unsqueeze(-3)
-    hue = hue.mul_(1 / 6).add_(shift + 1).frac_()  # of a circle, from 0
+    # blue's. A grey pixel has no hue, and any will do.
+    distance, side = (green - low).add_(blue - red), green - blue
+    sixth = _per_channel((1 / 6,), images.device)[0]
+    torch.addcdiv(sixth, distance, chroma.clamp(min=1e-30), value=1 / 6, out=distance)
+    hue = distance.copysign_(side).unsqueeze(-3).add_(shift + 1).frac_()  # of a circle, from 0
     # From low to high: red |6 hue - 3| - 1, green 2 - |6 hue - 2|, blue 2 - |6 hue - 4|.
-    centre, slope, offset = (_per_channel(v, images.device) for v in _HUES)
-    torch.sub(hue, centre, out=images).abs_()
-    torch.addcmul(offset, images, slope, out=images).clamp_(0, 1)
-    return torch.addcmul(low.unsqueeze(-3), images, chroma.unsqueeze(-3), out=images)
+    torch.sub(_per_channel(_HUES, images.device), hue, alpha=6, out=images).abs_().clamp_(1, 2)
+    others = images.narrow(-3, 1, 2)
+    torch.addcmul((high.add_(chroma)).unsqueeze(-3), others, chroma.unsqueeze(-3), value=-1, out=others)
+    torch.addcmul(low.sub_(chroma), red, chroma, out=red)
+    return images
 
 
 def solarize(images: Tensor, threshold: float) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,6 +76,10 @@ class ImageSource(ABC):
     @abstractmethod
     def read(self, sample_id: int) -> Tensor:
         """Read one image (C, H, W) uint8; raises ``UnreadableImageError`` with the reason if it cannot be read."""
+
+    def fetch(self, sample_id: int) -> Callable[[], Tensor]:
+        """The first half of :meth:`read`: get from the disk what is to be decoded. The second is what is returned."""
+        return partial(self.read, sample_id)
 
     def where(self, sample_id: int) -> str:
         """A description of the sample for log messages."""
@@ -157,7 +161,11 @@ class ResizedImages(ImageSource):
         return self.source.where(sample_id)
 
     def read(self, sample_id: int) -> Tensor:
-        return resize_short_side(self.source.read(sample_id), self.side)
+        return self.fetch(sample_id)()
+
+    def fetch(self, sample_id: int) -> Callable[[], Tensor]:
+        read = self.source.fetch(sample_id)
+        return lambda: resize_short_side(read(), self.side)
 
 
 def resize_short_side(image: Tensor, side: int) -> Tensor:
@@ -190,11 +198,14 @@ class EncodedSource(ImageSource):
             raise ValueError(f"image files are read with 1 or 3 channels; data.mean has {channels}")
 
     @abstractmethod
-    def encoded(self, sample_id: int) -> bytes:
+    def encoded(self, sample_id: int) -> bytes | bytearray:
         """The bytes of one image file; raises ``UnreadableImageError`` with the reason if there are none."""
 
     def read(self, sample_id: int) -> Tensor:
-        return decode(self.encoded(sample_id), self.channels)
+        return self.fetch(sample_id)()
+
+    def fetch(self, sample_id: int) -> Callable[[], Tensor]:
+        return partial(decode, self.encoded(sample_id), self.channels)
 
 
 class FileSource(EncodedSource):
@@ -239,7 +250,7 @@ class FileSource(EncodedSource):
         """The file of an image."""
         return self.root / self._paths[sample_id].decode("utf-8", "surrogateescape")
 
-    def encoded(self, sample_id: int) -> bytes:
+    def encoded(self, sample_id: int) -> bytearray:
         return read_file(self.path(sample_id), self.root)
 
 

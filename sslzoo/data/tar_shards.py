@@ -76,7 +76,7 @@ class ShardSource(EncodedSource):
     def _path(self, sample_id: int) -> Path:
         return self.root / _text(self._shards, int(self._shard[sample_id]))
 
-    def encoded(self, sample_id: int) -> bytes:
+    def encoded(self, sample_id: int) -> bytearray:
         place = int(self._offset[sample_id]), int(self._length[sample_id])
         return read_file(self._path(sample_id), self.root, *place)
 

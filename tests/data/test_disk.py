@@ -41,15 +41,15 @@ def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
         read_file(tmp_path / "a.png", tmp_path)
 
 
-def failing(number: int, times: int) -> tuple[Callable[[Path], bytes], list[float]]:
-    """``Path.read_bytes`` that fails so many times, and when it was asked."""
-    read, asked = Path.read_bytes, []
+def failing(number: int, times: int) -> tuple[Callable[..., int], list[float]]:
+    """``os.preadv`` that fails so many times, and when it was asked."""
+    read, asked = os.preadv, []
 
-    def fail(path: Path) -> bytes:
+    def fail(*args: Any) -> int:
         asked.append(time.monotonic())
         if len(asked) <= times:
             raise OSError(number, os.strerror(number))
-        return read(path)
+        return read(*args)
 
     return fail, asked
 
@@ -58,11 +58,12 @@ def test_a_disk_that_fails_is_asked_again(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "a.png").write_bytes(b"content")
     monkeypatch.setattr(disk, "PAUSES", (0.01, 0.02))
     for times in (1, 2):
-        fail, asked = failing(errno.EIO, times)
-        monkeypatch.setattr(Path, "read_bytes", fail)
-        assert read_file(tmp_path / "a.png", tmp_path) == b"content" and len(asked) == times + 1
+        with monkeypatch.context() as patch:
+            fail, asked = failing(errno.EIO, times)
+            patch.setattr(os, "preadv", fail)
+            assert read_file(tmp_path / "a.png", tmp_path) == b"content" and len(asked) == times + 1
     fail, asked = failing(errno.EIO, 3)
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(UnreadableImageError, match="Input/output error"):
         read_file(tmp_path / "a.png", tmp_path)
     assert len(asked) == 3
@@ -78,7 +79,7 @@ def test_what_will_not_come_back_is_not_waited_for(tmp_path: Path, monkeypatch: 
     with pytest.raises(UnreadableImageError, match="No such file"):
         read_file(tmp_path / "b.png", tmp_path)
     fail, _ = failing(errno.EACCES, 9)
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(UnreadableImageError, match="Permission denied"):
         read_file(tmp_path / "a.png", tmp_path)
 

@@ -412,14 +412,14 @@ def test_what_failed_is_not_read_again(
 ) -> None:
     break_a_block(photos, 6)
     diary = tmp_path_factory.mktemp("diary") / "asked"  # written to by workers too
-    ask = FileSource.read
+    ask = FileSource.encoded
 
-    def read(source: FileSource, sample_id: int) -> Tensor:
+    def encoded(source: FileSource, sample_id: int) -> bytearray:
         with diary.open("a") as file:
             file.write(f"{source.split} {sample_id}\n")
         return ask(source, sample_id)
 
-    monkeypatch.setattr(FileSource, "read", read)
+    monkeypatch.setattr(FileSource, "encoded", encoded)
     data = colour_data(root=photos, global_batch_size=4, workers=workers, max_bad_fraction=1.0)
     module = build(data, eval=replace(EVAL, resize=16))
     loader = module.train_dataloader()
