@@ -229,7 +229,7 @@ def optimum(problem: DualProblem) -> Tensor:
     return exact.objective(solve_adaptive(exact, max_iter=5000, tol=1e-8).duals)
 
 
-def measure(rounds: int = 3) -> list[Result]:
+def measure(rounds: int = 7) -> list[Result]:
     """Speed, memory and convergence of the solvers, and speed of the loss."""
     torch.set_num_threads(1)
     return [*inv(rounds), *loss(rounds), *pgd(rounds), *convergence()]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -95,18 +95,33 @@ class DualProblem:
         """Project onto the constraints 0 <= a <= C, in place."""
         return self.clear(duals.clamp_(0, self.upper))
 
+    @cached_property
+    def ridged(self) -> Tensor:
+        """E + reg I (M, M)."""
+        ridged = self.gram.clone()
+        ridged.diagonal().add_(self.reg)
+        return ridged
+
+    @cached_property
+    def _gap(self) -> Tensor:
+        """s_j - E_jj, less the reg that :attr:`ridged` has there (n,)."""
+        return self.self_gap - self.reg
+
     def gradient(self, duals: Tensor) -> Tensor:
         """Gradient (n, M) of all objectives by one matrix product; entries that are not variables are undefined.
 
-        It is B E + reg A - diag(B E) + (sum A) (s - E_jj) - 2, where B is A with -sum_i A_ji in the column of
+        It is B (E + reg I) - diag(B E) + (sum A) (s - E_jj) - 2, where B is A with -sum_i A_ji in the column of
         anchor j itself.
         """
+        return self.gradient_(duals.clone())
+
+    def gradient_(self, duals: Tensor) -> Tensor:
+        """The same; overwrites the entry of each row of ``duals`` in the column of its own anchor."""
         total = duals.sum(dim=1)
-        signed = duals.clone()
-        self.own(signed).copy_(-total)
+        self.own(duals).copy_(-total)
         with ieee_matmul():
-            gradient = torch.addmm(duals, signed, self.gram, beta=self.reg)
-        return gradient.add_((total * self.self_gap - self.own(gradient) - 2)[:, None])
+            gradient = duals @ self.ridged
+        return gradient.add_((total * self._gap - self.own(gradient) - 2)[:, None])
 
     def objective(self, duals: Tensor) -> Tensor:
         """The dual objectives (n,), including the ridge term."""
@@ -139,8 +154,7 @@ class DualProblem:
     def frobenius(self) -> Tensor:
         """|Delta_j|_F (n,) from row sums and elementwise products; with twins, which it includes, an upper bound."""
         m = len(self.gram) - 1
-        ridged = self.gram + self.reg * torch.eye(m + 1, dtype=self.gram.dtype, device=self.gram.device)
-        p = self.gram[self.rows].clone()  # k(j, a)
+        ridged, p = self.ridged, self.gram[self.rows].clone()  # p: k(j, a)
         q = ridged.sum(dim=1) - ridged[self.rows]  # row sums of the others
         for rows in (p, q):
             self.own(rows).zero_()
@@ -208,12 +222,13 @@ def inverse_duals(problem: DualProblem) -> Tensor:
 
 def _inverse(matrix: Tensor, definite: bool) -> Tensor:
     """The inverse of a symmetric matrix, without a host-device synchronisation; NaN if it cannot be factored."""
+    # LAPACK's layout is that of the transpose, which is the same matrix: nothing is reordered in what follows.
     if not definite:
-        inverse, info = torch.linalg.inv_ex(matrix)
+        inverse, info = torch.linalg.inv_ex(matrix.mT)
     else:
-        factor, info = torch.linalg.cholesky_ex(matrix)
+        factor, info = torch.linalg.cholesky_ex(matrix.mT)
         inverse = torch.cholesky_inverse(factor)
-    return inverse.add_(torch.where(info == 0, 0.0, torch.nan))
+    return inverse.mT.add_(torch.where(info == 0, 0.0, torch.nan))
 
 
 @_in_full_precision
@@ -270,20 +285,22 @@ def solve_pgd(
     else:
         rate = bound.new_full((), step)
         curvature = [of_ranks(bound.max()).amax(dim=0, keepdim=True)]
-    duals = point = start
+    duals, point = start, start.clone()
+    moved, size = torch.empty_like(start), torch.empty_like(start)
     block: list[tuple[Tensor, Tensor]] = []  # duals and sums of changes, not looked at yet
     for iteration in range(1, max_iter + 1):
-        new = problem.project(torch.addcmul(point, problem.gradient(point), rate, value=-1))
-        moved = new - duals
+        gradient = problem.gradient_(point)
+        new = problem.project(torch.addcmul(point, gradient, rate, value=-1, out=gradient))
+        torch.sub(new, duals, out=moved)
         if variant == "nesterov":
             square = theta * theta
             following = (math.sqrt(square * square + 4 * square) - square) / 2
-            point = torch.add(new, moved, alpha=theta * (1 - theta) / (square + following))
+            torch.add(new, moved, alpha=theta * (1 - theta) / (square + following), out=point)
             theta = following
         else:
-            point = new
+            point.copy_(new)
         if stop == "relative_change":
-            block.append((new, moved.abs_().div_(duals + 1e-7).sum()))
+            block.append((new, moved.abs_().div_(torch.add(duals, 1e-7, out=size)).sum()))
         duals = new
         if iteration % CHECK_EVERY and iteration < max_iter:
             continue
