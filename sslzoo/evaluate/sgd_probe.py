@@ -59,7 +59,7 @@ class SGDProbe:
         self.mean = torch.zeros(width, device=device, dtype=dtype)
         self.variance = torch.zeros_like(self.mean)
         self.updates = 0  # number of steps
-        self._class_index = torch.arange(classes, device=device)
+        self._class_index = torch.arange(classes, device=device)[:, None]
         self._ones = torch.ones(1, 1, device=device, dtype=dtype)
         # Sums over the step: gradient, first and second moments of the features, number of samples used for the
         # gradient, number of samples used for the moments.
@@ -94,11 +94,11 @@ class SGDProbe:
         trains = ~held_out & (label >= 0)
         self._trained += trains.sum()
         z = self._with_bias(z)
-        error = (z @ self.weight.flatten(0, 1).T).view(len(z), len(self.weight), self.classes).softmax(2)
-        # One (N, 1, C) comparison for all learning rates.
-        error.add_(label[:, None, None] == self._class_index, alpha=-1)
-        error *= trains[:, None, None]
-        self._gradient.addmm_(error.flatten(1).T, z)
+        # (L, C, N), because softmax over few neighbouring numbers is slow on CPUs.
+        error = (self.weight.flatten(0, 1) @ z.T).view(*self.weight.shape[:2], len(z)).softmax(1)
+        error.add_(label == self._class_index, alpha=-1)  # (C, N), one comparison for all learning rates
+        error *= trains
+        self._gradient.addmm_(error.flatten(0, 1), z)
 
     @torch.no_grad()
     def start(self, factor: float) -> None:
