@@ -63,10 +63,10 @@ class SGDProbe:
         self._ones = torch.ones(1, 1, device=device, dtype=dtype)
         # Sums over the step: gradient, first and second moments of the features, number of samples used for the
         # gradient, number of samples used for the moments.
-        sizes = (self.weight.numel(), width, width, 1, 1)
+        sizes = (self.weight.numel(), 2 * width, 1, 1)
         self._sums = torch.zeros(sum(sizes), device=device, dtype=dtype)
-        gradient, self._first, self._second, self._trained, self._seen = self._sums.split(sizes)
-        self._gradient = gradient.view(rates * classes, 1 + width)
+        gradient, moments, self._trained, self._seen = self._sums.split(sizes)
+        self._gradient, self._moments = gradient.view(rates * classes, 1 + width), moments.view(2, width)
         self._work: Any = None
         self._factor: float | None = None  # learning-rate factor of the step in progress, if there is one
 
@@ -86,8 +86,7 @@ class SGDProbe:
         if self.running:
             self._seen += len(z)
             z = z - self.mean
-            self._first += z.sum(0)
-            self._second += (z * z).sum(0)
+            self._moments += torch.stack([z, z * z]).sum(1)
             if self.updates == 0:
                 return
             z *= (self.variance + EPS).rsqrt()
@@ -127,8 +126,8 @@ class SGDProbe:
             self.weight.addcmul_(self.lrs, self.velocity, value=-self._factor)
         if self.running:
             rate = STATISTICS_RATE if self.updates else 1.0
-            shift = self._first / self._seen
-            self.variance.lerp_((self._second / self._seen - shift * shift).clamp_min_(0), rate)
+            shift, square = self._moments / self._seen
+            self.variance.lerp_(square.addcmul_(shift, shift, value=-1).clamp_min_(0), rate)
             self.mean.add_(shift, alpha=rate)
         self.updates += 1
         self._sums.zero_()
