@@ -69,6 +69,7 @@ def _mean(images: Tensor) -> Tensor:
 
 def shift_hue_(images: Tensor, shift: Parameter) -> Tensor:
     """Shift the hue in HSV by ``shift``, as a fraction of a full circle; value and saturation do not change.
+    Results may leave [0, 1] by rounding errors.
 
     Without ``where`` and reductions over the channels, which are slow on CPUs.
     """
@@ -86,7 +87,7 @@ def shift_hue_(images: Tensor, shift: Parameter) -> Tensor:
     # From low to high: red |6 hue - 3| - 1, green 2 - |6 hue - 2|, blue 2 - |6 hue - 4|.
     torch.sub(_per_channel(_HUES, images.device), hue, alpha=6, out=images).abs_().clamp_(1, 2)
     others = images.narrow(-3, 1, 2)
-    torch.addcmul((high.add_(chroma)).unsqueeze(-3), others, chroma.unsqueeze(-3), value=-1, out=others)
+    torch.addcmul(high.add_(chroma).unsqueeze(-3), others, chroma.unsqueeze(-3), value=-1, out=others)
     torch.addcmul(low.sub_(chroma), red, chroma, out=red)
     return images
 
