@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -14,12 +13,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from sslzoo import pictures
+from sslzoo.callbacks import histograms
 from sslzoo.callbacks.metrics_file import MetricsFile
 from sslzoo.distributed import all_reduce_mean, gather_detached, rank, world_size
 from sslzoo.exits import Diverged
-from sslzoo.files import write_text
 from sslzoo.nn.measurements import reported
-from sslzoo.pictures import delete_after
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +64,6 @@ class Meter(Callback):
         self._folder = Path(folder)
         self._file = MetricsFile(self._folder / "metrics.csv")
         self._system = MetricsFile(self._folder / "system.csv")
-        self._histograms = self._folder / "histograms.jsonl"
         # Names and values of each micro-batch in the current step, and the number of steps finished before it.
         self._step: list[tuple[tuple[str, ...], Tensor]] = []
         self._counted = 0
@@ -179,9 +177,10 @@ class Meter(Callback):
         if not len(values):
             return
         counts, edges = torch.histogram(values, BINS)
-        record = {"name": name, "step": step, "counts": counts.int().tolist(), "edges": edges.tolist()}
-        with self._histograms.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        histogram = histograms.Histogram(
+            name=name, step=step, counts=counts.int().tolist(), edges=edges.tolist()
+        )
+        histograms.append(self._folder, histogram)
 
     def _log_system(self, trainer: Trainer, pl_module: Any) -> None:
         steps = pl_module.optimizer_steps - self._clock_step
@@ -265,8 +264,8 @@ class Meter(Callback):
         self.latest = dict(state_dict["latest"])
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Open the files, truncated to the checkpoint's rows or empty, and delete the pictures of later steps; then the
-        followers may read them."""
+        """Open the files, truncated to the checkpoint's rows or empty, and delete histograms and pictures of later
+        steps; then the followers may read them."""
         self._file.writes = self._system.writes = trainer.is_global_zero
         if trainer.is_global_zero:  # only here, so that a directory deleted later is not created again
             self._file.path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,16 +279,9 @@ class Meter(Callback):
             self._file.rewind(state["rows"], state["columns"])
             self._restore(state, pl_module)
         if trainer.is_global_zero:
-            self._rewind_histograms(pl_module.optimizer_steps)
-            delete_after(self._folder, pl_module.optimizer_steps)
+            histograms.delete_after(self._folder, pl_module.optimizer_steps)
+            pictures.delete_after(self._folder, pl_module.optimizer_steps)
         self._tell("begin", self._file.rows)
-
-    def _rewind_histograms(self, step: int) -> None:
-        """Remove the histograms of steps after ``step``."""
-        if self._histograms.exists():
-            lines = self._histograms.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_text(self._histograms, "".join(kept))
 
     def _restore(self, state: Mapping[str, Any], pl_module: Any) -> None:
         """Take up sums and settings of the checkpoint."""

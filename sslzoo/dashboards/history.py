@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,19 +10,8 @@ from pathlib import Path
 
 from sslzoo import pictures
 from sslzoo.callbacks import metrics_file
+from sslzoo.callbacks.histograms import Histogram, Histograms
 from sslzoo.panels import OF_EPOCHS
-
-HISTOGRAMS = "histograms.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Histogram:
-    """Counts of values between ``edges``, which are one more than the counts."""
-
-    name: str
-    step: int
-    counts: Sequence[int]
-    edges: Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +36,10 @@ class History:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._metrics, self._system = metrics_file.Position(), metrics_file.Position()
-        self._read_histograms = 0
+        self._histograms = Histograms(folder)
         # What was read, and belongs to later rows.
         self._throughput: dict[int, dict[str, float]] = {}
-        self._histograms: list[Histogram] = []
+        self._waiting: list[Histogram] = []
         self._step = -1  # of the last row
 
     def read(self, count: int | None = None) -> list[Row]:
@@ -74,12 +62,10 @@ class History:
     def _add_media(self, rows: Sequence[Row], before: int) -> None:
         """Add to ``rows``, which come after step ``before``, what belongs to them."""
         self._throughput = {step: values for step, values in self._throughput.items() if step > self._step}
-        new = read_histograms(self.folder, self._read_histograms)
-        self._read_histograms += len(new)
-        waiting, self._histograms = [*self._histograms, *new], []
+        waiting, self._waiting = [*self._waiting, *self._histograms.read()], []
         for histogram in waiting:
             if histogram.step > self._step:
-                self._histograms.append(histogram)
+                self._waiting.append(histogram)
             else:
                 _first_at(rows, histogram.step).histograms.append(histogram)
         for step, name, path in read_pictures(self.folder, after=before):
@@ -104,16 +90,6 @@ def current_pictures(folder: Path) -> dict[str, Path]:
     of_steps = {path for *_, path in pictures.numbered(folder)}
     paths = sorted((folder / pictures.FOLDER).glob("*.png"))
     return {f"{pictures.FOLDER}/{path.stem}": path for path in paths if path not in of_steps}
-
-
-def read_histograms(folder: Path, start: int = 0) -> list[Histogram]:
-    """The histograms that methods have logged, in order, without the first ``start``; a line that a killed run left
-    unfinished is ignored."""
-    path = folder / HISTOGRAMS
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [Histogram(**json.loads(line)) for line in lines[start:] if line.endswith("\n")]
 
 
 def last_values(rows: Sequence[Row]) -> dict[str, float]:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sslzoo.callbacks.histograms import Histogram, Histograms
 from sslzoo.callbacks.meter import Follower
-from sslzoo.dashboards.history import Histogram, current_pictures, read_histograms, read_pictures, read_rows
+from sslzoo.dashboards.history import current_pictures, read_pictures, read_rows
 from sslzoo.panels import Section
 from sslzoo.pictures import FOLDER
 
@@ -28,7 +29,7 @@ class TensorBoard(Follower):
     def __init__(self, run_dir: Path, sections: tuple[Section, ...]) -> None:
         self.run_dir, self.sections = run_dir, sections
         self._writer: SummaryWriter | None = None
-        self._histograms = 0  # that are written
+        self._histograms = Histograms(run_dir)
         self._pictures: set[Path] = set()  # that are written, or cannot be read
 
     def begin(self, rows: int) -> None:
@@ -63,9 +64,8 @@ class TensorBoard(Follower):
 
     def _add_media(self) -> None:
         assert self._writer is not None
-        for histogram in read_histograms(self.run_dir, self._histograms):
+        for histogram in self._histograms.read():
             _add_histogram(self._writer, histogram)
-            self._histograms += 1
         for step, name, path in read_pictures(self.run_dir):
             if path not in self._pictures:
                 _add_picture(self._writer, f"{FOLDER}/{name}", path, step=step)

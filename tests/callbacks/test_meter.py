@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from sslzoo.callbacks.histograms import Histograms
 from sslzoo.callbacks.meter import Follower, Meter, log_metrics
 from sslzoo.callbacks.metrics_file import MetricsFile
-from sslzoo.dashboards.history import read_histograms
 from sslzoo.data.loading import ViewDataset
 from sslzoo.data.module import SSLDataModule
 from sslzoo.exits import ExitCode
@@ -225,7 +225,7 @@ def test_followers_learn_which_rows_are_final(tmp_path, meter_in):
         assert resumed.state_dict()["rows"] == rows
     assert told[:2] == [("begin", 0), ("saved", 2)]
     assert shown == [[], [2], [2]]
-    (kept,) = read_histograms(tmp_path)
+    (kept,) = Histograms(tmp_path).read()
     assert kept.step == 2 and sum(kept.counts) == 2
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sslzoo.callbacks.histograms import delete_after
 from sslzoo.dashboards.history import History, current_pictures, last_values, read_rows
 from sslzoo.dashboards.tensorboard import TensorBoard, write_evaluations
 from sslzoo.panels import sections
@@ -74,6 +75,37 @@ def test_what_is_read_piece_by_piece_is_what_is_read_at_once(tmp_path: Path) -> 
     assert rows == read_rows(tmp_path)
     assert [row.histograms[0].step for row in rows if row.histograms] == [3, 6]
     assert list(rows[4].pictures) == ["pictures/map"] and rows[5].values == {"train/loss": 0.5, "new": 1.0}
+
+
+DAMAGED = (
+    b'{"name": "method/u", "step": 3, "counts": [1,{"name": "method/u", "step": 3}\n',  # by a full disk
+    b"\x00\xff\xfe\x80\n",
+    b'{"name": "method/u", "step": 3, "counts": [1, 2], "edges": [0.0, 1.0]}\n',
+    b"3\n",
+)
+
+
+def test_a_damaged_histogram_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With one warning for each line, whatever shows the run; the start after it deletes the line."""
+    file = _files(tmp_path) / "histograms.jsonl"
+    first, unfinished = file.read_bytes().splitlines(keepends=True)
+    last = first.replace(b"3", b"5")
+    file.write_bytes(b"".join([first, *DAMAGED, last, unfinished]))
+    warnings = [f"line {line} of {file} is damaged and left out" for line in (2, 3, 4, 5)]
+    rows = History(tmp_path).read()
+    assert [row.histograms[0].step for row in rows if row.histograms] == [3, 5]
+    board = TensorBoard(tmp_path, sections("simclr", ()))
+    board.begin(4)
+    board.end()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    assert [event.step for event in events.Histograms("method/u")] == [3, 5]
+    assert caplog.messages == warnings
+    delete_after(tmp_path, 5)
+    assert file.read_bytes() == first + last
+    delete_after(tmp_path, 4)
+    assert file.read_bytes() == first
+    assert caplog.messages == warnings
 
 
 def test_a_file_that_is_no_picture_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -250,7 +250,7 @@ def _three_rows(folder: Path, code: int | None, *, online: bool) -> Run:
     state = {"id": "r", "online": online, "rows": 0 if online else 2}
     (folder / "wandb/sent.json").write_text(json.dumps(state))
     run.manifest.write_text(json.dumps({"run_id": "r", "recipe": {}, "world_size": 1, "exit_code": code}))
-    run.recipe.write_text("{name: tiny, data: {global_batch_size: 4}}")
+    run.recipe.write_text("{name: tiny, data: {global_batch_size: 4}, logging: {wandb: {}}}")
     run.metrics.write_text("step,epoch,train/loss\n1,0,3.0\n2,0,2.0\n3,0,1.0\n")
     content = {"state_dict": {}, "optimizer_steps": 2, "callbacks": {"Meter": {"rows": 2}}}
     torch.save(content, run.checkpoints / "step=2.ckpt")
@@ -301,6 +301,19 @@ def test_a_file_that_is_no_picture_is_left_out(
     assert [message.partition(", which")[0] for message in caplog.messages] == [
         f"W&B does not show {tmp_path}/pictures/{name}.png" for name in ("bad-step=3", "bad")
     ]
+    connection.finish.assert_called_once_with(exit_code=ExitCode.NAN)
+
+
+def test_a_damaged_histogram_is_left_out_of_a_push(
+    tmp_path: Path, connection: Mock, caplog: pytest.LogCaptureFixture
+) -> None:
+    _three_rows(tmp_path, ExitCode.NAN, online=True)
+    good = json.dumps({"name": "method/u", "step": 3, "counts": [1, 2], "edges": [0.0, 1.0, 2.0]})
+    (tmp_path / "histograms.jsonl").write_text(f"{good[:40]}{good}\n{good}\n")
+    wandb_run.push(tmp_path, project=None, entity=None)
+    (line,) = (call.args[0] for call in connection.log.call_args_list)
+    assert {"method/u", "train/loss"} <= line.keys()
+    assert caplog.messages == [f"line 1 of {tmp_path}/histograms.jsonl is damaged and left out"]
     connection.finish.assert_called_once_with(exit_code=ExitCode.NAN)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslzoo.batch import Batch
+from sslzoo.callbacks.histograms import Histograms
 from sslzoo.callbacks.meter import Meter
-from sslzoo.dashboards.history import read_histograms
 from sslzoo.distributed import all_reduce_mean
 from sslzoo.nn.backbones import build_backbone, parameter_count
 from sslzoo.nn.batchnorm import to_sync
@@ -719,10 +719,10 @@ def test_histograms_on_request(tmp_path):
     _train(method, range(method.plan.steps_per_epoch), 1, slice(0, BATCH))
     method._trainer = SimpleNamespace(callbacks=[meter])  # type: ignore[assignment]
     method.on_train_epoch_end()
-    assert read_histograms(tmp_path) == []
+    assert Histograms(tmp_path).read() == []
     method.optimizer_steps = 2 * method.plan.steps_per_epoch
     method.on_train_epoch_end()
-    first, second = read_histograms(tmp_path)
+    first, second = Histograms(tmp_path).read()
     assert (first.name, first.step) == ("method/log_u_0", 6)
     assert (second.name, second.step) == ("method/log_u_1", 6)
     table = method.tables[1]
