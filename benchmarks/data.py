@@ -154,7 +154,7 @@ def packed_raw(photographs: Path) -> ImageSource:
     """The photographs in a folder, decoded and packed. What is read of them later is in the page cache."""
     files = open_source(SourceConfig(dataset="folder", root=str(photographs)), 3)
     assert isinstance(files, FileSource)
-    write_split(files, photographs / "packed/train", PackOptions(raw=True))
+    write_split(files, photographs / "packed/train", PackOptions(raw=True), max_bad_fraction=0.0)
     return open_source(SourceConfig(dataset="folder", root=str(photographs / "packed")), 3)
 
 

@@ -8,8 +8,8 @@
 Recipes then use it by data.dataset=packed data.root=DST, or by data.root=DST alone if they name the data set. The same
 command continues after an interruption.
 
-exit codes: 0 done; 1 disk full, damaged data or another error at run time; 2 invalid folders or options; 75 stopped
-by a signal; 130 Ctrl-C.
+exit codes: 0 done; 1 disk full, too many images that cannot be read, damaged data or another error at run time; 2
+invalid folders or options; 75 stopped by a signal; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+
+from sslzoo.recipe.sections import DataConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that read and decode (default: one per processor)"
     )
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        metavar="F",
+        help="stop if a larger fraction of a split's images cannot be read, as data.max_bad_fraction does in training "
+        f"(default: {DataConfig.max_bad_fraction})",
+    )
     parser.add_argument("--verify", metavar="DST", help="instead: compare packed data with its checksums")
 
 
@@ -76,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
             dataset=args.dataset,
             splits=args.split or (),
             options=PackOptions(raw=args.raw, short_side=args.short_side, channels=args.channels or 3),
+            max_bad_fraction=(
+                DataConfig.max_bad_fraction if args.max_bad_fraction is None else args.max_bad_fraction
+            ),
             workers=processors() if args.workers is None else args.workers,
         )
     except ValueError as error:
@@ -95,7 +107,8 @@ def _problem(args: argparse.Namespace) -> str:
     """What is wrong with the options; empty if nothing is."""
     if "" in (args.source, args.dest, args.verify):
         return "the name of a folder is empty; . is the working directory"
-    options = (args.source, args.short_side, args.channels, args.dataset, args.split, args.workers)
+    bad = args.max_bad_fraction
+    options = (args.source, args.short_side, args.channels, args.dataset, args.split, args.workers, bad)
     if args.verify is not None:
         return "--verify DST takes nothing else" if args.raw or any(x is not None for x in options) else ""
     if args.source is None or args.dest is None:
@@ -107,6 +120,8 @@ def _problem(args: argparse.Namespace) -> str:
     for split in args.split or ():
         if split in ("", ".", "..") or "/" in split:
             return f"--split must be the name of a split, such as train, got {split!r}"
+    if bad is not None and not 0 <= bad <= 1:
+        return f"--max-bad-fraction must lie in [0, 1], got {bad}"
     if args.workers is not None and args.workers < 0:
         return f"--workers must not be negative, got {args.workers}"
     return ""

@@ -2,6 +2,7 @@
 
 Until then its name ends in ``.partial``. A pack that was interrupted, in whatever way, is continued there: records are
 appended to ``images.bin`` and then described in ``index.part``, and the first so many of them are known to be on disk.
+Images that could not be read are tried again then, so that their records come after those of other images.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from sslzoo.data.decoding import decode
 from sslzoo.data.disk import DataError, UnreadableImageError
 from sslzoo.data.huggingface import ArrowSource
 from sslzoo.data.loading import leave_signals_to_parent
-from sslzoo.data.packed import IMAGES, INDEX, LABELS, NAMES, ROW, ROW_OF_PIXELS, Records, checksum
+from sslzoo.data.packed import EMPTY, IMAGES, INDEX, LABELS, NAMES, ROW, ROW_OF_PIXELS, Records, checksum
 from sslzoo.data.sources import FileSource, resize_short_side
 from sslzoo.data.tar_shards import ShardSource
 from sslzoo.files import write_json
@@ -52,6 +53,7 @@ SAVE_EVERY = 10.0  # seconds between times at which what was written is known to
 _ROWS, _PLAN, _PROGRESS = "index.part", "plan.json", "progress.json"
 _SAMPLE = 64  # images from which the space needed is estimated
 SHOWN = 20  # unreadable images that are named
+_FEW = 5  # of them in one line
 _THREADS = 16  # that ask for sizes and times of files
 _CHUNK = 2 << 20  # bytes that a worker hands over at a time, about
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -75,14 +77,14 @@ class Written(NamedTuple):
     read: int  # bytes of the files read in this call
     added: int  # bytes of the records of this call
     unreadable: int  # empty records
-    reasons: tuple[str, ...]  # why, for the first of those of this call
+    reasons: tuple[str, ...]  # the first of these, and why
 
 
 class _Chunk(NamedTuple):
     """Some records that follow one another."""
 
     data: bytes
-    rows: NDArray[Any]  # (n,), with offsets within ``data``
+    rows: NDArray[Any]  # (n,) for index.part, with offsets within ``data``
     read: int  # bytes of their files
     bad: tuple[str, ...]  # why some are empty
 
@@ -108,7 +110,7 @@ class Encoder(Dataset[_Chunk]):
                 bad.append(f"{self.source.where(i)} ({error})")
             except DataError as error:
                 return error
-            row["offset"], row["length"], row["crc"] = end, len(data), zlib.crc32(data)
+            row["id"], row["offset"], row["length"], row["crc"] = i, end, len(data), zlib.crc32(data)
             if self.options.raw:
                 row["height"], row["width"] = shape
             records.append(data)
@@ -146,6 +148,7 @@ def write_split(
     folder: Path,
     options: PackOptions,
     *,
+    max_bad_fraction: float,
     workers: int = 0,
     report: Callable[[int, int], None] = lambda images, added: None,
 ) -> Written:
@@ -155,13 +158,15 @@ def write_split(
     Raises:
         ValueError: the folder holds something else, or another process is writing it.
         OSError: the disk is full, or cannot be written; the same call continues.
-        DataError: the folder of the images is gone, or a worker was ended; the same call continues.
+        DataError: more than ``max_bad_fraction`` of the images cannot be read, their folder is gone, or a worker was
+            ended; the same call continues.
     """
+    states = _states_of(source)
     plan = PackedInfo(
         dataset=_dataset_of(source),
         source=str(source.root.absolute()),
         fingerprint=source.fingerprint,
-        state=_state_of(source) if isinstance(source, FileSource) else None,
+        state=sha256(states.tobytes()).hexdigest()[:16] if isinstance(source, FileSource) else None,
         content="pixels" if options.raw else "files",
         short_side=options.short_side,
         channels=options.channels if options.raw or options.short_side is not None else None,
@@ -174,25 +179,28 @@ def write_split(
     )
     if folder.exists():
         return _as_it_was(folder, plan)
-    partial = _Partial(folder.with_name(folder.name + PARTIAL), plan, source)
+    partial = _Partial(folder.with_name(folder.name + PARTIAL), plan, source, states)
     try:
         if (partial.folder / FILE).exists():  # it was interrupted at the very end
             _as_it_was(partial.folder, plan)
             partial.rename(folder)
             return _as_it_was(folder, plan)
         partial.resume()
-        before, added, read = partial.done, 0, 0
+        before, added, read, unreadable = partial.done, 0, 0, 0
         reasons: list[str] = []
         encoder = Encoder(source, options, partial.row)
-        if before < len(source):
-            size = _record_size(encoder, before)
+        if len(partial.left):
+            size = _record_size(encoder, partial.left)
             partial.check_space(size)
-            for chunk in _chunks(encoder, before, max(1, int(_CHUNK / size)), workers):
+            for chunk in _chunks(encoder, partial.left, max(1, int(_CHUNK / size)), workers):
                 partial.add(chunk)
                 added, read = added + len(chunk.data), read + chunk.read
+                unreadable += len(chunk.bad)
                 reasons += chunk.bad[: SHOWN - len(reasons)]
+                if unreadable > max_bad_fraction * len(source):
+                    raise DataError(_too_many(partial, unreadable, reasons, max_bad_fraction))
                 report(partial.done, added)
-        unreadable = partial.publish(folder)
+        partial.publish(folder)
         return Written(len(source), before, partial.end, read, added, unreadable, tuple(reasons))
     finally:
         partial.close()
@@ -205,31 +213,38 @@ def _dataset_of(source: Packable) -> str:
     return "folder" if source.labels is None else "imagefolder"
 
 
-def _state_of(source: FileSource) -> str:
-    """A digest of the sizes and times of the files."""
+def _too_many(partial: _Partial, unreadable: int, reasons: Sequence[str], max_bad_fraction: float) -> str:
+    more = f" and {unreadable - _FEW} more" if unreadable > _FEW else ""
+    return (
+        f"{unreadable:,} of {partial.plan.images:,} images in {partial.plan.source} cannot be read, more than "
+        f"--max-bad-fraction={max_bad_fraction} allows: {', '.join(reasons[:_FEW])}{more}; repair them and run the "
+        "same command again, which continues, or raise --max-bad-fraction; if you remove them instead, delete "
+        f"{partial.folder} too"
+    )
+
+
+def _states_of(source: Packable) -> NDArray[np.int64]:
+    """Sizes (bytes) and times (ns) of the files (N, 2); zeros where the images have no files of their own."""
 
     def states(start: int) -> NDArray[np.int64]:
         found = np.zeros((min(1024, len(source) - start), 2), np.int64)
-        for i in range(len(found)):
-            with suppress(OSError):  # an image that cannot be read, such as a link that leads nowhere
-                status = source.path(start + i).stat()
-                found[i] = status.st_size, status.st_mtime_ns
+        if isinstance(source, FileSource):
+            for i in range(len(found)):
+                with suppress(OSError):  # an image that cannot be read, such as a link that leads nowhere
+                    status = source.path(start + i).stat()
+                    found[i] = status.st_size, status.st_mtime_ns
         return found
 
-    digest = sha256()
     with ThreadPoolExecutor(_THREADS) as pool:
-        for found in pool.map(states, range(0, len(source), 1024)):
-            digest.update(found.tobytes())
-    return digest.hexdigest()[:16]
+        return np.concatenate(list(pool.map(states, range(0, len(source), 1024))))
 
 
-def _check_state(info: PackedInfo, plan: PackedInfo, folder: Path) -> None:
-    """``ValueError`` if ``folder`` was written when files had other sizes or times."""
-    if info.state != plan.state:
-        raise ValueError(
-            f"the files in {plan.source} have changed (sizes or times) since {folder} was written; delete it to pack "
-            "them again, or choose another DST"
-        )
+def _changed(plan: PackedInfo, folder: Path) -> ValueError:
+    """The error if ``folder`` was written when files had other sizes or times."""
+    return ValueError(
+        f"the files in {plan.source} have changed (sizes or times) since {folder} was written; delete it to pack "
+        "them again, or choose another DST"
+    )
 
 
 def _as_it_was(folder: Path, plan: PackedInfo) -> Written:
@@ -242,9 +257,12 @@ def _as_it_was(folder: Path, plan: PackedInfo) -> Written:
             f"{folder} holds other images, or was packed with other options: {_described(info)}; choose another DST, "
             "or delete it"
         )
-    _check_state(info, plan, folder)
-    Records(folder)  # its files have their sizes, and the arrays their checksums
-    return Written(info.images, info.images, info.size, 0, 0, 0, ())
+    if info.state != plan.state:
+        raise _changed(plan, folder)
+    records = Records(folder)  # its files have their sizes, and the arrays their checksums
+    empty = np.flatnonzero(records.index["length"] == 0)
+    reasons = tuple(f"{folder}: {records.name(i)} ({EMPTY})" for i in empty[:SHOWN].tolist())
+    return Written(info.images, info.images, info.size, 0, 0, len(empty), reasons)
 
 
 def _described(info: PackedInfo) -> str:
@@ -252,12 +270,11 @@ def _described(info: PackedInfo) -> str:
     return f"{info.images:,} images of {info.dataset} from {info.source}{options}"
 
 
-def _record_size(encoder: Encoder, start: int) -> float:
-    """The mean size (bytes) of records from ``start`` on, estimated from some of them."""
-    count = min(_SAMPLE, len(encoder.source) - start)
-    ids = [start + k * (len(encoder.source) - start) // count for k in range(count)]
+def _record_size(encoder: Encoder, ids: NDArray[np.int64]) -> float:
+    """The mean size (bytes) of the records of these images, estimated from some of them."""
+    count = min(_SAMPLE, len(ids))
     sizes = []
-    for i in ids:
+    for i in ids[np.arange(count) * len(ids) // count].tolist():
         chunk = encoder.__getitems__([i])
         if isinstance(chunk, DataError):
             raise chunk
@@ -265,10 +282,9 @@ def _record_size(encoder: Encoder, start: int) -> float:
     return max(sum(sizes) / count, 1.0)
 
 
-def _chunks(encoder: Encoder, start: int, size: int, workers: int) -> Iterator[_Chunk]:
-    """The records from ``start`` on, in order, ``size`` at a time."""
-    ids = range(start, len(encoder.source))
-    batches: Any = [ids[i : i + size] for i in range(0, len(ids), size)]
+def _chunks(encoder: Encoder, ids: NDArray[np.int64], size: int, workers: int) -> Iterator[_Chunk]:
+    """The records of these images, in order, ``size`` at a time."""
+    batches: Any = [ids[i : i + size].tolist() for i in range(0, len(ids), size)]
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
@@ -315,13 +331,22 @@ def _as_it_is(chunk: Any) -> Any:
     return chunk
 
 
+def row_of(indexed: np.dtype[Any]) -> np.dtype[Any]:
+    """A row of ``index.part``: the image, size (bytes) and time (ns) of its file, and what the index has."""
+    return np.dtype([("id", "<i8"), ("size", "<i8"), ("time", "<i8"), *indexed.descr])
+
+
 class _Partial:
     """A split that is being written."""
 
-    def __init__(self, folder: Path, plan: PackedInfo, source: Packable) -> None:
-        self.folder, self.plan, self.source = folder, plan, source
-        self.row = ROW_OF_PIXELS if plan.content == "pixels" else ROW
-        self.done = self.end = 0  # records, and their bytes
+    def __init__(self, folder: Path, plan: PackedInfo, source: Packable, states: NDArray[np.int64]) -> None:
+        self.folder, self.plan, self.source, self._states = folder, plan, source, states
+        self._indexed = ROW_OF_PIXELS if plan.content == "pixels" else ROW
+        self.row = row_of(self._indexed)
+        # Images without a record, or with an empty one, when this call began.
+        self.left = np.arange(plan.images)
+        self.done = 0  # images with a record
+        self._count = self.end = 0  # records, and their bytes
         self._size = 0.0  # of a record (bytes), estimated
         folder.mkdir(parents=True, exist_ok=True)
         self._files = [os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666) for name in (IMAGES, _ROWS)]
@@ -340,7 +365,7 @@ class _Partial:
 
     def resume(self) -> None:
         """Find out which records are there, and drop what comes after them. ``ValueError`` if the folder is one of
-        another plan."""
+        another plan, or files of which records are there have changed."""
         path = self.folder / _PLAN
         if not os.fstat(self._rows).st_size:
             write_json(path, asdict(self.plan))
@@ -355,10 +380,10 @@ class _Partial:
                 f"{self.folder} was begun with other images or options: {_described(info)}; repeat that command, or "
                 "delete the folder"
             )
-        _check_state(info, self.plan, self.folder)
         rows = np.fromfile(self.folder / _ROWS, self.row)
         ends = rows["length"].cumsum()
         whole = (rows["offset"] == ends - rows["length"]) & (ends <= os.fstat(self._images).st_size)
+        whole &= (rows["id"] >= 0) & (rows["id"] < self.plan.images)
         done = len(rows) if whole.all() else int(whole.argmin())
         # What was not known to be on disk may be lost after a power failure.
         for i in range(self._saved_records(), done):
@@ -366,14 +391,19 @@ class _Partial:
             if zlib.crc32(record) != rows["crc"][i]:
                 done = i
                 break
-        self.done, self.end = done, int(ends[done - 1]) if done else 0
+        read = rows[:done][rows["length"][:done] > 0]
+        if (self._states[read["id"]] != np.stack((read["size"], read["time"]), axis=1)).any():
+            raise _changed(self.plan, self.folder)
+        self._count, self.end = done, int(ends[done - 1]) if done else 0
+        self.left = np.setdiff1d(self.left, read["id"])
+        self.done = self.plan.images - len(self.left)
         os.ftruncate(self._images, self.end)
-        os.ftruncate(self._rows, self.done * self.row.itemsize)
+        os.ftruncate(self._rows, self._count * self.row.itemsize)
 
     def _saved_records(self) -> int:
         """How many records are known to be on disk: none if the file that says it is missing or damaged."""
         try:
-            return max(0, int(json.loads((self.folder / _PROGRESS).read_text())["images"]))
+            return max(0, int(json.loads((self.folder / _PROGRESS).read_text())["records"]))
         except (OSError, ValueError, TypeError, LookupError):
             return 0
 
@@ -389,16 +419,18 @@ class _Partial:
 
     def _needed(self, size: float) -> float:
         """Bytes that are still to be written, if a record has ``size`` on average."""
-        entry = 2 * self.row.itemsize + self.source.paths.itemsize + 8
+        entry = self.row.itemsize + self._indexed.itemsize + self.source.paths.itemsize + 8
         return (self.plan.images - self.done) * (size + entry)
 
     def add(self, chunk: _Chunk) -> None:
         """Append records."""
         chunk.rows["offset"] += self.end
+        chunk.rows["size"], chunk.rows["time"] = self._states[chunk.rows["id"]].T
         try:
             _write(self._images, chunk.data, self.end)
-            _write(self._rows, chunk.rows.tobytes(), self.done * self.row.itemsize)
-            self.done, self.end = self.done + len(chunk.rows), self.end + len(chunk.data)
+            _write(self._rows, chunk.rows.tobytes(), self._count * self.row.itemsize)
+            self.done, self._count = self.done + len(chunk.rows), self._count + len(chunk.rows)
+            self.end += len(chunk.data)
             if time.monotonic() - self._saved > SAVE_EVERY:
                 self.save()
         except OSError as error:
@@ -417,12 +449,16 @@ class _Partial:
         """Make sure that what was appended is on disk, and say so there."""
         os.fsync(self._images)
         os.fsync(self._rows)
-        write_json(self.folder / _PROGRESS, {"images": self.done})
+        write_json(self.folder / _PROGRESS, {"records": self._count})
         self._saved = time.monotonic()
 
-    def publish(self, folder: Path) -> int:
-        """Write what readers need, and give the folder its name. Returns the number of empty records."""
-        index = np.fromfile(self.folder / _ROWS, self.row)
+    def publish(self, folder: Path) -> None:
+        """Write what readers need, and give the folder its name."""
+        rows = np.fromfile(self.folder / _ROWS, self.row)
+        rows = rows[rows["length"] > 0]
+        index = np.zeros(self.plan.images, self._indexed)
+        for name in self._indexed.names or ():
+            index[name][rows["id"]] = rows[name]
         arrays: dict[str, NDArray[Any]] = {INDEX: index, NAMES: self.source.paths}
         if self.source.labels is not None:
             arrays[LABELS] = self.source.labels
@@ -438,7 +474,6 @@ class _Partial:
         except OSError as error:
             raise self._explained(error) from error
         self.rename(folder)
-        return int((index["length"] == 0).sum())
 
     def rename(self, folder: Path) -> None:
         """Give the folder its name."""
@@ -451,7 +486,7 @@ class _Partial:
     def close(self) -> None:
         """Close the files, after an interruption with what was appended on disk."""
         with suppress(OSError):
-            if self.done and (self.folder / _ROWS).exists():
+            if self._count and (self.folder / _ROWS).exists():
                 self.save()
         for file in self._files:
             os.close(file)

@@ -28,6 +28,7 @@ INDEX, NAMES, LABELS = "index.npy", "names.npy", "labels.npy"
 # A row of the index. An empty record stands for an image that could not be read when it was packed.
 ROW = np.dtype([("offset", "<i8"), ("length", "<i8"), ("crc", "<u4")])
 ROW_OF_PIXELS = np.dtype([*ROW.descr, ("height", "<i4"), ("width", "<i4")])
+EMPTY = "it could not be read when it was packed"  # why an image has no record
 
 
 class Records:
@@ -81,7 +82,7 @@ class Records:
         """The bytes of record ``i``. ``UnreadableImageError`` if it is empty, or is not what was written."""
         row = self.index[i]
         if not row["length"]:
-            raise UnreadableImageError("it could not be read when it was packed")
+            raise UnreadableImageError(EMPTY)
         record = read_part(self._file, self.folder, int(row["offset"]), int(row["length"]))
         if zlib.crc32(record) != row["crc"]:
             raise UnreadableImageError(

@@ -30,7 +30,7 @@ from sslzoo.processes.departure import end_workers
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.class_lists import CLASS_LISTS
 from sslzoo.recipe.packed_info import FILE, PARTIAL, is_packed, split_names
-from sslzoo.recipe.sections import SourceConfig
+from sslzoo.recipe.sections import DataConfig, SourceConfig
 from sslzoo.terminal import ERR, OUT, REFRESH, Bars, duration, redraws
 
 PACKABLE = (
@@ -58,6 +58,7 @@ def pack(
     dataset: str | None,
     splits: Sequence[str],
     options: PackOptions,
+    max_bad_fraction: float = DataConfig.max_bad_fraction,
     workers: int,
 ) -> None:
     """Pack the images of ``source``, of a data set that is named or guessed, into ``dest``: ``splits``, or all found.
@@ -83,16 +84,32 @@ def pack(
     classless = dataset is None and name == "folder" and class_folders(source)
     note = " (no labels; for labels put the class folders into a folder train)" if classless else ""
     _say(f"{source}: {name}{note}, split{'s' * (len(found) > 1)} {', '.join(found)}")
+    unreadable: list[tuple[Path, Written]] = []
     with _signals():
         # All of them before the first is written: a mistake in the last would be found late.
         for split, images in [(split, _opened(source, name, split, options.channels)) for split in found]:
             own_folder = name != "folder" and images.root.name in split_names(split)
             folder = dest / (images.root.name if own_folder else split)
             with _Progress(split, len(images)) as progress:
-                written = write_split(images, folder, options, workers=workers, report=progress.report)
+                written = write_split(
+                    images,
+                    folder,
+                    options,
+                    max_bad_fraction=max_bad_fraction,
+                    workers=workers,
+                    report=progress.report,
+                )
             _say(_summary(folder, written, progress.seconds))
-            for reason in written.reasons:
-                _say(f"  unreadable: {reason}")
+            unreadable += [(folder, written)] if written.unreadable else []
+    for folder, written in unreadable:
+        _say(
+            f"{folder}: {written.unreadable:,} of {written.images:,} images cannot be read; training will put others "
+            "in their place:"
+        )
+        for reason in written.reasons:
+            _say(f"  {reason}")
+        if written.unreadable > len(written.reasons):
+            _say(f"  and {written.unreadable - len(written.reasons):,} more")
     _say(f"use it by: data.dataset=packed data.root={dest}")
 
 
@@ -166,9 +183,11 @@ def _verify_split(folder: Path) -> bool:
         _say(str(error))
         return False
     with _Progress(folder.name, len(records)) as progress:
-        for i, problem in enumerate(records.damaged(), 1):
+        size = 0
+        for i, problem in enumerate(records.damaged()):
             damaged += [problem] if problem else []
-            progress.report(i, int(records.index["offset"][i - 1]))
+            size += int(records.index["length"][i])
+            progress.report(i + 1, size)
     took = f"read in {duration(progress.seconds)}"
     if not damaged:
         _say(f"{folder}: {len(records):,} images as they were written; {took}")
@@ -260,8 +279,6 @@ def _summary(folder: Path, written: Written, seconds: float) -> str:
     text += f" ({written.added / max(written.read, 1):.2f} of the files' size)"
     if written.before:
         text += f"; {written.before:,} of them were there"
-    if written.unreadable:
-        text += f"; {written.unreadable:,} cannot be read"
     return (
         f"{text}; {duration(seconds)}, {(written.images - written.before) / max(seconds, 1e-9):,.0f} images/s"
     )

@@ -19,7 +19,7 @@ from sslzoo.data import pack_writer
 from sslzoo.data.datasets import open_source
 from sslzoo.data.disk import UnreadableImageError
 from sslzoo.data.pack_writer import PackOptions, Written, write_split
-from sslzoo.data.packed import Records
+from sslzoo.data.packed import ROW, ROW_OF_PIXELS, Records
 from sslzoo.data.sources import EncodedSource, FileSource, ImageSource, resize_short_side
 from sslzoo.recipe.class_lists import CLASS_LISTS
 from sslzoo.recipe.load import RecipeError, load_recipe
@@ -40,7 +40,7 @@ def write(root: Path, folder: Path, options: PackOptions = FILES, **more: object
     """Pack the training split of the class folders in ``root``."""
     source = opened("imagefolder", root)
     assert isinstance(source, FileSource)
-    return write_split(source, folder, options, **more)  # type: ignore[arg-type]
+    return write_split(source, folder, options, **({"max_bad_fraction": 0.1} | more))  # type: ignore[arg-type]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -82,7 +82,15 @@ def packed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     def get(options: PackOptions) -> Path:
         if options not in made:
             made[options] = tmp_path_factory.mktemp("packed") / "here"
-            pack(photos, made[options], dataset=None, splits=(), options=options, workers=0)
+            pack(
+                photos,
+                made[options],
+                dataset=None,
+                splits=(),
+                options=options,
+                max_bad_fraction=0.2,
+                workers=0,
+            )
         return made[options]
 
     return get
@@ -185,10 +193,13 @@ def test_empty_files_are_named_and_names_are_legible(
     root = tmp_path / os.fsdecode(b"caf\xe9\n")
     root.mkdir()
     (root / "empty.png").touch()
-    pack(root, tmp_path / "out", dataset=None, splits=(), options=FILES, workers=0)
+    for _ in range(2):
+        pack(root, tmp_path / "out", dataset=None, splits=(), options=FILES, max_bad_fraction=1, workers=0)
     out = capsys.readouterr().out
     assert rf"{tmp_path}/caf\xe9\n: folder, split train" in out
-    assert rf"unreadable: {tmp_path}/caf\xe9\n/empty.png (empty)" in out and "1 cannot be read" in out
+    assert out.count(f"{tmp_path}/out/train: 1 of 1 images cannot be read") == 2
+    assert rf"  {tmp_path}/caf\xe9\n/empty.png (empty)" in out
+    assert f"  {tmp_path}/out/train: empty.png (it could not be read when it was packed)" in out
 
 
 def test_layouts_are_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,21 +387,20 @@ def test_an_interrupted_pack_continues(
     ):
         write(photos, dest, PackOptions(short_side=20))
     with monkeypatch.context() as changed:
-        changed.setattr(pack_writer, "_state_of", lambda source: "other")
+        changed.setattr(pack_writer, "_states_of", lambda source: np.ones((len(source), 2), np.int64))
         with pytest.raises(ValueError, match="have changed"):
             write(photos, dest, options)
     # As after a power failure: of what was known to be on disk nothing is lost, but of the rest.
-    (partial / "progress.json").write_text('{"images": 12}')
-    row = np.fromfile(partial / "index.part", pack_writer.ROW_OF_PIXELS if options.raw else pack_writer.ROW)[
-        13
-    ]
+    (partial / "progress.json").write_text('{"records": 12}')
+    rows = np.fromfile(partial / "index.part", pack_writer.row_of(ROW_OF_PIXELS if options.raw else ROW))
     with (partial / "images.bin").open("r+b") as file:
-        file.seek(int(row["offset"]))
+        file.seek(int(rows["offset"][13]))
         file.write(bytes(10))
     if options.raw:  # every record is looked at then
         (partial / "progress.json").write_text("{")
     written = write(photos, dest, options)
-    assert (written.images, written.before) == (24, 13) and not partial.exists()
+    # What could not be read is tried again.
+    assert (written.images, written.before) == (24, 12 if options.raw else 13) and not partial.exists()
     assert contents(dest) == contents(packed(options) / "train")
     assert write(photos, dest, options).before == 24
     with pytest.raises(ValueError, match=r"was packed with other options.*choose another DST, or delete it"):

@@ -16,9 +16,10 @@ import torch
 from sslzoo.cli.main import main
 from sslzoo.data import pack_writer
 from sslzoo.data.datasets import open_source
+from sslzoo.data.packed import ROW_OF_PIXELS
 from sslzoo.data.sources import FileSource
 from sslzoo.recipe.sections import SourceConfig
-from sslzoo.run.pack import pack
+from sslzoo.run.pack import pack, verify
 from sslzoo.testing.kills import digest_of
 from tests.command import children, fork, saved, until, write_recipe
 from tests.run.test_images import write_pictures, write_shards
@@ -45,7 +46,7 @@ def _slow() -> None:
     pack_writer._CHUNK = 1
     read = FileSource.encoded
 
-    def encoded(self: FileSource, sample_id: int) -> bytes:
+    def encoded(self: FileSource, sample_id: int) -> bytearray:
         time.sleep(0.02)
         return read(self, sample_id)
 
@@ -76,9 +77,8 @@ def test_a_pack_that_was_ended_continues(
     command = ("pack", pictures, tmp_path / "packed", "--raw", "--workers", "1")
     first = fork(tmp_path, *command, before=_slow)
     rows = tmp_path / "packed/train.partial/index.part"
-    assert until(lambda: rows.exists() and rows.stat().st_size > 5 * pack_writer.ROW_OF_PIXELS.itemsize), (
-        first.said
-    )
+    five = 5 * pack_writer.row_of(ROW_OF_PIXELS).itemsize
+    assert until(lambda: rows.exists() and rows.stat().st_size > five), first.said
     first.signal(number)
     assert first.wait() == code, first.said
     assert first.err.strip() == said
@@ -87,6 +87,43 @@ def test_a_pack_that_was_ended_continues(
     assert again.wait() == 0, again.said
     assert "of them were there" in again.out and "data.dataset=packed" in again.out and not again.err
     assert _contents(tmp_path / "packed") == _contents(whole)
+
+
+def test_too_many_unreadable_images_end_the_command_which_continues(pictures: Path, tmp_path: Path) -> None:
+    source, dest = tmp_path / "pictures", tmp_path / "packed"
+    shutil.copytree(pictures, source)
+    damaged = [source / name for name in ("train/a/01.png", "train/b/00.png", "test/c/03.png")]
+    whole = [path.read_bytes() for path in damaged]
+    for path in damaged:
+        path.write_bytes(b"")
+    command = ("pack", source, dest, "--raw", "--workers", "1")
+    for name in ("first", "unchanged"):
+        ended = fork(tmp_path, *command, name=name, before=_slow)
+        assert ended.wait() == 1, ended.said
+        assert ended.err == (
+            f"sslzoo pack: 1 of 48 images in {source}/train cannot be read, more than --max-bad-fraction=0.01 allows: "
+            f"{damaged[0]} (empty); repair them and run the same command again, which continues, or raise "
+            f"--max-bad-fraction; if you remove them instead, delete {dest}/train.partial too\n"
+        )
+        assert [path.name for path in dest.iterdir()] == ["train.partial"]
+    for path, content in zip(damaged[:2], whole, strict=False):
+        path.write_bytes(content)
+    repaired = fork(tmp_path, *command, name="repaired")
+    assert repaired.wait() == 1 and "; 1 of them were there" in repaired.out, repaired.said
+    assert "1 of 12 images" in repaired.err and "test/c/03.png (empty)" in repaired.err
+    allowed = fork(tmp_path, *command, "--max-bad-fraction", "0.1", name="allowed")
+    assert allowed.wait() == 0 and not allowed.err, allowed.said
+    assert allowed.out.splitlines()[-3:] == [
+        f"{dest}/test: 1 of 12 images cannot be read; training will put others in their place:",
+        f"  {damaged[2]} (empty)",
+        f"use it by: data.dataset=packed data.root={dest}",
+    ]
+    assert verify(dest)
+    folder, packed = (
+        open_source(SourceConfig(dataset=dataset, root=str(root)), 3)
+        for dataset, root in (("imagefolder", source), ("packed", dest))
+    )
+    assert all(torch.equal(folder.read(i), packed.read(i)) for i in range(48))
 
 
 def _large() -> None:
@@ -117,7 +154,7 @@ def test_a_full_disk_leaves_nothing_half_done(pictures: Path, tmp_path: Path) ->
     assert first.wait() == 1, first.said
     (line,) = first.err.splitlines()
     assert (
-        "File too large: " in line and "has 11 of 48 images and needs about 27.5 kB more; free them" in line
+        "File too large: " in line and "has 11 of 48 images and needs about 28.4 kB more; free them" in line
     )
     assert [path.name for path in (tmp_path / "packed").iterdir()] == ["train.partial"]
     again = fork(tmp_path, *command)
@@ -131,7 +168,7 @@ def test_a_disk_without_the_room_is_refused_before(
     monkeypatch.setattr(pack_writer.shutil, "disk_usage", lambda path: usage)
     assert main(["pack", str(pictures), str(tmp_path / "packed"), "--raw", "--workers", "0"]) == 1
     assert (
-        "train.partial needs about 35.7 kB more, and its disk has 20.0 kB free; free some"
+        "train.partial needs about 36.9 kB more, and its disk has 20.0 kB free; free some"
         in capsys.readouterr().err
     )
     monkeypatch.undo()  # nothing was written that would bind the next command to these options
@@ -146,7 +183,7 @@ def test_a_disk_that_is_full_at_once_is_said_to_need_the_whole(
 
     monkeypatch.setattr(pack_writer, "_write", full)
     assert main(["pack", str(pictures), str(tmp_path / "packed"), "--raw", "--workers", "0"]) == 1
-    assert "has 0 of 48 images and needs about 35.7 kB more; free them" in capsys.readouterr().err
+    assert "has 0 of 48 images and needs about 36.9 kB more; free them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -155,6 +192,7 @@ def test_a_disk_that_is_full_at_once_is_said_to_need_the_whole(
         (["IN"], "give the folder of images and the folder to write: sslzoo pack SRC DST"),
         (["IN", "OUT", "--short-side", "0"], "--short-side must be positive, got 0"),
         (["IN", "OUT", "--channels", "1"], "--channels needs --raw or --short-side"),
+        (["IN", "OUT", "--max-bad-fraction", "2"], "--max-bad-fraction must lie in [0, 1], got 2.0"),
         (["IN", "OUT", "--workers", "-1"], "--workers must not be negative"),
         (["--verify", "OUT", "--raw"], "--verify DST takes nothing else"),
         (["--verify", "OUT"], "OUT holds no packed data; it has a folder for each split"),
