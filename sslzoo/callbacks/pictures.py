@@ -62,7 +62,8 @@ class Pictures(Callback):
     def _draw_all(self, trainer: Trainer, pl_module: SSLMethod[Any]) -> None:
         step, epoch = pl_module.optimizer_steps, trainer.current_epoch
         data: SSLDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        self._draw(step, "views", lambda: {"views": draw_views(data, epoch)})
+        if epoch or not (self.run / "views.png").exists():  # which shows those of the first epoch
+            self._draw(step, "views", lambda: {"views": draw_views(data, epoch)})
         self._draw(step, "neighbours and map", lambda: self._of_gallery(step))
         for watch in self.analyses:
             self._draw(step, f"plots of {watch.analysis.cfg.name}", lambda watch=watch: _plots(watch))

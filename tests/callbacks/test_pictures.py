@@ -109,6 +109,16 @@ def test_every_evaluation_is_shown(tmp_path: Path, watch: Watch) -> None:
     assert [name for step, name in _shown(tmp_path) if step == 9] == ["mine_plot", "views"]
 
 
+def test_views_of_the_first_epoch_are_drawn_once(tmp_path: Path, watch: Watch) -> None:
+    """At the start of the run, or if that failed, by the first evaluation."""
+    callback, _ = _pictures(tmp_path, watch)
+    _validate(callback, step=3, epoch=0)
+    (tmp_path / "views.png").touch()
+    callback, _ = _pictures(tmp_path, watch)
+    _validate(callback, step=4, epoch=0)
+    assert list(_shown(tmp_path)) == [(3, "mine_plot"), (3, "views"), (4, "mine_plot")]
+
+
 def test_drawing_takes_one_per_cent_of_the_time(tmp_path: Path, watch: Watch) -> None:
     callback, clock = _pictures(tmp_path, watch)
 
