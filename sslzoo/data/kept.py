@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sslzoo.files import atomically, own_part
 
-FORMAT = 3  # of the kept files; raise it when something else is found, or kept in another way
+FORMAT = 4  # of the kept files; raise it when something else is found, or kept in another way
 WORTH_KEEPING = 10_000  # length of the longest array from which on it is kept
 # A file or folder that changed this shortly before it was read (s) may have changed again without a new time. What was
 # found then only serves the other processes of the same start.

@@ -38,6 +38,7 @@ _CODECS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _LARGE = 10**10  # bytes of shards from which on indexing is announced
 _LARGEST = 10**6  # number of a class
+_ALIKE = "label all images by numbers, or all by names"
 
 log = logging.getLogger("sslzoo")
 
@@ -92,7 +93,7 @@ def webdataset(cfg: SourceConfig, channels: int) -> ImageSource:
     if not len(index["shard"]):
         wrong_layout(cfg, f"the {len(names)} shards in {legible(folder)} contain no images")
     arrays = {name: index[name] for name in ("shard", "offset", "length", "member")}
-    labels, classes = _labels(cfg, index["label"])
+    labels, classes = _labels(cfg, index["label"], [name.decode() for name in index["classes"].tolist()])
     if labels is None:
         if cfg.class_names:
             raise ValueError(
@@ -145,8 +146,11 @@ def shard_splits(root: Path) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda name: (name != "train", name)))
 
 
-def _labels(cfg: SourceConfig, labels: NDArray[np.int64]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Labels and class names; none if no image has a label."""
+def _labels(
+    cfg: SourceConfig, labels: NDArray[np.int64], found: Sequence[str]
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """Labels and class names; none if no image has a label. ``found``: the names that ``labels`` number, if the images
+    are labelled by names."""
     if labels[0] < 0:
         return None, ()
     largest = int(labels.max())
@@ -154,17 +158,24 @@ def _labels(cfg: SourceConfig, labels: NDArray[np.int64]) -> tuple[NDArray[np.in
     try:
         names = tuple(line.strip() for line in table.read_text(encoding="utf-8").splitlines() if line.strip())
     except FileNotFoundError:
-        return labels, tuple(str(label) for label in range(largest + 1))
+        return labels, tuple(found) or tuple(str(label) for label in range(largest + 1))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{legible(table)} cannot be read ({error}); it must have a class name on each line"
         ) from error
-    if largest >= len(names) or len(set(names)) < len(names):
+    number = {name: i for i, name in enumerate(names)}
+    unknown = [name for name in found if name not in number]
+    if unknown:
+        raise ValueError(
+            f"{legible(table)} lacks {legible(unknown[0])!r}, by which images of {cfg.split} are labelled; add it on a "
+            "line of its own, or remove the file"
+        )
+    if (not found and largest >= len(names)) or len(number) < len(names):
         raise ValueError(
             f"{legible(table)} must have a different name on a line for each of the labels 0 to {largest}, but has "
-            f"{len(names)} lines, {len(set(names))} of them different"
+            f"{len(names)} lines, {len(number)} of them different"
         )
-    return labels, names
+    return (np.array([number[name] for name in found])[labels] if found else labels), names
 
 
 # -- indexing --------------------------------------------------------------------------------------------
@@ -177,6 +188,9 @@ class _Shard(NamedTuple):
     offset: NDArray[np.int64]
     length: NDArray[np.int64]
     label: NDArray[np.int64]  # -1: none
+    classes: tuple[
+        str, ...
+    ]  # the sorted names that label numbers; empty if the images are labelled by numbers
 
 
 def _index(folder: Path, names: Sequence[str]) -> Found:
@@ -187,8 +201,15 @@ def _index(folder: Path, names: Sequence[str]) -> Found:
     if size > _LARGE:
         log.info("indexing %d tar files (%.0f GB) in %s, once", len(names), size / 1e9, legible(folder))
     shards = _index_all([folder / name for name in names])
+    classes = sorted({name for shard in shards for name in shard.classes})
+    number = {name: i for i, name in enumerate(classes)}
     arrays: dict[str, NDArray[Any]] = {
-        name: np.concatenate([getattr(shard, name) for shard in shards]) for name in _Shard._fields
+        name: np.concatenate([getattr(shard, name) for shard in shards])
+        for name in ("member", "offset", "length")
+    }
+    arrays |= {
+        "label": np.concatenate([_renumbered(shard, number) for shard in shards]),
+        "classes": np.array([name.encode() for name in classes], dtype=np.bytes_),
     }
     counts = [len(shard.label) for shard in shards]
     arrays |= {"shard": np.repeat(np.arange(len(names), dtype=np.int32), counts), "shards": as_bytes(names)}
@@ -197,8 +218,12 @@ def _index(folder: Path, names: Sequence[str]) -> Found:
         first, shard = os.fsdecode(arrays["member"][without[0]]), names[int(arrays["shard"][without[0]])]
         raise ValueError(
             f"{len(without):,} of {len(arrays['label']):,} images have no label, such as {legible(first)} in "
-            f"{legible(folder / shard)}; give every image a .cls with the number of its class, or none"
+            f"{legible(folder / shard)}; give every image a .cls with its class, or none"
         )
+    numbered = [bool((shard.label >= 0).any() and not shard.classes) for shard in shards]
+    if classes and any(numbered):
+        one, other = (legible(folder / names[numbered.index(kind)]) for kind in (True, False))
+        raise ValueError(f"{one} has numbers as labels, and {other} names; {_ALIKE}")
     return Found(arrays, as_bytes(paths), state, began)
 
 
@@ -210,6 +235,14 @@ def _index_all(paths: Sequence[Path]) -> list[_Shard]:
     wall, busy = time.perf_counter() - wall, time.thread_time() - busy
     with ThreadPoolExecutor(THREADS if wall > 2 * busy else 1) as pool:
         return [first, *pool.map(_index_shard, paths[1:])]
+
+
+def _renumbered(shard: _Shard, number: Mapping[str, int]) -> NDArray[np.int64]:
+    """The labels of a shard, with the ``number`` of each name."""
+    if not shard.classes:
+        return shard.label
+    # No label, -1, takes the last of these, and so stays none.
+    return np.array([*(number[name] for name in shard.classes), -1], dtype=np.int64)[shard.label]
 
 
 def _state_of(path: Path) -> tuple[int, int, int]:
@@ -224,7 +257,7 @@ def _state_of(path: Path) -> tuple[int, int, int]:
 def _index_shard(path: Path) -> _Shard:
     """Where the images of a shard are, and their labels, from ``KEY.cls`` or else from ``label`` of ``KEY.json``."""
     images: dict[str, tuple[str, int, int]] = {}  # by key: member, offset, length
-    classes: dict[str, int] = {}
+    classes: dict[str, int | str] = {}
     described: dict[str, tuple[str, bytes]] = {}  # name and content of the JSON members with a label
     ignored: dict[str, str] = {}  # images by their suffix, but not by what follows the first dot
     try:
@@ -243,7 +276,7 @@ def _index_shard(path: Path) -> _Shard:
                 elif kind == "cls":
                     if key in classes:
                         raise ValueError(f"there are two of {member.name}; keep one")
-                    classes[key] = _class_of(member, _content(file, member))
+                    classes[key] = _class_of(_text_of(file, member), member.name)
                 elif kind == "json":
                     content = _content(file, member)
                     if b'"label"' in content:
@@ -251,6 +284,9 @@ def _index_shard(path: Path) -> _Shard:
                 elif Path(kind).suffix in EXTENSIONS:
                     ignored[key] = member.name
         labels = [_label(key, classes, described) for key in images]
+        names = sorted({label for label in labels if isinstance(label, str)})
+        if names:
+            labels = _numbered(labels, names, [member for member, _, _ in images.values()])
     except (OSError, tarfile.TarError, ValueError) as error:
         raise ValueError(legible(f"{path}: {error}")) from error
     for key, name in ignored.items():
@@ -265,7 +301,18 @@ def _index_shard(path: Path) -> _Shard:
         np.array([offset for _, offset, _ in images.values()], dtype=np.int64),
         np.array([length for _, _, length in images.values()], dtype=np.int64),
         np.array(labels, dtype=np.int64),
+        tuple(names),
     )
+
+
+def _numbered(labels: Sequence[int | str], names: Sequence[str], members: Sequence[str]) -> list[int]:
+    """Numbers of ``names`` instead of these, in labels of ``members``; ``ValueError`` if some are numbers already."""
+    number = {name: i for i, name in enumerate(names)}
+    for label, member in zip(labels, members, strict=True):
+        if isinstance(label, int) and label >= 0:
+            named = members[next(i for i, other in enumerate(labels) if isinstance(other, str))]
+            raise ValueError(f"the label of {member} is a number, and that of {named} a name; {_ALIKE}")
+    return [number.get(label, -1) for label in labels]  # type: ignore[call-overload]
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -305,19 +352,17 @@ def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     return os.pread(file.fileno(), member.size, member.offset_data)
 
 
-def _class_of(member: tarfile.TarInfo, content: bytes) -> int:
-    text = content.strip()
-    if not text.isdigit() or int(text) > _LARGEST:
-        shown = repr(text[:20].decode("utf-8", "backslashreplace"))
-        raise ValueError(
-            f"{member.name} must hold the number of a class, 0 or more, but holds {shown}; names go to {CLASSES} in "
-            "data.root"
-        )
-    return int(text)
+def _text_of(file: BinaryIO, member: tarfile.TarInfo) -> str:
+    try:
+        return _content(file, member).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{member.name} is no text in UTF-8 ({error.reason})") from error
 
 
-def _label(key: str, classes: Mapping[str, int], described: Mapping[str, tuple[str, bytes]]) -> int:
-    """The label of the image with this key; -1: none. Words in a description are none."""
+def _label(
+    key: str, classes: Mapping[str, int | str], described: Mapping[str, tuple[str, bytes]]
+) -> int | str:
+    """The label of the image with this key, a number or a name; -1: none, or several in one description."""
     if key in classes:
         return classes[key]
     if key not in described:
@@ -328,12 +373,27 @@ def _label(key: str, classes: Mapping[str, int], described: Mapping[str, tuple[s
     except ValueError as error:
         raise ValueError(f"{name} is no JSON ({error})") from error
     label = description.get("label") if isinstance(description, dict) else None
-    if isinstance(label, str) and re.fullmatch(r"\s*-?\d+\s*", label):
-        label = int(label)
-    if not isinstance(label, int | float):
-        return -1
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= _LARGEST:
-        raise ValueError(
-            f'"label" in {name} must be the number of a class, 0 to {_LARGEST:,}, but is {label}'
-        )
-    return label
+    return -1 if isinstance(label, list | dict | None) else _class_of(label, f'"label" in {name}')
+
+
+def _class_of(label: object, what: str) -> int | str:
+    """The number or the name of a class that ``label`` is, with ``what`` in the message if it is neither."""
+    text = label.strip() if isinstance(label, str) else ""
+    if text and not _is_number(text):
+        return text
+    number = int(text) if text.isdecimal() else label
+    if type(number) is int and 0 <= number <= _LARGEST:
+        return number
+    shown = legible(json.dumps(label, ensure_ascii=False))
+    raise ValueError(
+        f"{what} must be the number of a class, 0 to {_LARGEST:,}, or its name, but is "
+        f"{shown if len(shown) < 40 else shown[:40] + ' ...'}"
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

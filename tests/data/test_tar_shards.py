@@ -141,7 +141,7 @@ def test_a_slow_disk_is_asked_for_several_shards_at_once(
 def test_images_without_labels(tmp_path: Path) -> None:
     members = [
         ("a.jpg", picture(1)),
-        ("a.json", b'{"caption": "x", "label": "cat"}'),
+        ("a.json", b'{"caption": "x", "label": ["cat", "dog"]}'),
         ("b.txt", b""),
         ("._c.png", b""),
     ]
@@ -241,21 +241,33 @@ def refused(root: Path, **changes: Any) -> str:
         ),
         ([*labelled(0), ("0000.cls", b"1")], "there are two of 0000.cls; keep one"),
         ([*labelled(0), ("a/b.cls", b"1")], "a/b.cls has no image; add a/b.jpg or remove it"),
-        (
-            [("a.png", b""), ("a.cls", b"cat\n")],
-            "a.cls must hold the number of a class, 0 or more, but holds 'cat'",
+        *(
+            (
+                [("a.png", b""), ("a.cls", label)],
+                f'0.tar: a.cls must be the number of a class, 0 to 1,000,000, or its name, but is "{label.decode()}"',
+            )
+            for label in (b"", b"-1", b"2.5", b"nan", b"3000000")
         ),
-        (
-            [("a.png", b""), ("a.cls", b"-1")],
-            "a.cls must hold the number of a class, 0 or more, but holds '-1'",
-        ),
+        ([("a.png", b""), ("a.cls", b"\xff")], "0.tar: a.cls is no text in UTF-8 (invalid start byte)"),
         ([("a.png", b""), ("a.json", b'{"label": ')], "a.json is no JSON ("),
         *(
             (
                 [("a.png", b""), ("a.json", b'{"label": %s}' % label)],
-                f'0.tar: "label" in a.json must be the number of a class, 0 to 1,000,000, but is {shown}',
+                '0.tar: "label" in a.json must be the number of a class, 0 to 1,000,000, or its name, but is '
+                + label.decode(),
             )
-            for label, shown in ((b"3000000", "3000000"), (b'"-1"', "-1"), (b"2.5", "2.5"), (b"true", "True"))
+            for label in (b"3000000", b"-1", b'"-1"', b"2.5", b'"2.5"', b"true", b'" "')
+        ),
+        *(
+            (
+                [*labelled(0), ("b.png", b""), other],
+                "0.tar: the label of 0000.png is a number, and that of b.png a name; label all images by numbers, or",
+            )
+            for other in (("b.cls", b"cat"), ("b.json", b'{"label": "cat"}'))
+        ),
+        (
+            [("a.png", b""), ("a.cls", b"cat"), ("b.png", b"")],
+            "1 of 2 images have no label, such as b.png in ROOT/train/0.tar; give",
         ),
         ([("a.1.png", b"")], "the key of a.1.png ends at its first dot, and a has no other image; rename it"),
         ([("a.txt", b"")], "the 1 shards in ROOT/train contain no images. Expected under data.root="),
@@ -274,6 +286,32 @@ def test_labels_in_descriptions(tmp_path: Path) -> None:
     write_tar(tmp_path / "train/0.tar", [*members, ("b.json", b'{"label": ')])
     source = opened(tmp_path)
     assert source.labels is not None and source.labels.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("form", ["cls", "json"])
+def test_labels_may_be_names_of_classes(tmp_path: Path, form: str) -> None:
+    """Sorted as class folders are; classes.txt may say otherwise."""
+    for shard, names in enumerate((("dog", "cat"), ("ox", "cat"))):
+        members: list[tuple[str, bytes]] = []
+        for i, name in enumerate(names):
+            label = f"{name}\n" if form == "cls" else json.dumps({"label": name})
+            members += [(f"{shard}{i}.png", picture(i)), (f"{shard}{i}.{form}", label.encode())]
+        write_tar(tmp_path / f"train/{shard}.tar", members)
+    source = opened(tmp_path)
+    assert source.class_names == ("cat", "dog", "ox") and source.labels is not None
+    assert source.labels.tolist() == [1, 0, 2, 0]
+    chosen = opened(tmp_path, classes=("ox", "cat"))
+    assert chosen.labels is not None and chosen.labels.tolist() == [1, 0, 1]
+    (tmp_path / "classes.txt").write_text("ox\nelk\ndog\ncat\n")
+    source = opened(tmp_path)
+    assert source.class_names == ("ox", "elk", "dog", "cat") and source.labels is not None
+    assert source.labels.tolist() == [2, 3, 0, 3]
+    (tmp_path / "classes.txt").write_text("ox\ncat\n")
+    assert "classes.txt lacks 'dog', by which images of train are labelled; add it on" in refused(tmp_path)
+    (tmp_path / "classes.txt").unlink()
+    write_tar(tmp_path / "train/2.tar", labelled(0))
+    message = f"train/2.tar has numbers as labels, and {tmp_path}/train/0.tar names; label all images by numbers, or"
+    assert message in refused(tmp_path)
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
