@@ -163,6 +163,7 @@ class WandB(Follower):
         self._final = 0  # rows that are final
         self._sender: Sender | None = None
         self._sent_at = 0.0
+        self._evaluated = False  # since rows were last sent
         self._said = False
 
     def begin(self, rows: int) -> None:
@@ -178,12 +179,20 @@ class WandB(Follower):
         else:
             self._connect()
 
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Remember whether ``values`` are those of an evaluation."""
+        self._evaluated |= any(key.startswith(("val/", "repr/")) for key in values)
+
     def saved(self, rows: int) -> None:
-        """Send the rows that became final, unless some were sent a moment ago."""
+        """Send the rows that became final, unless some were sent a moment ago, and after an evaluation what the run
+        has reached."""
         self._final = rows
-        if self._sender is not None and time.monotonic() - self._sent_at > PAUSE:
-            self._sender.send(rows)
-            self._sent_at = time.monotonic()
+        if self._sender is None or not (self._evaluated or time.monotonic() - self._sent_at > PAUSE):
+            return
+        self._sender.send(rows)
+        if self._evaluated:
+            self._sender.send_reached()
+        self._evaluated, self._sent_at = False, time.monotonic()
 
     def alert(self, title: str, text: str) -> None:
         """Raise an alert at W&B, which sends it by mail or Slack as the user has chosen there."""
@@ -207,6 +216,7 @@ class WandB(Follower):
         try:
             self._sender = sender = connect(self.run, self.cfg, self._final)
             sender.send(self._final)
+            sender.send_reached()
         except Exception as error:  # not installed, logged out, unreachable, a full disk: never fatal
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._sender, self._said = None, True
@@ -233,6 +243,10 @@ class Sender:
         for row in self._history.read(rows):
             self.connection.log(self._line(row), step=self.sent, commit=True)
             self.sent += 1
+
+    def send_reached(self) -> None:
+        """Send what the run has reached so far: its best figures, its throughput and the verdict."""
+        self.connection.summary.update(_reached(Record(self.run.path)))
 
     def end(self, code: int, ending: Ending | None = None) -> None:
         """Send the last value of every column, the figures of all evaluations and the pictures, and close the
@@ -264,8 +278,7 @@ class Sender:
         report = (
             {"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)} if page.exists() else {}
         )
-        verdict = {f"verdict/{key}": value for key, value in record.verdict.items()}
-        self.connection.summary.update(latest | figures | record.at_a_glance | verdict | pictures | report)
+        self.connection.summary.update(latest | figures | _reached(record) | pictures | report)
 
     def _send_export(self, folder: Path) -> None:
         import wandb
@@ -374,6 +387,11 @@ def read_recipe(run: Run) -> dict[str, Any]:
 def _facts(run: Run) -> dict[str, Any]:
     """The manifest, with what follows from recipe and data."""
     return {key: value for key, value in run.read_manifest().items() if key not in _LEFT_OUT}
+
+
+def _reached(record: Record) -> dict[str, Any]:
+    """The best figures, the throughput and the verdict."""
+    return record.at_a_glance | {f"verdict/{key}": value for key, value in record.verdict.items()}
 
 
 def _images(paths: Mapping[str, Path]) -> dict[str, Any]:

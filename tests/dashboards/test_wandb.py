@@ -27,6 +27,7 @@ from sslzoo.dashboards.history import read_rows
 from sslzoo.exits import ExitCode
 from sslzoo.panels import AT_A_GLANCE, FRAMEWORK
 from sslzoo.pictures import numbered
+from sslzoo.processes.ending import Ending
 from sslzoo.recipe.sections import WandbConfig
 from sslzoo.records.directory import Run
 from sslzoo.records.lock import RunLock
@@ -323,6 +324,54 @@ def test_a_damaged_histogram_is_left_out_of_a_push(
     connection.finish.assert_called_once_with(exit_code=ExitCode.NAN)
 
 
+def _summary(connection: Mock) -> dict[str, Any]:
+    """The summary after all updates so far."""
+    summary: dict[str, Any] = {}
+    for call in connection.summary.update.call_args_list:
+        summary |= call.args[0]
+    return summary
+
+
+def test_the_best_figures_and_the_throughput_are_sent_with_every_evaluation(
+    tmp_path: Path, connection: Mock
+) -> None:
+    """With the checkpoint that includes it, however short ago rows were sent."""
+    run = _three_rows(tmp_path, None, online=True)
+    (tmp_path / "system.csv").write_text("step,epoch,sys/images_per_s\n1,0,50.0\n2,0,70.0\n3,0,60.0\n")
+    wandb = wandb_run.WandB(run, WandbConfig(mode="online"), "online")
+    wandb.begin(2)
+    assert _summary(connection) == {"median/images_per_s": 60.0}
+    accuracies = {3: 0.5, 4: 0.75, 5: 0.25}
+    for rows, (step, accuracy) in enumerate(accuracies.items(), start=4):
+        run.metrics.write_text(
+            "step,epoch,train/loss,val/knn_top1,repr/rankme\n1,0,3.0,,\n2,0,2.0,,\n3,0,1.0,,\n"
+            + "".join(f"{s},0,,{accuracies[s]},9.0\n" for s in range(3, step + 1))
+        )
+        wandb.add(step, {"val/knn_top1": accuracy})
+        updates = connection.summary.update.call_count
+        for _ in range(2):  # the second time without an evaluation
+            wandb.saved(rows)
+        assert connection.summary.update.call_count == updates + 1
+        assert connection.log.call_args.args[0]["val/knn_top1"] == accuracy
+        assert _summary(connection)["best/knn_top1"] == max(0.5, *(accuracies[s] for s in range(3, step + 1)))
+    assert "eval/knn_top1" not in _summary(connection)  # those of evaluations after training only
+
+
+@pytest.mark.parametrize("mode", ["push", "offline"])
+def test_a_killed_run_that_is_sent_later_has_its_best_figures(
+    tmp_path: Path, connection: Mock, mode: str
+) -> None:
+    run = _three_rows(tmp_path, None, online=False)
+    run.metrics.write_text("step,epoch,train/loss,val/knn_top1\n1,0,3.0,\n2,0,,0.5\n3,0,1.0,\n")
+    if mode == "push":
+        wandb_run.push(tmp_path, project=None, entity=None)
+    else:  # the next start ends before the next evaluation
+        wandb = wandb_run.WandB(run, WandbConfig(mode="offline"), "offline")
+        wandb.begin(2)
+        wandb.end(Ending(code=ExitCode.PREEMPTED, message="stopped"))
+    assert _summary(connection)["best/knn_top1"] == 0.5
+
+
 def test_refusals_of_push(finished: Path, tmp_path: Path) -> None:
     nobody = {"NETRC": str(tmp_path / "none"), "WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"}
     push = fork(finished, "wandb", "push", "run", environment=nobody)
@@ -345,15 +394,18 @@ def test_three_kills(tmp_path: Path, server: Server, mode: str) -> None:
     write_recipe(tmp_path)
     run = tmp_path / "run"
     for number, (step, all_of_it) in enumerate([(3, False), (8, True), (13, False)]):
-        fit = _fit(
-            tmp_path, server, "--resume", "auto", mode=mode, faults={"pause": 0.1}, name=f"fit{number}"
-        )
+        part = mode == "online" and all_of_it  # wandb uploads every 15 seconds
+        faults = {"pause": 2.0 if part else 0.1}
+        fit = _fit(tmp_path, server, "--resume", "auto", mode=mode, faults=faults, name=f"fit{number}")
         _until_saved(fit, run, step)
-        assert until(lambda s=step: read_rows(run)[-1].step > max(saved(run)))
+        name = manifest(run)["run_id"]
+        if part:  # a run that is killed has what the evaluation after step 6 found
+            assert until(lambda name=name: "best/knn_top1" in server.runs[name].summary), fit.said
+            assert "median/images_per_s" in server.runs[name].summary and server.runs[name].history
+        assert until(lambda: read_rows(run)[-1].step > max(saved(run)))
         (os.killpg if all_of_it else os.kill)(fit.pid, signal.SIGKILL)
         assert fit.wait() == -signal.SIGKILL, fit.said
         if mode == "online":
-            name = manifest(run)["run_id"]
             assert len(server.runs[name].history) <= len(read_rows(run))
     fit = _fit(tmp_path, server, "--resume", "auto", mode=mode, faults={"pause": 0.1}, name="signalled")
     _until_saved(fit, run, 15)
