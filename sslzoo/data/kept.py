@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sslzoo.files import atomically, own_part
+from sslzoo.files import atomically
 
 FORMAT = 4  # of the kept files; raise it when something else is found, or kept in another way
 WORTH_KEEPING = 10_000  # length of the longest array from which on it is kept
@@ -97,7 +97,7 @@ def _read(place: Path) -> Found | None:
 def _write(place: Path, found: Found) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     own = {"paths": found.paths, "state": found.state, "began": np.float64(found.began)}
-    with atomically(place, own_part()) as part, part.open("wb") as file:
+    with atomically(place, shared=True) as part, part.open("wb") as file:
         np.savez(file, **found.arrays, **{f"own_{name}": array for name, array in own.items()})
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sslzoo.exits import RunError
-from sslzoo.files import write_json
+from sslzoo.files import pid_namespace, write_json
 
 LOCK = "run.lock"  # file name
 HEARTBEAT = 10.0  # seconds between heartbeats
@@ -43,7 +43,7 @@ class RunLock:
             "host": platform.node(),
             "pid": os.getpid(),
             "pid_started": process_start(os.getpid()),
-            "pid_namespace": _pid_namespace(),
+            "pid_namespace": pid_namespace(),
             "job": _job(),
             "restart": _restarts(),
         }
@@ -171,7 +171,7 @@ def _is_dead(path: Path, owner: dict[str, Any]) -> bool:
 
 def _is_here(owner: dict[str, Any]) -> bool:
     """Whether the owner's process is visible: those of other machines and containers are not."""
-    return (owner.get("host"), owner.get("pid_namespace")) == (platform.node(), _pid_namespace())
+    return (owner.get("host"), owner.get("pid_namespace")) == (platform.node(), pid_namespace())
 
 
 def _job() -> str:
@@ -213,13 +213,6 @@ def process_start(pid: int) -> str:
     except PermissionError:
         pass
     return "running"
-
-
-def _pid_namespace() -> str:
-    try:
-        return str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return ""
 
 
 def _named(owner: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sslzoo import panels
 from sslzoo.evaluate.figures import FEATURES
-from sslzoo.files import own_part, write_text
+from sslzoo.files import write_text
 from sslzoo.pages.page import (
     Block,
     Chart,
@@ -49,7 +49,7 @@ def write_page(folder: Path) -> Path:
     """Draw the page of the run in ``folder``, and replace ``report.html`` there."""
     path = folder / PAGE
     # The run itself and `sslzoo report` may draw it at the same time.
-    write_text(path, page(Record(folder)), own_part())
+    write_text(path, page(Record(folder)), shared=True)
     return path
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,22 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
 def test_a_long_run_has_a_small_page(tmp_path: Path) -> None:
     path = write_page(write_run(tmp_path, rows=30_000))
     assert path.stat().st_size < 400_000
+
+
+def _killed_while_writing(run: Path) -> None:
+    os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    write_page(run)
+
+
+def test_the_next_page_deletes_what_a_kill_left_of_this_one(tmp_path: Path) -> None:
+    run = run_with_summary(tmp_path / "run")
+    writer = multiprocessing.get_context("fork").Process(target=_killed_while_writing, args=(run,))
+    writer.start()
+    writer.join()
+    (part,) = run.glob("*.part")
+    assert f".{writer.pid}." in part.name
+    assert main(["report", str(run)]) == 0
+    assert not list(run.glob("*.part")) and (run / "report.html").exists()
 
 
 def test_names_in_files_cannot_add_elements(tmp_path: Path) -> None:
