@@ -38,7 +38,12 @@ def read_file(path: Path, root: Path, offset: int = 0, length: int | None = None
     """
 
     def read() -> bytearray:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # a socket cannot be opened
+                raise UnreadableImageError("not a regular file") from error
+            raise
         try:
             status = os.fstat(file)
             if not S_ISREG(status.st_mode):

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -128,14 +129,13 @@ class ImageReader:
     def read_all(self, sample_id: Sequence[int]) -> list[Tensor | UnreadableImageError]:
         """Several, or why one cannot be read. All are fetched before any is decoded: in turn, each would drive the
         other's code out of the caches."""
-        fetched = [self._attempt(i, partial(self.source.fetch, i)) for i in sample_id]
-        decoded = [
-            half if isinstance(half, UnreadableImageError) else self._attempt(i, half)
-            for i, half in zip(sample_id, fetched, strict=True)
-        ]
-        return [
-            image if isinstance(image, UnreadableImageError) else channels_last(image) for image in decoded
-        ]
+        fetched = deque(self._attempt(i, partial(self.source.fetch, i)) for i in sample_id)
+        images: list[Tensor | UnreadableImageError] = []
+        for i in sample_id:
+            half = fetched.popleft()  # what was fetched takes no memory once it is decoded
+            image = half if isinstance(half, UnreadableImageError) else self._attempt(i, half)
+            images.append(image if isinstance(image, UnreadableImageError) else channels_last(image))
+        return images
 
     def _attempt(self, sample_id: int, half: Callable[[], _Result]) -> _Result | UnreadableImageError:
         """The result of one half of reading an image, unless that fails or has failed before."""

@@ -188,9 +188,7 @@ class _Shard(NamedTuple):
     offset: NDArray[np.int64]
     length: NDArray[np.int64]
     label: NDArray[np.int64]  # -1: none
-    classes: tuple[
-        str, ...
-    ]  # the sorted names that label numbers; empty if the images are labelled by numbers
+    classes: tuple[str, ...]  # the sorted names that ``label`` numbers; none if images have numbers
 
 
 def _index(folder: Path, names: Sequence[str]) -> Found:
@@ -220,9 +218,9 @@ def _index(folder: Path, names: Sequence[str]) -> Found:
             f"{len(without):,} of {len(arrays['label']):,} images have no label, such as {legible(first)} in "
             f"{legible(folder / shard)}; give every image a .cls with its class, or none"
         )
-    numbered = [bool((shard.label >= 0).any() and not shard.classes) for shard in shards]
-    if classes and any(numbered):
-        one, other = (legible(folder / names[numbered.index(kind)]) for kind in (True, False))
+    kinds = [bool(shard.classes) if len(shard.label) else None for shard in shards]
+    if classes and False in kinds:
+        one, other = (legible(folder / names[kinds.index(named)]) for named in (False, True))
         raise ValueError(f"{one} has numbers as labels, and {other} names; {_ALIKE}")
     return Found(arrays, as_bytes(paths), state, began)
 

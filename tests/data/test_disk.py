@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -39,6 +40,15 @@ def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(UnreadableImageError, match="not a regular file"):
         read_file(tmp_path / "a.png", tmp_path)
+
+
+def test_a_socket_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "PAUSES", (0.01,))
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("a.png")
+        with pytest.raises(UnreadableImageError, match="not a regular file"):
+            read_file(tmp_path / "a.png", tmp_path)
 
 
 def failing(number: int, times: int) -> tuple[Callable[..., int], list[float]]:

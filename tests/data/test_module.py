@@ -19,9 +19,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from sslzoo.batch import Batch
+from sslzoo.data import sources
 from sslzoo.data.crops import crop_into
 from sslzoo.data.datasets import open_source
 from sslzoo.data.disk import DataError
+from sslzoo.data.loading import ImageReader
 from sslzoo.data.module import EvalSet, SSLDataModule
 from sslzoo.data.sources import ArraySource, FileSource, ImageSource, fake_source
 from sslzoo.data.views import draw_boxes, draw_uniforms
@@ -454,6 +456,49 @@ def test_unreadable_images_survive_a_resume(photos: Path) -> None:
         (photos / "train" / name).write_bytes(b"")
     with pytest.raises(DataError, match=r"[34] of 40"):
         batches(resumed)
+
+
+class Inverted(FileSource):
+    """Decodes in a way of its own."""
+
+    def read(self, sample_id: int) -> Tensor:
+        return 255 - super().read(sample_id)
+
+
+def test_sources_may_decode_in_a_way_of_their_own(photos: Path) -> None:
+    source = build(colour_data(root=photos)).train_source
+    assert isinstance(source, FileSource)
+    inverted = Inverted("mine", "train", source.root, source.paths, source.labels, source.class_names)
+    ours, theirs = (ImageReader(images).read_all([0, 1])[1] for images in (inverted, source))
+    assert isinstance(ours, Tensor) and isinstance(theirs, Tensor) and torch.equal(ours, 255 - theirs)
+
+
+def test_what_was_fetched_takes_no_memory_once_it_is_decoded(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Content(bytearray):
+        """Bytes that are counted."""
+
+        alive = 0
+
+        def __init__(self, content: bytearray) -> None:
+            super().__init__(content)
+            Content.alive += 1
+
+        def __del__(self) -> None:
+            Content.alive -= 1
+
+    source = build(colour_data(root=photos)).train_source
+    read, decode, counts = FileSource.encoded, sources.decode, []
+
+    def counted(data: bytearray, channels: int) -> Tensor:
+        counts.append(Content.alive)
+        return decode(data, channels)
+
+    monkeypatch.setattr(FileSource, "encoded", lambda images, i: Content(read(images, i)))
+    monkeypatch.setattr(sources, "decode", counted)
+    ImageReader(source).read_all(range(4))
+    assert counts == [4, 3, 2, 1]
 
 
 class Hanging(ImageSource):

@@ -297,6 +297,7 @@ def test_labels_may_be_names_of_classes(tmp_path: Path, form: str) -> None:
             label = f"{name}\n" if form == "cls" else json.dumps({"label": name})
             members += [(f"{shard}{i}.png", picture(i)), (f"{shard}{i}.{form}", label.encode())]
         write_tar(tmp_path / f"train/{shard}.tar", members)
+    write_tar(tmp_path / "train/00.tar", [])
     source = opened(tmp_path)
     assert source.class_names == ("cat", "dog", "ox") and source.labels is not None
     assert source.labels.tolist() == [1, 0, 2, 0]
