@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule
-from measure import Result, report
+from measure import Result, keep_freed_memory, report
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -169,9 +169,12 @@ def measure(rounds: int = 5, steps: int = 400) -> list[Result]:
         "the same and a probe of three rates": lambda: framework(steps, companions=True, probe=True),
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
+    keep_freed_memory()
+    for k in range(rounds + 1):
         for name, run in variants.items():
-            times[name].append(run())
+            ms = run()
+            if k:  # the first round warms up
+                times[name].append(ms)
     bounds = {"the same and a probe of three rates": 1.3}
     return [
         Result(

@@ -72,17 +72,20 @@ def report(results: Sequence[Result], file: Path | None = None) -> int:
     return 0 if all(r.met for r in results) else 1
 
 
-def alternating(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = process_time
-) -> dict[str, list[float]]:
-    """Seconds of each contender by ``clock``, by default those of the CPU, one value per round, after a warm-up round.
-
-    From here on the process keeps the memory that it frees: otherwise large tensors would cost page faults whose number
-    depends on what ran before.
-    """
+def keep_freed_memory() -> None:
+    """From here on the process keeps the memory that it frees: otherwise large tensors would cost page faults whose
+    number depends on what ran before."""
     libc = ctypes.CDLL(None)
     for option, value in ((_TRIM_THRESHOLD, -1), (_MMAP_MAX, 0)):
         assert libc.mallopt(option, value) == 1
+
+
+def alternating(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = process_time
+) -> dict[str, list[float]]:
+    """Seconds of each contender by ``clock``, by default those of the CPU, one value per round, after a warm-up round
+    and :func:`keep_freed_memory`."""
+    keep_freed_memory()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for k in range(rounds + 1):
         for name, run in contenders.items():

@@ -12,6 +12,7 @@ import importlib
 import multiprocessing
 import os
 import sys
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -40,7 +41,14 @@ def main() -> int:
     for name in args.names or NAMES:
         print(f"measuring {name} …", file=sys.stderr)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            results += process.submit(results_of, name).result()
+            try:
+                results += process.submit(results_of, name).result()
+            except Exception:  # the others are measured all the same
+                traceback.print_exc()
+                error = Result(
+                    work=name, baseline="see its error above", value=0, unit="finished", at_least=1
+                )
+                results.append(error)
     return report(results, args.json)
 
 

@@ -225,7 +225,7 @@ def crop_batch(images: Tensor, boxes: Tensor, size: int, interpolation: str, pad
         )
     if len(boxes) > len(images):
         images = images.repeat(len(boxes) // len(images), 1, 1, 1)
-    out = resample(images.float().div_(255), rows, columns)
+    out = resample(images / 255, rows, columns)
     return out.clamp_(0, 1) if interpolation == "bicubic" else out  # the cubic kernel overshoots
 
 

@@ -31,7 +31,8 @@ from sslzoo.run.trainer import build_trainer
 
 Part = Literal["data", "model", "step"]
 PARTS: tuple[Part, ...] = ("data", "model", "step")
-WARM_UP = 3
+WARM_UP = 3  # steps that are not measured, at least
+PREFETCHED = 2  # batches that a worker reads in advance, torch's default
 _RESERVE = 1.2  # times the images that the model takes: what the workers should deliver
 
 
@@ -79,7 +80,8 @@ class Report:
         rate = {s.part: s.rate for s in self.speeds}
         if self.workers is None or not {"data", "model"} <= rate.keys():
             return []
-        each = rate["data"] / max(1, self.workers)
+        # Workers beyond the processors share these.
+        each = rate["data"] / max(1, min(self.workers, self.processors))
         needed = math.ceil(_RESERVE * rate["model"] / each)
         lines = [
             f"A worker delivers {each:,.1f} images/s, and the device takes {rate['model']:,.1f}: "
@@ -116,28 +118,30 @@ def _bench(recipe: Recipe, parts: tuple[Part, ...], steps: int) -> Report:
     alone = replace(
         recipe,
         data=replace(recipe.data, global_batch_size=images),
-        trainer=_for_one_device(recipe.trainer) | {"limit_train_batches": WARM_UP + steps},
+        trainer=_for_one_device(recipe.trainer),
     )
     speeds: list[Speed] = []
     if "model" in parts:
         source = fake_source(images, len(recipe.data.mean), 32, classes)
         built = build_experiment(alone, source=source, plan=plan)
-        speeds.append(_train("model", built, _Given(_generated(recipe, images, classes), WARM_UP + steps)))
+        given = _Given(_generated(recipe, images, classes), WARM_UP + steps)
+        speeds.append(_train("model", built, given, WARM_UP, steps))
         del built
     experiment = build_experiment(alone) if parts != ("model",) else None
+    in_memory = experiment is None or isinstance(experiment.data.train_source, ArraySource)
     if experiment is not None:
         experiment.data.device = device
+        warm_up, steps = (WARM_UP, steps) if in_memory else _in_flight(recipe.data.workers, steps)
         possible = experiment.plan.micro_batches_per_epoch
         require(
-            possible >= WARM_UP + steps,
-            f"{recipe.data.dataset} has {possible} batches of {images} images, and {WARM_UP + steps} are needed; "
+            possible >= warm_up + steps,
+            f"{recipe.data.dataset} has {possible} batches of {images} images, and {warm_up + steps} are needed; "
             "lower --steps or data.global_batch_size",
         )
         if "data" in parts:
-            speeds.append(_load(experiment, device, steps))
+            speeds.append(_load(experiment, device, warm_up, steps))
         if "step" in parts:
-            speeds.append(_train("step", experiment, experiment.data))
-    in_memory = experiment is None or isinstance(experiment.data.train_source, ArraySource)
+            speeds.append(_train("step", experiment, experiment.data, warm_up, steps))
     return Report(
         speeds=tuple(sorted(speeds, key=lambda s: PARTS.index(s.part))),
         images=images,
@@ -146,6 +150,12 @@ def _bench(recipe: Recipe, parts: tuple[Part, ...], steps: int) -> Report:
         in_workers=experiment is not None and experiment.data.augments_in_workers,
         processors=max(1, len(os.sched_getaffinity(0)) // devices_per_node(recipe)),
     )
+
+
+def _in_flight(workers: int, steps: int) -> tuple[int, int]:
+    """The steps to warm up for, and to measure. Once the batches that workers hold in advance are used, as many are in
+    flight at the end as at the start. As workers may deliver all at the same time, their rounds are not cut short."""
+    return max(WARM_UP, PREFETCHED * workers), steps + -steps % max(1, workers)
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -201,27 +211,32 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _load(experiment: Experiment, device: torch.device, steps: int) -> Speed:
+def _load(experiment: Experiment, device: torch.device, warm_up: int, steps: int) -> Speed:
     """Read batches and make their views, without a network."""
-    data, start = experiment.data, 0.0
-    for k, raw in enumerate(islice(data.train_dataloader(), WARM_UP + steps), start=1):
+    data, start, end = experiment.data, 0.0, 0.0
+    for k, raw in enumerate(islice(data.train_dataloader(), warm_up + steps), start=1):
         data.finish(raw, device)
-        if k == WARM_UP:
+        if k == warm_up:
             start = _now(device)
-    return Speed(part="data", rate=steps * data.plan.micro_batch_size / (_now(device) - start))
+        elif k == warm_up + steps:
+            end = _now(
+                device
+            )  # not after the loop, which waits for the workers to finish what nobody will use
+    return Speed(part="data", rate=steps * data.plan.micro_batch_size / (end - start))
 
 
 class _Clock(Callback):
     """Time of the steps after a warm-up, and of the waits between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up = warm_up
         self.count, self.start, self.end, self.waited = 0, 0.0, 0.0, 0.0
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         """The batch has come."""
-        if self.count > WARM_UP:
+        if self.count > self.warm_up:
             self.waited += time.perf_counter() - self.end
-        elif self.count == WARM_UP:
+        elif self.count == self.warm_up:
             self.start = _now(trainer.strategy.root_device)
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -232,12 +247,12 @@ class _Clock(Callback):
         self.end = time.perf_counter()
 
 
-def _train(part: Part, experiment: Experiment, data: LightningDataModule) -> Speed:
+def _train(part: Part, experiment: Experiment, data: LightningDataModule, warm_up: int, steps: int) -> Speed:
     """Train for an epoch of a few steps."""
-    clock = _Clock()
+    clock, section = _Clock(warm_up), experiment.recipe.trainer | {"limit_train_batches": warm_up + steps}
     with tempfile.TemporaryDirectory(prefix="sslzoo-bench-") as folder:
         callbacks: list[Callback] = [StepSeeding(), BroadcastBatchNormStats(), clock]
-        trainer = build_trainer(experiment.recipe.trainer, run_dir=Path(folder), callbacks=callbacks)
+        trainer = build_trainer(section, run_dir=Path(folder), callbacks=callbacks)
         trainer.fit(experiment.method, datamodule=data)
-    images = (clock.count - WARM_UP) * experiment.data.plan.micro_batch_size
-    return Speed(part=part, rate=images / clock.total, waiting=clock.waited / clock.total)
+    rate = steps * experiment.data.plan.micro_batch_size / clock.total
+    return Speed(part=part, rate=rate, waiting=clock.waited / clock.total)

@@ -467,6 +467,18 @@ def test_inv_keeps_float32(sigma, cosine):
     assert (got - exact).norm() / exact.norm() < 1e-5
 
 
+@pytest.mark.parametrize(("sigma", "cosine"), [(50.0, 0.9), (50.0, 0.99), (10.0, 0.999)])
+def test_the_gradient_keeps_float32_where_features_are_alike(sigma: float, cosine: float) -> None:
+    x = _rows(256, 128, cosine=cosine, dtype=torch.float32)
+    hyper = {"kernel": "rbf", "sigma": sigma, "C": 100.0, "reg": 0.1}
+    problem, exact = _problem(x, hyper)[0], _problem(x.double(), hyper)[0]
+    solution = solve_adaptive(problem, max_iter=100, tol=1e-6)
+    got, true = problem.gradient(solution.duals), exact.gradient(solution.duals.double())
+    off = ~torch.eye(256, dtype=torch.bool)
+    assert (got - true)[off].norm() < 1e-5 * true[off].norm().clamp(min=2 * 256)
+    assert solution.iterations < 100
+
+
 def test_total_collapse_gives_no_loss_and_no_gradient():
     for dtype in (torch.float64, torch.float32):
         z = torch.ones(12, 5, dtype=dtype)

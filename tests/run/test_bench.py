@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
 
 from sslzoo.cli.main import main
 from sslzoo.recipe.registry import recipes
-from sslzoo.run.bench import Report, Speed
+from sslzoo.run.bench import Report, Speed, _in_flight, _load
+from sslzoo.run.build import Experiment
 
 SMALL = (
     "backbone.name=tests.tiny:TinyEncoder", "views.0.size=12", "views.0.blur_kernel=5", "data.global_batch_size=8",
@@ -43,6 +49,27 @@ def test_advice() -> None:
     assert "data.workers=3 is what 3 processors per device allow; 4 would be needed. Packed" in few[-2]
     assert few[-1] == "On a CPU, data.augment_on=worker is faster"
     assert enough not in replace(report, workers=None).lines()
+    # Four workers on two processors are no more than two.
+    crowded = replace(report, workers=4, processors=2).lines()
+    assert "A worker delivers 100.0 images/s" in crowded[-1] and "4 would be needed" in crowded[-1]
+
+
+def test_batches_in_flight_are_not_counted() -> None:
+    assert _in_flight(0, 5) == (3, 5) and _in_flight(1, 5) == (3, 5)
+    assert _in_flight(12, 20) == (24, 24) and _in_flight(4, 20) == (8, 20)
+
+
+def test_the_end_of_the_workers_is_not_counted() -> None:
+    def batches() -> Iterator[int]:
+        try:
+            yield from range(100)
+        finally:
+            time.sleep(1)
+
+    data = SimpleNamespace(
+        train_dataloader=batches, finish=lambda *_: None, plan=SimpleNamespace(micro_batch_size=1)
+    )
+    assert _load(cast(Experiment, SimpleNamespace(data=data)), torch.device("cpu"), 3, 10).rate > 20
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, wraps
+from functools import wraps
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -95,22 +95,10 @@ class DualProblem:
         """Project onto the constraints 0 <= a <= C, in place."""
         return self.clear(duals.clamp_(0, self.upper))
 
-    @cached_property
-    def ridged(self) -> Tensor:
-        """E + reg I (M, M)."""
-        ridged = self.gram.clone()
-        ridged.diagonal().add_(self.reg)
-        return ridged
-
-    @cached_property
-    def _gap(self) -> Tensor:
-        """s_j - E_jj, less the reg that :attr:`ridged` has there (n,)."""
-        return self.self_gap - self.reg
-
     def gradient(self, duals: Tensor) -> Tensor:
         """Gradient (n, M) of all objectives by one matrix product; entries that are not variables are undefined.
 
-        It is B (E + reg I) - diag(B E) + (sum A) (s - E_jj) - 2, where B is A with -sum_i A_ji in the column of
+        It is B E + reg A - diag(B E) + (sum A) (s - E_jj) - 2, where B is A with -sum_i A_ji in the column of
         anchor j itself.
         """
         return self.gradient_(duals.clone())
@@ -120,8 +108,10 @@ class DualProblem:
         total = duals.sum(dim=1)
         self.own(duals).copy_(-total)
         with ieee_matmul():
-            gradient = duals @ self.ridged
-        return gradient.add_((total * self._gap - self.own(gradient) - 2)[:, None])
+            gradient = duals @ self.gram
+        # Without the ridge, which would add rounding errors that grow with the sum of the duals.
+        shift = total * self.self_gap - self.own(gradient) - 2
+        return gradient.add_(duals, alpha=self.reg).add_(shift[:, None])
 
     def objective(self, duals: Tensor) -> Tensor:
         """The dual objectives (n,), including the ridge term."""
@@ -154,7 +144,8 @@ class DualProblem:
     def frobenius(self) -> Tensor:
         """|Delta_j|_F (n,) from row sums and elementwise products; with twins, which it includes, an upper bound."""
         m = len(self.gram) - 1
-        ridged, p = self.ridged, self.gram[self.rows].clone()  # p: k(j, a)
+        ridged = self.gram + self.reg * torch.eye(m + 1, dtype=self.gram.dtype, device=self.gram.device)
+        p = self.gram[self.rows].clone()  # k(j, a)
         q = ridged.sum(dim=1) - ridged[self.rows]  # row sums of the others
         for rows in (p, q):
             self.own(rows).zero_()
@@ -334,10 +325,12 @@ def solve_adaptive(
     """
     bound = problem.lipschitz()
     rate = bound.reciprocal()[:, None]
-    duals = point = problem.gram.new_zeros(len(problem.self_term), len(problem.gram))
+    duals = problem.gram.new_zeros(len(problem.self_term), len(problem.gram))
+    point = duals.clone()
     age = rate.new_ones(rate.shape)  # t_k of each anchor
     for iteration in range(1, max_iter + 1):
-        new = problem.project(torch.addcmul(point, problem.gradient(point), rate, value=-1))
+        gradient = problem.gradient_(point)
+        new = problem.project(torch.addcmul(point, gradient, rate, value=-1, out=gradient))
         moved = new - duals
         uphill = ((point - new) * moved).sum(dim=1, keepdim=True) > 0
         age = torch.where(uphill, 1.0, age)
