@@ -278,7 +278,7 @@ def test_one_flipped_bit_is_found(
     capsys.readouterr()
     assert not verify(root)
     out = capsys.readouterr().out
-    assert f"{root}/train: 1 of 24 images are damaged" in out and "a/5.jpg (its checksum differs" in out
+    assert f"{root}/train: 1 of 24 images are damaged" in out and "a/5.jpg (its checksum differs)" in out
     assert f"delete {root}/train and pack it again, from " in out
     assert f"{root}/val: 6 images as they were written" in out
 
