@@ -36,6 +36,7 @@ _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|Z)|tgz|tbz2?|txz)$")
 _CODECS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # The key ends at the first dot of the file's name; folders belong to it. Hidden files have none.
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+_BROKEN = re.compile(r"[\n\r\0\ud800-\udfff]")  # line breaks, and what is no text
 _LARGE = 10**10  # bytes of shards from which on indexing is announced
 _LARGEST = 10**6  # number of a class
 _ALIKE = "label all images by numbers, or all by names"
@@ -377,12 +378,12 @@ def _label(
 def _class_of(label: object, what: str) -> int | str:
     """The number or the name of a class that ``label`` is, with ``what`` in the message if it is neither."""
     text = label.strip() if isinstance(label, str) else ""
-    if text and not _is_number(text):
+    if text and not _is_number(text) and not _BROKEN.search(text):
         return text
     number = int(text) if text.isdecimal() else label
     if type(number) is int and 0 <= number <= _LARGEST:
         return number
-    shown = legible(json.dumps(label, ensure_ascii=False))
+    shown = json.dumps(label)
     raise ValueError(
         f"{what} must be the number of a class, 0 to {_LARGEST:,}, or its name, but is "
         f"{shown if len(shown) < 40 else shown[:40] + ' ...'}"

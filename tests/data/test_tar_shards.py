@@ -256,7 +256,17 @@ def refused(root: Path, **changes: Any) -> str:
                 '0.tar: "label" in a.json must be the number of a class, 0 to 1,000,000, or its name, but is '
                 + label.decode(),
             )
-            for label in (b"3000000", b"-1", b'"-1"', b"2.5", b'"2.5"', b"true", b'" "')
+            for label in (
+                b"3000000",
+                b"-1",
+                b'"-1"',
+                b"2.5",
+                b'"2.5"',
+                b"true",
+                b'" "',
+                rb'"a\nb"',
+                rb'"\ud800"',
+            )
         ),
         *(
             (
