@@ -27,7 +27,7 @@ from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
 from sslzoo.run.build import Experiment, build_experiment
 from sslzoo.run.dry_run import known_of_data
-from sslzoo.run.trainer import build_trainer
+from sslzoo.run.trainer import build_trainer, check_device
 
 Part = Literal["data", "model", "step"]
 PARTS: tuple[Part, ...] = ("data", "model", "step")
@@ -160,11 +160,12 @@ def _in_flight(workers: int, steps: int) -> tuple[int, int]:
 
 def _device(recipe: Recipe) -> torch.device:
     wanted = recipe.trainer.get("accelerator", "auto")
+    check_device(recipe.trainer | {"devices": 1})
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     require(
-        wanted in ("auto", "gpu", "cuda") and torch.cuda.is_available(),
-        f"trainer.accelerator={wanted} is not available here; set trainer.accelerator=cpu",
+        wanted != "mps" and torch.cuda.is_available(),
+        "only CUDA devices and CPUs are measured; set trainer.accelerator=cpu",
     )
     return torch.device("cuda")
 

@@ -31,6 +31,7 @@ from sslzoo.run.build import BuiltRun, build_run
 from sslzoo.run.evaluate import evaluate_at_end
 from sslzoo.run.memory import DeviceMemory, device_memory, shared_memory
 from sslzoo.run.summary import human_bytes, run_summary, state_memory
+from sslzoo.run.trainer import FP16, check_precision
 from sslzoo.terminal import OUT
 
 LARGE = 100  # pixels; above this size fewer images are used
@@ -49,6 +50,8 @@ def dry_run(recipe: Recipe) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="sslzoo-dry-run-") as folder:
             require_packages(recipe.logging)
+            if recipe.trainer.get("accelerator") == "cpu":
+                check_precision(recipe.trainer)
             built, other = (
                 build_rehearsal(recipe, Path(folder, str(images)), departure, images=images)
                 for images in few_images(recipe)
@@ -67,7 +70,10 @@ def dry_run(recipe: Recipe) -> int:
     OUT.print(
         Group(run_summary(recipe, built.plan, built.method, "none: dry run"), _details(recipe, built, memory))
     )
-    OUT.print(f"{_done(built)}, a checkpoint of {human_bytes(size)} written and read: passed", soft_wrap=True)
+    OUT.print(
+        f"{_done(recipe, built)}, a checkpoint of {human_bytes(size)} written and read: passed",
+        soft_wrap=True,
+    )
     return ExitCode.DONE
 
 
@@ -120,13 +126,12 @@ def known_of_data(recipe: Recipe) -> tuple[int, int]:
 def _miniature(recipe: Recipe, images: int) -> Recipe:
     """``recipe`` changed to one step with ``images`` per micro-batch and one batch per evaluation set, in one process
     on the CPU."""
-    precision = str(recipe.trainer.get("precision", "32-true"))
     trainer = {
         "max_epochs": 1,
         "accelerator": "cpu",
         "devices": 1,
         "num_nodes": 1,
-        "precision": "bf16-mixed" if precision in ("16-mixed", "16") else precision,  # fp16 is for GPUs
+        "precision": _precision_here(recipe),
         "limit_val_batches": 1,
     }
     # A fraction for which some, but not all, of the evaluated images are held out.
@@ -149,6 +154,12 @@ def _miniature(recipe: Recipe, images: int) -> Recipe:
         trainer=recipe.trainer | trainer,
         speed=replace(recipe.speed, compile=None),  # which takes longer than the dry run
     )
+
+
+def _precision_here(recipe: Recipe) -> str:
+    """The precision of ``recipe``, or bf16 instead of fp16, which needs a GPU."""
+    precision = str(recipe.trainer.get("precision") or "32-true")
+    return "bf16-mixed" if precision in FP16 else precision
 
 
 def train(built: BuiltRun) -> None:
@@ -205,9 +216,11 @@ def _failed(error: BaseException, stage: str) -> int:
     return code
 
 
-def _done(built: BuiltRun) -> str:
+def _done(recipe: Recipe, built: BuiltRun) -> str:
     samples = built.recipe.data.global_batch_size
     done = f"one training step on {samples} generated images"
+    if recipe.trainer.get("precision") in FP16:
+        done += f" (in {_precision_here(recipe)}, since fp16 needs a GPU)"
     if not built.data.eval_sets():
         return f"{done} without labels, one validation batch, representation"
     baselines = ", the final table" if built.recipe.eval.baselines else ""

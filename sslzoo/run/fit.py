@@ -43,6 +43,7 @@ from sslzoo.run.messages import Messages
 from sslzoo.run.resize import obstacle
 from sslzoo.run.stopwatch import Stopwatch
 from sslzoo.run.summary import run_summary, trained_parameters
+from sslzoo.run.trainer import check_device
 from sslzoo.terminal import OUT, redraws
 from sslzoo.verdict import judge_file
 
@@ -126,6 +127,7 @@ class _Life:
                 init_from is None or recipe.backbone.weights is None,
                 "--init-from provides the initial weights: add backbone.weights=null",
             )
+            check_device(recipe.trainer)
             experiment, missing = self._build(recipe, resume)
             if init_from is not None:
                 load_weights(experiment.method, init_from)

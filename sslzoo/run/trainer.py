@@ -12,6 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment
@@ -21,13 +22,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.parallel import DistributedDataParallel
 
 from sslzoo.checkpoints import AtomicCheckpointIO
+from sslzoo.checks import require
 from sslzoo.nn.batchnorm import LayerSync
 from sslzoo.processes.placement import ALONE, Placement
 from sslzoo.processes.rendezvous import connect
+from sslzoo.recipe.trainer_keys import stated_devices
 
 # Timeout of collectives, after which a hanging rank ends the run (torch's default is 30 minutes). Long enough for
 # one rank to evaluate or write a checkpoint while the others wait.
 TIMEOUT = timedelta(minutes=10)
+FP16 = ("16-mixed", "16")  # precisions for which Lightning takes bf16 on a CPU, with a warning
 # Lightning warnings that do not apply here, and a deprecation in Lightning's own use of torch.
 _IRRELEVANT = (
     "isinstance.treespec, LeafSpec",
@@ -151,6 +155,43 @@ def build_strategy(trainer: Mapping[str, Any], placement: Placement) -> DDPStrat
     )
 
 
+def check_device(trainer: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if this machine lacks the devices that the recipe's ``trainer`` section asks for, or cannot
+    compute in ``trainer.precision``."""
+    wanted, devices = trainer.get("accelerator", "auto"), stated_devices(trainer.get("devices", "auto"))
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    here = {"cpu": True, "cuda": cuda, "mps": mps}.get(wanted, cuda or mps)
+    half = trainer.get("precision") in FP16
+    if not here and wanted != "auto":
+        changes = ["trainer.accelerator=cpu"]
+        changes += ["trainer.devices=1"] if devices not in (None, 1) else []
+        changes += ["trainer.precision=bf16-mixed"] if half else []
+        what = "GPU" if wanted == "gpu" else f"device for trainer.accelerator={wanted}"
+        raise ValueError(
+            f"this machine has no {what} that torch can use (sslzoo doctor says why); to use its CPU, add "
+            f"{' '.join(changes)}"
+        )
+    if wanted == "cpu" or not here:
+        check_precision(trainer)
+    elif cuda and devices is not None and wanted != "mps":
+        count = torch.cuda.device_count()
+        require(
+            devices <= count,
+            f"trainer.devices={trainer['devices']} asks for {devices} GPUs, and this machine has {count}; set "
+            f"trainer.devices={count}",
+        )
+
+
+def check_precision(trainer: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if ``trainer.precision`` needs a GPU. For runs on a CPU."""
+    precision = trainer.get("precision")
+    require(
+        precision not in FP16,
+        f"trainer.precision={precision}: fp16 is not available on a CPU; set trainer.precision=bf16-mixed or "
+        "trainer.precision=32-true",
+    )
+
+
 def build_trainer(
     trainer: Mapping[str, Any],
     *,
@@ -163,6 +204,7 @@ def build_trainer(
 
     Raises ``ValueError`` if this machine lacks what the section asks for.
     """
+    check_device(trainer)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its greetings and tips
     for message in _IRRELEVANT:
         warnings.filterwarnings("ignore", message=f".*{message}")

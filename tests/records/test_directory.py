@@ -386,9 +386,35 @@ def test_an_empty_manifest_is_refused_in_one_line(content: str, folder: Path, tm
     _one_error(command, ExitCode.USAGE, "manifest.json is empty or damaged")
 
 
-def test_a_device_that_is_not_there_is_refused_in_one_line(folder: Path) -> None:
-    command = fork(folder, "fit", "--recipe", "tiny.yaml", "--out", "gpu", "trainer.accelerator=gpu")
-    _one_error(command, ExitCode.USAGE, "accelerator")
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("trainer.accelerator=gpu",), "this machine has no GPU that torch can use"),
+        (
+            ("trainer.accelerator=gpu", "trainer.precision=16-mixed"),
+            "to use its CPU, add trainer.accelerator=cpu trainer.precision=bf16-mixed",
+        ),
+        (
+            ("trainer.precision=16-mixed",),
+            "fp16 is not available on a CPU; set trainer.precision=bf16-mixed or",
+        ),
+        (("trainer.accelerator=auto", "trainer.precision=16"), "trainer.precision=16: fp16 is not available"),
+    ],
+)
+def test_what_this_machine_lacks_is_refused_in_one_line(
+    overrides: tuple[str, ...], said: str, folder: Path
+) -> None:
+    command = fork(
+        folder,
+        "fit",
+        "--recipe",
+        "tiny.yaml",
+        "--out",
+        "gpu",
+        *overrides,
+        environment={"CUDA_VISIBLE_DEVICES": ""},
+    )
+    _one_error(command, ExitCode.USAGE, said)
     assert not (folder / "gpu").exists()
 
 

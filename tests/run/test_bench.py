@@ -83,8 +83,10 @@ def test_the_end_of_the_workers_is_not_counted() -> None:
         (["data", "simclr_fashion_mnist", "--steps", "0"], "--steps must be at least 1, got 0"),
         (
             ["data", "simclr_in1k"],
-            "trainer.accelerator=gpu is not available here; set trainer.accelerator=cpu",
+            "this machine has no GPU that torch can use (sslzoo doctor says why); to use its CPU, add "
+            "trainer.accelerator=cpu",
         ),
+        (["data", "sce_cifar10", "trainer.accelerator=cpu"], "fp16 is not available on a CPU"),
         (
             ["data", "simclr_fashion_mnist", "data.global_batch_size=6000"],
             "lower --steps or data.global_batch_size",

@@ -77,6 +77,19 @@ def test_it_says_what_was_done(folder: Path, overrides: tuple[str, ...], said: s
     assert _nothing_is_left(folder, tmp_path)
 
 
+def test_fp16_is_tried_as_bf16_for_a_gpu_and_refused_for_a_cpu(folder: Path, tmp_path: Path) -> None:
+    for_gpu = _try(folder, tmp_path, "trainer.precision=16-mixed", "trainer.accelerator=gpu")
+    assert for_gpu.wait() == 0, for_gpu.said
+    assert "8 generated images (in bf16-mixed, since fp16 needs a GPU)" in for_gpu.out
+    assert not for_gpu.err
+    for_cpu = _try(folder, tmp_path, "trainer.precision=16-mixed")
+    assert for_cpu.wait() == ExitCode.USAGE, for_cpu.said
+    assert for_cpu.err == (
+        "sslzoo fit: trainer.precision=16-mixed: fp16 is not available on a CPU; set trainer.precision=bf16-mixed or "
+        "trainer.precision=32-true\n"
+    )
+
+
 @dataclass(frozen=True)
 class Case:
     """A fault of a method, how the dry run ends, and what it says."""
