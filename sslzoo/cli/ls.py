@@ -133,7 +133,10 @@ def _recipes(wanted: dict[str, str]) -> list[str]:
         head = tuple(field.name for field in fields(Row))
         body = [tuple(getattr(row, key) for key in head) for row in shown]
         lines += _table([head, *body], right=(4, 5, 6), limit={3: 18})
-        lines.append("published and ours: linear top-1 in per cent; ours is the mean over seeds")
+        lines += [
+            "linear top-1 in per cent; published: by the protocol that the recipe's header names;",
+            "ours: protocol honest (SGD), mean of the seeds",
+        ]
     also = [(row, variant) for row, variant in variants if row in every]
     if also:
         lines += [*([""] if lines else []), "also, by overrides:"]

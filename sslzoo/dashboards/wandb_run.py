@@ -166,6 +166,17 @@ class WandB(Follower):
         self._evaluated = False  # since rows were last sent
         self._said = False
 
+    @property
+    def destination(self) -> str:
+        """Where the run is going to be sent, in words, and how to avoid that; empty if it is kept offline."""
+        if self.mode == "offline":
+            return ""
+        project = self.cfg.project if self.cfg.entity is None else f"{self.cfg.entity}/{self.cfg.project}"
+        return (
+            f"W&B: figures, recipe and pictures of images go to project {project} at {server_url()} "
+            "(logging.wandb=null switches it off)"
+        )
+
     def begin(self, rows: int) -> None:
         """Connect, and send what the server lacks of the first ``rows`` rows."""
         self._final = rows

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 QUERIES = 8  # images whose neighbours are shown
 NEIGHBOURS = 6
-MAPPED = 800  # about as many test images are in the map
+MAPPED = 800  # test images in the map, if there are so many: at least that, and fewer than twice as many
 PIXELS = 64  # longer side of a thumbnail
 
 

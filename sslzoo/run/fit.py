@@ -222,6 +222,8 @@ class _Life:
         bundled = "" if name_of(source) == str(source) else f", bundled: {source}"
         OUT.print(f"recipe {name_of(source)}{bundled}", soft_wrap=True)
         OUT.print(run_summary(recipe, built.plan, built.method, str(run.path), before=self.before))
+        if (wandb := self.dashboards.wandb) is not None and wandb.destination:
+            OUT.print(wandb.destination, soft_wrap=True)
         begins = f"continuing from {session.choice.checkpoint}" if session.choice.checkpoint else "a new run"
         log.info("%s: %s", shlex.join(sys.argv), begins)
         if session.choice.checkpoint is not None:

@@ -106,6 +106,7 @@ def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ls_shows_a_recipe_s_data_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "ls", "recipes")
     rows = [re.split("  +", line) for line in out]
+    assert "ours: protocol honest (SGD), mean of the seeds" in out
     assert rows[0] == ["recipe", "method", "data", "backbone", "epochs", "published", "ours"]
     assert ["sce_in1k", "sce", "imagenet1k", "resnet50", "200", "72.7", "-"] in rows
     ours = read_header(registry.recipes()["quickstart"]).ours

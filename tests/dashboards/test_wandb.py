@@ -332,6 +332,16 @@ def _summary(connection: Mock) -> dict[str, Any]:
     return summary
 
 
+def test_a_run_says_where_it_is_going_to_be_sent_and_how_to_avoid_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    run, cfg = Run(tmp_path, "r"), WandbConfig(project="mine", entity="lab")
+    said = wandb_run.WandB(run, cfg, "online").destination
+    assert "pictures" in said and "lab/mine at https://wandb.example (logging.wandb=null" in said
+    assert wandb_run.WandB(run, cfg, "offline").destination == ""
+
+
 def test_the_best_figures_and_the_throughput_are_sent_with_every_evaluation(
     tmp_path: Path, connection: Mock
 ) -> None:
@@ -437,6 +447,7 @@ def test_without_a_server_nothing_is_lost(tmp_path: Path, server: Server) -> Non
         environment=away, before=_impatient,
     )  # fmt: skip
     assert run.wait() == 0, run.said
+    assert "go to project sslzoo at http://127.0.0.1:9 (logging.wandb=null" in run.out
     (line,) = run.err.splitlines()
     assert line.startswith("warning: W&B: ") and line.endswith(
         "send with: sslzoo wandb push " + str(tmp_path / "run")

@@ -112,6 +112,13 @@ def test_values_come_typed(write) -> None:
     assert recipe.logging.wandb is None
 
 
+def test_null_switches_wandb_off(write) -> None:
+    path = Path(write())
+    path.write_text(path.read_text() + "\nlogging: {wandb: {project: x}}\n")
+    assert load_recipe(str(path)).recipe.logging.wandb is not None
+    assert load_recipe(str(path), ["logging.wandb=null"]).recipe.logging.wandb is None
+
+
 def test_origins(write) -> None:
     origins = load_recipe(write(), ["optim.lr=1", "views.0.flip_p=0.5", "optim.momentum=0.5"]).origins
     assert origins["optim.lr"] == origins["views.0.flip_p"] == origins["optim.momentum"] == "override"
