@@ -37,6 +37,7 @@ ASIDE = (
 )
 SHORT = 48  # characters of a value
 FEW = 6  # keys that may stand beside the figures
+IN_LABEL = 3  # keys in the label of a group, unless it takes more to tell it apart
 Grid = tuple[list[str], list[list[str]]]  # head and rows of a table
 # Student's t: the 97.5 % quantile by degrees of freedom from 1 on; a series from T's length on.
 T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
@@ -189,11 +190,27 @@ class Comparison:
         for group in others:
             cells = [
                 _gap(paired(first.by_seed(column.measure), group.by_seed(column.measure)))
+                if _same_test_images(column.key, first, group)
+                else ""
                 for column in columns
             ]
             if any(cells):
                 rows.append([f"{group.label} - {first.label}", *cells])
         return ["", *(column.title for column in columns)], rows
+
+    @property
+    def tested_otherwise(self) -> list[str]:
+        """The other groups that have an accuracy in common with the first, measured on other test images."""
+        first, *others = self.groups
+        columns = [column for column in self.columns if column.key and first.by_seed(column.measure)]
+        return [
+            group.label
+            for group in others
+            if any(
+                group.by_seed(column.measure) and not _same_test_images(column.key, first, group)
+                for column in columns
+            )
+        ]
 
     def notes(self) -> list[str]:
         """How to read the tables."""
@@ -207,6 +224,11 @@ class Comparison:
             notes.append(
                 "Differences are paired by seed, with half of the 95 % t-interval over the seeds, which says nothing "
                 "about other test images."
+            )
+        if self.tested_otherwise:
+            notes.append(
+                f"No differences where the test images are others than those of {self.groups[0].label}: "
+                f"{'; '.join(self.tested_otherwise)}."
             )
         superseded = sum(group.superseded for group in self.groups)
         if superseded:
@@ -223,13 +245,7 @@ def compare(records: Sequence[Record]) -> Comparison:
     groups = list(grouped.values())
     keys = dict.fromkeys(key for runs in groups for key in runs[0].recipe if not key.startswith(ASIDE))
     differing = [key for key in keys if len({repr(runs[0].recipe.get(key)) for runs in groups}) > 1]
-    names = [str(runs[0].recipe.get("name") or runs[0].name) for runs in groups]
-    labels = [
-        name
-        if names.count(name) == 1
-        else _told_apart(name if len(set(names)) > 1 else "", runs[0], differing)
-        for name, runs in zip(names, groups, strict=True)
-    ]
+    labels = _labels([runs[0] for runs in groups])
     return Comparison(
         tuple(_group(label, runs) for label, runs in zip(labels, groups, strict=True)), tuple(differing)
     )
@@ -242,9 +258,53 @@ def _group(label: str, runs: Sequence[Record]) -> Group:
     return Group(label, kept, superseded=len(runs) - len(kept))
 
 
-def _told_apart(name: str, run: Record, differing: Sequence[str]) -> str:
-    parts = [f"{key.rpartition('.')[2]}={_short(run.recipe.get(key, '-'))}" for key in differing[:3]]
-    return f"{name} {', '.join(parts)}".strip()
+def _labels(firsts: Sequence[Record]) -> list[str]:
+    """A label for each group, by its first run, all different: the recipe's name, and where several groups have it, the
+    keys in which these differ."""
+    names = [str(run.recipe.get("name") or run.name) for run in firsts]
+    labels = list(names)
+    for name in set(names):
+        places = [i for i, other in enumerate(names) if other == name]
+        if len(places) > 1:
+            values = _told_apart([firsts[i] for i in places])
+            for i, value in zip(places, values, strict=True):
+                labels[i] = f"{name} {value}" if len(places) < len(names) else value
+    for further in (lambda run: run.name, lambda run: str(run.path)):
+        labels = [
+            label if label and labels.count(label) == 1 else f"{label} {further(run)}".strip()
+            for label, run in zip(labels, firsts, strict=True)
+        ]
+    return labels
+
+
+def _told_apart(runs: Sequence[Record]) -> list[str]:
+    """The values in which the runs differ: of up to three keys, or of as many as it takes to tell them apart."""
+    keys = dict.fromkeys(key for run in runs for key in run.recipe)
+    kinds = {key: len({repr(run.recipe.get(key)) for run in runs}) for key in keys}
+    differing = [key for key in keys if kinds[key] > 1 and not key.startswith(ASIDE)]
+    telling: list[str] = []
+    apart = 1
+    for key in sorted(differing, key=lambda key: -kinds[key]):
+        found = {tuple(repr(run.recipe.get(k)) for k in (*telling, key)) for run in runs}
+        if len(found) > apart:
+            telling, apart = [*telling, key], len(found)
+    telling += [key for key in differing if key not in telling][: max(0, IN_LABEL - len(telling))]
+    endings = [key.rpartition(".")[2] for key in keys]
+    titles = {key: end if endings.count(end) == 1 else key for key, end in zip(keys, endings, strict=True)}
+    return [
+        ", ".join(f"{titles[key]}={_short(run.recipe.get(key, '-'))}" for key in differing if key in telling)
+        for run in runs
+    ]
+
+
+def _same_test_images(key: str, first: Group, second: Group) -> bool:
+    """Whether all runs of both groups have an accuracy on the same images, as far as their directories say."""
+    tested = [
+        run.tested_on(key) for group in (first, second) for run in group.runs if run.figure(key) is not None
+    ]
+    return all(
+        one[fact] == other[fact] for one in tested for other in tested for fact in one.keys() & other.keys()
+    )
 
 
 def _accuracies(run: Record) -> Iterator[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sslzoo.callbacks.metrics_file import read_rows
-from sslzoo.evaluate.figures import FEATURES, LAYER, data_of, figure_key, is_accuracy, layer_of
+from sslzoo.evaluate.figures import FEATURES, LAYER, OWN, data_of, figure_key, is_accuracy, layer_of
 from sslzoo.exits import ExitCode
 from sslzoo.records.lock import is_alive
 from sslzoo.verdict import State as Health
@@ -241,6 +241,27 @@ class Record:
         if not ends and not self._final(key):
             ends = self.later.get(key, ())[1:]
         return (ends[0], ends[1]) if ends else None
+
+    def tested_on(self, key: str) -> dict[str, Any]:
+        """What the directory says about the test images of an accuracy: name of the data set, number of images, and so
+        on. Two runs tested on the same images agree in all that both have."""
+        evaluations = [of for of in (self.final, *self.results) if of.get("data_sets")]
+        name = data_of(key, next(iter(evaluations[0]["data_sets"])) if evaluations else OWN)
+        facts: dict[str, Any] = {"name": name}
+        if name == OWN:
+            keys = ("data.dataset", "data.classes", "eval.test_split")
+            facts |= {key: self.recipe[key] for key in keys if key in self.recipe}
+        for of in evaluations:
+            about = of["data_sets"].get(name, {})
+            facts |= {fact: about[fact] for fact in ("dataset", "n_test") if fact in about}
+            images = of.get("identity", {}).get(
+                "images", ()
+            )  # fingerprints: training and test images of the first
+            if len(images) > 1 and name == next(iter(of["data_sets"])):
+                facts["test images"] = images[1]
+        if "n_test" not in facts and name == OWN:
+            facts[f"images of {self.recipe.get('data.split')}"] = self.manifest.get("data_fingerprint")
+        return facts
 
 
 def records(paths: Sequence[Path]) -> list[Record]:

@@ -171,3 +171,71 @@ def test_later_evaluations_count_and_names_are_no_markup(
     assert "w[v1]" in out and "x[/y]" in out
     assert "60.0 ±10.0" in out and "honest (data, layer3)" in out
     assert "logistic" not in out, "of an older checkpoint"
+
+
+def evaluated_on(folder: Path, dataset: str, n_test: int, fingerprint: str) -> None:
+    """Add to a run's files on which test images it was evaluated, by the final evaluation and by ``sslzoo eval``."""
+    summary = folder / "eval" / "summary.json"
+    about = {"data_sets": {"data": {"dataset": dataset, "n_test": n_test}}}
+    write_json(summary, Record(folder).summary | about)
+    write_json(
+        folder / "eval" / "knn.json",
+        about
+        | {
+            "name": "knn",
+            "how": "",
+            "step": 4,
+            "results": [],
+            "identity": {"images": ["train", fingerprint]},
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("tested", "left_out"),
+    [
+        (("fashion", 2000, "aa"), False),
+        (("folder", 2000, "aa"), True),
+        (("fashion", 45, "aa"), True),
+        (("fashion", 2000, "bb"), True),
+    ],
+)
+def test_accuracies_on_other_test_images_are_not_subtracted(
+    six: Path, tested: tuple[str, int, str], left_out: bool
+) -> None:
+    for folder in six.iterdir():
+        evaluated_on(folder, *(tested if folder.name == "0.2-3" else ("fashion", 2000, "aa")))
+    comparison = compared(six)
+    assert (comparison.differences()[1] == []) == left_out
+    note = "No differences where the test images are others than those of temperature=0.1: temperature=0.2."
+    assert (note in comparison.notes()) == left_out
+
+
+def test_groups_of_one_recipe_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    for number, (name, keys) in enumerate(
+        [
+            ("other", {"backbone__name": "resnet18"}),
+            ("r", {"trainer__max_epochs": 1}),
+            ("r", {"trainer__max_epochs": 2}),
+            ("r", {"trainer__max_epochs": 2, "backbone__name": "resnet18"}),
+        ]
+    ):
+        common = {
+            "name": name,
+            "backbone__name": "conv5",
+            "backbone__stem": "cifar" if number else "imagenet",
+        }
+        write_run(tmp_path / str(number), accuracy=0.8, seed=1, **(common | keys))
+    assert [group.label for group in compared(tmp_path).groups] == [
+        "other",
+        "r backbone.name=conv5, max_epochs=1",
+        "r backbone.name=conv5, max_epochs=2",
+        "r backbone.name=resnet18, max_epochs=2",
+    ]
+
+
+def test_groups_that_differ_in_long_values_are_named_after_their_runs(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, accuracy=0.8, seed=1, data__filter="x" * 60 + name)
+    labels = [group.label for group in compared(tmp_path).groups]
+    assert [label.rpartition(" ")[2] for label in labels] == [f"{tmp_path.name}/a", f"{tmp_path.name}/b"]
