@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for finding in findings:
         style = {FINE: "green", BROKEN: "bold red"}.get(finding.state, "yellow")
-        text = Text(finding.detail)
+        text = Text(finding.detail, overflow="fold")
         if finding.fix:
             text.append(f"\n-> {finding.fix}", style=style)
         table.add_row(Text(finding.state, style=style), finding.subject, text)

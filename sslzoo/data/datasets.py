@@ -79,9 +79,15 @@ def _check_labels(cfg: SourceConfig, images: int, labels: NDArray[Any], classes:
 
 
 def wrong_layout(cfg: SourceConfig, problem: str) -> NoReturn:
+    info = dataset_info(cfg.dataset)
+    root = "data.root=PATH" if isinstance(cfg, DataConfig) else "its root"
+    public = (
+        f", or export SSLZOO_DATA_DIR, under which bundled recipes look ({cfg.dataset} is not downloaded: get it "
+        f"from {info.page})"
+    )
     raise ValueError(
         f"cannot open {cfg.dataset} (split {cfg.split!r}): {problem}. Expected under data.root={cfg.root!r}: "
-        f"{dataset_info(cfg.dataset).layout}; set root to the folder that contains it"
+        f"{info.layout}; set {root} to the folder that contains it{public if info.page else ''}"
     )
 
 

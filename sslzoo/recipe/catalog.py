@@ -15,6 +15,7 @@ class DatasetInfo:
 
     reader: str  # module:function, called with the recipe's section and the number of channels
     description: str
+    page: str = ""  # where the data set can be downloaded
     layout: str  # of the files under data.root; empty for embedded data
     splits: tuple[str, ...]  # empty: any folder name
     mean: tuple[float, ...] = ()  # per channel, for images in [0, 1]; empty: unknown
@@ -73,6 +74,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "fashion_mnist": DatasetInfo(
         reader=_READERS + "fashion_mnist",
         description="Fashion-MNIST, 28 px, grey",
+        page="https://github.com/zalandoresearch/fashion-mnist",
         layout="{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz], there or in FashionMNIST/raw/",
         splits=("train", "test"),
         mean=(0.2860,),
@@ -84,6 +86,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "cifar10": DatasetInfo(
         reader=_READERS + "cifar10",
         description="CIFAR-10, 32 px",
+        page="https://www.cs.toronto.edu/~kriz/cifar.html",
         layout="cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}",
         splits=("train", "test"),
         mean=(0.4914, 0.4822, 0.4465),
@@ -94,6 +97,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "cifar100": DatasetInfo(
         reader=_READERS + "cifar100",
         description="CIFAR-100, 32 px",
+        page="https://www.cs.toronto.edu/~kriz/cifar.html",
         layout="cifar-100-python/{train,test,meta}",
         splits=("train", "test"),
         mean=(0.5071, 0.4865, 0.4409),
@@ -104,6 +108,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "stl10": DatasetInfo(
         reader=_READERS + "stl10",
         description="STL-10, 96 px; 100,000 more without labels",
+        page="https://cs.stanford.edu/~acoates/stl10/",
         layout="stl10_binary/{unlabeled_X,train_X,train_y,test_X,test_y}.bin",
         splits=("unlabeled", "train+unlabeled", "train", "test"),
         # CIFAR-10's, as in the code of arXiv:2111.14585 and, rounded, in solo-learn's.
@@ -116,6 +121,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "tiny_imagenet": DatasetInfo(
         reader=_READERS + "tiny_imagenet",
         description="Tiny-ImageNet, 64 px",
+        page="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
         layout="tiny-imagenet-200/{train/<wnid>/images/*.JPEG,val/images/*.JPEG,val/val_annotations.txt}",
         splits=("train", "test"),
         mean=_IMAGENET_MEAN,  # it is a subset of ImageNet, and no author's code uses other values
@@ -127,6 +133,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "imagenet100": DatasetInfo(
         reader=_READERS + "imagenet",
         description="100 classes of ImageNet, by default CMC's",
+        page="https://www.image-net.org/download.php",
         layout=_CLASS_FOLDERS,
         splits=("train", "test"),
         mean=_IMAGENET_MEAN,
@@ -139,6 +146,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "imagenet1k": DatasetInfo(
         reader=_READERS + "imagenet",
         description="ImageNet-1k",
+        page="https://www.image-net.org/download.php",
         layout=_CLASS_FOLDERS,
         splits=("train", "test"),
         mean=_IMAGENET_MEAN,

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -14,10 +14,13 @@ from pathlib import Path
 
 from sslzoo.dashboards.login import logged_in, reachable, server_url
 from sslzoo.launch.cluster import profile_path, read_profile
+from sslzoo.processes.explain import one_line
 from sslzoo.processes.placement import devices_per_node, world_size_of
 from sslzoo.recipe import registry
+from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
+from sslzoo.run.pack import processors
 
 FINE, NOTE, BROKEN = "fine", "note", "broken"
 SHARED_MEMORY_NEEDED = 1 << 30  # bytes; data workers pass batches through shared memory
@@ -43,9 +46,58 @@ def examine(recipe: Recipe | None = None) -> list[Finding]:
         *threads(),
         data(os.environ),
         *shared_memory(Path("/dev/shm"), SHARED_MEMORY_NEEDED if recipe is None else _workers_need(recipe)),
+        *(needs(recipe) if recipe is not None else ()),
         *wandb(os.environ),
         *cluster(os.environ),
     ]
+
+
+def needs(recipe: Recipe) -> Iterator[Finding]:
+    """Check whether ``recipe`` can start here: its device and precision, its images, also those for evaluation, and
+    processors for its data workers."""
+    from sslzoo.data.datasets import open_source
+    from sslzoo.data.module import SSLDataModule
+    from sslzoo.run.trainer import check_device
+
+    yield _tried("trainer", lambda: check_device(recipe.trainer), "the recipe's device is here")
+
+    def images() -> None:
+        source = open_source(recipe.data)
+        SSLDataModule(
+            data=recipe.data,
+            views=recipe.views,
+            eval=recipe.eval,
+            probe=recipe.probe,
+            plan=plan_of(recipe, len(source), world_size_of(recipe)),
+            seed=recipe.seed,
+            source=source,
+        ).validation_sets()
+
+    yield _tried("images", images, f"{recipe.data.dataset} can be read, and evaluated")
+    count = devices_per_node(recipe)
+    each, here = max(1, processors() // count), processors()
+    if dataset_info(recipe.data.dataset).decoded_by_workers and recipe.data.workers > each:
+        yield Finding(
+            subject="workers",
+            detail=f"data.workers={recipe.data.workers} for each of {count} device(s), and {here} processors",
+            state=NOTE,
+            fix=f"set data.workers={each}, or measure with sslzoo bench",
+        )
+
+
+def _tried(subject: str, check: Callable[[], None], detail: str) -> Finding:
+    """What ``check`` finds; the last clause of its error is the fix."""
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        problem, _, fix = one_line(error).rpartition("; ")
+        return Finding(
+            subject=subject,
+            detail=problem or fix,
+            state=BROKEN,
+            fix=fix if problem else "correct it, or override the recipe",
+        )
+    return Finding(subject=subject, detail=detail)
 
 
 def packages() -> Iterator[Finding]:
@@ -138,15 +190,15 @@ def threads() -> Iterator[Finding]:
     """Compare the number of torch's threads with the processors that this process may use."""
     import torch
 
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = processors()
     count = torch.get_num_threads()
-    detail = f"{count} for torch, {processors} processors"
-    if count > processors:
+    detail = f"{count} for torch, {here} processors"
+    if count > here:
         yield Finding(
             subject="threads",
             detail=detail,
             state=NOTE,
-            fix=f"export OMP_NUM_THREADS={processors}: more threads than processors slow each other down",
+            fix=f"export OMP_NUM_THREADS={here}: more threads than processors slow each other down",
         )
     else:
         yield Finding(subject="threads", detail=detail)

@@ -380,6 +380,7 @@ def test_an_empty_or_missing_folder_shows_the_layout(tmp_path: Path, dataset: st
                 dataset, root, dataset_info(dataset).splits[0] if dataset_info(dataset).splits else "train"
             )
         assert dataset_info(dataset).layout in str(error.value)
+        assert dataset_info(dataset).page in str(error.value)
 
 
 def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:

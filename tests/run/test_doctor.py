@@ -11,6 +11,7 @@ import pytest
 from sslzoo.cli.main import main
 from sslzoo.dashboards.login import reachable
 from sslzoo.recipe import registry
+from sslzoo.recipe.load import load_recipe
 from sslzoo.run import doctor
 from sslzoo.run.doctor import BROKEN, FINE, NOTE, Finding
 
@@ -80,13 +81,36 @@ def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_recipe_says_how_much_shared_memory_its_workers_fill(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "sce_in1k"]) == 0
+    assert main(["doctor", "sce_in1k", "trainer.devices=8"]) in (0, 1)  # ImageNet may be here
     # 8 devices x 12 workers x 2 batches x 512 images x 2 views x 3 x 224 x 224 bytes.
     assert f"{8 * 12 * 2 * 512 * 2 * 3 * 224 * 224 >> 20} needed" in " ".join(capsys.readouterr().out.split())
     assert main(["doctor", "sce_in1k", "data.global_batch_size=4097"]) == 2
     assert "make it a multiple of 8" in capsys.readouterr().err
     assert main(["doctor", "sce_in1kk"]) == 2
     assert "did you mean sce_in1k?" in capsys.readouterr().err
+
+
+def test_a_recipe_that_can_start_here_and_what_another_lacks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(doctor, "processors", lambda: 2)
+    missing = [f"data.root={tmp_path}"]
+    quickstart = load_recipe("quickstart").recipe
+    assert [(f.subject, f.state) for f in doctor.needs(quickstart)] == [("trainer", FINE), ("images", FINE)]
+    cifar = load_recipe("sce_cifar10", missing).recipe
+    device, images = doctor.needs(cifar)
+    assert device.state == images.state == BROKEN
+    assert device.fix == "to use its CPU, add trainer.accelerator=cpu trainer.precision=bf16-mixed"
+    assert images.detail.startswith("cannot open cifar10 (split 'train'): there is no cifar-10-batches-py")
+    assert images.fix.startswith(
+        "set data.root=PATH to the folder that contains it, or export SSLZOO_DATA_DIR"
+    )
+    assert "https://www.cs.toronto.edu/~kriz/cifar.html" in images.fix
+    on_cpu = ["trainer.accelerator=cpu", "trainer.devices=1", "data.workers=3"]
+    device, images, workers = doctor.needs(load_recipe("simclr_in1k", [*missing, *on_cpu]).recipe)
+    assert (device.state, images.state, workers.state) == (FINE, BROKEN, NOTE)
+    assert workers.fix.startswith("set data.workers=2")
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
