@@ -128,6 +128,7 @@ class Chart:
             "series": series,
             "levels": [{"label": level.label, "y": _rounded(level.y)} for level in self.levels],
             "log": self.log_scale and bool(values) and min(values) > 0,
+            "percent": self.unit == "%",
             "xLabel": self.x_label,
         }
 

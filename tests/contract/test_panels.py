@@ -58,6 +58,8 @@ def test_a_panel_says_how_to_read_it(method: str) -> None:
     of_analyses = [(name, analysis_class(name).panels) for name in analyses()]
     for section in sections(method, method_config(method).panels, analyses=of_analyses):
         for panel in section.panels:
+            if panel.unit == "%":
+                assert not re.search(r"[Nn]ear 1\b", panel.note), f"{panel.title}: shown times 100"
             assert panel.note.endswith("."), panel.title
             assert panel.title
             assert all(curve.label for curve in panel.curves)

@@ -37,7 +37,7 @@ PANELS = (
     panel(
         "method/target_top1",
         "largest probability of the target",
-        "Near 1, the target is a single image, and the relations are lost.",
+        "Near 100 %, the target is a single image, and the relations are lost.",
         unit="%",
     ),
     panel(
