@@ -6,10 +6,11 @@ Progress, warnings and errors go to stderr; the summary and the final table to s
 from __future__ import annotations
 
 from rich.cells import cell_len
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
-from rich.table import Column
+from rich.table import Column, Table
+from rich.text import Text
 
 OUT = Console(highlight=False, soft_wrap=False)
 ERR = Console(stderr=True, highlight=False)
@@ -27,6 +28,11 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def captioned(table: Table, caption: str) -> Group:
+    """``table``, and below it ``caption`` in the width of the terminal, however narrow the table is."""
+    return Group(table, Text(caption, style="table.caption"))
 
 
 def redraws(console: Console) -> bool:

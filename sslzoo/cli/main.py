@@ -7,6 +7,7 @@ codes in their help.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default ``sys.argv``) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parse(arguments)
+    # Matplotlib warns of each letter's font that its cache lacks, and draws with another one.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     try:
         code = args.run(args)
         sys.stdout.flush()  # so that a closed pipe is noticed here, and not when Python exits

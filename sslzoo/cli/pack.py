@@ -72,9 +72,10 @@ def run(args: argparse.Namespace) -> int:
         return 2
 
     from sslzoo.data.disk import DataError, legible
+    from sslzoo.data.loading import processors
     from sslzoo.data.pack_writer import PackOptions
     from sslzoo.exits import ExitCode, Preempted
-    from sslzoo.run.pack import pack, processors, verify
+    from sslzoo.run.pack import pack, verify
 
     try:
         if args.verify is not None:

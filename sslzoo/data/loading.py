@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
@@ -173,6 +173,21 @@ class Waiting:
     seconds: float = 0.0
 
 
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _question(workers: int) -> None:
+    """Warn, once per process, of more ``workers`` than processors."""
+    if workers > (count := processors()):
+        log.warning(
+            "data.workers=%d on %d processor%s: data.workers=%d is as fast, unless reading waits for the disk",
+            workers, count, "s" * (count > 1), count,
+        )  # fmt: skip
+
+
 class WatchedLoader(DataLoader[Any]):
     """A loader that ends the run by a ``DataError`` when its workers give nothing for ``patience`` seconds, or give
     one up themselves. ``waiting`` counts the time that its batches were waited for."""
@@ -184,6 +199,10 @@ class WatchedLoader(DataLoader[Any]):
         super().__init__(dataset, num_workers=num_workers, timeout=timeout, **options)
         self._of, self._patience = dataset, patience
         self.waiting = Waiting()
+
+    def check_worker_number_rationality(self) -> None:
+        """Warn once where torch would for every loader, and name the key."""
+        _question(self.num_workers)
 
     def __iter__(self) -> Iterator[Any]:
         """Batches."""

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
 from sslzoo.evaluate.figures import LAYER, OWN, data_of
 from sslzoo.evaluate.metrics import interval
 from sslzoo.files import write_json, write_text
+from sslzoo.terminal import captioned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,17 +152,17 @@ class Results:
             for key, value in self.figures().items()
         }
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[Group]:
         """A table for each data set, in per cent."""
         return [self._table(name) for name in self.counts]
 
-    def _table(self, name: str) -> Table:
+    def _table(self, name: str) -> Group:
         rows = [row for row in self.rows if row.data == name]
         caption = (
             f"{in_words(self.counts[name])} {self.how} ±: half of the 95 % confidence interval (Wilson)."
         )
         title = escape(f"{self.name} on {self.datasets[name]} (%)")
-        table = Table(title=title, caption=escape(caption), min_width=64)
+        table = Table(title=title, min_width=64)
         columns = {
             "features": lambda row: row.layer,
             "": lambda row: row.title,
@@ -176,7 +178,7 @@ class Results:
             table.add_column(title, justify="right" if title.startswith(("top", "published")) else "left")
         for row in zip(*(cells[title] for title in shown), strict=True):
             table.add_row(*map(escape, row))
-        return table
+        return captioned(table, caption)
 
 
 def _with_interval(name: str, value: float, n: int) -> dict[str, float]:

@@ -245,7 +245,9 @@ def _when(record: Record, step: int | None) -> str:
 
 def _machine(record: Record) -> Block:
     hardware, versions = record.manifest.get("hardware", {}), record.manifest.get("versions", {})
-    rows = [[str(key), _plain(value)] for key, value in (hardware | versions).items()]
+    if not hardware.get("gpus"):  # then torch's version of CUDA says nothing about the machine
+        hardware = {key: value for key, value in hardware.items() if key not in ("gpus", "cuda")}
+    rows = [[str(key), _plain(value)] for key, value in (hardware | versions).items() if value is not None]
     rows.append(["processes", _plain(record.manifest.get("world_size"))])
     return Table(head=["machine", ""], rows=rows, numbers=False)
 

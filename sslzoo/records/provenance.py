@@ -36,6 +36,20 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def _processor(table: Path = Path("/proc/cpuinfo")) -> str:
+    """Model of the processor, or its architecture where the system does not name the model."""
+    try:
+        lines = table.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    named = (
+        value.strip()
+        for key, _, value in (line.partition(":") for line in lines)
+        if key.strip() == "model name"
+    )
+    return next(named, "") or platform.processor() or platform.machine()
+
+
 def hardware() -> dict[str, Any]:
     """Hardware that results and speed depend on."""
     import torch
@@ -43,7 +57,7 @@ def hardware() -> dict[str, Any]:
     return {
         "host": platform.node(),
         "platform": platform.platform(),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _processor(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -14,7 +15,7 @@ from sslzoo.evaluate.task import Samples
 from sslzoo.files import atomically
 from sslzoo.panels import FRAMEWORK
 from sslzoo.records.record import equal_intervals, figure_table, percent, read_metrics
-from sslzoo.terminal import duration
+from sslzoo.terminal import captioned, duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,16 +27,16 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 NARROW = 5.0  # minimum range of an axis in percentage points, so that noise does not look like a trend
 
 
-def results_tables(summary: Mapping[str, Any]) -> list[Table | str]:
-    """The figures of ``summary.json`` in per cent, one table per data set. Without labels, a sentence and the
-    representation metrics."""
+def results_tables(summary: Mapping[str, Any]) -> list[Group | str]:
+    """The figures of ``summary.json`` in per cent, one table per data set, each with a caption. Without labels, a
+    sentence and the representation metrics."""
     if "not_measured" in summary:
         sentence = f"The features were not evaluated: {summary['not_measured']}"
         return [sentence, *_representation_table(summary.get("representation", {}))]
     return [_results_table(summary, name) for name in summary["data_sets"]]
 
 
-def _results_table(summary: Mapping[str, Any], name: str) -> Table:
+def _results_table(summary: Mapping[str, Any], name: str) -> Group:
     data_set = summary["data_sets"][name]
     samples = Samples(*(data_set[field] for field in Samples._fields))
     lines = [
@@ -45,10 +46,7 @@ def _results_table(summary: Mapping[str, Any], name: str) -> Table:
     ]
     if name == next(iter(summary["data_sets"])):
         lines.append(f"Trained in {duration(summary['seconds'])}.")
-    table = Table(
-        title=f"Evaluation of the features on {escape(data_set['dataset'])} (%)",
-        caption=escape(" ".join(lines)),
-    )
+    table = Table(title=f"Evaluation of the features on {escape(data_set['dataset'])} (%)")
     columns, rows = figure_table(summary, name)
     table.add_column("features", no_wrap=True)
     for column in columns:
@@ -56,21 +54,23 @@ def _results_table(summary: Mapping[str, Any], name: str) -> Table:
     for row in rows:
         style = "bold" if row.trained else ""
         table.add_row(escape(row.title), *(percent(summary, key) for key in row.keys), style=style)
-    return table
+    return captioned(table, " ".join(lines))
 
 
-def _representation_table(figures: Mapping[str, float]) -> list[Table]:
+def _representation_table(figures: Mapping[str, float]) -> list[Group]:
     """One table, or none without ``figures``."""
     panels = next(section.panels for section in FRAMEWORK if section.name == "representation")
-    table = Table(title="Representation of the plain training images")
-    for heading in ("", "", "how to read it"):
-        table.add_column(heading, no_wrap=heading == "")
+    table = Table(title="Representation of the plain training images", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    notes = []
     for panel in panels:
         value = figures.get(panel.curves[0].key.partition("/")[2])
         if value is not None:
             shown = f"{100 * value:.1f} %" if panel.unit == "%" else f"{value:.4g}"
-            table.add_row(panel.title, shown, panel.note)
-    return [table] if figures else []
+            table.add_row(panel.title, shown)
+            notes.append(f"{panel.title[:1].upper()}{panel.title[1:]}: {panel.note}")
+    return [captioned(table, " ".join(notes))] if figures else []
 
 
 class _Name(NamedTuple):

@@ -224,6 +224,12 @@ class _Life:
         OUT.print(run_summary(recipe, built.plan, built.method, str(run.path), before=self.before))
         if (wandb := self.dashboards.wandb) is not None and wandb.destination:
             OUT.print(wandb.destination, soft_wrap=True)
+        if built.plan.steps(recipe.optim.warmup_epochs) >= built.plan.total_steps:
+            log.warning(
+                "the warm-up takes all %d steps of the run, in which the learning rate only rises: lower "
+                "optim.warmup_epochs=%g or raise trainer.max_epochs=%d",
+                built.plan.total_steps, recipe.optim.warmup_epochs, built.plan.max_epochs,
+            )  # fmt: skip
         begins = f"continuing from {session.choice.checkpoint}" if session.choice.checkpoint else "a new run"
         log.info("%s: %s", shlex.join(sys.argv), begins)
         if session.choice.checkpoint is not None:

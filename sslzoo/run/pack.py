@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import time
@@ -44,11 +43,6 @@ PACKABLE = (
 )
 LINE_EVERY = 60.0  # seconds between lines of progress without a terminal
 _WNID = re.compile(r"n\d{8}")
-
-
-def processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pack(

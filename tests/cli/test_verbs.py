@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import subprocess
@@ -44,6 +45,12 @@ def test_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     assert code == 0
     assert out[0].startswith(f"usage: sslzoo {verb}".rstrip())
     assert not err
+
+
+def test_a_font_that_matplotlib_does_not_find_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.NOTSET)
+    assert run(capsys, "ls", "methods")[0] == 0
+    assert not logging.getLogger("matplotlib.font_manager").isEnabledFor(logging.WARNING)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from sslzoo.batch import Batch
-from sslzoo.data import sources
+from sslzoo.data import loading, sources
 from sslzoo.data.crops import crop_into
 from sslzoo.data.datasets import open_source
 from sslzoo.data.disk import DataError
@@ -107,6 +107,20 @@ def photos(tmp_path: Path) -> Path:
                 suffix = ("jpg", "png")[i % 2]
                 Image.fromarray(coarse).resize(size).save(tmp_path / split / c / f"{i:02}.{suffix}")
     return tmp_path
+
+
+def test_more_workers_than_processors_are_questioned_once(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading, "processors", lambda: 2)
+    loading._question.cache_clear()
+    module = build(colour_data(root=photos, workers=4))
+    with caplog.at_level(logging.WARNING, "sslzoo"):
+        module.train_dataloader()
+        module.val_dataloader()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("data.workers=4 on 2 processors: data.workers=2 is as fast")
+    loading._question.cache_clear()
 
 
 def test_workers_do_not_change_the_batches(photos: Path) -> None:

@@ -90,6 +90,9 @@ def test_a_new_run_writes_what_was_run_with_what(tmp_path: Path) -> None:
 def test_a_checkpoint_says_what_it_is_wherever_it_lies(folder: Path, tmp_path: Path) -> None:
     fit = _fit(folder, "says", "trainer.max_epochs=1", "seed=8")
     assert fit.wait() == 0, fit.said
+    assert (
+        "warning: the warm-up takes all 6 steps of the run" in fit.err and "optim.warmup_epochs=1 " in fit.err
+    )
     (path,) = [p.rename(tmp_path / "left.ckpt") for p in (folder / "says/checkpoints").glob("*6.ckpt")]
     content = load_checkpoint(path)
     assert yaml.safe_load(content["recipe"]) == plain(load_recipe(str(folder / "says/recipe.yaml")).recipe)

@@ -14,6 +14,7 @@ import pytest
 
 from sslzoo.cli.main import main
 from sslzoo.files import write_json
+from sslzoo.records import provenance
 from sslzoo.records.page import page, write_page
 from sslzoo.records.record import Record, records
 from tests.command import ROOT
@@ -72,6 +73,20 @@ def test_figures_have_intervals_and_curves_have_baselines(tmp_path: Path) -> Non
     assert probe["series"][0]["y"] == [75.0]
     assert probe["levels"] == [{"label": "random init", "y": 50.0}]
     assert "refresh" not in text
+
+
+def test_a_machine_without_a_gpu_has_no_row_for_one(tmp_path: Path) -> None:
+    hardware = {"cpu": "Some CPU", "gpus": [], "cuda": "13.0"}
+    text = page(Record(write_run(tmp_path, hardware=hardware)))
+    assert "Some CPU" in text and ">gpus<" not in text and ">cuda<" not in text
+    text = page(Record(write_run(tmp_path, hardware=hardware | {"gpus": ["Some GPU"]})))
+    assert ">gpus<" in text and ">cuda<" in text and "Some GPU" in text
+
+
+def test_the_processor_is_named_by_its_model(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel\t\t: 1\nmodel name\t: Some CPU @ 2 GHz\n")
+    assert provenance._processor(tmp_path / "cpuinfo") == "Some CPU @ 2 GHz"
+    assert provenance._processor(tmp_path / "missing")
 
 
 @pytest.mark.parametrize(

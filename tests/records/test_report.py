@@ -175,7 +175,15 @@ def test_the_table_of_unlabelled_data_is_the_representation() -> None:
     assert said.startswith("The features were not evaluated")
     for text in ("feature deviation", "0.08123", "(RankMe)", "2.77", "77.5 %", "number of features"):
         assert text in table
-    assert "LiDAR" not in table
+    assert "LiDAR" not in table and table.endswith("their rank can be.")
+
+
+def test_captions_have_the_width_of_the_terminal() -> None:
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(results_tables(SUMMARY)[0])
+    caption = captured.get().splitlines()[-2:]
+    assert caption[0].startswith("45,000 images for training, ") and len(caption[0].rstrip()) > 80
 
 
 def test_durations() -> None:
