@@ -5,6 +5,9 @@
   sslzoo pack /data/imagenet /scratch/small --short-side 256      reduced to 256 pixels and encoded again
   sslzoo pack --verify /scratch/packed                            compare everything with its checksums
 
+Without --raw and --short-side files are copied undecoded: a damaged image is noticed only in training. With one
+of them every image is decoded, and those that cannot be are counted and named.
+
 Recipes then use it by data.dataset=packed data.root=DST, or by data.root=DST alone if they name the data set. The same
 command continues after an interruption.
 

@@ -43,6 +43,7 @@ PACKABLE = (
 )
 LINE_EVERY = 60.0  # seconds between lines of progress without a terminal
 _WNID = re.compile(r"n\d{8}")
+_SPLITS = ("train", "val", "test")  # folders by which a layout is guessed
 
 
 def pack(
@@ -76,7 +77,7 @@ def pack(
         f"{source} has no folder of a split, such as train: {dataset_info(name).layout} is expected",
     )
     classless = dataset is None and name == "folder" and class_folders(source)
-    note = " (no labels; for labels put the class folders into a folder train)" if classless else ""
+    note = f" (no labels; for labels {_for_labels(source)})" if classless else ""
     _say(f"{source}: {name}{note}, split{'s' * (len(found) > 1)} {', '.join(found)}")
     unreadable: list[tuple[Path, Written]] = []
     with _signals():
@@ -107,6 +108,14 @@ def pack(
     _say(f"use it by: data.dataset=packed data.root={dest}")
 
 
+def _for_labels(source: Path) -> str:
+    """How the classes of ``source``, a folder of class folders, are found."""
+    path = source.absolute()
+    if path.name in _SPLITS:
+        return f"give {source.parent if source.name and source.parent.name else path.parent}"
+    return "put the class folders into a folder train"
+
+
 def _opened(source: Path, dataset: str, split: str, channels: int) -> Packable:
     classes = dataset_info(dataset).class_list or ()
     images = open_source(
@@ -120,7 +129,7 @@ def guess(source: Path) -> str:
     """The data set in ``source``, from its layout."""
     if any((source / place / "val/val_annotations.txt").is_file() for place in ("", "tiny-imagenet-200")):
         return "tiny_imagenet"
-    splits = [name for name in ("train", "val", "test") if (source / name).is_dir()]
+    splits = [name for name in _SPLITS if (source / name).is_dir()]
     classes = class_folders(source / splits[0]) if splits else ()
     if not classes:
         return "huggingface" if saved_splits(source) else "webdataset" if shard_splits(source) else "folder"

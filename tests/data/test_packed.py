@@ -182,9 +182,10 @@ def test_other_folders_are_no_splits(
         with pytest.raises(ValueError, match="val/d contains no images"):
             pack(tmp_path / "in", tmp_path / "out", dataset=dataset, splits=(), options=FILES, workers=0)
     assert not (tmp_path / "out").exists()
-    pack(photos / "train", tmp_path / "flat", dataset=None, splits=(), options=FILES, workers=0)
-    out = capsys.readouterr().out
-    assert "train: folder (no labels; for labels put the class folders into a folder train), split" in out
+    for name, advice in (("train", f"give {tmp_path}"), ("all", "put the class folders into a folder train")):
+        source = Path(shutil.copytree(photos / "train", tmp_path / name))
+        pack(source, tmp_path / f"flat {name}", dataset=None, splits=(), options=FILES, workers=0)
+        assert f"{name}: folder (no labels; for labels {advice}), split" in capsys.readouterr().out
 
 
 def test_empty_files_are_named_and_names_are_legible(
