@@ -3,7 +3,8 @@ without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sslzoo.recipe.sections import PCA_WIDTH
@@ -19,6 +20,8 @@ FEATURES = {
     "raw_pixels_": "raw pixels",
     "pca_": f"PCA-{PCA_WIDTH}",
 }
+# Names of evaluations in tables; those of a paper's protocol are the protocol's.
+EVALUATIONS = {"knn": "k-NN", "logistic": "logistic regression", "honest": "SGD (honest)"}
 LAYER = "backbone"  # the layer whose figures have plain keys
 OWN = "data"  # name of the training data itself, in keys and in the summary
 
@@ -61,6 +64,17 @@ def figure_key(figure: str, data: str, layer: str, *, first: str) -> str:
 def is_accuracy(key: str) -> bool:
     """Whether the figure is an accuracy, as a fraction of the test samples."""
     return key.partition("/")[0].endswith(("_top1", "_top5"))
+
+
+def evaluation_title(name: str, title: str = "") -> str:
+    """The evaluation ``name`` in words, with the ``title`` of one of its figures, such as ``k=10, T=0.07``."""
+    return ", ".join(filter(None, [EVALUATIONS.get(name, name), title]))
+
+
+def is_empty_top5(key: str, values: Sequence[float]) -> bool:
+    """Whether this is a top-5 accuracy that says nothing: it is 1 throughout, as with five classes or fewer."""
+    figure = key.removeprefix("val/").partition("/")[0]
+    return figure.endswith("_top5") and all(v == 1 for v in values if math.isfinite(v))
 
 
 def data_of(key: str, first: str) -> str:

@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from sslzoo.evaluate.figures import LAYER, OWN, data_of
+from sslzoo.evaluate.figures import LAYER, OWN, data_of, is_empty_top5
 from sslzoo.evaluate.metrics import interval
 from sslzoo.files import write_json, write_text
 from sslzoo.terminal import captioned
@@ -163,11 +163,12 @@ class Results:
         )
         title = escape(f"{self.name} on {self.datasets[name]} (%)")
         table = Table(title=title, min_width=64)
+        empty = is_empty_top5("_top5", [row.top5 for row in rows if row.top5 is not None])
         columns = {
             "features": lambda row: row.layer,
             "": lambda row: row.title,
             "top-1": lambda row: _percent(row.top1, row.n),
-            "top-5": lambda row: _percent(row.top5, row.n),
+            "top-5": lambda row: "" if empty else _percent(row.top5, row.n),
             "classifier": _chosen,
             "converged": lambda row: row.converged,
             "published": lambda row: row.published + ("" if row.gap is None else f" ({row.gap:+.1f})"),

@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sslzoo import panels
-from sslzoo.evaluate.figures import FEATURES, is_accuracy
+from sslzoo.evaluate.figures import FEATURES, evaluation_title, is_accuracy, is_empty_top5
 from sslzoo.pages.page import Block, Chart, Line, Section, Table, Text, render
 from sslzoo.records.page import run_panels
 from sslzoo.records.record import COLUMNS, Record
@@ -123,6 +123,7 @@ class Column:
     factor: float = 1.0
     digits: int | None = 1  # after the point; None: three significant ones
     key: str = ""
+    name: str = ""  # in CSV, if neither key nor title
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,18 @@ class Comparison:
         keys = dict.fromkeys(k for group in self.groups for run in group.runs for k in _accuracies(run))
         order = list(COLUMNS)
         ranked = sorted(keys, key=lambda key: order.index(key) if key in order else len(order))
-        columns = [Column(title=_title(key), measure=_figure(key), factor=100.0, key=key) for key in ranked]
+        titles = {
+            f"{row.get('key')}_top1": evaluation_title(
+                result.get("name") or row.get("key", ""), row.get("title", "")
+            )
+            for group in self.groups
+            for run in group.runs
+            for result in run.results
+            for row in result["results"]
+        }
+        columns = [
+            Column(title=_title(key, titles), measure=_figure(key), factor=100.0, key=key) for key in ranked
+        ]
         columns += [
             Column(
                 title=f"{panel.title} (%)" if panel.unit == "%" else panel.title,
@@ -152,10 +164,22 @@ class Comparison:
         ]
         columns += [
             Column(title="images/s", measure=lambda run: run.images_per_s, digits=0),
-            Column(title="hours", measure=lambda run: run.seconds / 3600 if run.seconds else None, digits=2),
+            self._duration(),
             Column(title="GPU memory (GiB)", measure=_peak("sys/gpu_mem")),
         ]
         return [c for c in columns if any(group.spread(c.measure) for group in self.groups)]
+
+    def _duration(self) -> Column:
+        """Hours of training, or minutes if none took an hour."""
+        most = max(run.seconds for group in self.groups for run in group.runs)
+        title, factor, digits = ("hours", 1.0, 2) if most >= 3600 else ("minutes", 60.0, None)
+        return Column(
+            title=title,
+            measure=lambda run: run.seconds / 3600 if run.seconds else None,
+            factor=factor,
+            digits=digits,
+            name="hours",
+        )
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -319,11 +343,11 @@ def _accuracies(run: Record) -> Iterator[str]:
             yield key
 
 
-def _title(key: str) -> str:
+def _title(key: str, titles: Mapping[str, str]) -> str:
+    """Of an accuracy; ``titles`` are those of ``sslzoo eval``, by figure."""
     figure, _, place = key.partition("/")
-    return COLUMNS.get(figure, figure.removesuffix("_top1")) + (
-        f" ({place.replace('/', ', ')})" if place else ""
-    )
+    words = COLUMNS.get(figure) or titles.get(figure) or figure.removesuffix("_top1")
+    return words + (f" ({place.replace('/', ', ')})" if place else "")
 
 
 def _figure(key: str) -> Callable[[Record], float | None]:
@@ -355,14 +379,14 @@ def _cell(group: Group, column: Column) -> str:
 
 def _number(column: Column, value: float) -> str:
     value *= column.factor
-    return f"{value:.3g}" if column.digits is None else f"{value:,.{column.digits}f}"
+    return f"{value:.3g}" if column.digits is None else f"{value:z,.{column.digits}f}"
 
 
 def _gap(difference: Difference | None) -> str:
     if difference is None:
         return ""
     half = "" if difference.half is None else f" ± {100 * difference.half:.1f}"
-    return f"{100 * difference.mean:+.1f}{half} (n={difference.n})"
+    return f"{100 * difference.mean:+z.1f}{half} (n={difference.n})"
 
 
 def _short(value: Any) -> str:
@@ -389,7 +413,7 @@ def as_csv(comparison: Comparison) -> str:
                 [
                     group.label,
                     *(recipe.get(key, "") for key in comparison.differing),
-                    column.key or column.title,
+                    column.key or column.name or column.title,
                     spread.mean,
                     "" if spread.sd is None else spread.sd,
                     len(spread.values),
@@ -423,8 +447,8 @@ def as_page(comparison: Comparison) -> str:
         tables.append(Table(head=head, rows=rows, numbers=False, caption="What differs between the recipes"))
     sections = [Section(title="Figures", blocks=tables)]
     shown = _panels(comparison)
-    for title in dict.fromkeys(title for title, _ in shown):
-        charts = [_chart(comparison, panel) for name, panel in shown if name == title]
+    for title in dict.fromkeys(title for title, _, _ in shown):
+        charts = [_chart(groups, panel) for name, panel, groups in shown if name == title]
         sections.append(Section(title=title, blocks=[chart for chart in charts if chart is not None]))
     runs = [[group.label, run.name, run.state] for group in comparison.groups for run in group.runs]
     sections.append(
@@ -435,24 +459,28 @@ def as_page(comparison: Comparison) -> str:
     return render("Comparison", subtitle, [section for section in sections if section.blocks])
 
 
-def _panels(comparison: Comparison) -> list[tuple[str, panels.Panel]]:
-    """Section and panel: the framework's, and those of methods, once each."""
-    found: dict[tuple[str, str], tuple[str, panels.Panel]] = {}
+def _panels(comparison: Comparison) -> list[tuple[str, panels.Panel, list[Group]]]:
+    """Title of the section, panel, and the groups whose runs have it, in the order of ``sslzoo.panels.ORDER``."""
+    order: dict[str, int] = {}
+    found: dict[tuple[str, str], tuple[panels.Panel, list[Group]]] = {}
     for group in comparison.groups:
         for section in run_panels(group.runs[0]):
+            order[section.title] = panels.ORDER.index(section.name)
             for panel in section.panels:
-                found.setdefault((section.title, panel.title), (section.title, panel))
-    return list(found.values())
+                found.setdefault((section.title, panel.title), (panel, []))[1].append(group)
+    places = sorted(found, key=lambda place: order[place[0]])
+    return [(place[0], *found[place]) for place in places]
 
 
-def _chart(comparison: Comparison, panel: panels.Panel) -> Chart | None:
+def _chart(groups: Sequence[Group], panel: panels.Panel) -> Chart | None:
     factor = 100.0 if panel.unit == "%" else 1.0
     lines: list[Line] = []
-    for group in comparison.groups:
+    for group in groups:
         recorded = dict.fromkeys(key for run in group.runs for key in run.metrics)
         for key, label in panel.lines(recorded):
             line = _line(group, key, factor, f"{group.label}: {label}" if label else group.label)
-            lines += [line] if line is not None else []
+            if line is not None and not is_empty_top5(key, [y / factor for y in line.y]):
+                lines.append(line)
     if not lines:
         return None
     return Chart(title=panel.title, lines=lines, unit=panel.unit, log_scale=panel.log_scale, note=panel.note)

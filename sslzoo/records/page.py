@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sslzoo import panels
-from sslzoo.evaluate.figures import FEATURES
+from sslzoo.evaluate.figures import FEATURES, evaluation_title, is_empty_top5
 from sslzoo.files import write_text
 from sslzoo.pages.page import (
     Block,
@@ -168,7 +168,7 @@ def panel_chart(record: Record, panel: panels.Panel) -> Chart | None:
         steps, values = record.system.get(key) or record.metrics.get(key) or ([], [])
         if key == "train/loss":
             steps, values = equal_intervals(steps, values)
-        if any(map(math.isfinite, values)):
+        if any(map(math.isfinite, values)) and not is_empty_top5(key, values):
             y = [factor * value for value in values]
             lines.append(Line(label=label or panel.curves[0].label, x=steps, y=y))
     if not lines:
@@ -219,7 +219,15 @@ def _later(record: Record) -> Iterator[Block]:
     """The results of protocols and other evaluations of the trained encoder."""
     rows = [
         [
-            ", ".join(filter(None, [result["name"], row.get("title"), _when(record, result.get("step"))])),
+            ", ".join(
+                filter(
+                    None,
+                    [
+                        evaluation_title(result["name"], row.get("title", "")),
+                        _when(record, result.get("step")),
+                    ],
+                )
+            ),
             result["data_sets"].get(row.get("data"), {}).get("dataset", ""),
             str(row.get("layer", "")),
             f"{100 * row['top1']:.1f} ±{50 * (row['top1_high'] - row['top1_low']):.1f}",

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sslzoo.callbacks.metrics_file import read_rows
-from sslzoo.evaluate.figures import FEATURES, LAYER, OWN, data_of, figure_key, is_accuracy, layer_of
+from sslzoo.evaluate.figures import (
+    FEATURES,
+    LAYER,
+    OWN,
+    data_of,
+    figure_key,
+    is_accuracy,
+    is_empty_top5,
+    layer_of,
+)
 from sslzoo.exits import ExitCode
 from sslzoo.records.lock import is_alive
 from sslzoo.verdict import State as Health
@@ -379,7 +388,10 @@ def figure_table(summary: Mapping[str, Any], data: str) -> tuple[list[str], list
         for prefix, words in FEATURES.items()
         for layer in dict.fromkeys(map(layer_of, keys))
     ]
-    shown = [i for i, _ in enumerate(COLUMNS) if any(row.keys[i] in summary for row in rows)]
+    found = {
+        i: [summary[row.keys[i]] for row in rows if row.keys[i] in summary] for i, _ in enumerate(COLUMNS)
+    }
+    shown = [i for i, key in enumerate(COLUMNS) if found[i] and not is_empty_top5(key, found[i])]
     titles = [list(COLUMNS.values())[i] for i in shown]
     return titles, [
         FigureRow(title=row.title, keys=tuple(row.keys[i] for i in shown), trained=row.trained)

@@ -95,7 +95,7 @@ def test_what_is_shown_is_what_is_written(folder: Path) -> None:
     assert (event.step, round(event.value, 6)) == (6, float(row["top1"]))
     kept = sum(path.stat().st_size for path in (folder / "run/eval/features").glob("*.safetensors"))
     assert f"{kept / 1024:.1f} KiB of features are kept in {folder}/run/eval/features; the next" in done.out
-    assert "knn, k=20, T=0.07" in (folder / "run/report.html").read_text()
+    assert "k-NN, k=20, T=0.07" in (folder / "run/report.html").read_text()
 
 
 def test_a_page_that_cannot_be_drawn_ends_no_evaluation(folder: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
+import re
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -61,10 +63,10 @@ def test_seeds_are_a_group_and_only_differences_are_shown(six: Path) -> None:
     ]
     assert comparison.differing == ("method.temperature",)
     head, rows = comparison.table()
-    assert head == ["", "method.temperature", "runs", "linear top-1", "hours"]
+    assert head == ["", "method.temperature", "runs", "linear top-1", "minutes"]
     assert rows == [
-        ["temperature=0.1", "0.1", "3", "81.0 ± 1.0", "0.50 ± 0.00"],
-        ["temperature=0.2", "0.2", "3", "84.0 ± 1.0", "0.50 ± 0.00"],
+        ["temperature=0.1", "0.1", "3", "81.0 ± 1.0", "30 ± 0"],
+        ["temperature=0.2", "0.2", "3", "84.0 ± 1.0", "30 ± 0"],
     ]
 
 
@@ -84,7 +86,7 @@ def test_a_single_run_has_the_interval_of_its_test_images(tmp_path: Path) -> Non
     for name, method in (("a", "simclr"), ("b", "sce")):
         write_run(tmp_path / name, accuracy=0.81, seed=1, method__name=method, name=method)
     _, rows = compared(tmp_path).table()
-    assert rows[1] == ["sce", "sce", "1", "81.0 ±3.0", "0.50"]
+    assert rows[1] == ["sce", "sce", "1", "81.0 ±3.0", "30"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_many_differences_have_a_table_of_their_own(tmp_path: Path) -> None:
         keys = {f"method__key{i}": f"{name}{i}" for i in range(8)}
         write_run(tmp_path / name, accuracy=0.81, seed=1, **keys)
     comparison = compared(tmp_path)
-    assert comparison.table()[0] == ["", "runs", "linear top-1", "hours"]
+    assert comparison.table()[0] == ["", "runs", "linear top-1", "minutes"]
     assert comparison.recipes()[1][0] == ["method.key0", "a0", "b0"]
     assert "| method.key7 | a7 | b7 |" in as_markdown(comparison)
 
@@ -157,7 +159,7 @@ def test_finished_runs_of_a_seed_count_with_their_mean_and_unfinished_ones_not(s
 def test_later_evaluations_count_and_names_are_no_markup(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = {"key": "honest", "data": "data", "layer": "backbone"}
+    row = {"key": "honest", "title": "", "data": "data", "layer": "backbone"}
     row |= {"top1": 0.6, "top1_low": 0.5, "top1_high": 0.7}
     result = {"how": "", "step": 4, "data_sets": {"data": {}}}
     older = result | {"step": 2, "results": [row | {"key": "logistic", "top1": 0.1}]}
@@ -169,7 +171,7 @@ def test_later_evaluations_count_and_names_are_no_markup(
     assert main(["compare", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "w[v1]" in out and "x[/y]" in out
-    assert "60.0 ±10.0" in out and "honest (data, layer3)" in out
+    assert "60.0 ±10.0" in out and "SGD (honest) (data, layer3)" in " ".join(out.split())
     assert "logistic" not in out, "of an older checkpoint"
 
 
@@ -239,3 +241,47 @@ def test_groups_that_differ_in_long_values_are_named_after_their_runs(tmp_path: 
         write_run(tmp_path / name, accuracy=0.8, seed=1, data__filter="x" * 60 + name)
     labels = [group.label for group in compared(tmp_path).groups]
     assert [label.rpartition(" ")[2] for label in labels] == [f"{tmp_path.name}/a", f"{tmp_path.name}/b"]
+
+
+def sections_of(page: str) -> dict[str, list[str]]:
+    """Titles of the charts, by section."""
+    parts = re.split(r"<h2>(.*?)</h2>", page)[1:]
+    charts = (re.findall(r'class="chart"><figcaption>([^<]*?) ?<', part) for part in parts[1::2])
+    return dict(zip(parts[::2], charts, strict=True))
+
+
+def test_sections_of_methods_stand_together_with_their_own_runs(tmp_path: Path) -> None:
+    for name in ("sce", "simclr"):
+        write_run(tmp_path / name, accuracy=0.8, seed=1, name=name, method__name=name)
+        file = tmp_path / name / "metrics.csv"
+        head, *rows = file.read_text().splitlines()
+        extra = {"sce": "", "simclr": ",val/linear_top5"}[name]
+        lines = [f"{head},method/positive_similarity,repr/std{extra}"]
+        lines += [f"{row},0.5,0.1{extra and ',1.0'}" for row in rows]
+        file.write_text("\n".join([*lines, ""]))
+        (tmp_path / name / "system.csv").write_text("step,epoch,sys/images_per_s\n2,0,5.0\n")
+    page = as_page(compared(tmp_path))
+    assert sections_of(page) == {
+        "Figures": [],
+        "Learning": ["pre-training loss"],
+        "Evaluation": ["linear probe, top-1"],  # without top-5, which is always 100 %
+        "Representation": ["feature deviation"],
+        "sce": ["similarity of positives"],
+        "simclr": ["similarity of positives"],
+        "System": ["throughput"],
+        "Runs": [],
+    }
+    charts = json.loads(page.partition('id="charts">')[2].partition("</script>")[0])
+    assert [[line["label"] for line in chart["series"]] for chart in charts[3:5]] == [["sce"], ["simclr"]]
+
+
+def test_figures_are_named_in_words_and_zero_has_no_sign(tmp_path: Path) -> None:
+    for name, accuracy in (("a", 0.8001), ("b", 0.8)):
+        write_run(tmp_path / name, accuracy=accuracy, seed=1, name=name, method__name=name)
+        row = {"key": "knn_k10_t0.07", "title": "k=10, T=0.07", "data": "data", "layer": "backbone"}
+        row |= {"top1": 0.6, "top1_low": 0.5, "top1_high": 0.7}
+        result = {"name": "knn", "how": "", "step": 4, "data_sets": {"data": {}}, "results": [row]}
+        write_json(tmp_path / name / "eval" / "knn.json", result)
+    head, rows = compared(tmp_path).differences()
+    assert head == ["", "linear top-1", "k-NN, k=10, T=0.07"]
+    assert rows == [["b - a", "+0.0 (n=1)", "+0.0 (n=1)"]]

@@ -127,8 +127,12 @@ def test_evaluations_of_older_checkpoints_are_named_and_no_figures_of_the_run(tm
     record = Record(run)
     assert record.figure("honest_top1") == 0.6 and record.interval("honest_top1") == (0.5, 0.7)
     assert record.accuracies == {"honest_top1": 0.6, "linear_top1": 0.9, "random_init_linear_top1": 0.5}
-    shown = re.findall(r">(honest[^<]*)</th>.*?([\d.]+) ±", page(record))
-    assert shown == [("honest, step 1,000", "40.0"), ("honest", "60.0"), ("honest, step 1,000", "30.0")]
+    shown = re.findall(r">(SGD[^<]*)</th>.*?([\d.]+) ±", page(record))
+    assert shown == [
+        ("SGD (honest), step 1,000", "40.0"),
+        ("SGD (honest)", "60.0"),
+        ("SGD (honest), step 1,000", "30.0"),
+    ]
     (run / "checkpoints" / "step=000003000.ckpt").touch()  # the run continued
     assert Record(run).figure("honest_top1") is None
 
@@ -211,3 +215,13 @@ def test_a_continued_run_shows_its_newest_figures(tmp_path: Path) -> None:
     assert "that of its earlier end" in page(record)
     os.utime(run / "eval" / "summary.json")
     assert Record(run).figure("linear_top1") == 0.9, "evaluated at its new end"
+
+
+@pytest.mark.parametrize(("top5", "shown"), [(1.0, False), (0.98, True)])
+def test_a_top_5_of_at_most_five_classes_is_left_out(tmp_path: Path, top5: float, shown: bool) -> None:
+    run = run_with_summary(tmp_path / "run")
+    intervals = SUMMARY["interval_95"] | {"linear_top5": [0.9, 1.0]}
+    write_json(run / "eval" / "summary.json", SUMMARY | {"linear_top5": top5, "interval_95": intervals})
+    file = run / "metrics.csv"
+    file.write_text(file.read_text().replace("linear_top1", "linear_top5").replace("0.75", str(top5)))
+    assert ("top-5" in page(Record(run))) == shown

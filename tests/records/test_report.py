@@ -161,6 +161,8 @@ def test_each_data_set_has_a_table_of_what_was_measured_on_it() -> None:
     assert "Trained in 3 min 20 s" in own and "Trained" not in other
     assert "75.0 ±1.0 │ 62.5 ±1.1" in other and "And to that." in other
     assert not any(word in own for word in ("raw pixels", "random", "k-NN │", "SGD"))
+    assert "top-5" in own
+    assert "top-5" not in shown(SUMMARY | {"linear_top5": 1.0})[0], "of five classes or fewer"
 
 
 def test_unlabelled_data_says_what_was_not_measured() -> None:
