@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from sslzoo.records.compare import Comparison, Grid
 
+GAP = 2  # between columns on the terminal
 FORMATS = ("text", "csv", "markdown", "html")
 
 
@@ -58,25 +62,58 @@ def run(args: argparse.Namespace) -> int:
 
 
 def as_text(comparison: Comparison) -> str:
-    """The tables for a terminal, with a column for each group, because there are more figures than groups."""
+    """The tables for a terminal, with a column for each group, because there are more figures than groups. What is too
+    wide for the terminal is split into several tables, so that words stay whole."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
     turned = [_turned(grid) for grid in (comparison.table(), comparison.differences())]
     console = Console(highlight=False)
     with console.capture() as capture:
         for head, rows in (*turned, comparison.recipes()):
-            if rows:
-                table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-                for number, title in enumerate(head):
-                    table.add_column(escape(title), justify="right" if number else "left", overflow="fold")
-                for row in rows:
-                    table.add_row(*map(escape, row))
-                console.print(table)
+            for columns in _parts(head, rows, console.width) if rows else ():
+                console.print(_table(columns, console.width))
                 console.print()
         console.print(" ".join(comparison.notes()), markup=False)
     return capture.get()
+
+
+def _parts(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[list[str]]]:
+    """The columns in groups that fit into ``width`` characters if lines break between words; each group begins with
+    the first column."""
+    first, *others = ([title, *cells] for title, *cells in zip(head, *rows, strict=True))
+    parts = [[first]]
+    for column in others:
+        if len(parts[-1]) > 1 and sum(map(_least, [*parts[-1], column])) > width:
+            parts.append([first])
+        parts[-1].append(column)
+    return parts
+
+
+def _least(column: Sequence[str]) -> int:
+    """The width of the longest word, and of the space beside it."""
+    return max((len(word) for cell in column for word in cell.split()), default=0) + GAP
+
+
+def _table(columns: Sequence[Sequence[str]], width: int) -> Table:
+    """Cells of the columns, the first of which are titles; columns get more room than they need in order."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, GAP, 0, 0), header_style="bold")
+    spare = width - sum(map(_least, columns))
+    for number, column in enumerate(columns):
+        least = _least(column)
+        room = min(max(map(len, column)) + GAP, least + max(spare, 0))
+        spare -= room - least
+        table.add_column(
+            escape(column[0]),
+            justify="right" if number else "left",
+            overflow="fold",
+            width=min(room, width) - GAP,
+        )
+    for row in list(zip(*columns, strict=True))[1:]:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def _turned(grid: Grid) -> Grid:

@@ -171,7 +171,7 @@ class Results:
             "top-5": lambda row: "" if empty else _percent(row.top5, row.n),
             "classifier": _chosen,
             "converged": lambda row: row.converged,
-            "published": lambda row: row.published + ("" if row.gap is None else f" ({row.gap:+.1f})"),
+            "published": lambda row: row.published + ("" if row.gap is None else f" ({row.gap:+z.1f})"),
         }
         cells = {title: [cell(row) for row in rows] for title, cell in columns.items()}
         shown = [title for title, column in cells.items() if any(column)]

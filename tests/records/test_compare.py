@@ -285,3 +285,19 @@ def test_figures_are_named_in_words_and_zero_has_no_sign(tmp_path: Path) -> None
     head, rows = compared(tmp_path).differences()
     assert head == ["", "linear top-1", "k-NN, k=10, T=0.07"]
     assert rows == [["b - a", "+0.0 (n=1)", "+0.0 (n=1)"]]
+
+
+def test_words_stay_whole_on_a_narrow_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for number in range(8):
+        keys = {f"method__long_name_of_a_key_{i}": f"value_{number}" for i in range(8)}
+        write_run(tmp_path / str(number), accuracy=0.8, seed=1, name=f"recipe_of_many_words_{number}", **keys)
+    assert main(["compare", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    words = [word for line in lines for word in line.split()]
+    for number in range(8):
+        assert words.count(f"recipe_of_many_words_{number}") >= 2, "figures, and what differs"
+        assert words.count(f"value_{number}") == 8
