@@ -75,6 +75,7 @@ class Line:
     y: Sequence[float]
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+    colour: int | None = None  # its number; None: that of the line's place in the chart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,8 @@ class Chart:
                     row[place[at]] = _rounded(value)
                 rows.append(row)
             y, low, high = rows
-            series.append({"label": line.label, "y": y, "low": low, "high": high})
+            colour = len(series) if line.colour is None else line.colour
+            series.append({"label": line.label, "y": y, "low": low, "high": high, "colour": colour})
         values = [v for s in series for v in (*s["y"], *s["low"]) if v is not None]
         values += [level.y for level in self.levels]
         return {

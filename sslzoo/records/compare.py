@@ -11,7 +11,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
@@ -448,7 +448,7 @@ def as_page(comparison: Comparison) -> str:
     sections = [Section(title="Figures", blocks=tables)]
     shown = _panels(comparison)
     for title in dict.fromkeys(title for title, _, _ in shown):
-        charts = [_chart(groups, panel) for name, panel, groups in shown if name == title]
+        charts = [_chart(comparison, groups, panel) for name, panel, groups in shown if name == title]
         sections.append(Section(title=title, blocks=[chart for chart in charts if chart is not None]))
     runs = [[group.label, run.name, run.state] for group in comparison.groups for run in group.runs]
     sections.append(
@@ -472,7 +472,8 @@ def _panels(comparison: Comparison) -> list[tuple[str, panels.Panel, list[Group]
     return [(place[0], *found[place]) for place in places]
 
 
-def _chart(groups: Sequence[Group], panel: panels.Panel) -> Chart | None:
+def _chart(comparison: Comparison, groups: Sequence[Group], panel: panels.Panel) -> Chart | None:
+    """The curves of ``groups``; with one curve each, a group has the same colour in all charts."""
     factor = 100.0 if panel.unit == "%" else 1.0
     lines: list[Line] = []
     for group in groups:
@@ -483,6 +484,9 @@ def _chart(groups: Sequence[Group], panel: panels.Panel) -> Chart | None:
                 lines.append(line)
     if not lines:
         return None
+    colours = {group.label: number for number, group in enumerate(comparison.groups)}
+    if {line.label for line in lines} <= colours.keys():
+        lines = [replace(line, colour=colours[line.label]) for line in lines]
     return Chart(title=panel.title, lines=lines, unit=panel.unit, log_scale=panel.log_scale, note=panel.note)
 
 

@@ -34,12 +34,14 @@ draw.lineTo = function (x, y) {
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, such as Debian's package chromium")
 def test_a_browser_draws_every_chart_without_an_error(tmp_path: Path) -> None:
     band = Line(label="mean", x=[1, 2, 3], y=[1.0, 2.0, 3.0], low=[0.5, 1.5, 2.5], high=[1.5, 2.5, 3.5])
+    short = Line(label="short", x=[1, 2], y=[3.0, 7.25])
     charts = [
         Chart(title="band", lines=[band], levels=[Level(label="raw pixels", y=2.5)], unit="%"),
         Chart(title="logarithmic", lines=[Line(label="a", x=[1, 2], y=[1.0, 1e6])], log_scale=True),
         Chart(title="single point", lines=[Line(label="a", x=[7], y=[0.0])]),
         Chart(title="small", lines=[Line(label="a", x=[1, 2], y=[0.00175, 0.00225])]),
         Chart(title="narrow", lines=[Line(label="a", x=[1, 2], y=[4.1071, 4.1079])]),
+        Chart(title="of two lengths", lines=[short, Line(label="long", x=[1, 9], y=[1.0, 2.0])]),
         Chart(
             title="single percentage",
             lines=[Line(label="a", x=[7], y=[98.0])],
@@ -76,11 +78,12 @@ def test_a_browser_draws_every_chart_without_an_error(tmp_path: Path) -> None:
     assert done.stdout.count("<canvas") == len(charts)
     # The legends show the last values.
     assert re.search(r"raw pixels.*?2\.5<", done.stdout)
+    assert re.search(r"short<[^–]*?7\.25<", done.stdout)
     assert "NaN" not in re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
     labels = re.findall(r"<li>label (\d+) (\S+) (\S+)</li>", done.stdout)
     assert min(float(left) for _, _, left in labels) >= 0, "labels are not clipped"
     assert max(len(text) for chart, text, left in labels if chart == "3" and float(left)) > 5
-    assert max(float(text) for chart, text, left in labels if chart == "5" and float(left)) == 100
+    assert max(float(text) for chart, text, left in labels if chart == "6" and float(left)) == 100
     dashes = [float(share) for share in re.findall(r"<li>dashes (\S+)</li>", done.stdout)]
     assert len(dashes) >= 2 and min(dashes) > 0.9, "levels go across the whole width"
     narrow = [text for chart, text, left in labels if chart == "4" and float(left)]

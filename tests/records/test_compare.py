@@ -273,6 +273,7 @@ def test_sections_of_methods_stand_together_with_their_own_runs(tmp_path: Path) 
     }
     charts = json.loads(page.partition('id="charts">')[2].partition("</script>")[0])
     assert [[line["label"] for line in chart["series"]] for chart in charts[3:5]] == [["sce"], ["simclr"]]
+    assert [chart["series"][-1]["colour"] for chart in charts] == [1, 1, 1, 0, 1, 1], "of the last run"
 
 
 def test_figures_are_named_in_words_and_zero_has_no_sign(tmp_path: Path) -> None:

@@ -19,6 +19,9 @@
       if (digits === 9 || new Set(shown).size === shown.length) return texts;
     }
   };
+  // The value under the pointer; without a pointer, the last one of the curve, which may end before others.
+  const legend = (chart, value, index) =>
+    number(value ?? (chart.cursor.idx == null ? chart.data[index].findLast((v) => v != null) : null));
   const HEIGHT = 210;
 
   // Across the whole width, also where curves have a single point.
@@ -57,11 +60,11 @@
     const series = [{ label: spec.xLabel, value: (_, v) => (v == null ? "–" : v.toLocaleString("en")) }];
     const data = [spec.x];
     const bands = [];
-    spec.series.forEach((line, i) => {
-      const name = `--c${i % 10}`;
+    spec.series.forEach((line) => {
+      const name = `--c${line.colour % 10}`;
       const sparse = line.y.filter((v) => v != null).length <= 40;
       series.push({
-        label: line.label, stroke: () => colour(name), width: 2, spanGaps: true, value: (_, v) => number(v),
+        label: line.label, stroke: () => colour(name), width: 2, spanGaps: true, value: legend,
         points: { show: sparse, size: 5, fill: () => colour(name) },
       });
       data.push(line.y);
