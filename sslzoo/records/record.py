@@ -263,9 +263,8 @@ class Record:
         for of in evaluations:
             about = of["data_sets"].get(name, {})
             facts |= {fact: about[fact] for fact in ("dataset", "n_test") if fact in about}
-            images = of.get("identity", {}).get(
-                "images", ()
-            )  # fingerprints: training and test images of the first
+            # Fingerprints of the training and test images of the first data set, then those of others.
+            images = of.get("identity", {}).get("images", ())
             if len(images) > 1 and name == next(iter(of["data_sets"])):
                 facts["test images"] = images[1]
         if "n_test" not in facts and name == OWN:
