@@ -105,7 +105,7 @@ def plot_curves(metrics: Path, path: Path, summary: Mapping[str, Any]) -> None:
     ]
     limits = [limit for axes in panels for limit in axes.get_ylim()]
     for axes, key, own in zip(panels, shown, names, strict=True):
-        axes.set_ylim(min(limits), max(limits))  # the same scale for all panels
+        axes.set_ylim(max(0, min(limits)), min(100, max(limits)))  # the same scale for all panels
         _finish(axes, f"{judges[key][0]}, top-1 on test images (%)", last, ticks=4)
         _write_names(axes, own)
     _save(figure, path)

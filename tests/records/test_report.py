@@ -190,3 +190,12 @@ def test_captions_have_the_width_of_the_terminal() -> None:
 
 def test_durations() -> None:
     assert [duration(s) for s in (9.6, 60, 3599.6, 7260)] == ["10 s", "1 min 0 s", "1 h 0 min", "2 h 1 min"]
+
+
+def test_percentages_end_at_100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr("sslzoo.records.report._save", lambda figure, _: figures.append(figure))
+    (tmp_path / "metrics.csv").write_text("step,epoch,train/loss,val/linear_top1\n5,0,2.0,\n10,1,1.0,1.0\n")
+    plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png", {"linear_top1": 1.0})
+    low, high = figures[0].axes[1].get_ylim()
+    assert 0 <= low < high == 100
