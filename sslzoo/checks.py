@@ -73,10 +73,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def closest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """The name in ``known`` closest to ``name``, ignoring case; empty if none is close."""
-    by_lower = {other.lower(): other for other in known}
-    match = get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+def closest(name: str, known: Iterable[str], cutoff: float = 0.65) -> str:
+    """The name in ``known`` closest to ``name``, ignoring case and the dashes of options; empty if none is close: two
+    of three letters must be the same."""
+    by_lower = {other.lower().lstrip("-"): other for other in known}
+    match = get_close_matches(name.lower().lstrip("-"), by_lower, n=1, cutoff=cutoff)
     return by_lower[match[0]] if match else ""
 
 

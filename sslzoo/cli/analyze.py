@@ -47,7 +47,7 @@ def add_arguments_of(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sslzoo.recipe.load import RecipeError
+    from sslzoo.recipe.load import RecipeError, check_once
     from sslzoo.recipe.options import from_options
     from sslzoo.recipe.registry import analysis_class
     from sslzoo.recipe.sections import AnalysisConfig
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     words = [*args.words, *args.overrides]
     changes = [word for word in words if _is_override(word)]
     paths = [Path(word) for word in words if not _is_override(word)]
+    check_once(changes)
     try:
         if not paths:
             raise ValueError("name a run directory or a checkpoint")

@@ -25,11 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sslzoo.recipe.load import load_recipe
+    from sslzoo.recipe.load import check_once, load_recipe
 
     given = [word for word in args.words if "=" in word and not Path(word).exists()]
     words = [word for word in args.words if word not in given]
     overrides = [*given, *args.overrides]
+    check_once(overrides)
     part = words.pop(0) if words and words[0] in ("data", "model", "step") else None
     problem = ""
     if len(words) != 1:

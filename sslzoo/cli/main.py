@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
 from typing import NoReturn
@@ -19,6 +20,8 @@ from typing import NoReturn
 import sslzoo
 from sslzoo import cli
 from sslzoo.checks import did_you_mean
+
+FEW = 10  # options that are listed where none is close to what was typed
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,6 +57,8 @@ def _parsers(
         module.add_arguments(child)
         if verb == typed and word and not word.startswith("-") and hasattr(module, "add_arguments_of"):
             module.add_arguments_of(child, word)
+        for action in child._actions:  # a list of positional arguments may be empty
+            action.required = action.required and action.nargs != "*"
         child.set_defaults(run=module.run)
     return parser, subparsers.choices
 
@@ -63,6 +68,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser, children = _parsers(arguments)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in children:
         parser.error(f"no verb {arguments[0]!r}{did_you_mean(arguments[0], children)}")
+    _check_recipe_is_named(arguments, children)
     args, left = parser.parse_known_args(arguments)
     unknown = [
         word for word in left if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")
@@ -70,11 +76,29 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if unknown:
         child = children[args.verb]
         options = [option for action in child._actions for option in action.option_strings]
-        child.error(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0].partition('=')[0], options)}")
+        named = [option for option in options if option not in ("-h", "--help")]
+        few = f" (there are {', '.join(named)})" if 0 < len(named) <= FEW else ""
+        hint = did_you_mean(unknown[0].partition("=")[0], options) or few
+        child.error(f"unknown argument {unknown[0]!r}{hint}")
     if left:
         args.overrides += left
     args.arguments = arguments  # for fit, which starts this command again as each rank
     return args
+
+
+def _check_recipe_is_named(arguments: list[str], children: Mapping[str, argparse.ArgumentParser]) -> None:
+    """Where a verb needs ``--recipe`` and a recipe is given without it, say so."""
+    child = children.get(arguments[0]) if arguments else None
+    if child is None or not any(a.required and "--recipe" in a.option_strings for a in child._actions):
+        return
+    words = arguments[1:]
+    if any(word.startswith("--rec") or word in ("-h", "--help") for word in words):
+        return
+    from sslzoo.recipe.registry import recipes
+
+    for word in words:
+        if word in recipes() or word.endswith((".yaml", ".yml")):
+            child.error(f"the recipe is an option: --recipe {word}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Matplotlib warns of each letter's font that its cache lacks, and draws with another one.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     try:
+        # A file, such as step=100.ckpt, is no override.
+        overrides = [word for word in getattr(args, "overrides", None) or () if not Path(word).exists()]
+        if len(overrides) > 1:
+            from sslzoo.recipe.load import check_once
+
+            check_once(overrides)
         code = args.run(args)
         sys.stdout.flush()  # so that a closed pipe is noticed here, and not when Python exits
         return code

@@ -7,7 +7,7 @@ machine, read-only too.
   sslzoo runs
   sslzoo runs /mnt/cluster/runs --state running --watch 30
 
-exit codes: 0 done; 2 a folder does not exist or contains no run.
+exit codes: 0 done; 2 a folder that is named does not exist or contains no run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+
+NONE = "no runs yet in runs/; sslzoo fit --recipe quickstart makes one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +52,12 @@ def run(args: argparse.Namespace) -> int:
         )
         require(args.watch is None or args.watch > 0, f"--watch {args.watch} must be positive")
         while True:
-            lines = listing([r for r in records(folders) if args.state in (None, r.state)], width)
+            try:
+                lines = listing([r for r in records(folders) if args.state in (None, r.state)], width)
+            except ValueError:
+                if args.folders:
+                    raise
+                lines = [NONE]
             if args.watch is None:
                 print("\n".join(lines))
                 return 0

@@ -106,7 +106,7 @@ def _is_recipe_error(error: ValueError) -> bool:
 
 def _job(args: argparse.Namespace) -> Job:
     """The job that the arguments ask for; raises ``ValueError`` if its run would be refused."""
-    from sslzoo.launch.cluster import read_profile
+    from sslzoo.launch.cluster import check_time, read_profile
     from sslzoo.launch.slurm import Job
     from sslzoo.recipe.load import load_recipe
     from sslzoo.recipe.registry import name_of, recipe_path
@@ -126,6 +126,8 @@ def _job(args: argparse.Namespace) -> Job:
     loaded = [load_recipe(args.recipe, [*overrides, f"{key}={value}"]) for value in values]
     loaded = loaded or [load_recipe(args.recipe, overrides)]
     profile = read_profile()
+    if args.time:
+        check_time(args.time, "--time")
     chosen = {name: getattr(args, name) for name in ("partition", "account", "time") if getattr(args, name)}
     folder = args.out or Path(profile.scratch or ".").expanduser() / "runs" / recipe.name / unique_id()
     source = recipe_path(args.recipe)

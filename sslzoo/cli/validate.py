@@ -16,13 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sslzoo.recipe.load import RecipeError, load_recipe
+    from sslzoo.recipe.load import RecipeError, check_once, load_recipe
 
     overrides = [word for word in args.recipes if "=" in word]
     names = [word for word in args.recipes if "=" not in word]
     if not names:
         print("sslzoo validate: no recipe given, only overrides", file=sys.stderr)
         return 2
+    check_once(overrides)
     code = 0
     for name in names:
         try:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("push",), help="push: send a run")
+    parser.add_argument("action", choices=("push",), metavar="push", help="push: send a run")
     parser.add_argument("path", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--project", help="default: logging.wandb.project of the run's recipe, or sslzoo")
     parser.add_argument("--entity", help="user or team (default: the recipe's, or the login's)")

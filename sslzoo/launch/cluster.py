@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +15,8 @@ from sslzoo.checks import did_you_mean, require, shown
 
 VARIABLE = "SSLZOO_CLUSTER"  # environment variable that names another profile than the user's
 LISTS = ("modules", "options")
+# SLURM's formats of a time limit: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on.
+_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|unlimited|infinite", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,15 @@ class Cluster:
     container: str | None = None
     scratch: str | None = (
         None  # shared folder in which runs/<recipe>/<id> are created, instead of the current one
+    )
+
+
+def check_time(text: str, where: str) -> None:
+    """Raise ``ValueError``, which begins with ``where``, unless ``text`` is a time limit in one of SLURM's formats."""
+    require(
+        _TIME.fullmatch(text) is not None,
+        f"{where}: {shown(text)} is no time limit; write hours:minutes:seconds such as 24:00:00, "
+        "days-hours:minutes:seconds such as 2-12:00:00, or minutes",
     )
 
 
@@ -67,6 +79,8 @@ def read_profile(environ: Mapping[str, str] = os.environ) -> Cluster:
             require(
                 isinstance(value, str), f"{path}: {key}: must be text, got {shown(value)}; put it in quotes"
             )
+            if key == "time":
+                check_time(value, f"{path}: time")
     return Cluster(**{key: _hashable(value) for key, value in values.items()})
 
 

@@ -56,7 +56,6 @@ def _what_next(ending: Ending, placement: Placement, run: Run, loaded: LoadedRec
 
 def command_to_continue(run: Run, loaded: LoadedRecipe, placement: Placement) -> str:
     """The command that continues ``run``."""
-    overrides = {word.partition("=")[0]: word for word in loaded.overrides}  # the last one for a key wins
     words = ["sslzoo", "fit", "--recipe", name_of(loaded.source), "--out", str(run.path), "--resume", "auto"]
     started = {"torchrun": "torchrun ... -m ", "srun": "srun "}.get(placement.starter, "")
-    return started + shlex.join([*words, *overrides.values()])
+    return started + shlex.join([*words, *loaded.overrides])

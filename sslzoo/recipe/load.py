@@ -204,6 +204,18 @@ def _line(lines: Mapping[str, int], key: str) -> int:
 # Overrides
 
 
+def check_once(overrides: Sequence[str]) -> None:
+    """Raise ``RecipeError`` if ``overrides``, as typed by a user, set a key twice. Elsewhere the last one wins."""
+    seen: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in seen:
+            raise RecipeError(
+                f"override: {key}: is set twice, by {seen[key]} and {override}; keep one of them"
+            )
+        seen[key] = override
+
+
 def _apply(raw: dict[str, Any], override: str, overridden: set[str]) -> None:
     """Apply ``dotted.key=value`` to ``raw``, replacing any value already there."""
     key, equals, text = override.partition("=")
@@ -260,7 +272,7 @@ def _fill_from_data_sets(values: dict[str, Any]) -> set[str]:
         if info.class_list and source.get("classes") is None:
             source["classes"] = info.class_list
             filled.add(f"{key}.classes")
-        if key == "data" and _take_statistics(source, name, info):
+        if key == "data" and _take_statistics(source, name, info, values.get("backbone")):
             filled |= {"data.mean", "data.std"}
     return filled
 
@@ -275,8 +287,9 @@ def _packed_data_set(key: str, source: Mapping[str, Any]) -> str:
         raise ConfigError(f"{key}.root", str(error)) from None
 
 
-def _take_statistics(data: dict[str, Any], name: str, info: DatasetInfo) -> bool:
-    """Set the mean and std of the data set in ``data`` unless it sets its own; returns whether it did."""
+def _take_statistics(data: dict[str, Any], name: str, info: DatasetInfo, backbone: Any) -> bool:
+    """Set the mean and std of the data set in ``data`` unless it sets its own; returns whether it did. The advice
+    agrees with the channels of ``backbone``, the section as it is written."""
     stated = [key for key in ("mean", "std") if data.get(key) is not None]
     if len(stated) == 1:
         (missing,) = {"mean", "std"} - set(stated)
@@ -286,9 +299,11 @@ def _take_statistics(data: dict[str, Any], name: str, info: DatasetInfo) -> bool
     if not info.mean:
         imagenet = {key: ",".join(map(str, getattr(DATASETS["imagenet1k"], key))) for key in ("mean", "std")}
         example = " ".join(f"data.{key}=[{numbers}]" for key, numbers in imagenet.items())
+        grey = isinstance(backbone, dict) and str(backbone.get("in_channels")) == "1"
         raise ConfigError(
             "data.mean",
-            f"missing key; {name} has no known statistics: set both, such as ImageNet's {example}",
+            f"missing key; {name} has no known statistics: set both, such as ImageNet's {example}"
+            + (" with backbone.in_channels=3, or one number each to read the images in grey" if grey else ""),
         )
     data["mean"], data["std"] = list(info.mean), list(info.std)
     return True

@@ -168,4 +168,9 @@ def recipe_path(name: str) -> Path:
     stem = name.removesuffix(".yaml").removesuffix(".yml")
     if stem in known:
         return known[stem]
-    raise ValueError(f"no recipe {name!r}: neither a file nor a bundled name{did_you_mean(stem, known)}")
+    if path.is_dir():
+        inside = path / "recipe.yaml"  # of a run directory
+        fix = f"did you mean {inside}?" if inside.is_file() else "name a file in it"
+        raise ValueError(f"no recipe {name!r}: it is a folder; {fix}")
+    hint = did_you_mean(stem, known) or "; sslzoo ls recipes lists them"
+    raise ValueError(f"no recipe {name!r}: neither a file nor a bundled name{hint}")

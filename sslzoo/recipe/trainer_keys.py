@@ -69,6 +69,17 @@ CHOICES: dict[str, Any] = {
     "profiler": Literal["simple", "advanced", "pytorch"] | None,
 }
 
+# What other libraries call some of these precisions.
+PRECISIONS = {
+    "amp": "16-mixed",
+    "fp16": "16-mixed",
+    "float16": "16-mixed",
+    "half": "16-mixed",
+    "bfloat16": "bf16-mixed",
+    "fp32": "32-true",
+    "float32": "32-true",
+}
+
 
 def check_trainer(values: dict[str, Any]) -> None:
     """Refuse values that are invalid or have no effect; ``ConfigError`` names the key."""

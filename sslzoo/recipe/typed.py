@@ -19,7 +19,7 @@ from sslzoo.checks import ConfigError, closest, did_you_mean, shown
 from sslzoo.recipe import registry
 from sslzoo.recipe.sections import AnalysisConfig, MethodConfig, Recipe
 from sslzoo.recipe.text import join
-from sslzoo.recipe.trainer_keys import OWNED, check_trainer, trainer_arguments
+from sslzoo.recipe.trainer_keys import OWNED, PRECISIONS, check_trainer, trainer_arguments
 
 
 class OtherVariant(ConfigError):
@@ -251,6 +251,9 @@ def trainer_section(values: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"trainer.{name}", _unknown_key("trainer", name, free))
     if "max_epochs" not in values:
         raise ConfigError("trainer.max_epochs", "missing key; every recipe must set it")
+    other = PRECISIONS.get(str(values.get("precision")).lower())
+    if other is not None:
+        raise ConfigError("trainer.precision", f"{values['precision']!r} is called {other} here")
     typed = {name: _typed(known[name], value, f"trainer.{name}") for name, value in values.items()}
     try:
         check_trainer(typed)

@@ -27,7 +27,8 @@ def listing(records: Sequence[Record], width: int | None = None) -> list[str]:
     if width is not None:
         lines = [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
     counts = ", ".join(f"{n} {state}" for state, n in sorted(Counter(r.state for r in records).items()))
-    return [*lines, f"{len(records)} runs: {counts}; best top-1 in per cent of all evaluations"]
+    runs = f"{len(records)} run{'s' * (len(records) != 1)}{': ' * bool(counts)}{counts}"
+    return [*lines, f"{runs}; best top-1 in per cent of all evaluations"]
 
 
 def _cells(record: Record) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from sslzoo.callbacks.progress import ProgressDisplay
 from sslzoo.callbacks.representation import Representation
 from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.callbacks.watch import Watch
-from sslzoo.checkpoints import load_checkpoint
+from sslzoo.checkpoints import latest, load_checkpoint
 from sslzoo.checks import require
 from sslzoo.data.datasets import ImageSource, open_source
 from sslzoo.data.module import SSLDataModule
@@ -317,6 +317,11 @@ def load_weights(method: SSLMethod[Any], path: Path) -> None:
 
     Raises ``ValueError`` if the backbone does not match.
     """
+    require(
+        path.exists() or latest(path.parent) is not None,
+        f"--init-from {path}: no such file or folder; give a run directory, a checkpoint such as "
+        "RUN/checkpoints/last.ckpt, or an exported backbone.safetensors",
+    )
     if path.is_dir():
         path = newest_weights(path)
     if path.suffix == SUFFIX:

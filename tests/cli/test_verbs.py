@@ -82,6 +82,31 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["diff", NAME, "nothing_like_it"], "no recipe 'nothing_like_it'"),
         (["cp", "nothing_like_it", "x.yaml"], "no recipe 'nothing_like_it'"),
         (["validate", "optim.lr=3"], "no recipe given, only overrides"),
+        (
+            ["fit", "--recipe", NAME, "--bogus"],
+            "unknown argument '--bogus' (there are --recipe, --out, --resume, --init-from, --dry-run); see",
+        ),
+        (["ls", "--json"], "unknown argument '--json' (there are "),
+        (
+            ["show", "nosuch"],
+            "no recipe 'nosuch': neither a file nor a bundled name; sslzoo ls recipes lists them",
+        ),
+        (["show", "/tmp"], "no recipe '/tmp': it is a folder; name a file in it"),
+        (
+            ["fit", NAME, "--out", "x"],
+            f"sslzoo fit: the recipe is an option: --recipe {NAME}; see",
+        ),
+        (["submit", "mine.yaml"], "the recipe is an option: --recipe mine.yaml"),
+        (["wandb"], "sslzoo wandb: the following arguments are required: push, RUN; see"),
+        (["eval", "knn"], "are required: RUN|CHECKPOINT|EXPORT|BACKBONE; see"),
+        (
+            ["show", NAME, "seed=1", "optim.lr=3", "seed=2"],
+            "override: seed: is set twice, by seed=1 and seed=2; keep one of them",
+        ),
+        (["bench", NAME, "seed=1", "seed=1"], "override: seed: is set twice"),
+        (["show", NAME, "trainer.precision=fp16"], "trainer.precision: 'fp16' is called 16-mixed here"),
+        (["show", NAME, "data.foo=1"], "override: data.foo: unknown key (known: dataset, "),
+        (["show", NAME, "optim.name=lamb"], "must be one of lars, sgd, adam, adamw; got 'lamb'\n"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(
@@ -89,7 +114,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
 ) -> None:
     code, out, err = run(capsys, *arguments)
     assert (code, out, len(err)) == (2, [], 1)
-    assert said in err[0]
+    assert said in err[0] + "\n"
 
 
 def test_ls(capsys: pytest.CaptureFixture[str]) -> None:

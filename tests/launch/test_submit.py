@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sslzoo.cli.main import main
-from sslzoo.launch.cluster import Cluster, read_profile
+from sslzoo.launch.cluster import Cluster, check_time, read_profile
 from sslzoo.records.directory import new_run_id
 from sslzoo.testing.kills import digest_of
 from tests.command import Command, _environment, codes, group, manifest, saved, shell, until, write_recipe
@@ -92,6 +92,7 @@ def test_the_profile_of_a_cluster(
     for text, said in (
         ("partitoin: gpu", "partitoin: unknown key; did you mean partition?"),
         ("time: 24:00:00", "time: must be text, got 86400; put it in quotes"),
+        ("time: a day", "cluster.yaml: time: 'a day' is no time limit; write hours:minutes:seconds"),
         ("modules: cuda", "modules: must be a list of texts, got 'cuda'"),
         ("- gpu", "must be a mapping with keys among partition, account"),
         ("a: b: c", "cannot be read"),
@@ -110,10 +111,16 @@ def test_the_profile_of_a_cluster(
     assert read_profile() == Cluster()
 
 
+@pytest.mark.parametrize("time", ["90", "90:00", "24:00:00", "2-12", "2-12:00", "2-12:00:00", "UNLIMITED"])
+def test_slurms_formats_of_time(time: str) -> None:
+    check_time(time, "--time")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["trainer.devices=2"], "leave out trainer.devices=2: --gpus-per-node and --nodes set it"),
+        (["--time", "foo"], "--time: 'foo' is no time limit; write hours:minutes:seconds such as 24:00:00, "),
         (["--gpus-per-node", "0"], "--nodes and --gpus-per-node must be positive"),
         (["--nodes", "-1"], "--nodes and --gpus-per-node must be positive"),
         (["trainer.accelerator=gpu", "--gpus-per-node", "7"], "make it a multiple of 7"),

@@ -533,6 +533,10 @@ def test_classes_are_a_list_or_the_name_of_one(write) -> None:
         ),
         (["data.dataset=my.scans:read"], "data.mean: missing key; my.scans:read has no known statistics"),
         (["data.mean=[0,0,0]"], "data.std: missing key; data.mean is set, and both are needed"),
+        (
+            ["data.dataset=folder", "backbone.in_channels=1"],
+            "data.std=[0.229,0.224,0.225] with backbone.in_channels=3, or one number each to read the images in grey",
+        ),
         (["data.dataset=cifar11"], "data.dataset: unknown data.dataset 'cifar11'; did you mean cifar10?"),
         (
             ["data.dataset=fashion_mnist"],

@@ -421,6 +421,16 @@ def test_what_this_machine_lacks_is_refused_in_one_line(
     assert not (folder / "gpu").exists()
 
 
+def test_weights_that_are_not_there_say_what_may_be_given(folder: Path) -> None:
+    command = fork(folder, "fit", "--recipe", "tiny.yaml", "--out", "nowhere-run", "--init-from", "nowhere")
+    _one_error(
+        command,
+        ExitCode.USAGE,
+        "--init-from nowhere: no such file or folder; give a run directory, a checkpoint such as "
+        "RUN/checkpoints/last.ckpt, or an exported backbone.safetensors",
+    )
+
+
 def test_too_little_memory_in_an_evaluation_names_its_own_batch(folder: Path) -> None:
     command = _fit(folder, "memory-evaluation", faults={"memory_in_evaluation": True})
     _one_error(

@@ -91,6 +91,17 @@ def test_a_folder_without_runs_and_an_unknown_state_are_refused(
     assert "did you mean failed?" in capsys.readouterr().err
 
 
+def test_no_run_yet_and_a_single_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs"]) == 0
+    assert capsys.readouterr().out == "no runs yet in runs/; sslzoo fit --recipe quickstart makes one\n"
+    write_run(tmp_path / "runs" / "r" / "a", 0)
+    assert main(["runs"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("1 run: 1 ")
+
+
 def test_a_thousand_runs_are_listed_in_a_second_of_cpu(tmp_path: Path) -> None:
     for number in range(100):
         write_run(tmp_path / "r" / str(number), number % 3)

@@ -101,8 +101,8 @@ def test_checkpoints_may_be_named_and_images_changed(capsys: Any) -> None:
     first, last = (path.name for path in sorted(Path("watched/checkpoints").glob("step=*.ckpt")))
     shutil.copy(f"watched/checkpoints/{first}", first)
     shutil.copy(f"watched/checkpoints/{last}", last)
-    command = ["analyze", NAME, last, "seed=5", "--out", "out", "--recipe", "watched/recipe.yaml"]
-    assert main([*command, first, "data.global_batch_size=8", "--samples", "8"]) == 0
+    command = ["analyze", NAME, last, "--out", "out", "--recipe", "watched/recipe.yaml"]
+    assert main([*command, "seed=5", first, "data.global_batch_size=8", "--samples", "8"]) == 0
     said = capsys.readouterr().out
     assert "tiny, 8 images" in said and said.count(": ") == 2
     assert main([*command, "seed=6", "--samples", "16"]) == 0

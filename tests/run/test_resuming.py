@@ -336,8 +336,8 @@ def test_the_command_that_is_printed_continues_the_run(folder: Path) -> None:
     """As it stands, also after --init-from, and with overrides on both sides of the options."""
     run = fork(
         folder,
-        *("fit", "trainer.max_epochs=2", "--recipe", "tiny.yaml", "--out", "printed"),
-        *("--init-from", "whole", "trainer.max_epochs=3", "optim.lr=0.02"),
+        *("fit", "trainer.max_epochs=3", "--recipe", "tiny.yaml", "--out", "printed"),
+        *("--init-from", "whole", "optim.lr=0.02"),
         faults={"pause": 0.1},
     )
     assert until(lambda: run.ended or saved(folder / "printed")), run.said
