@@ -110,6 +110,7 @@ def _job(args: argparse.Namespace) -> Job:
     from sslzoo.launch.slurm import Job
     from sslzoo.recipe.load import load_recipe
     from sslzoo.recipe.registry import name_of, recipe_path
+    from sslzoo.recipe.trainer_keys import check_precision
     from sslzoo.records.directory import check_recipe, unique_id
 
     taken = [word for word in args.overrides if word.startswith(("trainer.devices=", "trainer.num_nodes="))]
@@ -147,5 +148,7 @@ def _job(args: argparse.Namespace) -> Job:
         cluster=replace(profile, **chosen),
     )
     for path, variant in zip(job.runs, loaded, strict=True):
+        if not job.gpus:
+            check_precision(variant.recipe.trainer)
         check_recipe(path, variant)
     return job

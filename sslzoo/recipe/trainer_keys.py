@@ -6,6 +6,7 @@ Works without importing Lightning.
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from functools import cache, reduce
 from importlib.util import find_spec
 from operator import or_
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
-from sslzoo.checks import ConfigError, check_field, shown
+from sslzoo.checks import ConfigError, check_field, require, shown
 
 _LENGTH = "trainer.max_epochs sets the length of a run, and all schedules follow from it"
 _MEASURED = "eval.every_epochs says when features are evaluated, always on the whole of eval.test_split"
@@ -69,6 +70,7 @@ CHOICES: dict[str, Any] = {
     "profiler": Literal["simple", "advanced", "pytorch"] | None,
 }
 
+FP16 = ("16-mixed", "16")  # precisions for which Lightning takes bf16 on a CPU, with a warning
 # What other libraries call some of these precisions.
 PRECISIONS = {
     "amp": "16-mixed",
@@ -98,6 +100,16 @@ def check_trainer(values: dict[str, Any]) -> None:
         "must be left out without trainer.gradient_clip_val",
     )
     stated_devices(values.get("devices", "auto"))
+
+
+def check_precision(values: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if the precision needs a GPU; for runs on a CPU."""
+    precision = values.get("precision")
+    require(
+        precision not in FP16,
+        f"trainer.precision={precision}: fp16 is not available on a CPU; set trainer.precision=bf16-mixed or "
+        "trainer.precision=32-true",
+    )
 
 
 def stated_devices(devices: int | str | list[int]) -> int | None:

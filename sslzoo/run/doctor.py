@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sslzoo.dashboards.login import logged_in, reachable, server_url
+from sslzoo.data.loading import processors
 from sslzoo.launch.cluster import profile_path, read_profile
 from sslzoo.processes.explain import one_line
 from sslzoo.processes.placement import devices_per_node, world_size_of
@@ -20,7 +21,6 @@ from sslzoo.recipe import registry
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
-from sslzoo.run.pack import processors
 
 FINE, NOTE, BROKEN = "fine", "note", "broken"
 SHARED_MEMORY_NEEDED = 1 << 30  # bytes; data workers pass batches through shared memory

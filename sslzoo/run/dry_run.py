@@ -26,12 +26,12 @@ from sslzoo.randomness import is_holdout
 from sslzoo.recipe.catalog import dataset_info
 from sslzoo.recipe.plan import plan_of
 from sslzoo.recipe.sections import Recipe
+from sslzoo.recipe.trainer_keys import FP16, check_precision
 from sslzoo.records.directory import Run
 from sslzoo.run.build import BuiltRun, build_run
 from sslzoo.run.evaluate import evaluate_at_end
 from sslzoo.run.memory import DeviceMemory, device_memory, shared_memory
 from sslzoo.run.summary import human_bytes, run_summary, state_memory
-from sslzoo.run.trainer import FP16, check_precision
 from sslzoo.terminal import OUT
 
 LARGE = 100  # pixels; above this size fewer images are used

@@ -26,12 +26,11 @@ from sslzoo.checks import require
 from sslzoo.nn.batchnorm import LayerSync
 from sslzoo.processes.placement import ALONE, Placement
 from sslzoo.processes.rendezvous import connect
-from sslzoo.recipe.trainer_keys import stated_devices
+from sslzoo.recipe.trainer_keys import FP16, check_precision, stated_devices
 
 # Timeout of collectives, after which a hanging rank ends the run (torch's default is 30 minutes). Long enough for
 # one rank to evaluate or write a checkpoint while the others wait.
 TIMEOUT = timedelta(minutes=10)
-FP16 = ("16-mixed", "16")  # precisions for which Lightning takes bf16 on a CPU, with a warning
 # Lightning warnings that do not apply here, and a deprecation in Lightning's own use of torch.
 _IRRELEVANT = (
     "isinstance.treespec, LeafSpec",
@@ -180,16 +179,6 @@ def check_device(trainer: Mapping[str, Any]) -> None:
             f"trainer.devices={trainer['devices']} asks for {devices} GPUs, and this machine has {count}; set "
             f"trainer.devices={count}",
         )
-
-
-def check_precision(trainer: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if ``trainer.precision`` needs a GPU. For runs on a CPU."""
-    precision = trainer.get("precision")
-    require(
-        precision not in FP16,
-        f"trainer.precision={precision}: fp16 is not available on a CPU; set trainer.precision=bf16-mixed or "
-        "trainer.precision=32-true",
-    )
 
 
 def build_trainer(

@@ -120,6 +120,7 @@ def test_slurms_formats_of_time(time: str) -> None:
     ("arguments", "said"),
     [
         (["trainer.devices=2"], "leave out trainer.devices=2: --gpus-per-node and --nodes set it"),
+        (["trainer.precision=16-mixed"], "trainer.precision=16-mixed: fp16 is not available on a CPU"),
         (["--time", "foo"], "--time: 'foo' is no time limit; write hours:minutes:seconds such as 24:00:00, "),
         (["--gpus-per-node", "0"], "--nodes and --gpus-per-node must be positive"),
         (["--nodes", "-1"], "--nodes and --gpus-per-node must be positive"),
