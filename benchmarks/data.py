@@ -34,7 +34,7 @@ from sslzoo.recipe.plan import TrainingPlan
 from sslzoo.recipe.sections import DataConfig, EvalConfig, ProbeConfig, SourceConfig, ViewConfig
 
 ROUNDS = {True: 51, False: 11}  # by whether images are in memory, where a round takes a twentieth of a second
-PHOTOGRAPHS = 48
+PHOTOGRAPHS = 128
 JITTER: dict[str, Any] = {
     "flip_p": 0.5,
     "jitter_p": 0.8,
@@ -175,7 +175,7 @@ def measure() -> list[Result]:
         return Image.fromarray(colour.read(i).permute(1, 2, 0).numpy())
 
     blurred = replace(SMALL, size=28, blur_p=0.5)
-    results = compare("28 px grey in memory", grey, grey_image, [blurred] * 2, 256, whole=17)
+    results = compare("28 px grey in memory", grey, grey_image, [blurred] * 2, 256, whole=19)
     for title, view in {
         "32 px in memory": SMALL,
         "32 px, bicubic": replace(SMALL, interpolation="bicubic"),
@@ -194,7 +194,7 @@ def measure() -> list[Result]:
                 return file.convert("RGB")
 
         two = [replace(LARGE, count=2)]
-        results += compare("224 px JPEG", files, photograph, two, PHOTOGRAPHS, whole=2.6, worker=5.7)
+        results += compare("224 px JPEG", files, photograph, two, PHOTOGRAPHS, whole=2.6, worker=5.8)
         packed = packed_raw(folder)
         results += compare("224 px packed raw", packed, photograph, two, PHOTOGRAPHS, whole=None, worker=10)
         results += compare(

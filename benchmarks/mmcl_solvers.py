@@ -167,7 +167,7 @@ def loss(rounds: int) -> list[Result]:
             baseline="with the plain batched solver",
             value=TIMES * ratio(seconds, "plain", "own"),
             unit="x as fast",
-            at_least=40,
+            at_least=54,
         )
     ]
 
@@ -200,7 +200,7 @@ def pgd(rounds: int) -> list[Result]:
             baseline="plain batched solver",
             value=ratio(alternating({"plain": plain, "own": own}, rounds), "plain", "own"),
             unit="x as fast",
-            at_least=26,
+            at_least=31,
         )
     ]
 
