@@ -38,7 +38,7 @@ def draw_views(recipe: Recipe, out: Path, count: int, folder: str | None = None)
     # The batch decides on nothing but what may stand in for unreadable images.
     plan = TrainingPlan(dataset_size=len(source), global_batch_size=1, max_epochs=1)
     data = SSLDataModule(
-        replace(recipe.data, workers=0),
+        replace(recipe.data, workers=0, max_bad_fraction=1.0),  # one that is unreadable hides no others
         recipe.views,
         recipe.eval,
         recipe.probe,

@@ -34,6 +34,14 @@ def test_a_folder_of_images(photos: Path, tmp_path: Path, capsys: pytest.Capture
         assert text.count(word) >= 4
 
 
+def test_an_unreadable_image_hides_no_others(photos: Path, tmp_path: Path) -> None:
+    (photos / "0.png").write_bytes(b"no image")
+    out = tmp_path / "views.svg"
+    arguments = ["views.0.size=16", "--images", str(photos), "-n", "2", "-o", str(out)]
+    assert main(["views", "simclr_in1k", *arguments]) == 0
+    assert "1.png" in out.read_text() and "0.png" not in out.read_text()
+
+
 def test_embedded_images(tmp_path: Path) -> None:
     out = tmp_path / "views.png"
     assert main(["views", "simclr_fashion_mnist", "-o", str(out)]) == 0
