@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from sslzoo.batch import Batch
 from sslzoo.callbacks.batchnorm import BroadcastBatchNormStats
 from sslzoo.callbacks.seeding import StepSeeding
 from sslzoo.checks import require
+from sslzoo.data.loading import processors
 from sslzoo.data.sources import ArraySource, fake_source
 from sslzoo.data.views import expand_views
 from sslzoo.processes.departure import end_workers
@@ -148,7 +148,7 @@ def _bench(recipe: Recipe, parts: tuple[Part, ...], steps: int) -> Report:
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(),
         workers=None if in_memory else recipe.data.workers,
         in_workers=experiment is not None and experiment.data.augments_in_workers,
-        processors=max(1, len(os.sched_getaffinity(0)) // devices_per_node(recipe)),
+        processors=max(1, processors() // devices_per_node(recipe)),
     )
 
 
