@@ -108,7 +108,7 @@ def _job(args: argparse.Namespace) -> Job:
     """The job that the arguments ask for; raises ``ValueError`` if its run would be refused."""
     from sslzoo.launch.cluster import check_time, read_profile
     from sslzoo.launch.slurm import Job
-    from sslzoo.recipe.load import load_recipe
+    from sslzoo.recipe.load import check_once, load_recipe
     from sslzoo.recipe.registry import name_of, recipe_path
     from sslzoo.recipe.trainer_keys import check_precision
     from sslzoo.records.directory import check_recipe, unique_id
@@ -124,6 +124,7 @@ def _job(args: argparse.Namespace) -> Job:
     require(min(nodes, per_node or 0) > 0, "--nodes and --gpus-per-node must be positive")
     key, values = _array(args.array)
     overrides = (*args.overrides, f"trainer.devices={per_node}", f"trainer.num_nodes={nodes}")
+    check_once([*overrides, *([args.array] if values else [])])  # as the job's fit will
     loaded = [load_recipe(args.recipe, [*overrides, f"{key}={value}"]) for value in values]
     loaded = loaded or [load_recipe(args.recipe, overrides)]
     profile = read_profile()

@@ -151,6 +151,12 @@ def channels_last(image: Tensor) -> Tensor:
     return image[None].contiguous(memory_format=torch.channels_last)[0]
 
 
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 to float32 in [0, 1], contiguous."""
+    unit = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    return torch.div(images, 255, out=unit)
+
+
 def _triangle(x: Tensor) -> Tensor:
     """Minus the triangle's height at ``x``, which is overwritten. The sign is lost when weights are divided by their
     sum."""
@@ -161,7 +167,7 @@ def _cubic(x: Tensor) -> Tensor:
     """Keys' cubic kernel with a = -0.5, as in PIL and torch's antialiased bicubic interpolation. Overwrites ``x``."""
     # Its two cubics, of 1 - x and 2 - x, without torch.where, which is slow on CPUs, and in place, as memory is too:
     # near^2 (1 - 2 near) + far^2 / 2 (far - 1)
-    x = x.abs_()
+    x.abs_()
     near, far = (1 - x).clamp_(min=0), (2 - x).clamp_(min=0)
     value = near.square().mul_(near.mul_(-2).add_(1))
     return value.add_(far.square().mul_(0.5).mul_(far.sub_(1)))
@@ -225,7 +231,7 @@ def crop_batch(images: Tensor, boxes: Tensor, size: int, interpolation: str, pad
         )
     if len(boxes) > len(images):
         images = images.repeat(len(boxes) // len(images), 1, 1, 1)
-    out = resample(images / 255, rows, columns)
+    out = resample(to_unit(images), rows, columns)
     return out.clamp_(0, 1) if interpolation == "bicubic" else out  # the cubic kernel overshoots
 
 

@@ -179,7 +179,7 @@ def processors() -> int:
 
 
 @cache
-def _question(workers: int) -> None:
+def _warn_of(workers: int) -> None:
     """Warn, once per process, of more ``workers`` than processors."""
     if workers > (count := processors()):
         log.warning(
@@ -202,7 +202,7 @@ class WatchedLoader(DataLoader[Any]):
 
     def check_worker_number_rationality(self) -> None:
         """Warn once where torch would for every loader, and name the key."""
-        _question(self.num_workers)
+        _warn_of(self.num_workers)
 
     def __iter__(self) -> Iterator[Any]:
         """Batches."""
@@ -462,11 +462,6 @@ class EvalDataset(Dataset[RawEvalBatch]):
             except ValueError as error:
                 raise DataError(f"{self.source.where(position)}: {error}") from error
             yield position, image
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 to float32 in [0, 1], contiguous."""
-    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def shard(positions: Tensor, rank: int, world_size: int, batch_size: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from sslzoo.batch import Batch, EvalBatch
 from sslzoo.checks import require
 from sslzoo.data.bundling import Layout
-from sslzoo.data.crops import crop_batch
+from sslzoo.data.crops import crop_batch, to_unit
 from sslzoo.data.datasets import open_source
 from sslzoo.data.disk import DataError
 from sslzoo.data.loading import (
@@ -31,7 +31,6 @@ from sslzoo.data.loading import (
     WatchedLoader,
     leave_signals_to_parent,
     shard,
-    to_unit,
 )
 from sslzoo.data.photometric import normalize, normalize_
 from sslzoo.data.sampler import GlobalBatchSampler, Item

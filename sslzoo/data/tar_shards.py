@@ -311,7 +311,7 @@ def _numbered(labels: Sequence[int | str], names: Sequence[str], members: Sequen
         if isinstance(label, int) and label >= 0:
             named = members[next(i for i, other in enumerate(labels) if isinstance(other, str))]
             raise ValueError(f"the label of {member} is a number, and that of {named} a name; {_ALIKE}")
-    return [number.get(label, -1) for label in labels]  # type: ignore[call-overload]
+    return [number[label] if isinstance(label, str) else -1 for label in labels]
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:

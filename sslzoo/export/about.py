@@ -14,8 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from sslzoo.checks import require
-from sslzoo.data.crops import evaluation_crop
-from sslzoo.data.loading import to_unit
+from sslzoo.data.crops import evaluation_crop, to_unit
 from sslzoo.data.photometric import normalize
 from sslzoo.recipe.load import to_yaml
 from sslzoo.recipe.sections import BackboneConfig, PlainView, Recipe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -54,11 +53,13 @@ def hardware() -> dict[str, Any]:
     """Hardware that results and speed depend on."""
     import torch
 
+    from sslzoo.data.loading import processors
+
     return {
         "host": platform.node(),
         "platform": platform.platform(),
         "cpu": _processor(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": processors(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,

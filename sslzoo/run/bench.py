@@ -220,9 +220,7 @@ def _load(experiment: Experiment, device: torch.device, warm_up: int, steps: int
         if k == warm_up:
             start = _now(device)
         elif k == warm_up + steps:
-            end = _now(
-                device
-            )  # not after the loop, which waits for the workers to finish what nobody will use
+            end = _now(device)  # not after the loop, at whose end the workers are waited for
     return Speed(part="data", rate=steps * data.plan.micro_batch_size / (end - start))
 
 

@@ -75,7 +75,8 @@ def needs(recipe: Recipe) -> Iterator[Finding]:
 
     yield _tried("images", images, f"{recipe.data.dataset} can be read, and evaluated")
     count = devices_per_node(recipe)
-    each, here = max(1, processors() // count), processors()
+    here = processors()
+    each = max(1, here // count)
     if dataset_info(recipe.data.dataset).decoded_by_workers and recipe.data.workers > each:
         yield Finding(
             subject="workers",

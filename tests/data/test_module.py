@@ -109,18 +109,18 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_more_workers_than_processors_are_questioned_once(
+def test_more_workers_than_processors_are_warn_ofed_once(
     photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(loading, "processors", lambda: 2)
-    loading._question.cache_clear()
+    loading._warn_of.cache_clear()
     module = build(colour_data(root=photos, workers=4))
     with caplog.at_level(logging.WARNING, "sslzoo"):
         module.train_dataloader()
         module.val_dataloader()
     (record,) = caplog.records
     assert record.getMessage().startswith("data.workers=4 on 2 processors: data.workers=2 is as fast")
-    loading._question.cache_clear()
+    loading._warn_of.cache_clear()
 
 
 def test_workers_do_not_change_the_batches(photos: Path) -> None:

@@ -36,11 +36,16 @@ def opened(dataset: str, root: Path, split: str = "train", classes: tuple[str, .
     return open_source(SourceConfig(dataset=dataset, root=str(root), split=split, classes=classes), 3)
 
 
-def write(root: Path, folder: Path, options: PackOptions = FILES, **more: object) -> Written:
+def write(
+    root: Path,
+    folder: Path,
+    options: PackOptions = FILES,
+    report: Callable[[int, int], None] = lambda images, added: None,
+) -> Written:
     """Pack the training split of the class folders in ``root``."""
     source = opened("imagefolder", root)
     assert isinstance(source, FileSource)
-    return write_split(source, folder, options, **({"max_bad_fraction": 0.1} | more))  # type: ignore[arg-type]
+    return write_split(source, folder, options, max_bad_fraction=0.1, report=report)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

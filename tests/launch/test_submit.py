@@ -127,6 +127,7 @@ def test_slurms_formats_of_time(time: str) -> None:
         (["trainer.accelerator=gpu", "--gpus-per-node", "7"], "make it a multiple of 7"),
         (["--array", "seed"], "must have the form KEY=A,B,... such as seed=1,2,3"),
         (["--array", "seed=1,1"], "names a value twice"),
+        (["--array", "seed=1,2", "seed=3"], "seed: is set twice, by seed=3 and seed=1,2"),
         (["--array", "data.root=a/b,c"], "a/b cannot be part of a folder's name"),
         (["--array", "optim.lr=0.1,-1"], "override: optim.lr: must be positive, got -1"),
         (["--out", "occupied"], "occupied is not empty and contains no run; give --out a new directory"),
